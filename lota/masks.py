@@ -1,0 +1,279 @@
+"""Masks: which entries of which parameters may change.
+
+A mask lists, per parameter name, the *kept* positions (those that train). A parameter that a mask does
+not list is frozen; the names it lists are its scope, also those with nothing kept. Bits are packed eight to
+a byte (first entry = highest bit, the order of `numpy.packbits`), so a mask costs N/8 bytes in memory and
+on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lota.atomic import atomic_path
+
+FORMAT = "lota-mask"
+FORMAT_VERSION = 1
+SHOWN_DIFFERENCES = 5
+
+
+def kept_count(sparsity: float, n_entries: int) -> int:
+    """Entries that sparsity s keeps out of N: `round((1 - s) * N)`.
+
+    Raises ValueError for a sparsity outside [0, 1).
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity={sparsity}: must be at least 0 (everything trains) and below 1")
+    return round((1 - sparsity) * n_entries)
+
+
+class Mask:
+    """Kept positions per parameter, bit-packed.
+
+    bits: name -> uint8 tensor of ceil(numel / 8) bytes on the CPU; unused low bits of the last byte are 0.
+    shapes: name -> shape of the parameter.
+    meta: plain values only (str, number, bool, None, list, dict); `scope` is None where the file did not say.
+    """
+
+    def __init__(
+        self,
+        bits: Mapping[str, Tensor],
+        shapes: Mapping[str, Iterable[int]],
+        meta: Mapping[str, Any] | None = None,
+    ):
+        self.bits = dict(bits)
+        self.shapes = {name: tuple(int(d) for d in shapes[name]) for name in self.bits}
+        self.meta: dict[str, Any] = {"scope": None, **(meta or {})}
+        self._kept: dict[str, int] = {}
+        for name, packed in self.bits.items():
+            if packed.dtype != torch.uint8 or packed.numel() != (self.numel(name) + 7) // 8:
+                raise ValueError(
+                    f"mask entry {name!r}: {packed.numel()} bytes of {packed.dtype} cannot hold one bit for "
+                    f"each of the {self.numel(name)} entries of shape {self.shapes[name]}"
+                )
+
+    # construction
+    @classmethod
+    def from_dense(cls, kept: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> Mask:
+        """From name -> bool tensor of the parameter's shape, True = kept."""
+        bits = {
+            name: torch.from_numpy(np.packbits(value.detach().cpu().bool().reshape(-1).numpy()))
+            for name, value in kept.items()
+        }
+        return cls(bits, {name: value.shape for name, value in kept.items()}, meta)
+
+    @classmethod
+    def from_positions(
+        cls,
+        positions: Mapping[str, Tensor],
+        shapes: Mapping[str, Iterable[int]],
+        meta: Mapping[str, Any] | None = None,
+    ) -> Mask:
+        """From name -> 1-D integer tensor of flat kept positions (any order)."""
+        kept = {}
+        for name, index in positions.items():
+            flat = torch.zeros(int(np.prod(tuple(shapes[name]), dtype=np.int64)), dtype=torch.bool)
+            flat[index.long()] = True
+            kept[name] = flat.reshape(tuple(shapes[name]))
+        return cls.from_dense(kept, meta)
+
+    # reading
+    def __contains__(self, name: str) -> bool:
+        return name in self.bits
+
+    def __repr__(self) -> str:
+        return f"Mask({len(self.bits)} tensors, {self.n_kept:,} of {self.n_total:,} entries kept)"
+
+    @property
+    def names(self) -> list[str]:
+        """Listed parameter names, in the order in which they were listed."""
+        return list(self.bits)
+
+    def numel(self, name: str) -> int:
+        """Entries of the parameter, kept or not."""
+        return int(np.prod(self.shapes[name], dtype=np.int64))
+
+    def kept(self, name: str) -> int:
+        """Kept entries of the parameter; 0 for a name that is not listed."""
+        if name not in self.bits:
+            return 0
+        if name not in self._kept:
+            self._kept[name] = int(np.bitwise_count(self.bits[name].numpy()).sum(dtype=np.int64))
+        return self._kept[name]
+
+    def dense(self, name: str) -> Tensor:
+        """Bool tensor of the parameter's shape, True = kept."""
+        flat = np.unpackbits(self.bits[name].numpy(), count=self.numel(name))
+        return torch.from_numpy(flat).bool().reshape(self.shapes[name])
+
+    def positions(self, name: str) -> Tensor:
+        """Flat kept positions, ascending, int64; empty for a name that is not listed."""
+        if name not in self.bits:
+            return torch.empty(0, dtype=torch.int64)
+        flat = np.unpackbits(self.bits[name].numpy(), count=self.numel(name))
+        return torch.from_numpy(np.flatnonzero(flat))
+
+    @property
+    def n_kept(self) -> int:
+        return sum(self.kept(name) for name in self.bits)
+
+    @property
+    def n_total(self) -> int:
+        """Entries of the listed parameters."""
+        return sum(self.numel(name) for name in self.bits)
+
+    @property
+    def density(self) -> float:
+        """Kept share of the listed entries; 0 for an empty mask."""
+        return self.n_kept / self.n_total if self.n_total else 0.0
+
+    # checks
+    def check(self, model: nn.Module | Mapping[str, Iterable[int]]) -> None:
+        """Raise ValueError unless every listed name is in `model` (or in name -> shape) with that shape."""
+        if isinstance(model, nn.Module):
+            shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        else:
+            shapes = {name: tuple(shape) for name, shape in model.items()}
+        unknown = [name for name in self.bits if name not in shapes]
+        wrong = [
+            f"{name}: mask {self.shapes[name]}, model {shapes[name]}"
+            for name in self.bits
+            if name in shapes and shapes[name] != self.shapes[name]
+        ]
+        if not unknown and not wrong:
+            return
+        problems = ["the mask does not belong to this model:"]
+        if unknown:
+            unlisted = [name for name in shapes if name not in self.bits]
+            problems.append(f"  {len(unknown)} names of the mask are not in the model: {_first(unknown)}")
+            problems.append(f"  {len(unlisted)} names of the model are not in the mask: {_first(unlisted)}")
+        if wrong:
+            problems.append(f"  {len(wrong)} shapes differ: {_first(wrong)}")
+        problems.append("  extract a mask from this model, or name the model that the mask came from")
+        raise ValueError("\n".join(problems))
+
+    # set algebra
+    def flip(self, scope: Iterable[str] | None = None) -> Mask:
+        """The complement within the scope: what was frozen there trains, what trained is frozen.
+
+        scope: parameter names; by default the names that the mask lists. Names outside stay frozen.
+        Raises ValueError for a mask read from the older layout, which lists every parameter, without `scope`.
+        """
+        if scope is None and self.meta.get("layout") == "dense":
+            raise ValueError(
+                "this mask file does not record its scope; pass the names that may be flipped "
+                "(lota.scope.find_scope(model))"
+            )
+        names = set(self.bits) if scope is None else set(scope)
+        kept = {name: ~self.dense(name) for name in self.bits if name in names}
+        return Mask.from_dense(kept, {**self.meta, "flipped": not self.meta.get("flipped", False)})
+
+    def minus(self, other: Mask) -> Mask:
+        """Kept here and not kept there."""
+        return self._combine(other, np.bitwise_and, invert=True, names=self.names)
+
+    def intersect(self, other: Mask) -> Mask:
+        """Kept in both."""
+        return self._combine(other, np.bitwise_and, names=[n for n in self.bits if n in other.bits])
+
+    def union(self, other: Mask) -> Mask:
+        """Kept in either."""
+        names = self.names + [name for name in other.bits if name not in self.bits]
+        return self._combine(other, np.bitwise_or, names=names)
+
+    def overlap(self, other: Mask) -> int:
+        """Number of entries kept in both."""
+        return self.intersect(other).n_kept
+
+    def _combine(self, other: Mask, operation, names: list[str], invert: bool = False) -> Mask:
+        for name in names:
+            if name in self.bits and name in other.bits and self.shapes[name] != other.shapes[name]:
+                raise ValueError(
+                    f"masks of different models: {name} has shape {self.shapes[name]} in one "
+                    f"and {other.shapes[name]} in the other"
+                )
+        shapes = {**other.shapes, **self.shapes}
+        bits = {}
+        for name in names:
+            mine, theirs = self._bytes(name, shapes[name]), other._bytes(name, shapes[name])
+            bits[name] = torch.from_numpy(operation(mine, ~theirs if invert else theirs))
+        return Mask(bits, {name: shapes[name] for name in names}, self.meta)
+
+    def _bytes(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name in self.bits:
+            return self.bits[name].numpy()
+        return np.zeros((int(np.prod(shape, dtype=np.int64)) + 7) // 8, dtype=np.uint8)
+
+    # files
+    def save(
+        self,
+        path: str | os.PathLike,
+        format: str = "packed",
+        all_shapes: Mapping[str, Iterable[int]] | None = None,
+    ) -> None:
+        """Write the mask atomically.
+
+        format: `packed` (bits and metadata) or `dense`, the older layout: name -> bool tensor, True = frozen,
+        for every parameter of the model, whose shapes `all_shapes` gives; names that the mask does not list
+        are all True.
+        """
+        if format == "packed":
+            content: dict[str, Any] = {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                "bits": self.bits,
+                "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+                "meta": self.meta,
+            }
+        elif format == "dense":
+            shapes = {**(all_shapes or {}), **self.shapes}
+            order = list(all_shapes) if all_shapes else self.names
+            content = {
+                name: ~self.dense(name)
+                if name in self.bits
+                else torch.ones(tuple(shapes[name]), dtype=torch.bool)
+                for name in order
+            }
+        else:
+            raise ValueError(f"format={format!r}: choose packed or dense")
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Mask:
+        """Read a mask file of either layout (see masks/README.md). Raises ValueError for anything else."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"mask file {path} does not exist")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no readable mask (truncated, or not plain tensors): {error}"
+            ) from error
+        if not isinstance(content, dict) or not content:
+            raise ValueError(f"{path} is not a mask file: expected a dict of tensors")
+        if content.get("format") == FORMAT:
+            if content["version"] > FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has mask format version {content['version']}; "
+                    f"this version reads up to {FORMAT_VERSION}: update lota"
+                )
+            return cls(content["bits"], content["shapes"], content["meta"])
+        bad = [name for name, value in content.items() if not isinstance(value, Tensor)]
+        if bad:
+            raise ValueError(f"{path} is not a mask file: {_first(bad)} hold no tensors")
+        return cls.from_dense({name: value == 0 for name, value in content.items()}, {"layout": "dense"})
+
+
+def _first(items: list[str]) -> str:
+    more = f" ... and {len(items) - SHOWN_DIFFERENCES} more" if len(items) > SHOWN_DIFFERENCES else ""
+    return ", ".join(str(item) for item in items[:SHOWN_DIFFERENCES]) + more
