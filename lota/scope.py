@@ -51,7 +51,7 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
                 best = (size, prefix, module)
     if best is None:
         raise ValueError(
-            f"{type(model).__name__} has no list of transformer blocks; name the scope by a regular expression"
+            f"{type(model).__name__} has no list of transformer blocks; give the scope as a regular expression"
         )
     return [(f"{best[1]}.{index}", block) for index, block in enumerate(best[2])]
 

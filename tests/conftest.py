@@ -17,7 +17,9 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture
 def shared() -> Path:
-    """Folder with real data and a real pretrained model, beside the project; tests that need it skip without it."""
+    """Folder with real data and a real pretrained model, beside the project; tests that need it skip
+    without it.
+    """
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED

@@ -1,0 +1,276 @@
+"""Machinery shared by the masked optimizers: state for kept entries only, gather, clip, update, write back.
+
+Per kept entry the state is an int32 position, the rule's fp32 buffers and, where the weight is not fp32, an
+fp32 master value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lota.masks import Mask
+
+GRAD_NORM_STRATEGIES = ("even", "proportional", "global", "none")
+_CLIP_EPS = 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
+_INT32_MAX = 2**31 - 1
+
+
+class MaskedOptimizer(torch.optim.Optimizer):
+    """Base of the masked optimizers: gather the kept gradient, clip, update, write back.
+
+    model: a module, or (name, parameter) pairs, already on its device; parameters must be contiguous.
+    mask: `lota.Mask` whose names and shapes fit; None trains every parameter that requires a gradient,
+    densely.
+    grad_norm_strategy: `even` clips each tensor's kept gradient to max_grad_norm, `proportional` to
+    max_grad_norm / sqrt(number of trained tensors), `global` clips the norm over all of them, `none` does
+    not clip.
+
+    Sets `requires_grad` to False on every parameter without kept entries. One learning rate per group,
+    read from `param_groups` when an update is made. Raises ValueError for a mask of another model, an
+    unknown strategy or when nothing would train.
+    """
+
+    buffers: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        mask: Mask | None = None,
+        *,
+        grad_norm_strategy: str = "none",
+        max_grad_norm: float | None = None,
+        **settings: Any,
+    ):
+        _check_settings(grad_norm_strategy, max_grad_norm, settings)
+        named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+        if mask is not None:
+            mask.check({name: p.shape for name, p in named})
+        self.grad_norm_strategy = grad_norm_strategy
+        self.max_grad_norm = max_grad_norm
+        self.names: dict[nn.Parameter, str] = {}
+        self.fused = False
+        self._accumulation = 1
+        self._pending: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self._square_norms: list[Tensor] = []
+        self._grad_norm: Tensor | None = None
+        for name, p in named:
+            kept = mask.kept(name) if mask is not None else (p.numel() if p.requires_grad else 0)
+            p.requires_grad_(kept > 0)
+            if kept:
+                if not p.is_contiguous():
+                    raise ValueError(f"parameter {name} is not contiguous; call .contiguous() on it first")
+                self.names[p] = name
+        if not self.names:
+            raise ValueError("nothing would train: the mask keeps no entry of any parameter")
+        super().__init__(list(self.names), settings)
+        for p, name in self.names.items():
+            self._init_state(p, mask.positions(name) if mask is not None else None)
+
+    def _init_state(self, p: nn.Parameter, positions: Tensor | None) -> None:
+        state = self.state[p]
+        if positions is not None and positions.numel() < p.numel():
+            dtype = torch.int32 if p.numel() <= _INT32_MAX else torch.int64
+            state["positions"] = positions.to(device=p.device, dtype=dtype)
+        if p.dtype != torch.float32:
+            state["master"] = self._values(p).float()
+        n = state["positions"].numel() if "positions" in state else p.numel()
+        group = self._group_of(p)
+        for name in self._buffer_names(group):
+            state[name] = torch.zeros(n, dtype=torch.float32, device=p.device)
+        state["step"] = 0
+
+    # What a rule defines
+
+    def _buffer_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.buffers
+
+    def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    # Reading
+
+    @property
+    def n_trained(self) -> int:
+        """Number of entries that train."""
+        return sum(self._n_kept(p) for p in self.names)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the trained entries' gradient before clipping, as of the last `step()`; nan
+        before it.
+        """
+        return float("nan") if self._grad_norm is None else float(self._grad_norm)
+
+    def kept_values(self) -> Iterable[tuple[str, Tensor | None, Tensor]]:
+        """(name, flat positions or None where all are kept, fp32 values) of every trained parameter."""
+        for p, name in self.names.items():
+            state = self.state[p]
+            values = state["master"] if "master" in state else self._values(p)
+            yield name, state.get("positions"), values
+
+    def state_bytes(self) -> int:
+        """Bytes of positions, masters and buffers."""
+        tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    # Steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Apply what has not been applied yet.
+
+        Deferred: all gradients. Fused: the clipping and updates that had to wait for the end of the
+        backward pass (`global`, or parameters whose gradient came fewer times than
+        `gradient_accumulation_steps`). Call it once per optimizer step in either mode; then `grad_norm` is
+        that of this step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.fused:
+            for p in self.names:
+                if p.grad is not None:
+                    self._receive(p)
+        scale = self._global_scale()
+        for p in list(self._pending):
+            grad, _ = self._pending.pop(p)
+            self._apply(p, grad if scale is None else grad.mul_(scale))
+        if self._square_norms:
+            self._grad_norm = (
+                torch.stack([n.to(self._square_norms[0].device) for n in self._square_norms]).sum().sqrt()
+            )
+        self._square_norms = []
+        return loss
+
+    def _receive(self, p: nn.Parameter) -> None:
+        """Take over p.grad; update at once when it is complete and no other tensor's norm is needed."""
+        grad = p.grad.reshape(-1)
+        state = self.state[p]
+        if "positions" in state:
+            grad = grad.index_select(0, state["positions"])
+        elif not self.fused:
+            grad = grad.clone()  # p.grad stays the caller's
+        grad = grad.float()
+        if self.fused:
+            p.grad = None
+        total, count = self._pending.pop(p, (None, 0))
+        grad = grad if total is None else total.add_(grad)
+        if count + 1 < self._accumulation or self.grad_norm_strategy == "global":
+            self._pending[p] = (grad, count + 1)
+        else:
+            self._apply(p, grad)
+
+    def _apply(self, p: nn.Parameter, grad: Tensor) -> None:
+        if self.grad_norm_strategy != "global":
+            norm = torch.linalg.vector_norm(grad)
+            self._square_norms.append(norm.square())
+            limit = self._tensor_limit()
+            if limit is not None:
+                grad.mul_((limit / (norm + _CLIP_EPS)).clamp(max=1.0))
+        state, group = self.state[p], self._group_of(p)
+        state["step"] += 1
+        in_place = "positions" not in state and p.dtype == torch.float32
+        values = state["master"] if "master" in state else self._values(p)
+        self._update(values, grad, state, group)
+        if not in_place:
+            self._write(p, values)
+
+    def _tensor_limit(self) -> float | None:
+        if self.grad_norm_strategy == "even":
+            return self.max_grad_norm
+        if self.grad_norm_strategy == "proportional":
+            return self.max_grad_norm / math.sqrt(len(self.names))
+        return None
+
+    def _global_scale(self) -> Tensor | None:
+        if self.grad_norm_strategy != "global" or not self._pending:
+            return None
+        device = next(iter(self._pending)).device
+        in_order = (
+            self._pending[p][0] for p in self.names if p in self._pending
+        )  # the same sum in either mode
+        norms = [torch.linalg.vector_norm(grad).to(device) for grad in in_order]
+        self._square_norms = [norm.square() for norm in norms]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        return (self.max_grad_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
+
+    # Kept entries of a parameter
+
+    def _values(self, p: nn.Parameter) -> Tensor:
+        flat = p.detach().view(-1)
+        positions = self.state[p].get("positions")
+        return flat if positions is None else flat.index_select(0, positions)
+
+    def _write(self, p: nn.Parameter, values: Tensor) -> None:
+        positions = self.state[p].get("positions")
+        flat = p.detach().view(-1)
+        if positions is None:
+            flat.copy_(values)
+        else:
+            flat.scatter_(0, positions.long(), values.to(p.dtype))
+
+    def _n_kept(self, p: nn.Parameter) -> int:
+        positions = self.state[p].get("positions")
+        return p.numel() if positions is None else positions.numel()
+
+    def _group_of(self, p: nn.Parameter) -> dict[str, Any]:
+        if len(self.param_groups) == 1:
+            return self.param_groups[0]
+        return next(group for group in self.param_groups if any(q is p for q in group["params"]))
+
+    # Checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore positions and fp32 state unchanged (torch's default casts state to the parameter's dtype).
+
+        Raises ValueError when the state belongs to another mask, another set of parameters or another rule.
+        """
+        groups = state_dict["param_groups"]
+        loaded = [index for group in groups for index in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        if len(loaded) != len(own):
+            raise ValueError(f"optimizer state of {len(loaded)} parameters, but {len(own)} train here")
+        restored = {}
+        for index, p in zip(loaded, own, strict=True):
+            restored[p] = self._matching_state(p, state_dict["state"].get(index))
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        for p, state in restored.items():
+            self.state[p] = state
+
+    def _matching_state(self, p: nn.Parameter, saved: dict[str, Any] | None) -> dict[str, Any]:
+        current, name = self.state[p], self.names[p]
+        if saved is None or set(saved) != set(current):
+            found = sorted(saved) if saved else "nothing"
+            raise ValueError(f"optimizer state of {name}: expected {sorted(current)}, found {found}")
+        state = {k: v.to(p.device).clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+        for key, value in current.items():
+            if isinstance(value, Tensor) and (state[key].shape, state[key].dtype) != (
+                value.shape,
+                value.dtype,
+            ):
+                raise ValueError(
+                    f"optimizer state of {name}: {key} is {tuple(state[key].shape)} {state[key].dtype}, "
+                    f"expected {tuple(value.shape)} {value.dtype}: it belongs to another mask"
+                )
+        if "positions" in current and not torch.equal(state["positions"], current["positions"]):
+            raise ValueError(f"optimizer state of {name} belongs to another mask: the kept positions differ")
+        return state
+
+
+def _check_settings(strategy: str, max_grad_norm: float | None, settings: dict[str, Any]) -> None:
+    problems = []
+    if strategy not in GRAD_NORM_STRATEGIES:
+        problems.append(f"grad_norm_strategy={strategy!r}: choose one of {', '.join(GRAD_NORM_STRATEGIES)}")
+    elif strategy != "none" and (max_grad_norm is None or not max_grad_norm > 0):
+        problems.append(f"max_grad_norm={max_grad_norm}: must be above 0 with grad_norm_strategy={strategy}")
+    for key in ("lr", "eps", "weight_decay", "momentum", "alpha"):
+        if key in settings and not settings[key] >= 0:
+            problems.append(f"{key}={settings[key]}: must be 0 or more")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,266 @@
+"""Masked optimizers against torch.optim on masked gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+
+import lota
+from lota.masks import Mask
+from lota.optim import OPTIMIZERS
+from lota.scope import find_scope
+
+# eps large enough that near-zero gradients do not turn rounding noise into full-size steps
+SETTINGS = {
+    "RMSprop": {"lr": 1e-3, "alpha": 0.9, "eps": 1e-3, "weight_decay": 0.01, "momentum": 0.5},
+    "AdamW": {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
+    "SGD": {"lr": 1e-1, "momentum": 0.9, "weight_decay": 0.01},
+}
+CLIP = 0.02  # small enough that every strategy really clips
+
+
+def reference(model, mask, batches, *, rule, strategy, accumulation, lrs, settings):
+    """Plain loop: torch.optim on a dense copy whose gradients and updates are masked by hand, in fp32."""
+    model = copy.deepcopy(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = {name: mask.dense(name) for name in mask.names if mask.kept(name)}
+    parameters = {name: p for name, p in model.named_parameters() if name in kept}
+    optimizer = getattr(torch.optim, rule)(parameters.values(), foreach=False, **settings)
+    norms = []
+    for step, lr in enumerate(lrs):
+        optimizer.zero_grad()
+        for ids in batches[step * accumulation : (step + 1) * accumulation]:
+            (model(input_ids=ids, labels=ids).loss / accumulation).backward()
+        for name, p in parameters.items():
+            p.grad = p.grad * kept[name]
+        each = {name: p.grad.norm().item() for name, p in parameters.items()}
+        total = math.sqrt(sum(n**2 for n in each.values()))
+        norms.append(total)
+        for name, p in parameters.items():
+            limits = {
+                "even": CLIP / each[name],
+                "proportional": CLIP / math.sqrt(len(each)) / each[name],
+                "global": CLIP / total,
+                "none": 1.0,
+            }
+            p.grad *= min(1.0, limits[strategy])
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(torch.where(kept[name], p, start[name]))
+    return model, norms
+
+
+def train(model, mask, batches, *, rule, strategy, accumulation, lrs, settings, fused):
+    model = copy.deepcopy(model)
+    optimizer = OPTIMIZERS[rule](model, mask, grad_norm_strategy=strategy, max_grad_norm=CLIP, **settings)
+    if fused:
+        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=accumulation)
+    norms = []
+    for step, lr in enumerate(lrs):
+        optimizer.param_groups[0]["lr"] = lr
+        for ids in batches[step * accumulation : (step + 1) * accumulation]:
+            (model(input_ids=ids, labels=ids).loss / accumulation).backward()
+        if fused:
+            assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(optimizer.grad_norm)
+    return model, norms
+
+
+def compare(architecture, rule, strategy, accumulation):
+    model = tiny.make(architecture)
+    mask = tiny.random_mask(model)
+    data = tiny.batches(3 * accumulation)
+    lr = SETTINGS[rule]["lr"]
+    run = {
+        "rule": rule,
+        "strategy": strategy,
+        "accumulation": accumulation,
+        "settings": SETTINGS[rule],
+        "lrs": [lr / 3, lr * 2 / 3, lr],
+    }
+    expected, expected_norms = reference(model, mask, data, **run)
+    deferred, _ = train(model, mask, data, fused=False, **run)
+    fused, norms = train(model, mask, data, fused=True, **run)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    start = dict(model.named_parameters())
+    moved = 0
+    for (name, want), got, same in zip(
+        expected.named_parameters(), fused.parameters(), deferred.parameters(), strict=True
+    ):
+        assert torch.equal(got, same), name
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        frozen = ~mask.dense(name) if name in mask else torch.ones_like(got, dtype=torch.bool)
+        assert torch.equal(got[frozen], start[name][frozen]), name
+        moved += (got != start[name]).sum().item()
+    assert moved > 0.9 * mask.n_kept
+
+
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+def test_every_architecture(architecture):
+    compare(architecture, "RMSprop", "even", 1)
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+@pytest.mark.parametrize("strategy", ["even", "proportional", "global", "none"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_every_rule_strategy_and_accumulation(rule, strategy, accumulation):
+    compare("llama", rule, strategy, accumulation)
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_dense_equals_torch(rule):
+    model = tiny.make("gpt2")
+    data = tiny.batches(3)
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = OPTIMIZERS[rule](ours, None, **SETTINGS[rule])
+    lota.fuse_in_backward(optimizer)
+    plain = getattr(torch.optim, rule)(theirs.parameters(), foreach=False, **SETTINGS[rule])
+    for ids in data:
+        ours(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        plain.zero_grad()
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        plain.step()
+    for got, want in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["even", "global"])
+def test_bf16_keeps_fp32_masters(strategy):
+    model = tiny.make("llama", dtype=torch.bfloat16)
+    mask = tiny.random_mask(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = lota.MaskedRMSprop(
+        model, mask, lr=1e-5, weight_decay=0.1, grad_norm_strategy=strategy, max_grad_norm=1.0
+    )
+    lota.fuse_in_backward(optimizer)
+    for ids in tiny.batches(4):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    masters = {name: (positions, values) for name, positions, values in optimizer.kept_values()}
+    changed = 0
+    for name, p in model.named_parameters():
+        kept = mask.dense(name) if name in mask else torch.zeros_like(p, dtype=torch.bool)
+        assert torch.equal(p[~kept], start[name][~kept])
+        if name in masters:
+            assert masters[name][1].dtype == torch.float32
+            assert torch.equal(p[kept], masters[name][1].to(torch.bfloat16))
+            changed += (masters[name][1] != start[name][kept].float()).sum().item()
+    assert changed > 0.9 * mask.n_kept  # steps too small for bf16 add up in the masters
+
+
+def test_memory_per_kept_entry():
+    model = tiny.make("llama", dtype=torch.bfloat16)
+    mask = tiny.random_mask(model)
+    plain = lota.MaskedRMSprop(model, mask)
+    assert plain.state_bytes() <= 12 * mask.n_kept
+    with_momentum = lota.MaskedRMSprop(model, mask, momentum=0.9)
+    assert with_momentum.state_bytes() - plain.state_bytes() == 4 * mask.n_kept
+
+
+def test_parameters_without_kept_entries_need_no_gradient():
+    model = tiny.make("llama")
+    mask = tiny.random_mask(model)
+    lota.MaskedRMSprop(model, mask)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (mask.kept(name) > 0), name
+
+
+def test_learning_rate_zero_moves_nothing():
+    model = tiny.make("llama")
+    start = copy.deepcopy(model)
+    optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model), lr=0.0, weight_decay=0.1)
+    lota.fuse_in_backward(optimizer)
+    model(input_ids=tiny.batches(1)[0], labels=tiny.batches(1)[0]).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert optimizer.grad_norm > 0
+
+
+def test_activation_checkpointing_changes_nothing():
+    from lota.models import enable_activation_checkpointing
+
+    results = []
+    for checkpointing in (False, True):
+        model = tiny.make("qwen2_tied")
+        if checkpointing:
+            enable_activation_checkpointing(model)
+        optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model), lr=1e-3)
+        lota.fuse_in_backward(optimizer)
+        for ids in tiny.batches(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_state_reloads_unchanged_under_bf16(tmp_path):
+    """torch's own load_state_dict would cast positions 257 and 999 to bf16, that is to 256 and 1000."""
+    p = torch.nn.Parameter(torch.randn(40, 50, dtype=torch.bfloat16))
+    mask = Mask.from_positions({"w": torch.tensor([257, 999, 1511])}, {"w": (40, 50)})
+    optimizer = lota.MaskedAdamW([("w", p)], mask, lr=1e-3)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    fresh = lota.MaskedAdamW([("w", torch.nn.Parameter(p.detach().clone()))], mask, lr=1.0)
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    (restored,), (original,) = fresh.state.values(), optimizer.state.values()
+    assert restored["positions"].tolist() == [257, 999, 1511]
+    assert restored["positions"].dtype == torch.int32
+    for key, value in original.items():
+        same = (
+            torch.equal(restored[key], value) if isinstance(value, torch.Tensor) else restored[key] == value
+        )
+        assert same, key
+        assert getattr(restored[key], "dtype", None) == getattr(value, "dtype", None)
+    assert fresh.param_groups[0]["lr"] == 1e-3
+
+
+def test_state_of_another_mask_is_refused():
+    model = tiny.make("llama")
+    optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model, seed=1))
+    other = lota.MaskedRMSprop(model, tiny.random_mask(model, seed=2))
+    with pytest.raises(ValueError, match="another mask"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_unfused_again_steps_as_usual():
+    model = tiny.make("llama")
+    optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model), lr=1e-3)
+    unfuse = lota.fuse_in_backward(optimizer)
+    with pytest.raises(ValueError, match="already"):
+        lota.fuse_in_backward(optimizer)
+    unfuse()
+    model(input_ids=tiny.batches(1)[0], labels=tiny.batches(1)[0]).loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grad_norm_strategy": "evenly", "max_grad_norm": 1.0}, "grad_norm_strategy='evenly'"),
+        ({"grad_norm_strategy": "even"}, "max_grad_norm=None"),
+        ({"grad_norm_strategy": "even", "max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"lr": -1.0}, "lr=-1.0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lota.MaskedRMSprop(tiny.make("llama"), None, **settings)
+
+
+def test_an_empty_mask_is_an_error():
+    model = tiny.make("llama")
+    kept = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in find_scope(model).items()}
+    with pytest.raises(ValueError, match="nothing would train"):
+        lota.MaskedRMSprop(model, Mask.from_dense(kept))
