@@ -6,8 +6,8 @@ A row:
      "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2 x 50 =
                 $<<0.2*50=10>>10.\n#### 10"}
 
-The target is the worked solution without the calculator notes `<<...>>`, which nothing executes here, and with
-its last line `#### N`.
+The target is the worked solution without the calculator notes `<<...>>`, which nothing executes here, and
+with its last line `#### N`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 def plain_text(text: str) -> str:
     """Text with every decimal digit as 0-9, minus signs as "-", LaTeX's "{,}" as "," and "\\$" as "$".
 
-    Only true digits (Unicode category Nd) are replaced; the superscript of a square or a one-half sign is none.
+    Only true digits (Unicode category Nd) are replaced; the superscript of a square or a one-half sign is
+    none.
     """
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$")
     if text.isascii():
