@@ -1,0 +1,322 @@
+"""Batched generation with any Hugging Face causal language model; used by evaluation, sampling and training.
+
+Prompts of similar length share a batch, padded on the left; a row that has finished leaves its batch, so
+that one long completion does not hold up the others. A sampled completion depends on (seed, prompt index,
+sample index) only, not on the batch it was made in, as far as fp32 rounding allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+logger = logging.getLogger(__name__)
+
+# Subclasses carry further state (linear attention, quantised blocks) that their row selection may leave
+# behind.
+SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen and where a completion ends.
+
+    temperature: 0 is greedy; top_p, top_k: sample from the smallest set of tokens with at least that
+    probability, from that many tokens (1.0 and 0: all). stop: texts that end a completion and are not part
+    of it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature={self.temperature}: must be a number >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p}: must be above 0 and at most 1 (1 is off)")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k}: must be >= 0 (0 is off)")
+        if "" in self.stop:
+            problems.append("stop: an empty text would end every completion at once")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    max_prompt_length: int | None = None,
+    indices: Sequence[int] | None = None,
+    sample: int = 0,
+    on_done: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """The completion of each prompt, without the prompt, special tokens and stop text.
+
+    prompts: texts, or token ids that already fit (a text that is too long keeps its end). indices: what
+    numbers the prompts for the seed, where they are part of a larger list. on_done(i, completion) is called
+    for prompts[i] when its batch is done. Running out of memory halves the batch for the rest. Errors:
+    ValueError for bad settings.
+    """
+    decoding = Decoding(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop))
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    bound = prompt_bound(model.config, max_new_tokens, max_prompt_length)
+    ids = [_prompt_ids(tokenizer, prompt, bound) for prompt in prompts]
+    indices = range(len(ids)) if indices is None else indices
+    draws = [_uniforms(decoding, index, sample) for index in indices]
+    done: list[str] = [""] * len(ids)
+
+    def run(rows: list[int]) -> None:
+        batch = [ids[row] for row in rows]
+        tokens = _complete(model, tokenizer, batch, [draws[row] for row in rows], decoding)
+        for row, completion in zip(rows, tokens, strict=True):
+            done[row] = completion_text(tokenizer, completion, decoding.stop)
+            if on_done is not None:
+                on_done(row, done[row])
+
+    # longest first: if the memory is too small for this batch size, it shows at once
+    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            _in_batches(order, batch_size, run)
+    finally:
+        model.train(training)
+    return done
+
+
+def _in_batches(rows: list[int], size: int, run: Callable[[list[int]], None]) -> None:
+    """Call `run` on consecutive slices; from one that does not fit in memory on, slices are half as long."""
+    start = 0
+    while start < len(rows):
+        batch = rows[start : start + size]
+        problem = None
+        try:
+            run(batch)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error) or len(batch) == 1:
+                raise
+            problem = str(error).splitlines()[0]
+        if problem is None:
+            start += len(batch)
+            continue
+        # out of the except block, because the exception's traceback holds the tensors that did not fit
+        size = len(batch) // 2
+        logger.warning(
+            "out of memory with %d prompts in a batch, going on with %d (%s)", len(batch), size, problem
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def context_length(config) -> int | None:
+    """How many positions the model has, prompt and completion together; None where it sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def prompt_bound(config, max_new_tokens: int, max_prompt_length: int | None = None) -> int | None:
+    """The most tokens a prompt may have: at most max_prompt_length, and beside it the completion has room.
+
+    The completion is given max_new_tokens, but at most half the context. None: no limit.
+    """
+    context = context_length(config)
+    if context is None:
+        return max_prompt_length
+    room = context - min(max_new_tokens, context // 2)
+    return room if max_prompt_length is None else min(room, max_prompt_length)
+
+
+def _prompt_ids(tokenizer, prompt: str | Sequence[int], bound: int | None) -> list[int]:
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise ValueError(
+                "an empty prompt needs a tokenizer with a token for the beginning or end of text"
+            )
+        ids = [start]
+    return ids if bound is None else ids[-bound:]
+
+
+def _uniforms(decoding: Decoding, index: int, sample: int) -> Tensor:
+    """One number in [0, 1) per token that may be drawn; nothing for greedy decoding."""
+    if decoding.temperature == 0:
+        return torch.empty(0, dtype=torch.float64)
+    digest = hashlib.sha256(f"{decoding.seed}/{index}/{sample}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Every token id that ends a completion: the tokenizer's, and those of the model's generation config."""
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    ids = ids if isinstance(ids, list) else [ids]
+    return {id for id in (tokenizer.eos_token_id, *ids) if id is not None}
+
+
+def completion_text(tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> str:
+    """Decode a completion and cut it before the first stop text."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ends = [at for word in stop if (at := text.find(word)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
+    """The next token of each row. logits: (rows, vocabulary); uniform: (rows,) in [0, 1), unused if greedy.
+
+    The draw inverts the cumulative probability in the order of the vocabulary, which rounding of the logits
+    barely moves; an order by probability would let two equally likely tokens trade places.
+    """
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.double() / decoding.temperature, -1)
+    if decoding.top_k or decoding.top_p < 1:
+        ranked, order = probabilities.sort(-1, descending=True, stable=True)
+        if decoding.top_k:
+            ranked[:, decoding.top_k :] = 0
+        before = ranked.cumsum(-1) - ranked
+        ranked[before >= decoding.top_p * ranked.sum(-1, keepdim=True)] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
+    total = probabilities.cumsum(-1)
+    goal = uniform.to(total.device)[:, None] * total[:, -1:]
+    return torch.searchsorted(total, goal, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list[int]]:
+    """Token ids of the completions of one batch, end token excluded."""
+    context = context_length(model.config)
+    limits = [
+        decoding.max_new_tokens if context is None else min(decoding.max_new_tokens, context - len(prompt))
+        for prompt in prompts
+    ]
+    ends = end_tokens(model, tokenizer)
+    tail = max((len(word.encode()) for word in decoding.stop), default=0) + 4  # a token adds at least a byte
+    tokens: list[list[int]] = [[] for _ in prompts]
+    uniforms = torch.stack(draws)
+
+    def finished(row: int, token: int) -> bool:
+        if token in ends:
+            return True
+        tokens[row].append(token)
+        if len(tokens[row]) >= limits[row]:
+            return True
+        return bool(decoding.stop) and any(
+            word in tokenizer.decode(tokens[row][-tail:], clean_up_tokenization_spaces=False)
+            for word in decoding.stop
+        )
+
+    batch = _Batch(model, prompts, context)
+    step = 0
+    while batch.rows:
+        logits = batch.logits()
+        uniform = uniforms[batch.rows, step] if decoding.temperature else uniforms
+        chosen = choose(logits, uniform, decoding)
+        going = [
+            not finished(row, token) if alive else False
+            for row, token, alive in zip(batch.rows, chosen.tolist(), batch.alive, strict=True)
+        ]
+        batch.extend(chosen, going)
+        step += 1
+    return tokens
+
+
+class _Batch:
+    """Left-padded rows that grow by a token at a time, with the model's cache.
+
+    rows: the prompt numbers in the batch; alive: which of them still go on. Finished rows leave; only where
+    the model's cache cannot give up rows do they stay, masked, until all have finished.
+    """
+
+    def __init__(self, model, prompts: Sequence[Sequence[int]], context: int | None) -> None:
+        self.model, self.context = model, context
+        self.accepts = _accepted(model)
+        width = max(map(len, prompts))
+        # any valid id does as padding under the attention mask
+        padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = next(model.parameters()).device
+        self.ids = torch.tensor(padded, device=device)  # (rows, width)
+        self.mask = torch.tensor(mask, device=device)  # (rows, width), 1 for tokens that count
+        self.cache = None
+        self.rows = list(range(len(prompts)))
+        self.alive = [True] * len(prompts)
+
+    def logits(self) -> Tensor:
+        """Scores of the next token, fp32, (rows, vocabulary)."""
+        inputs, positions = self.ids, (self.mask.cumsum(-1) - 1).clamp(min=0)
+        if self.context is not None:
+            positions = positions.clamp(max=self.context - 1)
+        if self.cache is not None:
+            inputs, positions = inputs[:, -1:], positions[:, -1:]
+        extra = {}
+        if "position_ids" in self.accepts:
+            extra["position_ids"] = positions
+        if "logits_to_keep" in self.accepts:
+            extra["logits_to_keep"] = 1
+        first = self.cache is None
+        output = self.model(
+            input_ids=inputs, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **extra
+        )
+        self.cache = getattr(output, "past_key_values", None)
+        logits = output.logits[:, -1].float()
+        if first and logits.isnan().any():
+            raise ValueError("the model's scores are not numbers (NaN): its weights or its dtype are broken")
+        return logits
+
+    def extend(self, chosen: Tensor, going: list[bool]) -> None:
+        """Append a token to each row that goes on and drop the others."""
+        alive = torch.tensor(going, device=self.ids.device)
+        self.ids = torch.cat([self.ids, chosen[:, None]], 1)
+        self.mask = torch.cat([self.mask, alive[:, None].to(self.mask.dtype)], 1)
+        self.alive = going
+        if not any(going):
+            self.rows = []
+        elif not all(going) and _can_drop_rows(self.cache):
+            kept = alive.nonzero().squeeze(1)
+            self.ids, self.mask = self.ids[kept], self.mask[kept]
+            if self.cache is not None:
+                self.cache.batch_select_indices(kept)
+            self.rows = [row for row, goes_on in zip(self.rows, going, strict=True) if goes_on]
+            self.alive = [True] * len(self.rows)
+
+
+def _accepted(model) -> set[str]:
+    """Names of the arguments of the model's forward, of the model itself where a wrapper hides them."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def _can_drop_rows(cache) -> bool:
+    return cache is None or all(
+        type(layer) in SELECTABLE_LAYERS for layer in getattr(cache, "layers", [None])
+    )
