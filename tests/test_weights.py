@@ -1,0 +1,247 @@
+"""Reading weights from disk under the loaded model's names, against transformers' own loading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lota.scope import meta_model
+from lota.translation import row_runs
+from lota.weights import content_hash, open_weights
+
+TINY = {
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=11, vocab_size=64,
+    ),
+    "qwen2_tied": lambda: transformers.Qwen2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64, tie_word_embeddings=True,
+    ),
+    "llama": lambda: transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def save_tiny(kind: str, folder: Path, shard: str | None = None, seed: int = 0) -> torch.nn.Module:
+    """A randomly initialised model of two layers, saved as a folder and returned as it loads."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(TINY[kind]())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def assert_same_weights(source, model: torch.nn.Module) -> None:
+    loaded = dict(model.named_parameters())
+    assert source.names() == list(loaded)
+    for name, parameter in loaded.items():
+        assert source.shape(name) == tuple(parameter.shape)
+        assert torch.equal(source.read(name), parameter.detach()), name
+        flat = parameter.detach().reshape(-1)
+        start, stop = flat.numel() // 3, flat.numel() - flat.numel() // 5
+        assert torch.equal(source.read_flat(name, start, stop), flat[start:stop]), name
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_folder_and_policy_give_the_loaded_models_parameters(kind, tmp_path):
+    model = save_tiny(kind, tmp_path / "hf", shard="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    torch.save({"step_idx": 3, "state": model.state_dict(), "metrics": {}}, tmp_path / "policy.pt")
+    structure = meta_model(tmp_path / "hf")
+    folder = open_weights(tmp_path / "hf")
+    policy = open_weights(tmp_path / "policy.pt", structure)
+    assert_same_weights(folder, model)
+    assert_same_weights(policy, model)
+    assert content_hash(folder) == content_hash(policy)
+
+
+def test_mixtral_is_stored_with_separate_experts_and_read_in_rows(tmp_path):
+    """Eleven experts: expert 10 must not come before expert 2."""
+    model = save_tiny("mixtral", tmp_path)
+    on_disk = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert name not in on_disk
+    source = open_weights(tmp_path)
+    runs = row_runs(source._targets[name].conversion, source._stored)[name]
+    assert len(runs) == 22  # w1 and w3 of every expert, one run each
+    expected = dict(model.named_parameters())[name].detach().reshape(-1)
+    pieces = [
+        source.read_flat(name, i, min(i + 1000, expected.numel())) for i in range(0, expected.numel(), 1000)
+    ]
+    assert torch.equal(torch.cat(pieces), expected)
+
+
+def test_gpt_neox_embed_out_is_the_head(tmp_path):
+    model = save_tiny("gpt_neox", tmp_path)
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+    head = [name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight]
+    assert torch.equal(open_weights(tmp_path).read(head[0]), model.get_output_embeddings().weight.detach())
+
+
+def test_gpt2_folder_without_prefix(tmp_path):
+    """The published GPT-2 folders hold the base model: no `transformer.`, and buffers nobody reads."""
+    model = save_tiny("gpt2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
+    state["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    save_file(state, file, metadata={"format": "pt"})
+    source = open_weights(tmp_path)
+    assert_same_weights(source, model)
+    assert set(source.unused) == {"h.0.attn.bias"}
+
+
+@pytest.mark.parametrize("stored_name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_weight_under_either_name(stored_name, tmp_path):
+    model = save_tiny("qwen2_tied", tmp_path)
+    state = dict(model.state_dict())
+    kept = state.pop("lm_head.weight")
+    state.pop("model.embed_tokens.weight")
+    torch.save({"step_idx": 0, "state": {**state, stored_name: kept}, "metrics": {}}, tmp_path / "policy.pt")
+    source = open_weights(tmp_path / "policy.pt", meta_model(tmp_path))
+    assert sorted(source.names()) == sorted(name for name, _ in model.named_parameters())
+    assert torch.equal(source.read("model.embed_tokens.weight"), kept)
+
+
+def test_policy_with_wrapped_names_views_and_dtypes(tmp_path):
+    model = save_tiny("llama", tmp_path)
+    wrapped = {
+        "module._orig_mod." + name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."): value
+        for name, value in model.state_dict().items()
+    }
+    key = next(name for name in wrapped if "layers.1.mlp.up_proj" in name)
+    wrapped[key] = wrapped[key].t().contiguous().t()  # not contiguous in the file
+    norm = next(name for name in wrapped if name.endswith("model.norm.weight"))
+    wrapped[norm] = torch.arange(64.0)[16:48]  # a view that starts inside its storage
+    bf16 = next(name for name in wrapped if "layers.0" in name and "q_proj" in name)
+    wrapped[bf16] = wrapped[bf16].bfloat16()
+    torch.save({"step_idx": 0, "state": wrapped, "metrics": {}}, tmp_path / "policy.pt")
+    source = open_weights(tmp_path / "policy.pt", meta_model(tmp_path))
+    state = model.state_dict()
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(source.read(up), state[up])
+    assert torch.equal(source.read_flat(up, 100, 300), state[up].reshape(-1)[100:300])
+    assert torch.equal(source.read("model.norm.weight"), torch.arange(64.0)[16:48])
+    assert source.dtype("model.layers.0.self_attn.q_proj.weight") == torch.bfloat16
+    expected = state["model.layers.0.self_attn.q_proj.weight"].bfloat16()
+    assert torch.equal(source.read("model.layers.0.self_attn.q_proj.weight"), expected)
+
+
+def test_folder_of_torch_shards(tmp_path):
+    model = save_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_same_weights(open_weights(tmp_path), model)
+
+
+def test_run_folder_and_policy_without_a_model(tmp_path):
+    tensor = torch.arange(6.0).reshape(2, 3)
+    (tmp_path / "epoch-1").mkdir()
+    state = {"a.weight": tensor, "b.weight": tensor, "c": torch.ones(2)}
+    torch.save({"step_idx": 0, "state": state, "metrics": {}}, tmp_path / "epoch-1" / "policy.pt")
+    source = open_weights(tmp_path / "epoch-1")
+    assert source.names() == ["a.weight", "c"]  # the same bytes are listed once
+    assert torch.equal(source.read("a.weight"), tensor)
+
+
+def test_content_hash_is_over_name_dtype_shape_bytes(tmp_path):
+    state = {"b": torch.arange(4, dtype=torch.int32), "a": torch.ones(2, 3, dtype=torch.bfloat16)}
+    torch.save(state, tmp_path / "x.pt")
+    expected = hashlib.sha256(
+        b"a\0bfloat16\x002x3\0"
+        + np.full(6, 0x3F80, "<u2").tobytes()
+        + b"b\0int32\x004\0"
+        + np.arange(4, dtype="<i4").tobytes()
+    )
+    assert content_hash(open_weights(tmp_path / "x.pt")) == expected.hexdigest()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "policy.pt"])
+@pytest.mark.parametrize("damage", ["half", "tail", "garbage", "empty"])
+def test_damaged_files_are_named(file, damage, tmp_path):
+    model = save_tiny("llama", tmp_path)
+    torch.save({"step_idx": 0, "state": model.state_dict(), "metrics": {}}, tmp_path / "policy.pt")
+    path = tmp_path / file
+    content = path.read_bytes()
+    changed = {
+        "half": content[: len(content) // 2],
+        "tail": content[:-1],
+        "garbage": b"x" * 4000,
+        "empty": b"",
+    }
+    path.write_bytes(changed[damage])
+    with pytest.raises(ValueError, match=file):
+        open_weights(path, meta_model(tmp_path))
+
+
+class Runs:
+    """Unpickling this would run code."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code from a pickle ran')",))
+
+
+def test_pickle_that_runs_code_is_refused(tmp_path):
+    torch.save(
+        {"step_idx": 0, "state": {"a": torch.ones(1)}, "metrics": {"x": Runs()}}, tmp_path / "policy.pt"
+    )
+    with pytest.raises(ValueError, match=r"policy\.pt"):
+        open_weights(tmp_path / "policy.pt")
+
+
+def test_what_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="does not exist"):
+        open_weights(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="holds no weights"):
+        open_weights(tmp_path)
+    torch.save({"step_idx": 0, "state": {}, "metrics": {}}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        open_weights(tmp_path / "empty.pt")
+    save_tiny("llama", tmp_path / "hf", shard="20KB")
+    shard = sorted((tmp_path / "hf").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=shard.name):
+        open_weights(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json"):
+        open_weights(tmp_path / "hf")
+
+
+def test_hub_id_is_fetched(tmp_path, monkeypatch):
+    model = save_tiny("llama", tmp_path / "cache")
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.append((repo_id, tuple(allow_patterns)))
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert_same_weights(open_weights("somebody/llama"), model)
+    assert [repo for repo, _ in asked] == ["somebody/llama"]
+    assert json.loads((tmp_path / "cache" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_hub_id_that_cannot_be_had(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot_download(repo_id, allow_patterns):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match="somebody/llama"):
+        open_weights("somebody/llama")
