@@ -99,11 +99,11 @@ def load_model(
     pad_token: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """A causal LM in `dtype` on `device`, in eval mode, every dropout at 0, its weights in memory of its own.
+    """A causal LM in `dtype` on `device`, in eval mode, every dropout at 0.
 
-    archive: weights to use instead of name_or_path's: a Hugging Face folder, a policy.pt, or a folder that
-    holds one (it wins over weights converted from it in the same folder). pad_token: added to `tokenizer`
-    (name_or_path's when None) and, where the embeddings have no row for it, to the model.
+    archive: weights to use instead of name_or_path's: a Hugging Face folder, a policy.pt, or a folder with
+    policy.pt alone. pad_token: added to `tokenizer` (name_or_path's when None) and, where the embeddings
+    have no row for it, to the model.
     Raises ValueError when weights are missing, left over or of another shape.
     """
     if archive is not None and is_policy(archive):

@@ -27,9 +27,15 @@ COMPUTED = (r"\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)
 
 
 def is_policy(path: str | Path) -> bool:
-    """Whether `path` means a policy file: a file, a name that ends in .pt, a folder that holds policy.pt."""
+    """Whether `path` means a policy file: a file, a name that ends in .pt, a folder with policy.pt alone.
+
+    A folder that also holds weights for transformers is read as such, here as in `open_weights`.
+    """
     path = Path(path).expanduser()
-    return path.is_file() or path.suffix == ".pt" or (path / "policy.pt").is_file()
+    if path.is_dir():
+        converted = (path / "config.json").is_file()
+        return (path / "policy.pt").is_file() and not converted
+    return path.is_file() or path.suffix == ".pt"
 
 
 def policy_path(path: str | Path) -> Path:
