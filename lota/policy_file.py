@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ LAYOUT = ("step_idx", "state", "metrics")
 WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
 # Buffers that older transformers releases saved (rotary frequencies, causal masks): computed, not learnt.
 COMPUTED = (r"\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
+# How torch's tensors-only reader says that it met something else than tensors and plain values.
+OBJECTS = re.compile(r"Unsupported (global|class)|Trying to |Can only ")
 
 
 def is_policy(path: str | Path) -> bool:
@@ -87,10 +90,11 @@ def _load(file: Path) -> object:
     # The zip directory is a file's last part: a truncated file has none, and only zip files can be mapped.
     mapped = zipfile.is_zipfile(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():  # torch wonders about the pickle protocol of a file it then refuses
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        # torch names what it refused: "Unsupported global: GLOBAL posix.system", "Unsupported operand"
-        if "Unsupported" not in str(error):
+        if not OBJECTS.search(str(error)):
             raise ValueError(_unreadable(file, error)) from error
         raise ValueError(
             f"{file} was not read: it holds Python objects besides tensors and plain values, and loading them"
@@ -104,7 +108,7 @@ def _load(file: Path) -> object:
 def _refused(error: Exception) -> str:
     """The part of torch's long message that names the refused object."""
     lines = str(error).splitlines()
-    return next((line.strip() for line in lines if "Unsupported" in line), lines[0])[:200]
+    return next((line.strip() for line in lines if OBJECTS.search(line)), lines[0])[:200]
 
 
 def _unreadable(file: Path, error: Exception) -> str:
