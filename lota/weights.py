@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -162,19 +162,66 @@ def open_weights(path: str | os.PathLike, model: nn.Module | None = None) -> Wei
 
 def content_hash(source: WeightSource) -> str:
     """Hex sha256 over (name, dtype, shape, bytes) of every parameter in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(source.names()):
-        digest.update(hash_header(source, name))
-        for start in range(0, source.numel(name), HASH_CHUNK):
-            part = source.read_flat(name, start, min(start + HASH_CHUNK, source.numel(name)))
-            digest.update(part.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return StreamingHash(source).finish()
 
 
-def hash_header(source: WeightSource, name: str) -> bytes:
-    """What `content_hash` takes in before a parameter's bytes."""
-    dtype = str(source.dtype(name)).removeprefix("torch.")
-    return f"{name}\0{dtype}\0{'x'.join(map(str, source.shape(name)))}\0".encode()
+class StreamingHash:
+    """`content_hash` of a source that is being read for another purpose, so that it is read only once.
+
+    `put` takes parts as they are read, from any thread and a little out of order; parts that nobody puts in
+    are read here when their turn comes, at the latest in `finish`. Those who read in the order of names
+    and in parts of `chunk` entries keep what waits here small.
+    """
+
+    def __init__(self, source: WeightSource, shared: Iterable[str] = (), chunk: int = HASH_CHUNK):
+        """shared: names whose parts will be put in."""
+        self._source = source
+        self._shared = {name for name in shared if source.numel(name)}
+        self._parts = [
+            (name, start, min(start + chunk, source.numel(name)))
+            for name in sorted(source.names())
+            for start in range(0, max(source.numel(name), 1), chunk)
+        ]
+        self._turn = {part: i for i, part in enumerate(self._parts)}
+        self._next = 0
+        self._waiting: dict[int, Tensor] = {}
+        self._digest = hashlib.sha256()
+        self._lock = threading.Lock()
+
+    def put(self, name: str, start: int, stop: int, part: Tensor) -> None:
+        """Take entries [start, stop) of a parameter; nothing happens if they were taken before."""
+        turn = self._turn.get((name, start, stop))
+        if turn is None or turn < self._next or name not in self._shared:
+            return
+        self._waiting[turn] = part
+        while self._is_due() and self._lock.acquire(blocking=False):  # one thread hashes, none waits for it
+            try:
+                while self._is_due():
+                    self._take_next()
+            finally:
+                self._lock.release()
+
+    def finish(self) -> str:
+        """The hash as hex digits, once nobody puts in more."""
+        while self._next < len(self._parts):
+            self._take_next()
+        return self._digest.hexdigest()
+
+    def _is_due(self) -> bool:
+        if self._next >= len(self._parts):
+            return False
+        return self._next in self._waiting or self._parts[self._next][0] not in self._shared
+
+    def _take_next(self) -> None:
+        name, start, stop = self._parts[self._next]
+        part = self._waiting.pop(self._next, None)
+        if part is None:
+            part = self._source.read_flat(name, start, stop)
+        if start == 0:
+            shape, dtype = self._source.shape(name), str(self._source.dtype(name)).removeprefix("torch.")
+            self._digest.update(f"{name}\0{dtype}\0{'x'.join(map(str, shape))}\0".encode())
+        self._digest.update(part.reshape(-1).view(torch.uint8).numpy())
+        self._next += 1
 
 
 def _parameters(targets: Mapping[str, Target], model: nn.Module) -> dict[str, Target]:

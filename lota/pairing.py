@@ -1,0 +1,152 @@
+"""A base and a tuned model on disk that belong together, and the scope that masks are chosen over."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lota.masks import Mask
+from lota.scope import ScopedTensor, find_scope, meta_model
+from lota.stored import checkpoint_files
+from lota.weights import WeightSource, open_weights
+
+SHOWN = 4  # differences of each kind
+
+
+@dataclass
+class Pair:
+    """sources: `base`, and `tuned` where the score reads it. shapes: every parameter of the base."""
+
+    sources: dict[str, WeightSource]
+    scope: dict[str, ScopedTensor]
+    shapes: dict[str, tuple[int, ...]]
+    pattern: str | None
+
+    def by_layer(self, mask: Mask) -> dict[str, dict[str, int]]:
+        """Layer index, or "outside" of the blocks -> kept entries and all entries."""
+        layers: dict[str, dict[str, int]] = {}
+        for name, tensor in self.scope.items():
+            label = "outside" if tensor.layer is None else str(tensor.layer)
+            row = layers.setdefault(label, {"kept": 0, "entries": 0})
+            row["kept"] += mask.kept(name)
+            row["entries"] += mask.numel(name)
+        return layers
+
+
+def open_pair(
+    base: str | os.PathLike,
+    tuned: str | os.PathLike | None = None,
+    *,
+    scope: str | None = None,
+    model: str | os.PathLike | None = None,
+    needs: Sequence[str] = ("base", "tuned"),
+) -> Pair:
+    """Index both sides and check that the scope's names and shapes are the same on either.
+
+    needs: what the score reads. Raises ValueError naming the first few differences both ways.
+    """
+    if "tuned" in needs and tuned is None:
+        raise ValueError("this score compares two models: give the tuned one (--tuned)")
+    sides = {"base": base, **({"tuned": tuned} if "tuned" in needs else {})}
+    folders = {role: checkpoint_files(path)[1] for role, path in sides.items()}
+    structure = _structure(sides, folders, model)
+    found = find_scope(structure, scope)
+    expected = {name: tensor.shape for name, tensor in found.items()}
+    sources = {}
+    for role, path in sides.items():
+        own = structure
+        if folders[role] is not None and role != "base" and (folders[role] / "config.json").is_file():
+            own = meta_model(folders[role])
+        sources[role] = open_weights(path, own)
+        partner = base if role != "base" else f"a {type(structure).__name__} of this configuration"
+        _check_same(expected, _in_scope(sources[role], expected, own, scope), partner, sources[role])
+    shapes = {name: tuple(parameter.shape) for name, parameter in structure.named_parameters()}
+    return Pair(sources, found, shapes, scope)
+
+
+def _structure(
+    sides: Mapping[str, Any], folders: Mapping[str, Path | None], model: str | os.PathLike | None
+) -> nn.Module:
+    """The model that gives names and roles: `model`, else a side that is a folder, else a run's base
+    model.
+    """
+    if model is not None:
+        return meta_model(model)
+    for folder in folders.values():
+        if folder is not None and (folder / "config.json").is_file():
+            return meta_model(folder)
+    for path in sides.values():
+        name = _base_of_run(Path(path))
+        if name is not None:
+            return meta_model(name)
+    raise ValueError(
+        f"{' and '.join(str(path) for path in sides.values())} do not say which model they are of: "
+        "give a Hugging Face folder with its config (--model)"
+    )
+
+
+def _base_of_run(path: Path) -> str | None:
+    """`model.name_or_path` from the config.yaml of the run that a policy.pt belongs to."""
+    import yaml
+
+    for folder in path.resolve().parents[:2] if path.is_file() else (path, path.resolve().parent):
+        try:
+            content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            return str(content["model"]["name_or_path"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _in_scope(
+    source: WeightSource, expected: Mapping[str, tuple[int, ...]], model: nn.Module, pattern: str | None
+) -> dict[str, tuple[int, ...]]:
+    """What a side holds of the scope, and what it holds besides that would be in the scope of such a model.
+
+    A policy.pt of a deeper model has names that this structure does not know; they count when another layer's
+    tensor of the same name is in the scope.
+    """
+    own = find_scope(model, pattern)
+    held = {name: source.shape(name) for name in source.names() if name in expected or name in own}
+    alike = {re.sub(r"\d+", "#", name) for name in expected}
+    held.update({name: shape for name, shape in source.unused.items() if re.sub(r"\d+", "#", name) in alike})
+    return held
+
+
+def _check_same(
+    expected: Mapping[str, tuple[int, ...]],
+    held: Mapping[str, tuple[int, ...]],
+    partner: Any,
+    source: WeightSource,
+) -> None:
+    strange = [name for name in expected if name in source and not source.dtype(name).is_floating_point]
+    if strange:
+        raise ValueError(
+            f"{source.id}: {strange[0]} is {source.dtype(strange[0])}; quantized weights have no task "
+            "vector, give the model from before quantization"
+        )
+    absent = [name for name in expected if name not in held]
+    extra = [name for name in held if name not in expected]
+    shapes = [
+        f"{name} {expected[name]} and {held[name]}"
+        for name in expected
+        if name in held and tuple(held[name]) != tuple(expected[name])
+    ]
+    if not absent and not extra and not shapes:
+        return
+    lines = [f"{source.id} does not belong to {partner}:"]
+    for title, names in (
+        ("missing there", absent),
+        ("only there", extra),
+        ("of another shape", shapes),
+    ):
+        if names:
+            more = f" ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"  {len(names)} {title}: {', '.join(names[:SHOWN])}{more}")
+    raise ValueError("\n".join(lines))

@@ -1,0 +1,329 @@
+"""Masks from a pair on disk, against a stable sort of all scores in memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import lota
+from lota import topk
+from lota.masks import Mask, kept_count
+from lota.pairing import open_pair
+from lota.scope import find_scope
+from lota.selection import Rule, ScoreStream, select
+from lota.weights import content_hash, open_weights
+from tests.test_weights import TINY, save_tiny
+
+SPARSITIES = [0.0, 0.5, 0.9, 0.99]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks per tensor, also in tiny models."""
+    monkeypatch.setattr(topk, "CHUNK", 512)
+
+
+def make_pair(tmp_path: Path, kind: str = "llama", dtype=torch.float32, ties: bool = True, tuned: str = "hf"):
+    """A base folder of several shards and a tuned model; returns paths and both loaded models."""
+    base = save_tiny(kind, tmp_path / "base").to(dtype)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.manual_seed(1)
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            steps = torch.randint(-3, 4, parameter.shape) / 4 if ties else torch.randn(parameter.shape)
+            parameter += steps.to(dtype)
+    if tuned == "hf":
+        changed.save_pretrained(tmp_path / "tuned", max_shard_size="15KB")
+        path = tmp_path / "tuned"
+    else:
+        path = tmp_path / "policy.pt"
+        torch.save({"step_idx": 1, "state": changed.state_dict(), "metrics": {}}, path)
+    return tmp_path / "base", path, base, changed
+
+
+def scores_of(base, tuned, scope) -> dict[str, torch.Tensor]:
+    first, second = dict(base.named_parameters()), dict(tuned.named_parameters())
+    return {name: (second[name].detach().float() - first[name].detach().float()).abs() for name in scope}
+
+
+def sorted_masks(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+    """Kept flags of the k largest nonzero scores; ties by position in parameter order."""
+    flat = torch.cat([value.reshape(-1) for value in scores.values()]).double()
+    order = torch.argsort(flat, descending=True, stable=True)[:k]
+    kept = torch.zeros(len(flat), dtype=torch.bool)
+    kept[order[flat[order] > 0]] = True
+    parts = kept.split([value.numel() for value in scores.values()])
+    return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+
+
+def assert_mask(mask: Mask, expected: dict[str, torch.Tensor]) -> None:
+    assert mask.names == list(expected)
+    for name, flags in expected.items():
+        assert torch.equal(mask.dense(name), flags), name
+    assert mask.meta["kept"] == mask.n_kept == sum(int(flags.sum()) for flags in expected.values())
+
+
+@pytest.mark.parametrize("tuned", ["hf", "policy"])
+@pytest.mark.parametrize("kind", TINY)
+def test_every_architecture_equals_a_sort(kind, tuned, tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, kind, tuned=tuned)
+    masks = lota.extract(base_path, tuned_path, SPARSITIES)
+    scope = find_scope(base)
+    n = sum(math.prod(tensor.shape) for tensor in scope.values())
+    scores = scores_of(base, changed, scope)
+    assert list(masks) == SPARSITIES
+    for sparsity, mask in masks.items():
+        k = kept_count(sparsity, n)
+        assert_mask(mask, sorted_masks(scores, k))
+        mask.check(base)
+        assert mask.meta["shortfall"] == k - mask.n_kept
+        assert mask.n_kept == k or sparsity == 0.0  # a seventh of the entries did not move
+    kept = [scores[name][masks[0.9].dense(name)] for name in scope]
+    assert masks[0.9].meta["threshold"] == torch.cat(kept).min().item()
+    assert masks[0.9].meta["base_hash"] == content_hash(open_weights(base_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("ties", [True, False])
+def test_dtypes(dtype, ties, tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, dtype=dtype, ties=ties)
+    scope = find_scope(base)
+    assert open_weights(base_path).dtype(next(iter(scope))) == dtype
+    n = sum(math.prod(tensor.shape) for tensor in scope.values())
+    for sparsity, mask in lota.extract(base_path, tuned_path, SPARSITIES[1:]).items():
+        assert_mask(mask, sorted_masks(scores_of(base, changed, scope), kept_count(sparsity, n)))
+
+
+def test_sides_of_different_dtype(tmp_path):
+    base_path, _, base, _ = make_pair(tmp_path, dtype=torch.bfloat16)
+    torch.manual_seed(3)
+    state = {
+        name: value.float() + torch.randn(value.shape) * 1e-3 for name, value in base.state_dict().items()
+    }
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "fp32.pt")
+    scope = find_scope(base)
+    scores = {name: (state[name] - dict(base.named_parameters())[name].float()).abs() for name in scope}
+    n = sum(value.numel() for value in scores.values())
+    mask = lota.extract(base_path, tmp_path / "fp32.pt", [0.9])[0.9]
+    assert_mask(mask, sorted_masks(scores, kept_count(0.9, n)))
+
+
+def test_policy_against_policy_takes_the_structure_from_the_run_or_from_model(tmp_path):
+    base_path, tuned_path, base, _changed = make_pair(tmp_path, tuned="policy")
+    run = tmp_path / "run"
+    (run / "epoch-1").mkdir(parents=True)
+    torch.save({"step_idx": 0, "state": base.state_dict(), "metrics": {}}, run / "epoch-1" / "policy.pt")
+    with pytest.raises(ValueError, match="--model"):
+        lota.extract(run / "epoch-1" / "policy.pt", tuned_path, [0.5])
+    expected = lota.extract(base_path, tuned_path, [0.5])[0.5]
+    named = lota.extract(run / "epoch-1", tuned_path, [0.5], model=base_path)[0.5]
+    (run / "config.yaml").write_text(f"model:\n  name_or_path: {base_path}\n")
+    found = lota.extract(run / "epoch-1", tuned_path, [0.5])[0.5]
+    for mask in (named, found):
+        assert_mask(mask, {name: expected.dense(name) for name in expected.names})
+
+
+def test_per_tensor(tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, "gpt2")
+    mask = lota.extract(base_path, tuned_path, [0.9], per="tensor")[0.9]
+    scores = scores_of(base, changed, find_scope(base))
+    expected = {}
+    for name, value in scores.items():
+        expected |= sorted_masks({name: value}, kept_count(0.9, value.numel()))
+    assert_mask(mask, expected)
+    assert set(mask.meta["threshold"]) == set(scores)
+
+
+def test_smallest_keeps_the_smallest_nonzero_scores(tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, ties=False)
+    mask = lota.extract(base_path, tuned_path, [0.9], smallest=True)[0.9]
+    scores = scores_of(base, changed, find_scope(base))
+    inverse = {name: torch.where(value > 0, 1e9 - value.double(), 0.0) for name, value in scores.items()}
+    assert_mask(mask, sorted_masks(inverse, kept_count(0.9, mask.n_total)))
+    kept = torch.cat([scores[name][mask.dense(name)] for name in scores])
+    assert mask.meta["threshold"] == kept.max().item()  # the score of the last entry taken
+
+
+def test_magnitude_needs_no_tuned_model(tmp_path):
+    base_path, _, base, _ = make_pair(tmp_path)
+    mask = lota.extract(base_path, sparsities=[0.9], score="magnitude")[0.9]
+    weights = {name: dict(base.named_parameters())[name].detach().abs() for name in find_scope(base)}
+    assert_mask(mask, sorted_masks(weights, kept_count(0.9, mask.n_total)))
+    assert mask.meta["base_hash"] == content_hash(open_weights(base_path))
+
+
+def test_random_depends_on_seed_and_not_on_chunks(tmp_path, monkeypatch):
+    base_path, _, _, _ = make_pair(tmp_path)
+
+    def bits(seed):
+        mask = lota.extract(base_path, sparsities=[0.5], score="random", seed=seed)[0.5]
+        assert mask.n_kept == kept_count(0.5, mask.n_total)
+        return torch.cat([mask.dense(name).reshape(-1) for name in mask.names])
+
+    first, other = bits(0), bits(1)
+    monkeypatch.setattr(topk, "CHUNK", 1 << 20)
+    assert torch.equal(bits(0), first)
+    agree = (first == other).double().mean().item()
+    assert abs(agree - 0.5) < 4 * 0.5 / len(first) ** 0.5  # independent seeds agree by chance only
+    halves = first[: len(first) // 2].double().mean().item()
+    assert abs(halves - 0.5) < 4 * 0.5 / (len(first) / 2) ** 0.5
+
+
+def test_protected_entries_are_left_alone_and_still_count(tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, ties=False)
+    first = lota.extract(base_path, tuned_path, [0.7])[0.7]
+    other = lota.extract(base_path, sparsities=[0.9], score="random")[0.9]
+    other.save(tmp_path / "other.pt")
+    second = lota.extract(base_path, tuned_path, [0.5], protect=[first, tmp_path / "other.pt"])[0.5]
+    scores = scores_of(base, changed, find_scope(base))
+    for name in scores:
+        scores[name] = scores[name].masked_fill(first.dense(name) | other.dense(name), 0)
+    assert_mask(second, sorted_masks(scores, kept_count(0.5, second.n_total)))
+    assert second.overlap(first) == second.overlap(other) == 0
+    assert second.meta["protected"] == first.union(other).n_kept
+
+
+def test_protected_entries_leave_too_little_room(tmp_path):
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    first = lota.extract(base_path, sparsities=[0.5], score="random")[0.5]
+    with pytest.raises(ValueError, match=r"sparsity 0\.4 .* at least 0\.5"):
+        lota.extract(base_path, tuned_path, [0.9, 0.4], protect=[first])
+    alien = Mask.from_dense({"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="does not belong"):
+        lota.extract(base_path, tuned_path, [0.9], protect=[alien])
+
+
+def test_unmoved_entries_are_never_kept(tmp_path, caplog):
+    base_path, _, base, _ = make_pair(tmp_path)
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    state["model.layers.1.mlp.up_proj.weight"][3, :5] += 1
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "few.pt")
+    mask = lota.extract(base_path, tmp_path / "few.pt", [0.9])[0.9]
+    assert mask.positions("model.layers.1.mlp.up_proj.weight").tolist() == [3 * 32 + i for i in range(5)]
+    assert mask.n_kept == 5
+    assert mask.meta["shortfall"] == kept_count(0.9, mask.n_total) - 5
+    assert mask.meta["threshold"] == 0.0
+    assert "fewer" in caplog.text
+
+
+def test_scope_by_regular_expression(tmp_path):
+    base_path, tuned_path, base, _ = make_pair(tmp_path)
+    mask = lota.extract(base_path, tuned_path, [0.5], scope=r"layers\.1\..*(norm|q_proj)")[0.5]
+    assert mask.names == [
+        n for n, _ in base.named_parameters() if "layers.1." in n and ("norm" in n or "q_proj" in n)
+    ]
+    assert mask.meta["scope"] == r"layers\.1\..*(norm|q_proj)"
+    for pattern in ("nothing_like_this", "("):
+        with pytest.raises(ValueError, match="scope"):
+            lota.extract(base_path, tuned_path, [0.5], scope=pattern)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_not_a_number_is_refused_by_name(bad, side, tmp_path):
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    folder = {"base": base_path, "tuned": tuned_path}[side]
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name][-1, -1] = bad
+            save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} of .*{folder.name}"):
+        lota.extract(base_path, tuned_path, [0.5])
+    if side == "base":
+        with pytest.raises(ValueError, match=name):
+            lota.extract(base_path, sparsities=[0.5], score="magnitude", smallest=True)
+
+
+def test_another_vocabulary_is_no_difference(tmp_path):
+    base_path, tuned_path, _base, changed = make_pair(tmp_path)
+    expected = lota.extract(base_path, tuned_path, [0.9])[0.9]
+    changed.resize_token_embeddings(70, mean_resizing=False)
+    changed.save_pretrained(tmp_path / "grown")
+    torch.save({"step_idx": 1, "state": changed.state_dict(), "metrics": {}}, tmp_path / "grown.pt")
+    for path in (tmp_path / "grown", tmp_path / "grown.pt"):
+        mask = lota.extract(base_path, path, [0.9])[0.9]
+        assert_mask(mask, {name: expected.dense(name) for name in expected.names})
+
+
+def test_pairs_that_do_not_belong_together(tmp_path):
+    base_path, _, base, _ = make_pair(tmp_path)
+    save_tiny("qwen2_tied", tmp_path / "gpt_like")
+    save_tiny("gpt2", tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"(?s)missing there: model\.layers.*only there: transformer\.h"):
+        lota.extract(base_path, tmp_path / "gpt2", [0.5])
+    deeper = {name.replace("layers.1.", "layers.2."): value for name, value in base.state_dict().items()}
+    torch.save({"step_idx": 1, "state": {**base.state_dict(), **deeper}, "metrics": {}}, tmp_path / "deep.pt")
+    with pytest.raises(ValueError, match=r"only there: model\.layers\.2"):
+        lota.extract(base_path, tmp_path / "deep.pt", [0.5])
+    wider = {n: v.repeat(2, 1) if "up_proj" in n else v for n, v in base.state_dict().items()}
+    torch.save({"step_idx": 1, "state": wider, "metrics": {}}, tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match=r"of another shape: .*up_proj\.weight \(48, 32\) and \(96, 32\)"):
+        lota.extract(base_path, tmp_path / "wide.pt", [0.5])
+    fewer = {n: v for n, v in base.state_dict().items() if "down_proj" not in n}
+    torch.save({"step_idx": 1, "state": fewer, "metrics": {}}, tmp_path / "fewer.pt")
+    with pytest.raises(ValueError, match=r"2 missing there: model\.layers\.0\.mlp\.down_proj"):
+        lota.extract(base_path, tmp_path / "fewer.pt", [0.5])
+    whole = {n: v.to(torch.int8) if "down_proj" in n else v for n, v in base.state_dict().items()}
+    torch.save({"step_idx": 1, "state": whole, "metrics": {}}, tmp_path / "int8.pt")
+    with pytest.raises(ValueError, match=r"down_proj\.weight is torch\.int8"):
+        lota.extract(base_path, tmp_path / "int8.pt", [0.5])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sparsities": [1.0]}, "sparsity=1.0"),
+        ({"sparsities": [-0.1]}, "sparsity=-0.1"),
+        ({"sparsities": [float("nan")]}, "sparsity=nan"),
+        ({"sparsities": ["many"]}, "'many' is not a number"),
+        ({"sparsities": []}, "no sparsity"),
+        ({"score": "task_vectr"}, "did you mean task_vector"),
+        ({"per": "layer"}, "global or tensor"),
+        ({"tuned": None}, "--tuned"),
+        ({"tuned": "/nowhere/policy.pt"}, "does not exist"),
+    ],
+)
+def test_wrong_arguments(arguments, message, tmp_path):
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        lota.extract(**{"base": base_path, "tuned": tuned_path, "sparsities": [0.5], **arguments})
+
+
+def test_the_files_are_read_twice_and_no_more(tmp_path, monkeypatch):
+    """The hash of the base takes part in the first pass; a sample of 0.8 % comes on top in large models."""
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    monkeypatch.setattr(
+        topk, "_sampled_brackets", lambda keys, sizes, counts: [topk.Bracket(1, topk.MAX_KEY)]
+    )
+    pair = open_pair(base_path, tuned_path)
+    read = {"base": 0, "tuned": 0}
+    for role, source in pair.sources.items():
+
+        def counted(tensor, start, stop, role=role, plain=source._read_bytes):
+            read[role] += stop - start
+            return plain(tensor, start, stop)
+
+        monkeypatch.setattr(source, "_read_bytes", counted)
+    mask = select(pair, [0.9], Rule())[0.9]
+    outside = sum(math.prod(shape) for shape in pair.shapes.values()) - mask.n_total
+    assert read == {"base": 2 * mask.n_total + outside, "tuned": 2 * mask.n_total}
+
+
+def test_random_scores_are_positive_and_uniform(tmp_path):
+    base_path, _tuned_path, _, _ = make_pair(tmp_path)
+    stream = ScoreStream(open_pair(base_path, needs=()), Rule("random", seed=7))
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = stream(topk.Span(name, 0, 100_003)).view(np.float32)
+    assert np.array_equal(stream(topk.Span(name, 808, 1001)).view(np.float32), whole[808:1001])
+    assert whole.min() > 0 and whole.max() <= 1
+    assert np.abs(np.histogram(whole, 10, (0, 1))[0] / 1e5 - 0.1).max() < 5 * (0.1 * 0.9 / 1e5) ** 0.5
