@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lota.data import encode_prompt
+
 logger = logging.getLogger(__name__)
 
 # Subclasses carry further state (linear attention, quantised blocks) that their row selection may leave
@@ -156,7 +158,10 @@ def prompt_bound(config, max_new_tokens: int, max_prompt_length: int | None = No
 
 
 def _prompt_ids(tokenizer, prompt: str | Sequence[int], bound: int | None) -> list[int]:
-    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        ids = encode_prompt(tokenizer, prompt, max_prompt_length=bound, keep_end=True)
+    else:
+        ids = list(prompt)
     if not ids:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:

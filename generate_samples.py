@@ -1,0 +1,114 @@
+"""Write completions of prompts in AlpacaEval's format, one file per temperature."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lota.config import default_cache
+from lota.evaluation import load_pair, results_folder
+from lota.generation import Decoding
+from lota.samples import Sampler
+from tasks import Task, get_task
+from tasks.base import read_rows
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--prompt_set", default="alpaca_eval", help="alpaca_eval, or a .json or .jsonl file of {instruction}")
+    add("--temperatures", default="0.7", help="separated by commas; 0 is greedy (0.7)")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens with this probability together (1)",
+    )
+    add("--top_k", type=int, default=0, help="draw from that many tokens; 0: all (0)")
+    add("--model_name", required=True, help="the samples' `generator`")
+    add("--model_path", required=True, help="Hugging Face folder or hub id")
+    add("--tokenizer_path", help="where the tokenizer is, if not with the model")
+    add("--archive", help="weights on top of the model: a folder with policy.pt, or a converted one")
+    add("--max_length", type=int, default=1024, help="tokens of prompt and completion (1024)")
+    add("--max_prompt_length", type=int, default=512, help="tokens of the prompt (512)")
+    add("--chunk_size", type=int, default=32, help="prompts per batch; the file is written after each (32)")
+    add("--seed", type=int, default=0, help="of the draws; each prompt has its own (0)")
+    add("--ff", type=int, default=0, help="pass over that many prompts at the start (0)")
+    add("--n_examples", type=int, default=0, help="that many prompts after those; 0: all (0)")
+    add("--data_dir", help="holds tasks/alpaca_eval/eval.*; default $PROJECT_CACHE, else ~/.cache/lota")
+    add("--out", help="folder of the files; default: the model's; $PROJECT_CACHE/results/ID for a hub id")
+    add("--dtype", help="float32, bfloat16 or float16; default: the model's own")
+    add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    return parser.parse_args(argv)
+
+
+def decodings(args: argparse.Namespace, stop: Sequence[str]) -> list[Decoding]:
+    """One per temperature; ValueError with everything that is wrong with the numbers given."""
+    problems, found = [], []
+    if not 0 < args.max_prompt_length < args.max_length:
+        problems.append(f"--max_prompt_length {args.max_prompt_length}: must lie between 0 and --max_length")
+    if args.chunk_size < 1 or args.ff < 0 or args.n_examples < 0:
+        problems.append("--chunk_size must be >= 1, --ff and --n_examples >= 0")
+    max_new_tokens = max(1, args.max_length - args.max_prompt_length)
+    for text in args.temperatures.split(","):
+        try:
+            found.append(
+                Decoding(max_new_tokens, float(text), args.top_p, args.top_k, args.seed, tuple(stop))
+            )
+        except ValueError as error:
+            problems.append(f"--temperatures {text}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
+
+
+def prompt_rows(prompt_set: str, template: Task, data_dir: str | None) -> list[dict]:
+    """Rows with an instruction each: AlpacaEval's, or those of a file."""
+    if prompt_set == template.name:
+        return template.load("eval", data_dir or default_cache())
+    if Path(prompt_set).suffix:
+        return read_rows(Path(prompt_set).expanduser(), template.check)
+    raise ValueError(f"--prompt_set {prompt_set}: neither {template.name} nor a .json or .jsonl file")
+
+
+def sample(args: argparse.Namespace) -> list[Path]:
+    """The files written; what can be refused is refused before the model loads."""
+    template = get_task("alpaca_eval")
+    plans = decodings(args, template.stop)
+    instructions = [row["instruction"] for row in prompt_rows(args.prompt_set, template, args.data_dir)]
+    chosen = range(len(instructions))[args.ff :][: args.n_examples or None]
+    if not chosen:
+        raise ValueError(
+            f"--ff {args.ff} leaves none of the {len(instructions)} prompts of {args.prompt_set}"
+        )
+    loading = {name: getattr(args, name) for name in ("tokenizer_path", "archive", "dtype", "device")}
+    model, tokenizer = load_pair(args.model_path, **loading)
+    bounds = {"max_prompt_length": args.max_prompt_length, "chunk_size": args.chunk_size}
+    sampler = Sampler(model, tokenizer, template, generator=args.model_name, **bounds)
+    paths = []
+    for decoding in plans:
+        name = f"{Path(args.prompt_set).stem}_temp{decoding.temperature}.json"
+        paths.append(results_folder(args.model_path, args.out) / name)
+        with tqdm(total=len(chosen), desc=name, unit="prompt") as bar:
+            sampler.write(paths[-1], instructions, decoding, chosen=chosen, on_done=bar.update)
+    return paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        paths = sample(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("samples in", *paths)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Samples for AlpacaEval: a JSON list of {instruction, output, generator} that grows and can be continued."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lota.atomic import write_json
+from lota.evaluation import NO_CHAT_TEMPLATE, ScoredTask, encode_prompts
+from lota.generation import Decoding, generate
+from lota.journal import Journal, content_key, model_key
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler:
+    """A loaded model that answers instructions, each in the prompt that `template` puts around it."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: ScoredTask,
+        *,
+        generator: str,
+        max_prompt_length: int | None = None,
+        chunk_size: int = 32,
+    ) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.generator, self.max_prompt_length, self.chunk_size = generator, max_prompt_length, chunk_size
+
+    @functools.cached_property
+    def model_key(self) -> dict[str, str]:
+        return model_key(self.model, self.tokenizer)
+
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        instructions: Sequence[str],
+        decoding: Decoding,
+        *,
+        chosen: Sequence[int] | None = None,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[dict[str, str]]:
+        """Answer the instructions, or those numbered `chosen`, and write them to `path` after every chunk.
+
+        The list on disk is whole at any time, in the order of the instructions. What an earlier run has
+        written is kept where model, instructions, seed, settings and template are the same. A draw depends
+        on the instruction's number in the whole list. on_done is called with the number of answers that are
+        new on disk.
+        """
+        path, report = Path(path), on_done or (lambda count: None)
+        chosen = range(len(instructions)) if chosen is None else chosen
+        with Journal(path.with_suffix(".journal"), self._key(instructions, decoding), [path]) as journal:
+            missing = [i for i in chosen if i not in journal.records]
+            report(len(chosen) - len(missing))
+            samples = self._save(path, instructions, chosen, journal)
+            for start in range(0, len(missing), self.chunk_size):
+                chunk = missing[start : start + self.chunk_size]
+                self._answer(instructions, chunk, decoding, journal)
+                samples = self._save(path, instructions, chosen, journal)
+                report(len(chunk))
+        return samples
+
+    def _key(self, instructions: Sequence[str], decoding: Decoding) -> dict[str, Any]:
+        settings = {**asdict(decoding), "max_prompt_length": self.max_prompt_length}
+        seed = settings.pop("seed")
+        return {
+            "task": self.template.name,
+            "version": self.template.version,
+            "data": content_key(list(instructions)),
+            **self.model_key,
+            "template": NO_CHAT_TEMPLATE,
+            "settings": {**settings, "dtype": str(self.model.dtype).removeprefix("torch.")},
+            "seed": seed if decoding.temperature else None,  # greedy decoding draws nothing
+        }
+
+    def _answer(
+        self, instructions: Sequence[str], chunk: Sequence[int], decoding: Decoding, journal: Journal
+    ) -> None:
+        prompts = [self.template.prompt({"instruction": instructions[i]}) for i in chunk]
+        ids, n_cut = encode_prompts(
+            self.tokenizer,
+            self.model.config,
+            self.template,
+            prompts,
+            decoding.max_new_tokens,
+            self.max_prompt_length,
+        )
+        if n_cut:
+            logger.warning("%d of %d prompts cut to fit", n_cut, len(ids))
+        generate(
+            self.model,
+            self.tokenizer,
+            ids,
+            batch_size=len(chunk),
+            indices=chunk,
+            on_done=lambda at, completion: journal.add(chunk[at], completion.strip()),
+            **asdict(decoding),
+        )
+
+    def _save(
+        self, path: Path, instructions: Sequence[str], chosen: Sequence[int], journal: Journal
+    ) -> list[dict[str, str]]:
+        samples = [
+            {"instruction": instructions[i], "output": journal.records[i], "generator": self.generator}
+            for i in chosen
+            if i in journal.records
+        ]
+        write_json(path, samples)
+        return samples
