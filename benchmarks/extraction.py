@@ -1,0 +1,226 @@
+"""Extraction of masks, measured: time against torch.topk and against plain reading, and peak memory.
+
+    python benchmarks/extraction.py --entries 200000000
+
+Contestants take turns in one process, everything in the page cache; medians and ratios are reported, as JSON
+lines and a table. Peak memory: getrusage of a fresh process that runs extract_masks.py at three sparsities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not installed
+
+from lota import topk  # noqa: E402
+from lota.masks import kept_count  # noqa: E402
+from lota.pairing import Pair, open_pair  # noqa: E402
+from lota.selection import Rule, as_float32, select  # noqa: E402
+
+SPARSITIES = [0.5, 0.9, 0.99]
+
+
+def make_pair(folder: Path, entries: int, hidden: int = 2048, dtype: str = "float32") -> tuple[Path, Path]:
+    """A random Llama with about `entries` attention and MLP weights, and the same with a change to each.
+
+    Rows of the change differ in size, as they do after fine-tuning. Written tensor by tensor.
+    """
+    from transformers import LlamaConfig
+
+    per_layer = 4 * hidden * hidden + 3 * hidden * (hidden * 11 // 4)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64, num_hidden_layers=max(1, round(entries / per_layer)),
+        vocab_size=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    paths = folder / "base", folder / "tuned"
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(path)
+    from lota.scope import meta_model
+
+    shapes = {name: tuple(p.shape) for name, p in meta_model(paths[0]).named_parameters()}
+    width = torch.empty((), dtype=getattr(torch, dtype)).element_size()
+    name_of = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * width
+        header[name] = {"dtype": name_of, "shape": shape, "data_offsets": [begin, end]}
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)
+    generator = torch.Generator().manual_seed(0)
+    with (
+        open(paths[0] / "model.safetensors", "wb") as base,
+        open(paths[1] / "model.safetensors", "wb") as tuned,
+    ):
+        for file in (base, tuned):
+            file.write(len(packed).to_bytes(8, "little") + packed)
+        for shape in shapes.values():
+            rows = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) + 0.2
+            weight = torch.randn(shape, generator=generator) * 0.02
+            change = torch.randn(shape, generator=generator) * rows * 1e-3
+            for file, value in ((base, weight), (tuned, weight + change)):
+                file.write(value.to(getattr(torch, dtype)).view(torch.uint8).numpy().tobytes())
+    return paths
+
+
+def read_and_subtract(pair: Pair) -> None:
+    """The yardstick: one pass over both files, same reader and threads, nothing but the difference."""
+
+    def work(span: topk.Span) -> None:
+        base, tuned = (as_float32(pair.sources[role].read_flat(*span)) for role in ("base", "tuned"))
+        np.subtract(tuned, base, out=tuned)
+
+    with ThreadPoolExecutor(topk.worker_count()) as pool:
+        for _ in pool.map(work, topk.spans(sizes_of(pair))):
+            pass
+
+
+def torch_topk(pair: Pair, sparsity: float) -> torch.Tensor:
+    """What one writes first: all scores in one tensor, torch.topk, a bool mask."""
+    sizes = sizes_of(pair)
+    scores = torch.empty(sum(sizes.values()))
+    start = 0
+    for name, n in sizes.items():
+        tuned, base = (pair.sources[role].read(name).float().reshape(-1) for role in ("tuned", "base"))
+        torch.sub(tuned, base, out=scores[start : start + n])
+        start += n
+    scores.abs_()
+    kept = torch.topk(scores, kept_count(sparsity, len(scores)), sorted=False).indices
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[kept] = True
+    return mask
+
+
+def sizes_of(pair: Pair) -> dict[str, int]:
+    return {name: math.prod(tensor.shape) for name, tensor in pair.scope.items()}
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def peak_of_command(base: Path, tuned: Path, out: Path) -> tuple[int, float]:
+    """Peak resident bytes and seconds of extract_masks.py in a fresh process, imports included."""
+    script = (
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import extract_masks; "
+        "extract_masks.main(sys.argv[1:]); "
+        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", script, str(ROOT), "--base", base, "--tuned", tuned, "--name", "x"]
+    command += ["--out", out, "--sparsities", *map(str, SPARSITIES)]
+    start = time.perf_counter()
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(result.stdout.split("PEAK")[1]) * unit, time.perf_counter() - start
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> list[dict]:
+    base, tuned = make_pair(folder, arguments.entries, dtype=arguments.dtype)
+    pair = open_pair(base, tuned)
+    contestants = {
+        "read and subtract, one pass": lambda: read_and_subtract(pair),
+        "lota s=0.9": lambda: select(pair, [0.9], Rule(), with_hash=False),
+        "lota s=0.5,0.9,0.99": lambda: select(pair, SPARSITIES, Rule(), with_hash=False),
+        "lota s=0.9 with base hash": lambda: select(pair, [0.9], Rule()),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in [*contestants, "torch.topk s=0.9"]}
+    for turn in range(arguments.repeats):
+        for name, run in contestants.items():
+            seconds[name].append(timed(run))
+        if turn < arguments.topk_repeats:
+            seconds["torch.topk s=0.9"].append(timed(lambda: torch_topk(pair, 0.9)))
+    check_exact(pair)
+    yardstick = statistics.median(seconds["read and subtract, one pass"])
+    slowest = statistics.median(seconds["torch.topk s=0.9"])
+    common = {
+        "entries": sum(sizes_of(pair).values()),
+        "dtype": arguments.dtype,
+        "threads": topk.worker_count(),
+    }
+    rows = [
+        {
+            "what": name,
+            **common,
+            "runs": len(times),
+            "median_s": round(statistics.median(times), 3),
+            "min_s": round(min(times), 3),
+            "max_s": round(max(times), 3),
+            "over_read": round(statistics.median(times) / yardstick, 2),
+            "topk_over_this": round(slowest / statistics.median(times), 2),
+        }
+        for name, times in seconds.items()
+    ]
+    peak, elapsed = peak_of_command(base, tuned, folder / "masks")
+    rows.append(
+        {
+            "what": "extract_masks.py, 3 sparsities",
+            **common,
+            "peak_bytes": peak,
+            "median_s": round(elapsed, 3),
+        }
+    )
+    return rows
+
+
+def check_exact(pair: Pair) -> None:
+    """The masks agree with torch.topk up to the choice among equal scores at the threshold."""
+    mask = select(pair, [0.9], Rule(), with_hash=False)[0.9]
+    kept = torch.cat([mask.dense(name).reshape(-1) for name in mask.names])
+    other = torch_topk(pair, 0.9)
+    differ = (kept != other).nonzero().reshape(-1)
+    if kept.sum() != other.sum() or len(differ) > 1000:
+        raise RuntimeError(f"{len(differ)} entries differ from torch.topk")
+    start = 0
+    for name, n in sizes_of(pair).items():
+        inside = differ[(differ >= start) & (differ < start + n)] - start
+        if len(inside):
+            tuned, base = (pair.sources[role].read(name).float().reshape(-1) for role in ("tuned", "base"))
+            if not ((tuned - base).abs()[inside] == mask.meta["threshold"]).all():
+                raise RuntimeError(f"{name}: entries away from the threshold differ from torch.topk")
+        start += n
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--entries", type=int, default=200_000_000)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--topk_repeats", type=int, default=2, help="torch.topk is slow")
+    parser.add_argument("--folder", help="where the pair is written (default: a temporary folder)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        rows = measure(Path(folder), arguments)
+    for row in rows:
+        print(json.dumps(row))
+    print(f"\n{'':34} {'median s':>9} {'x read':>7} {'topk/this':>10} {'peak MiB':>9}")
+    for row in rows:
+        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
+        print(
+            f"{row['what']:34} {row['median_s']:>9} {row.get('over_read', ''):>7} "
+            f"{row.get('topk_over_this', ''):>10} {peak:>9}"
+        )
+    print(f"load average {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
