@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from lota.config import default_cache
 from lota.data import seeded_sample
+from lota.decoding import Decoding
 from lota.evaluation import Evaluator, Result, check_scored, load_pair, results_folder
-from lota.generation import Decoding
 from tasks import Task, get_task
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lota.config import default_cache
+from lota.decoding import Decoding
 from lota.evaluation import load_pair, results_folder
-from lota.generation import Decoding
 from lota.samples import Sampler
 from tasks import Task, get_task
 from tasks.base import read_rows

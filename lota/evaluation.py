@@ -19,7 +19,8 @@ import torch
 from lota.atomic import atomic_path, write_json
 from lota.config import default_cache
 from lota.data import encode_prompt
-from lota.generation import Decoding, generate, prompt_bound
+from lota.decoding import Decoding
+from lota.generation import generate, prompt_bound
 from lota.journal import Journal, content_key, model_key
 from lota.models import dtype_of, load_config, load_model, load_tokenizer
 
@@ -82,7 +83,7 @@ def load_pair(
     dtype: str | None = None,
     device: str | None = None,
 ) -> tuple[Any, Any]:
-    """Model and tokenizer as the scripts' arguments name them; None: the model's dtype, a GPU if there is one.
+    """Model and tokenizer as the scripts name them; None stands for the model's dtype, a GPU if there is one.
 
     Errors: ValueError, for the tokenizer, dtype or device before the model loads.
     """

@@ -7,56 +7,21 @@ sample index) only, not on the batch it was made in, as far as fp32 rounding all
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lota.data import encode_prompt
+from lota.decoding import Decoding, choose, uniforms
 
 logger = logging.getLogger(__name__)
 
-# Subclasses carry further state (linear attention, quantised blocks) that their row selection may leave
-# behind.
+# Subclasses carry more state (linear attention, quantised blocks), and selecting rows may leave that behind.
 SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen and where a completion ends.
-
-    temperature: 0 is greedy; top_p, top_k: sample from the smallest set of tokens with at least that
-    probability, from that many tokens (1.0 and 0: all). stop: texts that end a completion and are not part
-    of it.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature={self.temperature}: must be a number >= 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p}: must be above 0 and at most 1 (1 is off)")
-        if self.top_k < 0:
-            problems.append(f"top_k={self.top_k}: must be >= 0 (0 is off)")
-        if "" in self.stop:
-            problems.append("stop: an empty text would end every completion at once")
-        if problems:
-            raise ValueError("; ".join(problems))
 
 
 def generate(
@@ -89,7 +54,7 @@ def generate(
     bound = prompt_bound(model.config, max_new_tokens, max_prompt_length)
     ids = [_prompt_ids(tokenizer, prompt, bound) for prompt in prompts]
     indices = range(len(ids)) if indices is None else indices
-    draws = [_uniforms(decoding, index, sample) for index in indices]
+    draws = [uniforms(decoding, index, sample) for index in indices]
     done: list[str] = [""] * len(ids)
 
     def run(rows: list[int]) -> None:
@@ -172,15 +137,6 @@ def _prompt_ids(tokenizer, prompt: str | Sequence[int], bound: int | None) -> li
     return ids if bound is None else ids[-bound:]
 
 
-def _uniforms(decoding: Decoding, index: int, sample: int) -> Tensor:
-    """One number in [0, 1) per token that may be drawn; nothing for greedy decoding."""
-    if decoding.temperature == 0:
-        return torch.empty(0, dtype=torch.float64)
-    digest = hashlib.sha256(f"{decoding.seed}/{index}/{sample}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64)
-
-
 def end_tokens(model, tokenizer) -> set[int]:
     """Every token id that ends a completion: the tokenizer's, and those of the model's generation config."""
     generation = getattr(model, "generation_config", None)
@@ -196,27 +152,6 @@ def completion_text(tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> st
     return text[: min(ends)] if ends else text
 
 
-def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
-    """The next token of each row. logits: (rows, vocabulary); uniform: (rows,) in [0, 1), unused if greedy.
-
-    The draw inverts the cumulative probability in the order of the vocabulary, which rounding of the logits
-    barely moves; an order by probability would let two equally likely tokens trade places.
-    """
-    if decoding.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = torch.softmax(logits.double() / decoding.temperature, -1)
-    if decoding.top_k or decoding.top_p < 1:
-        ranked, order = probabilities.sort(-1, descending=True, stable=True)
-        if decoding.top_k:
-            ranked[:, decoding.top_k :] = 0
-        before = ranked.cumsum(-1) - ranked
-        ranked[before >= decoding.top_p * ranked.sum(-1, keepdim=True)] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
-    total = probabilities.cumsum(-1)
-    goal = uniform.to(total.device)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, goal, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
 def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list[int]]:
     """Token ids of the completions of one batch, end token excluded."""
     context = context_length(model.config)
@@ -227,7 +162,7 @@ def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list
     ends = end_tokens(model, tokenizer)
     tail = max((len(word.encode()) for word in decoding.stop), default=0) + 4  # a token adds at least a byte
     tokens: list[list[int]] = [[] for _ in prompts]
-    uniforms = torch.stack(draws)
+    all_draws = torch.stack(draws)  # (prompts, max_new_tokens)
 
     def finished(row: int, token: int) -> bool:
         if token in ends:
@@ -244,7 +179,7 @@ def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list
     step = 0
     while batch.rows:
         logits = batch.logits()
-        uniform = uniforms[batch.rows, step] if decoding.temperature else uniforms
+        uniform = all_draws[batch.rows, step] if decoding.temperature else all_draws
         chosen = choose(logits, uniform, decoding)
         going = [
             not finished(row, token) if alive else False

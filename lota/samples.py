@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lota.atomic import write_json
+from lota.decoding import Decoding
 from lota.evaluation import NO_CHAT_TEMPLATE, ScoredTask, encode_prompts
-from lota.generation import Decoding, generate
+from lota.generation import generate
 from lota.journal import Journal, content_key, model_key
 
 logger = logging.getLogger(__name__)

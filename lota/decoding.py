@@ -1,0 +1,72 @@
+"""How the next token is chosen: greedily, or by a draw that belongs to its prompt and not to the batch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen and where a completion ends.
+
+    temperature: 0 is greedy; top_p, top_k: sample from the smallest set of tokens with at least that
+    probability, from that many tokens (1.0 and 0: all). stop: texts that end a completion and are not part
+    of it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature={self.temperature}: must be a number >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p}: must be above 0 and at most 1 (1 is off)")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k}: must be >= 0 (0 is off)")
+        if "" in self.stop:
+            problems.append("stop: an empty text would end every completion at once")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def uniforms(decoding: Decoding, index: int, sample: int) -> Tensor:
+    """One number in [0, 1) per token that may be drawn; nothing for greedy decoding."""
+    if decoding.temperature == 0:
+        return torch.empty(0, dtype=torch.float64)
+    digest = hashlib.sha256(f"{decoding.seed}/{index}/{sample}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
+    """The next token of each row. logits: (rows, vocabulary); uniform: (rows,) in [0, 1), unused if greedy.
+
+    The draw inverts the cumulative probability in the order of the vocabulary, which rounding of the logits
+    barely moves; an order by probability would let two equally likely tokens trade places.
+    """
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.double() / decoding.temperature, -1)
+    if decoding.top_k or decoding.top_p < 1:
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        if decoding.top_k:
+            ranked[:, decoding.top_k :] = 0
+        before = ranked.cumsum(-1) - ranked
+        ranked[before >= decoding.top_p * ranked.sum(-1, keepdim=True)] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
+    total = probabilities.cumsum(-1)
+    goal = uniform.to(total.device)[:, None] * total[:, -1:]
+    return torch.searchsorted(total, goal, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
