@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -21,6 +19,16 @@ from lota.atomic import TEMPORARY_SUFFIX, flush_directory, flush_to_disk, remove
 from lota.policy_file import tied_names
 from lota.stored import index_safetensors
 
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 RECORD = "conversion.json"  # lists the files of a folder that we wrote and may replace
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -76,28 +84,49 @@ def write_weights(
 ) -> None:
     """Write the model's tensors under their names on disk, in `dtypes[name]` where given, else `dtype`.
 
-    Extra memory: the tensors of one shard whose dtype changes. A tied weight is written once.
-    Raises OSError when a file cannot be written (a full disk).
+    A tied weight is written once. Extra memory: one tensor. Raises OSError when the disk is full.
     """
     ignored = {*tied_names(model), *(model._keys_to_ignore_on_save or ())}
     state = {name: value.detach() for name, value in model.state_dict().items() if name not in ignored}
     state = revert_weight_conversion(model, state)
     wanted = {k: dtypes.get(k, dtype) if v.is_floating_point() else v.dtype for k, v in state.items()}
+    shapes = {k: torch.empty(v.shape, dtype=wanted[k], device="meta") for k, v in state.items()}
     plan = split_torch_state_dict_into_shards(
-        {name: torch.empty(value.shape, dtype=wanted[name], device="meta") for name, value in state.items()},
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for file, names in plan.filename_to_tensors.items():
-        shard = {name: state.pop(name).to(wanted[name]).contiguous() for name in names}
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {folder / file}: {error}") from error
+        _write_safetensors(folder / file, {name: shapes[name] for name in names}, state)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _write_safetensors(
+    path: Path, shapes: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor]
+) -> None:
+    """Write the tensors of `state` named in `shapes` (meta tensors of the dtype to write), one by one.
+
+    safetensors' own save_file takes tensors that are all in memory in their final dtype, half a model more
+    for float32 weights written as bfloat16. Format: length of the header (8 bytes, little endian), header as
+    JSON padded with blanks to 8 bytes, tensors without gaps.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + shape.numel() * shape.dtype.itemsize
+        header[name] = {
+            "dtype": _TYPES[shape.dtype],
+            "shape": list(shape.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            value = state.pop(name).to(shape.dtype).contiguous()
+            file.write(value.reshape(-1).view(torch.uint8).numpy())
 
 
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -1,0 +1,337 @@
+"""Conversion: the folder computes what the trained model computed, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from test_models import CONFIGS, ROWS, logits, new_model, save_policy, word_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import convert_policy_to_hf_resize as script
+import lota.hf_folder
+from lota.convert import convert_policy
+from lota.models import load_model, load_tokenizer, resize_vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+END = "<|endoftext|>"  # transformers adds this one to any tokenizer that it finds beside a Qwen2 config
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def pair(request, tmp_path: Path):
+    """(base folder, tuned model, its run's epoch-1 folder with policy.pt)."""
+    return make_pair(request.param, tmp_path)
+
+
+@pytest.fixture
+def llama(tmp_path: Path):
+    return make_pair("llama", tmp_path)
+
+
+def make_pair(kind: str, folder: Path, dtype: torch.dtype = torch.float32):
+    base = folder / "base"
+    new_model(kind).to(dtype).save_pretrained(base)
+    tokenizer = word_tokenizer(ROWS, eos_token=END, unk_token="<unk>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(base)
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 3], "max_length": 77}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    tuned = new_model(kind, seed=1)
+    epoch = folder / "run" / "epoch-1"
+    epoch.mkdir(parents=True)
+    save_policy(epoch / "policy.pt", tuned.state_dict())
+    return base, tuned, epoch
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def run_script(base: Path, policy: Path, save: Path, *options: str) -> None:
+    arguments = {"--model_path": base, "--policy_path": policy, "--save_path": save}
+    script.main([*(str(word) for pair in arguments.items() for word in pair), *options])
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_converted_logits_are_the_trained_models(pair):
+    base, tuned, epoch = pair
+    policy = (epoch / "policy.pt").read_bytes()
+    run_script(base, epoch / "policy.pt", epoch)
+    assert torch.equal(logits(loaded(epoch)), logits(tuned))
+    assert (epoch / "policy.pt").read_bytes() == policy
+    assert not list(epoch.glob("*.tmp")) and not list(epoch.glob(".*"))
+
+
+def test_names_on_disk_are_the_bases(pair):
+    base, _, epoch = pair
+    convert_policy(base, epoch, epoch)
+    names = [set(load_file(folder / "model.safetensors")) for folder in (base, epoch)]
+    assert names[0] == names[1]
+
+
+def test_config_generation_config_and_chat_template_are_kept(pair):
+    base, _, epoch = pair
+    convert_policy(base, epoch, epoch)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, epoch)]
+    assert configs[0] == configs[1]  # dropout included, although training had none
+    assert (epoch / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert GenerationConfig.from_pretrained(epoch).eos_token_id == [2, 3]
+    before, after = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(epoch)
+    assert after.chat_template == TEMPLATE == before.chat_template
+    text = f"w1 w2 {END} w5 nonsense"
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+
+
+def test_real_model(stories, tmp_path):
+    model = load_model(stories)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=1e-3
+            )
+    policy = save_policy(tmp_path / "policy.pt", model.state_dict())
+    convert_policy(stories, policy, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("Once upon a time, there was a little girl", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "out")(**inputs).logits, model(**inputs).logits)
+    assert (
+        inputs["input_ids"].tolist()
+        == load_tokenizer(stories)(["Once upon a time, there was a little girl"])["input_ids"]
+    )
+
+
+def test_dtype_is_the_bases_unless_asked(tmp_path):
+    base, tuned, epoch = make_pair("qwen2", tmp_path, torch.bfloat16)
+    assert convert_policy(base, epoch, tmp_path / "a").dtype is torch.bfloat16
+    expected = {name: value.bfloat16() for name, value in tuned.state_dict().items()}
+    written = load_file(tmp_path / "a" / "model.safetensors")
+    assert all(
+        torch.equal(value, expected[name]) and value.dtype == torch.bfloat16
+        for name, value in written.items()
+    )
+    assert loaded(tmp_path / "a", "auto").dtype is torch.bfloat16
+    convert_policy(base, epoch, tmp_path / "b", dtype=torch.float32)
+    assert torch.equal(logits(loaded(tmp_path / "b", "auto")), logits(tuned))
+
+
+def test_each_weight_keeps_its_own_dtype(llama, tmp_path):
+    """A base with float32 norms beside bfloat16 matrices gets a folder of the same make."""
+    from safetensors.torch import save_file
+
+    base, tuned, epoch = llama
+    state = {k: v if "norm" in k else v.bfloat16() for k, v in load_file(base / "model.safetensors").items()}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    convert_policy(base, epoch, epoch)
+    written = load_file(epoch / "model.safetensors")
+    assert {k: v.dtype for k, v in written.items()} == {k: v.dtype for k, v in state.items()}
+    assert torch.equal(written["model.norm.weight"], tuned.state_dict()["model.norm.weight"])
+
+
+def test_shards(pair):
+    base, tuned, epoch = pair
+    convert_policy(base, epoch, epoch, max_shard_size="20KB")
+    shards = list(epoch.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (epoch / "model.safetensors").exists()
+    assert torch.equal(logits(loaded(epoch)), logits(tuned))
+    convert_policy(base, epoch, epoch)  # again, in one file: no shard of before may stay
+    assert not list(epoch.glob("model-*")) and not (epoch / "model.safetensors.index.json").exists()
+    assert torch.equal(logits(loaded(epoch)), logits(tuned))
+
+
+def test_wrapped_names(llama, tmp_path):
+    base, tuned, epoch = llama
+    state = {
+        "module." + name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): value
+        for name, value in tuned.state_dict().items()
+    }
+    convert_policy(base, save_policy(tmp_path / "policy.pt", state), epoch)
+    assert torch.equal(logits(loaded(epoch)), logits(tuned))
+
+
+def grown_pair(kind: str, tmp_path: Path, pad_token: str | None):
+    """As make_pair, the vocabulary grown by <PAD>, its run's config.yaml naming pad_token."""
+    base, tuned, epoch = make_pair(kind, tmp_path)
+    resize_vocabulary(tuned, ROWS + 1)
+    save_policy(epoch / "policy.pt", tuned.state_dict())
+    config = {"model": {"pad_token": pad_token, "tokenizer_name_or_path": None}, "datasets": ["arc", "gsm8k"]}
+    (epoch.parent / "config.yaml").write_text(yaml.safe_dump(config))
+    return base, tuned, epoch
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("how", ["run", "option"])
+def test_grown_vocabulary_is_kept(kind, how, tmp_path):
+    base, tuned, epoch = grown_pair(kind, tmp_path, "<PAD>" if how == "run" else None)
+    done = convert_policy(base, epoch, epoch, pad_token="<PAD>" if how == "option" else None)
+    model, tokenizer = loaded(epoch), AutoTokenizer.from_pretrained(epoch)
+    assert done.rows == ROWS + 1 == model.config.vocab_size == len(tokenizer)
+    assert torch.equal(logits(model), logits(tuned))
+    assert tokenizer.pad_token == "<PAD>" and tokenizer.pad_token_id == ROWS
+    assert model.config.pad_token_id == ROWS == GenerationConfig.from_pretrained(epoch).pad_token_id
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer("<PAD>")["input_ids"] == [ROWS]
+    assert tokenizer("w1 w2")["input_ids"] == AutoTokenizer.from_pretrained(base)("w1 w2")["input_ids"]
+
+
+def test_grown_vocabulary_without_a_name_warns(tmp_path, caplog):
+    base, tuned, epoch = grown_pair("llama", tmp_path, None)
+    convert_policy(base, epoch, epoch)
+    assert "--pad_token" in caplog.text
+    assert torch.equal(logits(loaded(epoch)), logits(tuned))
+    assert len(AutoTokenizer.from_pretrained(epoch)) == ROWS
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_grown_vocabulary_is_cut_on_request(kind, tmp_path):
+    base, tuned, epoch = grown_pair(kind, tmp_path, "<PAD>")
+    convert_policy(base, epoch, epoch, vocab="base")
+    model = loaded(epoch)
+    assert model.config.vocab_size == ROWS == len(AutoTokenizer.from_pretrained(epoch))
+    assert torch.allclose(logits(model), logits(tuned)[..., :ROWS], atol=1e-6)
+    expected = {k: v[:ROWS] if v.shape[0] == ROWS + 1 else v for k, v in tuned.state_dict().items()}
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert json.loads((epoch / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+
+
+def test_smaller_vocabulary(llama):
+    base, tuned, epoch = llama
+    resize_vocabulary(tuned, ROWS - 8)
+    save_policy(epoch / "policy.pt", tuned.state_dict())
+    with pytest.raises(ValueError, match=rf"--vocab base: the checkpoint has {ROWS - 8} embedding rows"):
+        convert_policy(base, epoch, epoch, vocab="base")
+    convert_policy(base, epoch, epoch)
+    assert torch.equal(logits(loaded(epoch)), logits(tuned))
+
+
+@pytest.fixture
+def full_disk():
+    """Files end at 40 KB: writing beyond raises OSError, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_leaves_no_new_folder(llama, full_disk):
+    base, _, epoch = llama
+    with pytest.raises(SystemExit, match="File too large"):
+        run_script(base, epoch, epoch.parent / "new")
+    assert not (epoch.parent / "new").exists()
+
+
+def test_full_disk_leaves_the_earlier_conversion(llama, request):
+    base, _, epoch = llama
+    run_script(base, epoch, epoch)
+    before = everything(epoch)
+    request.getfixturevalue("full_disk")
+    with pytest.raises(SystemExit, match="File too large"):
+        run_script(base, epoch, epoch, "--dtype", "float32")
+    assert everything(epoch) == before
+
+
+def test_kill_while_files_move_is_repaired_by_the_next_conversion(llama, monkeypatch):
+    base, tuned, epoch = llama
+    convert_policy(base, epoch, epoch, max_shard_size="20KB")
+    moved = []
+    replace = lota.hf_folder.os.replace
+
+    def killed(source, target):
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(lota.hf_folder.os, "replace", killed)
+    monkeypatch.setattr(
+        lota.hf_folder, "remove", lambda path: None if path.suffix == ".tmp" else remove(path)
+    )
+    remove = lota.atomic.remove
+    with pytest.raises(KeyboardInterrupt):
+        convert_policy(base, epoch, epoch)
+    assert not (epoch / "config.json").exists()  # no loader takes the folder for a model
+    monkeypatch.undo()
+    convert_policy(base, epoch, epoch)
+    assert torch.equal(logits(loaded(epoch)), logits(tuned))
+    assert not list(epoch.glob("model-*"))
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_written(llama, tmp_path):
+    base, _, epoch = llama
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    before = everything(tmp_path)
+    cases = {
+        "is the base itself": (base, epoch, base, {}),
+        "that no conversion wrote": (base, epoch, other, {}),
+        "is a file: name a folder": (base, epoch, epoch / "policy.pt", {}),
+        "no policy file at": (base, tmp_path / "none.pt", epoch, {}),
+        "no causal language model at": (tmp_path / "none", epoch, epoch, {"tokenizer_path": base}),
+        "no tokenizer at": (base, epoch, epoch, {"tokenizer_path": epoch}),
+        "--vocab all: choose one of": (base, epoch, epoch, {"vocab": "all"}),
+        "drop --pad_token": (base, epoch, epoch, {"vocab": "base", "pad_token": "<PAD>"}),
+        "--max_shard_size big": (base, epoch, epoch, {"max_shard_size": "big"}),
+        "would be id 64, but the checkpoint has 64": (base, epoch, epoch, {"pad_token": "<PAD>"}),
+    }
+    for message, (model_path, policy, save_path, options) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            convert_policy(model_path, policy, save_path, **options)
+    assert everything(tmp_path) == before
+
+
+def test_policy_of_another_model_is_refused(llama, tmp_path):
+    base, _, _ = llama
+    policy = save_policy(tmp_path / "policy.pt", new_model("gpt_neox").state_dict())
+    with pytest.raises(SystemExit, match=r"does not fit the model.*missing: .*not in the model: "):
+        run_script(base, policy, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_next_command_is_printed(tmp_path, capsys):
+    base, _, epoch = grown_pair("llama", tmp_path, "<PAD>")
+    run_script(base, epoch / "policy.pt", epoch)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"wrote {epoch} (float32, {ROWS + 1} embedding rows, step 7)"
+    assert lines[1] == f'next: python eval_model_all.py --model {epoch} --datasets "arc,gsm8k" --sample'
+
+
+MODEL_CONFIGS = sorted((ROOT / "config" / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", MODEL_CONFIGS, ids=lambda file: file.stem)
+def test_model_config_composes_with_every_key(file):
+    keys = {
+        "name_or_path", "tokenizer_name_or_path", "archive", "block_name", "policy_dtype", "fsdp_policy_mp",
+        "reference_dtype", "pad_token", "scope",
+    }  # fmt: skip
+    with initialize_config_dir(str(file.parent), version_base=None):
+        config = OmegaConf.to_container(compose(file.stem))
+    assert set(config) == keys
+    assert (config["name_or_path"] == "???") == (file.stem == "blank_model")
+
+
+def test_every_model_of_the_list_has_a_config():
+    wanted = """
+        tiny blank_model gpt2 gpt2-large gpt2-xl gptj pythia28 pythia69 llama7b llama2_7b llama2_13b
+        llama2_70b llama3 mistral7b mixtral yi_6b deepseek7b zephyr_sft llama31_8b llama32_1b llama32_3b
+        qwen25_7b qwen3_8b smollm2_1b7 smollm3_3b olmo2_7b
+    """
+    assert set(wanted.split()) <= {file.stem for file in MODEL_CONFIGS}
+
+
+@pytest.mark.parametrize("file", MODEL_CONFIGS, ids=lambda file: file.stem)
+def test_every_key_has_a_comment(file):
+    lines = [line for line in file.read_text().splitlines() if line and line[0] not in "# "]
+    assert lines and all(" # " in line for line in lines)
