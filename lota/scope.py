@@ -41,8 +41,17 @@ def meta_model(name_or_path: str | Path, trust_remote_code: bool = False) -> nn.
     return model
 
 
-def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(prefix, block) of every transformer block in order: the module list that holds the most parameters."""
+def transformer_blocks(model: nn.Module, class_name: str | None = None) -> list[tuple[str, nn.Module]]:
+    """(prefix, block) of every transformer block in order.
+
+    class_name: what the blocks' class is called; None takes the module list that holds the most parameters.
+    Raises ValueError when there are none.
+    """
+    if class_name is not None:
+        named = [(prefix, m) for prefix, m in model.named_modules() if type(m).__name__ == class_name]
+        if not named:
+            raise ValueError(f"{type(model).__name__} has no module of class {class_name}")
+        return named
     best: tuple[int, str, nn.ModuleList] | None = None
     for prefix, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
@@ -51,15 +60,18 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
                 best = (size, prefix, module)
     if best is None:
         raise ValueError(
-            f"{type(model).__name__} has no list of transformer blocks; give the scope as a regular expression"
+            f"{type(model).__name__} has no list of transformer blocks; give scope as a regular expression"
         )
     return [(f"{best[1]}.{index}", block) for index, block in enumerate(best[2])]
 
 
-def find_scope(model: nn.Module, pattern: str | None = None) -> dict[str, ScopedTensor]:
+def find_scope(
+    model: nn.Module, pattern: str | None = None, class_name: str | None = None
+) -> dict[str, ScopedTensor]:
     """Parameters that masks are chosen over, in the order of `named_parameters()`.
 
     pattern: regular expression searched in the parameter's name instead of the default rule.
+    class_name: class of the transformer blocks; None finds them.
     Raises ValueError for a pattern that does not compile or matches nothing, or a model without such weights.
     """
     try:
@@ -67,11 +79,12 @@ def find_scope(model: nn.Module, pattern: str | None = None) -> dict[str, Scoped
     except re.error as error:
         raise ValueError(f"scope={pattern!r} is not a regular expression: {error}") from error
     modules = dict(model.named_modules())
-    layers = (
-        {prefix: index for index, (prefix, _) in enumerate(transformer_blocks(model))}
-        if regex is None
-        else _layers_or_none(model)
-    )
+    try:
+        layers = {prefix: i for i, (prefix, _) in enumerate(transformer_blocks(model, class_name))}
+    except ValueError:
+        if regex is None:
+            raise
+        layers = {}
     scope = {}
     for name, parameter in model.named_parameters():
         block = next((b for b in layers if name.startswith(b + ".")), None)
@@ -82,13 +95,6 @@ def find_scope(model: nn.Module, pattern: str | None = None) -> dict[str, Scoped
     if not scope:
         raise ValueError(f"scope={pattern!r} matches no parameter of {type(model).__name__}")
     return scope
-
-
-def _layers_or_none(model: nn.Module) -> dict[str, int]:
-    try:
-        return {prefix: index for index, (prefix, _) in enumerate(transformer_blocks(model))}
-    except ValueError:
-        return {}
 
 
 def _role(

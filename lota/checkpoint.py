@@ -1,0 +1,163 @@
+"""The run folder: whole checkpoints, what a resumed run needs, and the weights as `policy.pt`.
+
+<run>/config.yaml      resolved settings          <run>/metrics.jsonl   one line per log interval
+<run>/versions.json    code, packages, device     <run>/epoch-1/        policy.pt and resume.pt
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lota.atomic import TEMPORARY_SUFFIX, atomic_path, remove
+from lota.masked_optimizer import MaskedOptimizer
+
+POLICY, RESUME = "policy.pt", "resume.pt"
+_CHECKPOINT_NAME = re.compile(r"(epoch|step)-\d+")
+_ITEMS_OF_A_RUN = ("config.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "wandb")
+
+
+@dataclass
+class Progress:
+    """Where a run stands. epoch and batch: the next batch to train on; step: optimizer steps made."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    examples: int = 0
+    finished: bool = False
+
+
+def policy_state(
+    model: nn.Module, optimizer: MaskedOptimizer, dtype: torch.dtype, base: Any | None = None
+) -> dict[str, Tensor]:
+    """The keys of `model.state_dict()` on the CPU, floating-point tensors in `dtype`.
+
+    Trained entries come from the optimizer's fp32 values. base: a weight source (`lota.weights.open_weights`)
+    from which frozen values are read where the model holds them in less precision than `dtype`.
+    Weights that share memory in the model share it in the result.
+    """
+    trained = {name: (positions, values) for name, positions, values in optimizer.kept_values()}
+    names = {p.data_ptr(): name for name, p in model.named_parameters()}
+    done: dict[int, Tensor] = {}
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in done or tensor.data_ptr() not in names:
+            name = names.get(tensor.data_ptr())
+            done[tensor.data_ptr()] = _saved_tensor(tensor, name, dtype, trained.get(name), base)
+        state[key] = done[tensor.data_ptr()]
+    return state
+
+
+def _saved_tensor(
+    tensor: Tensor,
+    name: str | None,
+    dtype: torch.dtype,
+    trained: tuple[Tensor | None, Tensor] | None,
+    base: Any | None,
+) -> Tensor:
+    if not tensor.is_floating_point() or name is None:
+        return tensor.detach().cpu().clone()
+    value = tensor.detach().to("cpu", dtype, copy=True)
+    if base is not None and tensor.element_size() < value.element_size():
+        rows = base.read(name).to(dtype)
+        value[: rows.shape[0]] = rows  # a vocabulary grown by a pad token has more rows than the base
+    if trained is not None:
+        positions, values = trained
+        kept = values.detach().to("cpu", dtype)
+        if positions is None:
+            value.view(-1).copy_(kept)
+        else:
+            value.view(-1)[positions.long().cpu()] = kept
+    return value
+
+
+def random_state() -> dict[str, Any]:
+    """State of every generator that a run may draw from, as plain values and tensors."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    state: dict[str, Tensor],
+    optimizer: MaskedOptimizer,
+    progress: Progress,
+    metrics: dict[str, float],
+    fingerprint: str | None,
+) -> None:
+    """Write policy.pt and resume.pt into `folder`, which appears under its name only when it is whole."""
+    policy = {
+        "step_idx": progress.step,
+        "state": state,
+        "metrics": {k: _plain(v) for k, v in metrics.items()},
+    }
+    resume = {
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+        "random": random_state(),
+        "mask": fingerprint,
+    }
+    with atomic_path(folder) as temporary:
+        temporary.mkdir(parents=True)
+        torch.save(policy, temporary / POLICY)
+        torch.save(resume, temporary / RESUME)
+
+
+def _plain(value: Any) -> Any:
+    """A Python number: a NumPy scalar would make a file that `weights_only=True` refuses."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, content of resume.pt) of the whole checkpoint with most steps; None where there is none."""
+    best: tuple[Path, dict[str, Any]] | None = None
+    for folder in sorted(run_dir.glob("*-*")) if run_dir.is_dir() else []:
+        if not _CHECKPOINT_NAME.fullmatch(folder.name) or not (folder / RESUME).is_file():
+            continue
+        resume = torch.load(folder / RESUME, map_location="cpu", weights_only=True, mmap=True)
+        rank = (resume["progress"]["step"], resume["progress"]["finished"])
+        if best is None or rank > (best[1]["progress"]["step"], best[1]["progress"]["finished"]):
+            best = (folder, resume)
+    return best
+
+
+def delete_run(run_dir: Path) -> None:
+    """Remove what a run wrote, and nothing else that lies in its folder."""
+    for item in sorted(run_dir.iterdir()) if run_dir.is_dir() else []:
+        ours = item.name in _ITEMS_OF_A_RUN or _CHECKPOINT_NAME.fullmatch(item.name)
+        if ours or item.name.endswith(TEMPORARY_SUFFIX):
+            remove(item)
+
+
+def delete_partial(run_dir: Path) -> None:
+    """Remove temporaries that a killed run left behind."""
+    for item in run_dir.glob(f".*{TEMPORARY_SUFFIX}") if run_dir.is_dir() else []:
+        remove(item)

@@ -1,0 +1,198 @@
+"""What a configuration can be told without any file: its problems, its unused keys, what a resume allows."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lota.masked_optimizer import GRAD_NORM_STRATEGIES
+from lota.optim import OPTIMIZERS
+from lota.schedule import SCHEDULERS
+
+if TYPE_CHECKING:
+    from lota.config import Config
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+LOSSES = ("sft",)
+TRAINERS = ("BasicTrainer", "FSDPTrainer")
+RESUME = ("auto", "never")
+OPTIMIZER_KEYS = {
+    "RMSprop": ("alpha", "eps", "weight_decay", "momentum"),
+    "AdamW": ("betas", "eps", "weight_decay"),
+    "SGD": ("weight_decay", "momentum"),
+}
+
+AT_LEAST_1 = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "max_prompt_length",
+    "eval_every",
+    "eval_batch_size",
+    "n_eval_examples",
+    "n_eval_model_samples",
+)
+AT_LEAST_0 = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "momentum",
+    "warmup_steps",
+    "fast_forward",
+    "minimum_log_interval_secs",
+    "seed",
+)
+# Keys that cannot change the weights of a run: a run may be continued with other values.
+WEIGHT_NEUTRAL = frozenset(
+    {
+        "exp_name",
+        "local_dirs",
+        "resume",
+        "overwrite",
+        "debug",
+        "wandb",
+        "minimum_log_interval_secs",
+        "save_every",
+        "do_first_eval",
+        "eval_every",
+        "eval_batch_size",
+        "n_eval_examples",
+        "sample_during_eval",
+        "n_eval_model_samples",
+        "fsdp_port",
+    }
+)
+
+
+def _choice(key: str, value: Any, choices) -> Iterator[str]:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"{key}={value}: choose one of {', '.join(map(str, choices))}{hint}"
+
+
+def problems_of(c: Config) -> Iterator[str]:
+    if c.exp_name in ("???", "", None):
+        yield "exp_name is not given: name the run, as in exp_name=my_run"
+    elif Path(c.exp_name).is_absolute() or ".." in Path(c.exp_name).parts:
+        yield f"exp_name={c.exp_name}: must be a name inside the cache folder"
+    if c.model.name_or_path == "???":
+        yield "model.name_or_path is not given: a Hugging Face folder or hub id"
+    yield from _choice("optimizer", c.optimizer, tuple(OPTIMIZERS))
+    yield from _choice("lr_scheduler", c.lr_scheduler, SCHEDULERS)
+    yield from _choice("grad_norm_strategy", c.grad_norm_strategy, GRAD_NORM_STRATEGIES)
+    yield from _choice("loss.name", c.loss.name, LOSSES)
+    yield from _choice("trainer.name", c.trainer.name, TRAINERS)
+    yield from _choice("resume", c.resume, RESUME)
+    yield from _choice("model.policy_dtype", c.model.policy_dtype, DTYPE_NAMES)
+    yield from _choice("model.reference_dtype", c.model.reference_dtype, DTYPE_NAMES)
+    yield from _choice("model.fsdp_policy_mp", c.model.fsdp_policy_mp, (None, "bfloat16"))
+    yield from _choice("wandb.mode", c.wandb.mode, ("online", "offline"))
+    yield from _number_problems(c)
+    yield from _combination_problems(c)
+
+
+def _number_problems(c: Config) -> Iterator[str]:
+    for key in AT_LEAST_1:
+        if getattr(c, key) < 1:
+            yield f"{key}={getattr(c, key)}: must be at least 1"
+    for key in ("n_epochs", "n_examples"):
+        if getattr(c, key) is not None and getattr(c, key) < 1:
+            yield f"{key}={getattr(c, key)}: must be at least 1, or null for no limit"
+    for key in AT_LEAST_0:
+        value = getattr(c, key)
+        if not (value >= 0 and math.isfinite(value)):
+            yield f"{key}={value}: must be a finite number of at least 0"
+    for key, value in [("alpha", c.alpha), *(("betas", b) for b in c.betas)]:
+        if not 0 <= value < 1:
+            yield f"{key}={value}: must be at least 0 and below 1"
+    if len(c.betas) != 2:
+        yield f"betas={c.betas}: give two numbers"
+    if not 0 < c.data_fraction <= 1:
+        yield f"data_fraction={c.data_fraction}: must be above 0 and at most 1"
+    if c.grad_norm_strategy != "none" and not c.max_grad_norm > 0:
+        yield f"max_grad_norm={c.max_grad_norm}: must be above 0 (or grad_norm_strategy=none)"
+    try:
+        if c.save_interval[1] < 1:
+            raise ValueError
+    except ValueError:
+        yield f"save_every={c.save_every}: give epoch_N (N epochs) or N (examples), N at least 1"
+
+
+def _combination_problems(c: Config) -> Iterator[str]:
+    if not c.datasets:
+        yield "datasets is empty: name at least one task, as in datasets=[gsm8k]"
+    if len(set(c.datasets)) < len(c.datasets):
+        yield f"datasets={c.datasets}: a task is named twice"
+    if c.max_prompt_length >= c.max_length:
+        yield (
+            f"max_prompt_length={c.max_prompt_length} leaves no room for a response in "
+            f"max_length={c.max_length}: make it smaller"
+        )
+    if c.gradient_accumulation_steps >= 1 and c.batch_size % c.gradient_accumulation_steps:
+        yield (
+            f"batch_size={c.batch_size} is not divisible by "
+            f"gradient_accumulation_steps={c.gradient_accumulation_steps}, the parts a batch is cut into"
+        )
+    if c.n_epochs is None and c.n_examples is None:
+        yield "n_epochs and n_examples are both null: the run would never end"
+    if c.flip_mask and c.mask_path is None:
+        yield "flip_mask=true needs a mask_path: dense training has nothing to flip"
+    if c.freeze_odd_layers and c.freeze_even_layers:
+        yield "freeze_odd_layers and freeze_even_layers are both true: no layer would train"
+    if c.model.fsdp_policy_mp == "bfloat16" and c.model.policy_dtype == "float16":
+        yield "model.fsdp_policy_mp=bfloat16 with model.policy_dtype=float16: choose float32 or bfloat16"
+
+
+def unused_settings(c: Config) -> list[str]:
+    """Keys that differ from their default and that nothing reads in this run, as `key=value (why)`."""
+    used = OPTIMIZER_KEYS[c.optimizer]
+    reasons = {
+        key: f"optimizer={c.optimizer}" for keys in OPTIMIZER_KEYS.values() for key in keys if key not in used
+    }
+    if c.grad_norm_strategy == "none":
+        reasons["max_grad_norm"] = "grad_norm_strategy=none"
+    if c.trainer.name == "BasicTrainer":
+        reasons["fsdp_port"] = "trainer=BasicTrainer"
+    else:
+        reasons["fsdp_port"] = "one process"
+    if not c.sample_during_eval:
+        reasons["n_eval_model_samples"] = "sample_during_eval=false"
+    if c.loss.name == "sft":
+        reasons["model.reference_dtype"] = "loss=sft has no reference model"
+    if c.debug:
+        reasons["save_every"] = "debug=true writes no checkpoint"
+    changed = _changed_keys(c)
+    return [f"{key}={changed[key]} ({why})" for key, why in reasons.items() if key in changed]
+
+
+def _changed_keys(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value for every setting that differs from the schema's default."""
+    changed: dict[str, Any] = {}
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            changed |= _changed_keys(value, f"{prefix}{f.name}.")
+            continue
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if value != default:
+            changed[prefix + f.name] = value
+    return changed
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for settings that can change the weights and differ between two resolved configs."""
+    found = []
+    for key in sorted({*old, *new} - WEIGHT_NEUTRAL):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [
+                f"{key}.{k}: {a.get(k)} -> {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)
+            ]
+        elif a != b:
+            found.append(f"{key}: {a} -> {b}")
+    return found

@@ -1,0 +1,50 @@
+"""Stopping a run between two optimizer steps, so that what is saved is a state the run really had."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):
+    """The run was asked to stop. exit_code: 128 + signal number, as a shell reports it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class StopBetweenSteps:
+    """Context manager: Ctrl-C or SIGTERM is remembered, and `check` raises Interrupted where it is safe to
+    stop.
+
+    A fused step changes weights during the backward pass, so an exception in its midst would leave half a
+    step. A second Ctrl-C stops at once, without saving.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopBetweenSteps:
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def check(self) -> None:
+        """Raise Interrupted if a stop was asked for."""
+        if self.received is not None:
+            raise Interrupted(self.received)

@@ -1,0 +1,201 @@
+"""What a run tells: console, progress bar, metrics.jsonl, samples.jsonl, and Weights & Biases if asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lota.atomic import write_json
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "hydra-core",
+)
+logger = logging.getLogger(__name__)
+
+
+def to_console(level: int = logging.INFO) -> None:
+    """Send the project's log messages to standard error, one plain line each."""
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("lota", "tasks", "trainers", "__main__"):
+        log = logging.getLogger(name)
+        log.handlers = [handler]
+        log.setLevel(level)
+        log.propagate = False
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: allocated on a CUDA device, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Code, packages and device of a run, for the record beside its results."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            installed[package] = None
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        **installed,
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+class RunLog:
+    """Metrics of one run: a line of JSON per call of `log`, a progress bar, and wandb where enabled.
+
+    examples: examples seen when the run starts; lines of metrics.jsonl beyond it, written by a run that was
+    killed after its last checkpoint, are dropped.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, total_examples: int, examples: int = 0, wandb: Any = None, name: str = ""
+    ):
+        self.path = run_dir / "metrics.jsonl"
+        self.samples_path = run_dir / "samples.jsonl"
+        _keep_lines_until(self.path, examples)
+        _keep_lines_until(self.samples_path, examples)
+        self.bar = tqdm(total=total_examples, initial=examples, unit="ex", desc=name, dynamic_ncols=True)
+        self.wandb = None
+        if wandb is not None:
+            import wandb as client  # optional, and slow to import
+
+            self.wandb = client.init(
+                entity=wandb["entity"], project=wandb["project"], mode=wandb["mode"], name=name,
+                dir=str(run_dir), config=wandb["config"],
+            )  # fmt: skip
+        self.last: dict[str, Any] = {}
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line; values are Python numbers."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        self.last |= metrics
+        if self.wandb is not None:
+            self.wandb.log(metrics)
+        shown = {
+            "loss": f"{metrics['loss/train']:.3f}" if "loss/train" in metrics else None,
+            "lr": f"{metrics['lr']:.1e}" if "lr" in metrics else None,
+            "tok/s": f"{metrics['tokens_per_second']:.0f}" if "tokens_per_second" in metrics else None,
+            "mem": f"{metrics['peak_memory_bytes'] / 2**30:.2f}G" if "peak_memory_bytes" in metrics else None,
+        }
+        if shown["loss"]:
+            self.bar.set_postfix({key: value for key, value in shown.items() if value}, refresh=False)
+
+    def advance(self, examples: int) -> None:
+        """Move the progress bar."""
+        self.bar.update(examples)
+
+    def samples(self, examples: int, rows: list[dict[str, Any]]) -> None:
+        """Append completions of held-out prompts."""
+        with self.samples_path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"examples": examples, **row}, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _keep_lines_until(path: Path, examples: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that was being written when the run was killed
+        if row["examples"] <= examples:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def write_versions(run_dir: Path, device: torch.device) -> None:
+    write_json(run_dir / "versions.json", versions(device))
+
+
+class Meter:
+    """Averages between two lines of the log; sums stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.started = time.perf_counter()
+        self.loss: torch.Tensor | float = 0.0
+        self.nll: torch.Tensor | float = 0.0
+        self.counted_tokens: torch.Tensor | float = 0.0
+        self.examples = 0
+        self.tokens = 0
+
+    def add(
+        self, *, loss: torch.Tensor, nll: torch.Tensor, counted: torch.Tensor, examples: int, tokens: int
+    ) -> None:
+        """loss, nll: sums over the examples; counted: response tokens; tokens: all tokens without padding."""
+        self.loss = self.loss + loss
+        self.nll = self.nll + nll
+        self.counted_tokens = self.counted_tokens + counted
+        self.examples += examples
+        self.tokens += tokens
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def rates(self) -> dict[str, float]:
+        return {
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "examples_per_second": self.examples / max(self.seconds, 1e-9),
+        }
+
+    def losses(self) -> tuple[float, float]:
+        """(mean loss per example, nats per response token)."""
+        return float(self.loss) / self.examples, float(self.nll) / max(float(self.counted_tokens), 1.0)

@@ -1,0 +1,97 @@
+"""Train a language model on tasks, densely or only the entries that a mask keeps.
+
+    python train_single_gpu.py exp_name=my_run loss=sft model=tiny datasets=[toy_sort]
+    mask_path=masks/my/0.9_mask.pt
+
+Settings: config/config.yaml. The run folder is $PROJECT_CACHE/<exp_name>/ (default ~/.cache/lota).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lota.config import Config
+from lota.interrupt import Interrupted
+from lota.runlog import to_console
+
+logger = logging.getLogger(__name__)
+ConfigStore.instance().store(name="schema", node=Config)
+ROOT = Path(__file__).resolve().parent
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """The checked configuration. Raises ValueError with all its problems."""
+    config = OmegaConf.to_object(cfg)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        config.exp_name = f"{config.exp_name}/{_folder_name(HydraConfig.get().job.override_dirname)}"
+    embedded = ROOT / config.model.name_or_path  # model=tiny works from any folder
+    if not Path(config.model.name_or_path).exists() and (embedded / "config.json").is_file():
+        config.model.name_or_path = str(embedded)
+    return config
+
+
+def _folder_name(overrides: str) -> str:
+    """The job's overrides as one folder name; slashes and over-long names are replaced."""
+    name = overrides.replace("/", "-") or "default"
+    if len(name) <= 200:
+        return name
+    return name[:180] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def closing_words(trainer, folder: Path | None) -> str:
+    """What was made and what to do next."""
+    config = trainer.config
+    if folder is None:
+        return "debug run: nothing was saved"
+    optimizer = getattr(trainer, "optimizer", None)
+    trained = f"trained entries: {optimizer.n_trained:,}" if optimizer else "the run was finished before"
+    base = config.model.name_or_path
+    if trainer.data.mask is None:
+        step = (
+            f"python extract_masks.py --base {base} --tuned {folder} --sparsities 0.5 0.9 0.99 "
+            f"--name {config.datasets[0]}"
+        )
+    else:
+        step = (
+            f"python convert_policy_to_hf_resize.py --model_path {base} --policy_path {folder}/policy.pt "
+            f"--save_path {folder}"
+        )
+    return f"\ncheckpoint:      {folder}\n{trained}\nnext:            {step}"
+
+
+def run(cfg: DictConfig) -> None:
+    """Train, turning a user's mistake into one message and a stop into its exit code."""
+    to_console()
+    try:
+        config = resolve(cfg)
+        from trainers import TRAINERS  # slow to import: settings are checked first
+
+        trainer = TRAINERS[config.trainer.name](config)
+        folder = trainer.train()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"error: {error}. Checkpoints written before are whole; give the same command again to continue"
+        )
+    except Interrupted as stop:
+        sys.exit(stop.exit_code)
+    logger.info(closing_words(trainer, folder))
+
+
+@hydra.main(version_base=None, config_path="config", config_name="config")
+def main(cfg: DictConfig) -> None:
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""The training loop. BasicTrainer and FSDPTrainer differ only in where weights live and how they are
+gathered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lota.checkpoint import Progress, policy_state, save_checkpoint, set_random_state
+from lota.config import Config
+from lota.config_checks import unused_settings
+from lota.data import Batch, Example, collate, encode
+from lota.fused import fuse_in_backward
+from lota.generation import generate
+from lota.interrupt import Interrupted, StopBetweenSteps
+from lota.losses import sequence_logps, sft_loss
+from lota.masked_optimizer import MaskedOptimizer
+from lota.models import choose_pad_token_id, dtype_of, enable_activation_checkpointing, load_model
+from lota.optim import OPTIMIZERS
+from lota.preflight import Prepared, open_run_folder, plan, prepare
+from lota.runlog import Meter, RunLog, peak_memory_bytes, write_versions
+from lota.schedule import learning_rate
+from lota.weights import open_weights
+from tasks import get_task
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run: `Trainer(config).train()`. Everything that can be refused is refused before the model
+    loads.
+    """
+
+    def __init__(self, config: Config):
+        self.check_processes()
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for line in unused_settings(config):
+            logger.info("not used here: %s", line)
+        tasks = [get_task(name) for name in config.datasets]
+        self.data: Prepared = prepare(config, tasks)
+        self.progress = Progress(batch=config.fast_forward)
+        self.stop = StopBetweenSteps()
+        self.metrics: dict[str, float] = {}
+
+    # Where weights live
+
+    def check_processes(self) -> None:
+        """Raise ValueError when several processes were started and this trainer cannot use them."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: trainer={type(self).__name__} runs in one process; "
+                "start it with `python train_single_gpu.py`, without torchrun"
+            )
+
+    def gather_state(self) -> dict[str, Tensor]:
+        """The whole model as policy.pt stores it."""
+        dtype = dtype_of(self.config.model.policy_dtype)
+        narrow = self.working_dtype.itemsize < dtype.itemsize
+        source = self.config.model.archive or self.config.model.name_or_path
+        base = open_weights(source, self.model) if narrow else None
+        return policy_state(self.model, self.optimizer, dtype, base)
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """bf16 weights under a mask with model.fsdp_policy_mp=bfloat16 (masters hold what trains), else
+        policy_dtype.
+        """
+        masked_mp = self.data.mask is not None and self.config.model.fsdp_policy_mp == "bfloat16"
+        return torch.bfloat16 if masked_mp else dtype_of(self.config.model.policy_dtype)
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Autocast for dense training in mixed precision."""
+        if self.data.mask is None and self.config.model.fsdp_policy_mp == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    # Setup
+
+    def load(self) -> None:
+        """Model, optimizer and position: from the base, or from the checkpoint that is continued."""
+        config, resumable = self.config, self.data.resumable
+        torch.manual_seed(config.seed)
+        self.model = load_model(
+            config.model.name_or_path,
+            archive=resumable.folder / "policy.pt" if resumable else config.model.archive,
+            dtype=self.working_dtype,
+            device=self.device,
+            pad_token=config.model.pad_token,
+            tokenizer=self.data.tokenizer,
+        )
+        self.pad_token_id = choose_pad_token_id(self.data.tokenizer, self.model.config)
+        if config.activation_checkpointing:
+            enable_activation_checkpointing(self.model)
+        self.model.train()
+        settings = config.optimizer_settings
+        self.optimizer: MaskedOptimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **settings)
+        fuse_in_backward(self.optimizer, config.gradient_accumulation_steps)
+        if resumable is not None:
+            self.optimizer.load_state_dict(resumable.content["optimizer"])
+            self.progress = Progress(**resumable.content["progress"])
+            set_random_state(resumable.content["random"])
+        n_rows, lengths = len(self.data.train), self.data.lengths
+        batches = [len(rows) for *_, rows in plan(config, n_rows, lengths)]
+        self.total_steps, self.total_examples = len(batches), sum(batches)
+        if not batches:
+            raise ValueError(f"fast_forward={config.fast_forward} skips the whole run")
+
+    # The loop
+
+    def train(self) -> Path | None:
+        """Run to the end; returns the last checkpoint. Raises Interrupted after saving when asked to stop."""
+        resumable = self.data.resumable
+        if resumable is not None and resumable.content["progress"]["finished"]:
+            logger.info(
+                "%s is already finished: %s (overwrite=true starts anew)",
+                self.config.run_dir,
+                resumable.folder,
+            )
+            return resumable.folder
+        with self.stop:
+            self.load()
+            open_run_folder(self.config, resuming=resumable is not None)
+            write_versions(self.config.run_dir, self.device)
+            if resumable is not None:
+                logger.info("continuing %s after %d examples", resumable.folder, self.progress.examples)
+            self.log = self._open_log()
+            try:
+                return self._run()
+            except Interrupted:
+                folder = self.save()
+                logger.info("stopped; saved %s. Give the same command again to continue.", folder)
+                raise
+            finally:
+                self.log.close()
+
+    def _run(self) -> Path | None:
+        config, progress = self.config, self.progress
+        folder, self.meter = None, Meter()
+        if config.do_first_eval and progress.step == 0:
+            self.evaluate()
+        start = None if progress.step == 0 else progress.batch
+        batches = plan(
+            config, len(self.data.train), self.data.lengths, progress.epoch, start, progress.examples
+        )
+        for epoch, index, last_of_epoch, rows in batches:
+            before = progress.examples
+            self.step([self.data.train[i] for i in rows])
+            self._advance(epoch, index, last_of_epoch, len(rows))
+            self.log_step(len(rows))
+            if self._crossed(before, config.eval_every) or (progress.finished and self.data.held_out):
+                self.evaluate()
+            if progress.finished or self._save_is_due(before, last_of_epoch):
+                folder = self.save()
+            self.stop.check()
+        return folder
+
+    def step(self, examples: Sequence[Example]) -> None:
+        """One optimizer step: learning rate, then backward for each part of the batch, which also updates."""
+        self.set_learning_rate()
+        size = self.config.batch_size // self.config.gradient_accumulation_steps
+        for start in range(0, len(examples), size):
+            batch = self.encode(examples[start : start + size])
+            losses, nll, counted = self.losses(batch)
+            (losses.sum() / len(examples)).backward()
+            self.meter.add(
+                loss=losses.detach().sum(),
+                nll=nll.detach(),
+                counted=counted,
+                examples=len(batch),
+                tokens=batch.n_tokens,
+            )
+        self.optimizer.step()
+
+    def set_learning_rate(self) -> None:
+        config = self.config
+        self.lr = learning_rate(
+            self.progress.step,
+            peak=config.lr,
+            scheduler=config.lr_scheduler,
+            warmup_steps=config.warmup_steps,
+            total_steps=self.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+
+    def encode(self, examples: Sequence[Example]) -> Batch:
+        limits = {"max_length": self.config.max_length, "max_prompt_length": self.config.max_prompt_length}
+        rows = [encode(self.data.tokenizer, example, **limits) for example in examples]
+        return collate(rows, self.pad_token_id).to(self.device)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss per example (rows,), summed token loss in nats, number of response tokens)."""
+        with self.precision():
+            logits = self.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
+        logps, counted = sequence_logps(logits, batch.labels)
+        return sft_loss(logps, counted, self.config.loss.average_log_prob), -logps.sum(), counted.sum()
+
+    def _advance(self, epoch: int, index: int, last_of_epoch: bool, examples: int) -> None:
+        progress = self.progress
+        progress.epoch, progress.batch = (epoch + 1, 0) if last_of_epoch else (epoch, index + 1)
+        progress.step += 1
+        progress.examples += examples
+        progress.finished = progress.step == self.total_steps
+
+    # Evaluation and logging
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Held-out loss (and samples) into metrics.jsonl; an example counts the same in whichever batch it
+        is.
+        """
+        self.model.eval()
+        meter = Meter()
+        size = self.config.eval_batch_size
+        for start in range(0, len(self.data.held_out), size):
+            batch = self.encode(self.data.held_out[start : start + size])
+            losses, nll, counted = self.losses(batch)
+            meter.add(loss=losses.sum(), nll=nll, counted=counted, examples=len(batch), tokens=batch.n_tokens)
+            self.stop.check()
+        loss, nats = meter.losses()
+        self.write({"loss/eval": loss, "ppl": math.exp(min(nats, 700.0)), "nats_per_token/eval": nats})
+        logger.info(
+            "held-out after %d examples: loss %.4f, %.4f nats per token", self.progress.examples, loss, nats
+        )
+        if self.config.sample_during_eval:
+            self.sample()
+        self.model.train()
+
+    def sample(self) -> None:
+        """Greedy completions of held-out prompts into samples.jsonl."""
+        examples = self.data.held_out[: self.config.n_eval_model_samples]
+        completions = generate(
+            self.model,
+            self.data.tokenizer,
+            [e.prompt for e in examples],
+            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+            batch_size=self.config.eval_batch_size,
+            max_prompt_length=self.config.max_prompt_length,
+        )
+        rows = [
+            {"prompt": e.prompt, "completion": c, "target": e.response}
+            for e, c in zip(examples, completions, strict=True)
+        ]
+        self.log.samples(self.progress.examples, rows)
+
+    def log_step(self, examples: int) -> None:
+        """Move the bar; write a line when enough time has passed, and for the first and last step."""
+        self.log.advance(examples)
+        due = self.meter.seconds >= self.config.minimum_log_interval_secs
+        if not (due or self.progress.step == 1 or self.progress.finished):
+            return
+        loss, nats = self.meter.losses()
+        self.write(
+            {
+                "loss/train": loss,
+                "nats_per_token/train": nats,
+                "grad_norm": self.optimizer.grad_norm,
+                "lr": self.lr,
+            }
+            | self.meter.rates()
+        )
+        self.meter.reset()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the training loss is {loss} after {self.progress.examples} examples: lower "
+                f"lr={self.config.lr} or max_grad_norm; the last checkpoint is as it was"
+            )
+
+    def write(self, metrics: dict[str, float]) -> None:
+        line = {"examples": self.progress.examples, "step": self.progress.step, **metrics}
+        line["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        self.metrics |= line
+        self.log.log(line)
+
+    def _open_log(self) -> RunLog:
+        config = self.config
+        wandb = None
+        if config.wandb.enabled and not config.debug:
+            wandb = {**asdict(config.wandb), "config": asdict(config)}
+        return RunLog(
+            config.run_dir,
+            total_examples=self.total_examples,
+            examples=self.progress.examples,
+            wandb=wandb,
+            name=config.exp_name,
+        )
+
+    # Checkpoints
+
+    def _crossed(self, before: int, every: int) -> bool:
+        return bool(self.data.held_out) and self.progress.examples // every > before // every
+
+    def _save_is_due(self, before: int, last_of_epoch: bool) -> bool:
+        unit, every = self.config.save_interval
+        if unit == "epoch":
+            return last_of_epoch and self.progress.epoch % every == 0
+        return self.progress.examples // every > before // every
+
+    def save(self) -> Path | None:
+        """Write the checkpoint of this moment: epoch-N/ at the end of an epoch, else step-<examples>/."""
+        if self.config.debug:
+            return None
+        progress = self.progress
+        by_epoch = progress.batch == 0 and progress.epoch > 0 and self.config.save_interval[0] == "epoch"
+        folder = self.config.run_dir / (
+            f"epoch-{progress.epoch}" if by_epoch else f"step-{progress.examples}"
+        )
+        save_checkpoint(
+            folder,
+            state=self.gather_state(),
+            optimizer=self.optimizer,
+            progress=progress,
+            metrics=self.metrics,
+            fingerprint=self.data.mask_fingerprint,
+        )
+        return folder
+
+
+class BasicTrainer(Trainer):
+    """The whole model on one device."""
+
+
+class FSDPTrainer(Trainer):
+    """Weights that may be sharded over processes. In one process there is nothing to shard: BasicTrainer's
+    numbers.
+    """
+
+
+TRAINERS: dict[str, type[Trainer]] = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
