@@ -66,7 +66,7 @@ def convert_policy(
     check_replaceable(folder, model_path)
     run = _run_config(file)
     tokenizer_path = tokenizer_path or run.tokenizer or model_path
-    tokenizer, config = load_tokenizer(tokenizer_path), load_config(model_path)
+    config, tokenizer = load_config(model_path), load_tokenizer(tokenizer_path)
     base_rows, base_pad = config.get_text_config().vocab_size, config.pad_token_id
     most, dtypes = disk_dtypes(model_path, config) if dtype is None else (dtype, {})
 
