@@ -244,6 +244,7 @@ def _read_json(text: str) -> Iterator[tuple[int, Any]]:
 
 def _read_csv(text: str) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    end = 0  # line of the file that the last record ended on
     try:
         end = reader.line_num if reader.fieldnames else 0
         for row in reader:
@@ -252,7 +253,7 @@ def _read_csv(text: str) -> Iterator[tuple[int, Any]]:
             yield end + 1, {field: value for field, value in row.items() if value is not None}
             end = reader.line_num
     except csv.Error as error:
-        raise MalformedLine(reader.line_num, f"not CSV: {error}") from error
+        raise MalformedLine(end + 1, f"not CSV: {error}") from error
 
 
 def _read_txt(text: str) -> Iterator[tuple[int, Any]]:

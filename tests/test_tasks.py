@@ -1,0 +1,302 @@
+"""Tasks: rows from disk and hub, malformed data, names, and what gsm8k takes for an answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import tasks
+from tasks import TASKS, get_task
+from tasks.base import HubSet, Task, read_rows
+
+GSM8K = get_task("gsm8k")
+ROW = {"question": "How many?", "answer": "Two and <<2+3=5>>three is 5.\n#### 5"}
+
+COMPLETIONS = [
+    ("It is 5.\n#### 72", "72"),
+    ("#### 72", "72"),
+    ("####72", "72"),
+    ("5 apples\n####\n72", "72"),
+    ("#### 1,000", "1000"),
+    ("#### 1,234,567.50", "1234567.5"),
+    ("#### 1,00,000", "100000"),
+    ("#### $1,200", "1200"),
+    ("#### -$5", "-5"),
+    ("#### $-5", "-5"),
+    ("#### -7", "-7"),
+    ("#### \u22127", "-7"),
+    ("#### +5", "5"),
+    ("#### -0", "0"),
+    ("#### 3.0", "3"),
+    ("#### 3.", "3"),
+    ("#### .5", "0.5"),
+    ("#### 007", "7"),
+    ("#### 0.10", "0.1"),
+    ("#### 18 dollars", "18"),
+    ("#### 50%", "50"),
+    ("#### **42**", "42"),
+    ("#### = 42", "42"),
+    (
+        "#### 5\nQuestion: more?\n#### 7",
+        "5",
+    ),  # what follows the first answer is a new problem
+    ("#### five, I mean\n#### 7", "7"),
+    ("The answer is 12 or 13", "13"),
+    ("He pays 10-5", "5"),
+    ("(3)-4", "4"),
+    ("16 - 3 = -13", "-13"),
+    ("It takes 2 hours (120 minutes).", "120"),
+    ("numbers 1,2,3", "3"),
+    ("x2", "2"),
+    (r"so \boxed{42} in 7 days", "42"),
+    (r"\boxed{1{,}000}", "1000"),
+    (r"\boxed{\$5}", "5"),
+    (r"\boxed{x} = 3", "3"),
+    ("#### \u0664\u0662", "42"),  # Arabic-Indic digits
+    ("#### \uff14\uff12", "42"),  # fullwidth digits
+    ("5\u00b2", "5"),  # a superscript is no digit
+    ("\u00bd", None),
+    ("inf", None),
+    ("#### inf", None),
+    ("nan", None),
+    ("#### twelve", None),
+    ("no idea", None),
+    ("", None),
+    ("####", None),
+    ("-", None),
+    ("9" * 400, "9" * 400),  # beyond the range of a float
+]
+
+
+@pytest.mark.parametrize(("completion", "expected"), COMPLETIONS)
+def test_gsm8k_extraction(completion: str, expected: str | None):
+    assert GSM8K.extract(completion) == expected
+
+
+@pytest.mark.parametrize("nothing", ["inf", "nan", "no idea", ""])
+def test_no_answer_never_scores(nothing: str):
+    assert GSM8K.score(GSM8K.extract(nothing), "5") == 0.0
+    assert GSM8K.score(None, None) == 0.0
+    assert GSM8K.score("5", "5") == 1.0
+
+
+def test_gsm8k_row():
+    assert GSM8K.prompt(ROW).endswith(GSM8K.closing)
+    assert GSM8K.target(ROW) == "Two and three is 5.\n#### 5"
+    assert GSM8K.gold(ROW) == "5" == GSM8K.extract(GSM8K.target(ROW))
+    assert GSM8K.gold({**ROW, "answer": "#### 1,080"}) == "1080"
+
+
+def test_gsm8k_real_rows(shared):
+    """Every target must be read as its own gold answer, and gold must be the published number."""
+    for split, n in (("train", 7473), ("test", 1319)):
+        rows = GSM8K.load(split, shared / "data")
+        assert len(rows) == n
+        for row in rows:
+            published = float(row["answer"].split("####")[1].replace(",", ""))
+            assert float(GSM8K.gold(row)) == published
+            assert GSM8K.extract(GSM8K.target(row)) == GSM8K.gold(row)
+            assert "<<" not in GSM8K.target(row)
+
+
+def test_alpaca_eval_real_rows(shared):
+    task = get_task("alpaca_eval")
+    rows = task.load("eval", shared / "data")
+    assert len(rows) == 805
+    assert all(
+        task.prompt(row).endswith(task.closing) and row["instruction"] in task.prompt(row) for row in rows
+    )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_listed_task_is_complete(name: str):
+    task = get_task(name)
+    assert task.name == name
+    assert task.version >= 1
+    assert task.held_out is None or task.held_out in task.splits
+    assert task.closing
+    assert task.hub is None or set(task.hub.splits) == set(task.splits)
+
+
+def put(folder, name: str, content: str, task: str = "gsm8k"):
+    path = folder / "tasks" / task / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_formats_hold_the_same_rows(tmp_path, kind: str):
+    rows = [
+        {"question": "a \u2028 b,\r\nsecond line", "answer": '"quoted" #### 1'},
+        {"question": "c", "answer": "#### 2"},
+    ]
+    quoted = [",".join('"' + v.replace('"', '""') + '"' for v in row.values()) for row in rows]
+    content = {
+        "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "json": json.dumps(rows, indent=1, ensure_ascii=False),
+        "csv": "\r\n".join(["question,answer", *quoted, ""]),
+    }
+    put(tmp_path, f"test.{kind}", content[kind])
+    assert GSM8K.load("test", tmp_path) == rows
+
+
+def test_text_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ntwo \r\nthree")
+    assert [row["text"] for row in read_rows(path, lambda row: None)] == ["one", "", "two ", "three"]
+
+
+def test_real_csv_with_line_ends_inside_fields(shared):
+    rows = read_rows(shared / "data/tasks/samsum/train.csv", lambda row: None)
+    assert len(rows) == 2048
+    assert sum("\r\n" in row["dialogue"] for row in rows) > 1000
+    assert all(set(row) == {"id", "dialogue", "summary"} for row in rows)
+
+
+GOOD = json.dumps(ROW)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("test.jsonl", f"{GOOD}\n{{\n", ["test.jsonl, line 2", "not JSON"]),
+        ("test.jsonl", f'{GOOD}\n\n{{"question": "x"}}\n', ["line 3", "'answer' is missing"]),
+        ("test.jsonl", '{"question": 5, "answer": "#### 5"}\n', ["line 1", "'question' should be text"]),
+        ("test.jsonl", '{"question": "x", "answer": "five"}\n', ["line 1", "'answer' has no number"]),
+        ("test.jsonl", '{"question": " ", "answer": "#### 5"}\n', ["line 1", "'question' is empty"]),
+        ("test.jsonl", "[1]\n", ["line 1", "expected an object"]),
+        ("test.jsonl", "\n", ["test.jsonl: no rows"]),
+        ("test.json", f"[\n{GOOD},\n{{}}\n]", ["test.json, line 3", "'question' is missing"]),
+        ("test.json", f"[{GOOD},\n\n]", ["line 3", "not JSON"]),
+        ("test.json", f"[{GOOD}\n{GOOD}]", ["line 2", "not a JSON list"]),
+        ("test.json", f"[{GOOD}] 1", ["line 1", "something follows"]),
+        ("test.json", '{"data": []}', ["line 1", "not a JSON list"]),
+        ("test.json", "[]", ["test.json: no rows"]),
+        ("test.json", "", ["test.json: no rows"]),
+        ("test.csv", "question,answer\nx,#### 1\ny\n", ["test.csv, line 3", "'answer' is missing"]),
+        ("test.csv", 'question,answer\n"a\r\nb",#### 1\ny,z,w\n', ["line 4", "more values"]),
+        ("test.csv", 'question,answer\n"never closed', ["line 2", "not CSV"]),
+        ("test.csv", "question,answer\n", ["test.csv: no rows"]),
+    ],
+)
+def test_malformed_data_names_its_place(tmp_path, name: str, content: str, words: list[str]):
+    put(tmp_path, name, content)
+    with pytest.raises(ValueError) as error:
+        GSM8K.load("test", tmp_path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = put(tmp_path, "test.jsonl", "")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        GSM8K.load("test", tmp_path)
+
+
+def test_two_files_for_one_split_are_refused(tmp_path):
+    put(tmp_path, "test.jsonl", GOOD)
+    put(tmp_path, "test.json", f"[{GOOD}]")
+    with pytest.raises(ValueError, match=r"test\.jsonl and test\.json"):
+        GSM8K.load("test", tmp_path)
+
+
+def test_hub_is_asked_with_pinned_arguments(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.append(arguments) or [ROW])
+    assert GSM8K.load("train", tmp_path) == [ROW]
+    revision = "e53f048856ff4f594e959d75785d2c2d37b678ee"
+    assert asked == [{"path": "openai/gsm8k", "name": "main", "split": "train", "revision": revision}]
+    with pytest.raises(ValueError, match=r"hub set .*row 1: field 'instruction'"):
+        get_task("alpaca_eval").load("eval", tmp_path)
+    url = "hf://datasets/tatsu-lab/alpaca_eval@2edc6fad8be6b14ea7230aabfd08188da6b8b814/alpaca_eval.json"
+    assert asked[1] == {"path": "json", "data_files": url, "split": "train"}
+
+
+def test_missing_data_names_both_places_and_the_remedy(tmp_path, monkeypatch):
+    import datasets
+
+    def offline(**arguments):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    put(tmp_path, "train.jsonl", GOOD)
+    with pytest.raises(ValueError) as error:
+        GSM8K.load("test", tmp_path)  # and not the rows of train
+    message = str(error.value)
+    for part in (str(tmp_path / "tasks/gsm8k/test"), "openai/gsm8k", "no network", "load_dataset("):
+        assert part in message
+    assert f"to_json('{tmp_path}/tasks/gsm8k/test.jsonl')" in message
+
+
+def test_unknown_split_is_refused(tmp_path):
+    put(tmp_path, "validation.jsonl", GOOD)
+    with pytest.raises(ValueError, match="no split 'validation'; it has train, test"):
+        GSM8K.load("validation", tmp_path)
+
+
+def test_task_without_a_hub_set(tmp_path):
+    class Local(Task):
+        name = "local"
+
+    with pytest.raises(ValueError, match="it has no hub set"):
+        Local().load("train", tmp_path)
+
+
+def test_unknown_task_lists_the_nearest_names():
+    with pytest.raises(ValueError, match=r"unknown task 'gsm8j' \(nearest: gsm8k"):
+        get_task("gsm8j")
+    for name in ("base", "__init__", "../tasks/gsm8k", ""):
+        with pytest.raises(ValueError, match="unknown task"):
+            get_task(name)
+
+
+OWN = """
+from tasks.base import Task
+
+class Mine(Task):
+    name = "mine"
+    def extract(self, completion):
+        return completion or None
+
+class Other(Mine):
+    name = "other"
+
+TASK = Mine()
+"""
+
+
+def test_a_file_in_the_current_directory_is_a_task(tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.py").write_text(OWN)
+    (tmp_path / "tasks" / "other.py").write_text(OWN)
+    (tmp_path / "tasks" / "empty.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert get_task("mine").extract("a") == "a"
+    with pytest.raises(ValueError, match=r"nearest: .*mine"):
+        get_task("mime")
+    with pytest.raises(ValueError, match=r"holds the tasks mine, not 'other'"):
+        get_task("other")
+    with pytest.raises(ValueError, match="holds no TASK or TASKS"):
+        get_task("empty")
+
+
+def test_relatives_share_a_file(tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    shared_file = OWN.replace("TASK = Mine()", "TASKS = {task.name: task for task in (Mine(), Other())}")
+    (tmp_path / "tasks" / "relatives.py").write_text(shared_file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(tasks.TASKS, "other", "json")
+    with pytest.raises(ValueError, match="not 'other'"):
+        get_task("other")
+    (tmp_path / "tasks" / "relatives.py").rename(tmp_path / "tasks" / "mine.py")
+    assert get_task("mine").name == "mine"
+
+
+def test_hub_set_without_a_name():
+    arguments = HubSet(path="a/b", revision="c", splits={"test": "validation"}).arguments("test")
+    assert arguments == {"path": "a/b", "split": "validation", "revision": "c"}
