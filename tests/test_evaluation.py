@@ -1,0 +1,337 @@
+"""Evaluation: scores and files, what is reused and what is set aside, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+
+import eval_model_all
+import lota.evaluation as evaluation
+from lota.decoding import Decoding
+from lota.evaluation import Evaluator, encode_prompts, evaluate_task, mean_and_stderr, results_folder
+from lota.journal import Journal, content_key, model_key, weights_key
+from tasks import get_task
+from tasks.base import Task
+from tests.chars import char_model, char_tokenizer, save_pair
+
+ROWS = [{"question": f"What is {i}?", "answer": f"It is.\n#### {i}"} for i in range(7)]
+GREEDY = Decoding(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return char_model(), char_tokenizer()
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Completions chosen by the test instead of a model's; the prompt numbers asked for, in order."""
+    asked: list[int] = []
+    answers: dict[int, str] = {}
+
+    def fake(model, tokenizer, prompts, *, indices, on_done, **settings):
+        for at in reversed(range(len(prompts))):  # any order of completion is allowed
+            asked.append(indices[at])
+            on_done(at, answers.get(indices[at], "nothing"))
+        return []
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    fake.asked, fake.answers = asked, answers
+    return fake
+
+
+def score(pair, folder, rows=ROWS, decoding=GREEDY, task=None, **more):
+    task = task or get_task("gsm8k")
+    return evaluate_task(
+        *pair, task, rows, settings=decoding, out_dir=folder, model_name="m", batch_size=3, **more
+    )
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_mean_and_stderr():
+    scores = [1.0, 0.0, 0.0, 1.0, 1.0]
+    by_hand = math.sqrt(sum((x - 0.6) ** 2 for x in scores) / 4) / math.sqrt(5)
+    assert mean_and_stderr(scores) == (0.6, pytest.approx(by_hand, rel=1e-12))
+    assert mean_and_stderr([1.0]) == (1.0, None)
+
+
+def test_files_and_their_numbers(pair, tmp_path, scripted):
+    # 1, 3 and 5 are right; 0 holds the answer in its prompt only; 2 is wrong; 4 and 6 are no numbers
+    scripted.answers.update({1: "#### 1.0", 2: "#### 3", 3: "so 3", 4: "inf", 5: "#### +5", 6: "Q"})
+    result = score(pair, tmp_path)
+    predictions = lines(tmp_path / "metrics/gsm8k_predictions.jsonl")
+    assert [p["score"] for p in predictions] == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    assert [p["extracted"] for p in predictions] == [None, "1", "3", "3", None, "5", None]
+    assert [p["gold"] for p in predictions] == list("0123456")
+    assert all(list(p) == ["prompt", "completion", "extracted", "gold", "score"] for p in predictions)
+    assert [p["prompt"] for p in predictions] == [get_task("gsm8k").prompt(row) for row in ROWS]
+    stored = json.loads((tmp_path / "metrics/gsm8k.json").read_text())
+    names = ["task", "version", "metric", "score", "stderr", "n", "seed", "settings", "model", "date"]
+    assert list(stored) == names
+    assert stored["score"] == result.score == 3 / 7
+    assert stored["stderr"] == pytest.approx(statistics.stdev([0, 1, 0, 1, 0, 1, 0]) / math.sqrt(7))
+    assert (stored["n"], stored["seed"], stored["model"]) == (7, 0, "m")
+    assert stored["settings"]["max_new_tokens"] == 12
+    assert (tmp_path / "metrics/gsm8k_accuracy.txt").read_text().count(str(3 / 7)) == 1
+
+
+def test_every_example_is_scored_with_a_real_model(pair, tmp_path):
+    """Batches of 3 over 7 rows: the last, partial batch counts."""
+    result = score(pair, tmp_path)
+    assert result.n == len(lines(tmp_path / "metrics/gsm8k_predictions.jsonl")) == 7
+
+
+def test_no_answer_scores_nothing_whatever_the_task_says(pair, tmp_path, scripted):
+    class Generous(type(get_task("gsm8k"))):
+        def score(self, extracted, gold):
+            return 1.0
+
+    assert score(pair, tmp_path, task=Generous()).score == 0.0
+
+
+def test_equal_key_is_reused_and_any_other_is_set_aside(pair, tmp_path, scripted, caplog):
+    caplog.set_level("INFO")
+    score(pair, tmp_path)
+    first = (tmp_path / "metrics/gsm8k_predictions.jsonl").read_text()
+    score(pair, tmp_path)
+    assert len(scripted.asked) == 7
+    assert "reusing 7 results" in caplog.text
+    assert len((tmp_path / "metrics/gsm8k_accuracy.txt").read_text().splitlines()) == 2
+
+    class NewVersion(type(get_task("gsm8k"))):
+        version = 99
+
+    other_rows = [*ROWS[:-1], {"question": "Other?", "answer": "#### 6"}]
+    changes = {
+        "settings": {"decoding": Decoding(max_new_tokens=13)},
+        "version": {"task": NewVersion()},
+        "data": {"rows": other_rows},
+        "seed": {"decoding": Decoding(max_new_tokens=12, temperature=1.0, seed=5)},
+    }
+    for count, (word, change) in enumerate(changes.items(), start=1):
+        caplog.clear()
+        scripted.asked.clear()
+        score(pair, tmp_path, **change)
+        assert len(scripted.asked) == 7, word
+        assert word in caplog.text
+        assert "starting anew" in caplog.text
+        assert len(list((tmp_path / "metrics").glob("gsm8k_predictions.?.jsonl"))) == count
+    assert (tmp_path / "metrics/gsm8k_predictions.1.jsonl").read_text() == first
+
+
+def test_other_weights_are_never_reused(tmp_path, scripted, caplog):
+    model, tokenizer = char_model(), char_tokenizer()
+    score((model, tokenizer), tmp_path)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-6
+    caplog.set_level("INFO")
+    score((model, tokenizer), tmp_path)
+    assert len(scripted.asked) == 14
+    assert "made with another weights" in caplog.text
+
+
+def test_greedy_predictions_serve_every_seed_and_draws_do_not(pair, tmp_path, scripted):
+    assert len(score(pair, tmp_path, num_runs=3).runs) == 3
+    assert len(scripted.asked) == 21  # one file per run; the first one serves another seed
+    scripted.asked.clear()
+    score(pair, tmp_path, decoding=Decoding(max_new_tokens=12, seed=9))
+    assert scripted.asked == []
+    result = score(pair, tmp_path, decoding=Decoding(max_new_tokens=12, temperature=1.0, seed=9), num_runs=2)
+    assert len(scripted.asked) == 14
+    assert result.n == 7
+
+
+def test_several_runs_share_examples(pair, tmp_path, monkeypatch):
+    """The error is over examples: two runs of equal scores tell no more than one."""
+
+    def fake(model, tokenizer, prompts, *, indices, on_done, seed, **settings):
+        for at, i in enumerate(indices):
+            on_done(at, f"#### {i if i < 3 + seed else 99}")
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    decoding = Decoding(max_new_tokens=12, temperature=1.0)
+    result = score(pair, tmp_path, decoding=decoding, num_runs=2)
+    assert result.runs == (3 / 7, 4 / 7)
+    assert result.score == pytest.approx(3.5 / 7)
+    assert result.stderr == pytest.approx(statistics.stdev([1, 1, 1, 0.5, 0, 0, 0]) / math.sqrt(7))
+    assert json.loads((tmp_path / "metrics/gsm8k.json").read_text())["runs"] == [3 / 7, 4 / 7]
+    assert len((tmp_path / "metrics/gsm8k_accuracy.txt").read_text().splitlines()) == 2
+
+
+def test_an_interrupted_run_goes_on_where_it_was(pair, tmp_path, scripted):
+    def interrupt(prediction):
+        if len(scripted.asked) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(pair, tmp_path, on_done=interrupt)
+    journal = tmp_path / "metrics/gsm8k_predictions.journal"
+    assert not (tmp_path / "metrics/gsm8k.json").exists()
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-9])  # as after a power cut in the middle of the last line
+    kept = scripted.asked[:3]
+    scripted.asked.clear()
+    score(pair, tmp_path)
+    assert sorted(scripted.asked) == sorted(set(range(7)) - set(kept))
+    assert [p["gold"] for p in lines(tmp_path / "metrics/gsm8k_predictions.jsonl")] == list("0123456")
+
+
+def test_a_larger_sample_goes_on_from_a_smaller_one(pair, tmp_path, scripted):
+    score(pair, tmp_path, chosen=[1, 4])
+    result = score(pair, tmp_path, chosen=[1, 2, 4, 6])
+    assert sorted(scripted.asked) == [1, 2, 4, 6]
+    assert result.n == 4
+    assert [p["gold"] for p in lines(tmp_path / "metrics/gsm8k_predictions.jsonl")] == list("1246")
+
+
+@pytest.mark.parametrize("content", ["", "junk\n", '{"key": 5}\n', '{"index": 1, "record": 2}\n'])
+def test_a_damaged_journal_is_set_aside(tmp_path, content: str):
+    path = tmp_path / "a.journal"
+    path.write_text(content)
+    with Journal(path, {"seed": 1}) as journal:
+        assert journal.records == {}
+        journal.add(3, "x")
+    assert (tmp_path / "a.1.journal").read_text() == content
+    with Journal(path, {"seed": 1}) as journal:
+        assert journal.records == {3: "x"}
+
+
+def test_results_of_unknown_origin_are_not_overwritten(tmp_path):
+    old = tmp_path / "a.jsonl"
+    old.write_text("precious")
+    Journal(tmp_path / "a.journal", {}, made_from_it=[old])
+    assert (tmp_path / "a.1.jsonl").read_text() == "precious"
+
+
+def test_keys_see_what_matters():
+    model, tokenizer = char_model(), char_tokenizer()
+    assert weights_key(model) == weights_key(char_model())
+    assert weights_key(model) != weights_key(char_model(seed=1))
+    assert weights_key(model) != weights_key(char_model().to(torch.bfloat16))
+    before = model_key(model, tokenizer)
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
+    assert {name for name, value in model_key(model, tokenizer).items() if value != before[name]} == {
+        "config"
+    }
+    tokenizer.add_tokens(["new"])
+    assert model_key(model, tokenizer)["tokenizer"] != before["tokenizer"]
+    assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1}) != content_key({"a": 2, "b": 1})
+
+
+def test_long_prompts_keep_what_the_task_says(pair):
+    model, tokenizer = pair
+    task = get_task("gsm8k")
+    prompt = task.prompt({"question": "x" * 300})
+    (ids,), n_cut = encode_prompts(tokenizer, model.config, task, [prompt], 100)
+    assert n_cut == 1
+    text = tokenizer.decode(ids)
+    assert len(ids) == 256 - 100
+    assert text.startswith("Question: xxx")
+    assert text.endswith(task.closing)
+
+
+def test_tasks_without_score_or_rows(pair, tmp_path):
+    with pytest.raises(ValueError, match="alpaca_eval has no score"):
+        score(pair, tmp_path, task=get_task("alpaca_eval"))
+    with pytest.raises(ValueError, match="nothing to score"):
+        score(pair, tmp_path, rows=[])
+
+
+def test_where_results_go(tmp_path, private_cache):
+    assert results_folder(str(tmp_path)) == tmp_path
+    assert results_folder(str(tmp_path), tmp_path / "x") == tmp_path / "x"
+    assert results_folder("org/name") == private_cache / "results" / "org" / "name"
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    path = tmp_path / "data/tasks/gsm8k/test.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("model"))
+
+
+def test_command(folder, data_dir, tmp_path, capsys):
+    arguments = ["--model", f"{folder}/", "--datasets", "gsm8k", "--data_dir", str(data_dir), "--bs", "3"]
+    arguments += ["--n_examples", "4", "--max_new_tokens", "10"]
+    assert eval_model_all.main(arguments) == 0
+    assert "gsm8k" in capsys.readouterr().out
+    greedy = json.loads((folder / "metrics/gsm8k.json").read_text())
+    assert greedy["n"] == 4
+    assert greedy["settings"]["temperature"] == 0
+    out = ["--out", str(tmp_path / "out")]
+    assert (
+        eval_model_all.main([*arguments, *out, "--sample", "--top_p", "0.5", "--num_runs", "2", "--verbose"])
+        == 0
+    )
+    drawn = json.loads((tmp_path / "out/metrics/gsm8k.json").read_text())
+    wanted = {"temperature": 0.6, "top_p": 0.5, "top_k": 50, "max_new_tokens": 10}
+    assert wanted.items() <= drawn["settings"].items()
+    assert "[completion]" in capsys.readouterr().out
+    asked = [p["prompt"] for p in lines(tmp_path / "out/metrics/gsm8k_predictions.jsonl")]
+    assert asked == [p["prompt"] for p in lines(folder / "metrics/gsm8k_predictions.jsonl")]
+    assert asked != [get_task("gsm8k").prompt(row) for row in ROWS[:4]]  # a sample, not the first rows
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--datasets", "gsm9k"], "nearest: gsm8k"),
+        (["--datasets", "alpaca_eval"], "has no score"),
+        (["--data_dir", "/nowhere"], "no data for split 'test'"),
+        (["--dtype", "int3"], "unknown dtype"),
+        (["--device", "warp"], "device 'warp' cannot be used"),
+        (["--sample", "--temperature", "-1"], "temperature=-1.0"),
+        (["--max_new_tokens", "0"], "max_new_tokens=0"),
+        (["--tokenizer_path", "/nowhere"], "tokenizer"),
+    ],
+)
+def test_command_refuses_before_the_model_loads(folder, data_dir, capsys, monkeypatch, change, words):
+    import datasets
+
+    def offline(**arguments):
+        raise ConnectionError("no network")
+
+    def loaded(*arguments, **more):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(evaluation, "load_model", loaded)
+    arguments = ["--model", str(folder), "--datasets", "gsm8k", "--data_dir", str(data_dir)]
+    assert eval_model_all.main([*arguments, *change]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [["--top_k", "5"], ["--n_examples", "-1"], ["--bs", "0"]])
+def test_command_refuses_contradictions(folder, change, capsys):
+    with pytest.raises(SystemExit) as stop:
+        eval_model_all.main(["--model", str(folder), "--datasets", "gsm8k", *change])
+    assert stop.value.code == 2
+    assert change[0] in capsys.readouterr().err
+
+
+def test_a_task_that_holds_nothing_out_is_refused(tmp_path):
+    class TrainOnly(Task):
+        name, held_out = "train_only", None
+
+    with pytest.raises(ValueError, match="no held-out split"):
+        eval_model_all.held_out_rows(TrainOnly(), tmp_path)
+
+
+def test_evaluator_serves_several_tasks(pair, tmp_path, scripted):
+    evaluator = Evaluator(*pair, model_name="m", out_dir=tmp_path)
+    for name in ("one", "two"):
+        task = type(name, (type(get_task("gsm8k")),), {"name": name})()
+        evaluator.evaluate(task, ROWS, GREEDY)
+    assert {path.name for path in (tmp_path / "metrics").glob("*.json")} == {"one.json", "two.json"}
