@@ -1,0 +1,202 @@
+"""Samples in AlpacaEval's format: order, continuing, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import generate_samples
+import lota.evaluation as evaluation
+import lota.samples as samples
+from lota.decoding import Decoding
+from lota.samples import Sampler
+from tasks import get_task
+from tests.chars import char_model, char_tokenizer, save_pair
+
+INSTRUCTIONS = ["Say hello.", "Name a colour, please, and say why you like it.", "Why?", "Count.", "Rhyme!"]
+DRAWN = Decoding(max_new_tokens=15, temperature=0.7, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return char_model(), char_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("model"))
+
+
+def sampler(pair, **changes) -> Sampler:
+    settings = {"generator": "me", "chunk_size": 2}
+    return Sampler(*pair, get_task("alpaca_eval"), **settings | changes)
+
+
+def read(path) -> list[dict]:
+    return json.loads(path.read_text())
+
+
+def test_a_list_in_the_order_of_the_prompts(pair, tmp_path):
+    path = tmp_path / "a.json"
+    written = sampler(pair).write(path, INSTRUCTIONS, DRAWN)
+    assert read(path) == written
+    assert [list(sample) for sample in written] == [["instruction", "output", "generator"]] * 5
+    assert [sample["instruction"] for sample in written] == INSTRUCTIONS
+    assert {sample["generator"] for sample in written} == {"me"}
+    assert all(sample["output"] for sample in written)
+
+
+def test_text_does_not_depend_on_chunks_or_on_the_part_asked_for(pair, tmp_path):
+    whole = sampler(pair, chunk_size=5).write(tmp_path / "a.json", INSTRUCTIONS, DRAWN)
+    assert sampler(pair, chunk_size=1).write(tmp_path / "b.json", INSTRUCTIONS, DRAWN) == whole
+    assert sampler(pair).write(tmp_path / "c.json", INSTRUCTIONS, DRAWN, chosen=[2, 3]) == whole[2:4]
+    other_seed = Decoding(max_new_tokens=15, temperature=0.7, seed=4)
+    assert sampler(pair).write(tmp_path / "d.json", INSTRUCTIONS, other_seed) != whole
+
+
+def test_an_interrupted_run_is_continued(pair, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    whole = sampler(pair).write(tmp_path / "whole.json", INSTRUCTIONS, DRAWN)
+    asked = []
+    generate = samples.generate
+
+    def dies_in_its_second_chunk(*arguments, indices, **settings):
+        asked.extend(indices)
+        if len(asked) > 3:
+            raise KeyboardInterrupt
+        return generate(*arguments, indices=indices, **settings)
+
+    monkeypatch.setattr(samples, "generate", dies_in_its_second_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        sampler(pair).write(path, INSTRUCTIONS, DRAWN)
+    assert read(path) == whole[:2]  # whole JSON at any time
+    asked.clear()
+    monkeypatch.setattr(
+        samples,
+        "generate",
+        lambda *a, indices, **s: asked.extend(indices) or generate(*a, indices=indices, **s),
+    )
+    counts = []
+    assert sampler(pair).write(path, INSTRUCTIONS, DRAWN, on_done=counts.append) == whole
+    assert asked == [2, 3, 4]
+    assert counts == [2, 2, 1]
+    assert read(path) == whole
+
+
+def test_samples_of_other_weights_are_set_aside(pair, tmp_path):
+    path = tmp_path / "a.json"
+    old = sampler(pair).write(path, INSTRUCTIONS, DRAWN)
+    new = sampler((char_model(seed=1), pair[1])).write(path, INSTRUCTIONS, DRAWN)
+    assert new != old
+    assert read(path) == new
+    assert read(tmp_path / "a.1.json") == old
+
+
+def test_a_new_name_does_not_cost_new_samples(pair, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    old = sampler(pair).write(path, INSTRUCTIONS, DRAWN)
+    monkeypatch.setattr(
+        samples, "generate", lambda *a, **s: [] if not a[2] else pytest.fail("generated again")
+    )
+    renamed = sampler(pair, generator="you").write(path, INSTRUCTIONS, DRAWN)
+    assert [sample["output"] for sample in renamed] == [sample["output"] for sample in old]
+    assert {sample["generator"] for sample in read(path)} == {"you"}
+
+
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in INSTRUCTIONS))
+    return path
+
+
+def run(folder, tmp_path, *more: str) -> int:
+    arguments = [
+        "--prompt_set",
+        str(prompts_file(tmp_path)),
+        "--model_name",
+        "N",
+        "--model_path",
+        str(folder),
+    ]
+    return generate_samples.main([*arguments, "--max_length", "70", "--max_prompt_length", "60", *more])
+
+
+def test_command(folder, tmp_path):
+    assert run(folder, tmp_path, "--temperatures", "0.7,1.0") == 0
+    first, second = read(folder / "prompts_temp0.7.json"), read(folder / "prompts_temp1.0.json")
+    assert [sample["instruction"] for sample in first] == INSTRUCTIONS
+    assert [sample["output"] for sample in first] != [sample["output"] for sample in second]
+    assert max(len(sample["output"]) for sample in first) <= 10  # a token is a character here
+    part = ["--ff", "1", "--n_examples", "2", "--out", str(tmp_path / "out")]
+    assert run(folder, tmp_path, "--temperatures", "0.7", *part) == 0
+    assert read(tmp_path / "out/prompts_temp0.7.json") == first[1:3]
+
+
+def test_command_with_alpaca_eval_itself(folder, tmp_path):
+    data = tmp_path / "tasks/alpaca_eval/eval.json"
+    data.parent.mkdir(parents=True)
+    data.write_text(
+        json.dumps([{"instruction": text, "output": "", "generator": "x"} for text in INSTRUCTIONS])
+    )
+    arguments = ["--prompt_set", "alpaca_eval", "--temperatures", "0", "--data_dir", str(tmp_path)]
+    assert run(folder, tmp_path, *arguments, "--out", str(tmp_path / "out")) == 0
+    assert len(read(tmp_path / "out/alpaca_eval_temp0.0.json")) == 5
+
+
+def test_archive_puts_other_weights_on_top(folder, tmp_path):
+    other = char_model(seed=5)
+    archive = tmp_path / "epoch-1"
+    archive.mkdir()
+    torch.save({"step_idx": 1, "state": other.state_dict(), "metrics": {}}, archive / "policy.pt")
+    common = ["--temperatures", "0", "--out"]
+    assert run(folder, tmp_path, *common, str(tmp_path / "with"), "--archive", str(archive)) == 0
+    assert run(folder, tmp_path, *common, str(tmp_path / "without")) == 0
+    assert run(save_pair(tmp_path / "other", seed=5), tmp_path, *common, str(tmp_path / "converted")) == 0
+    with_archive = read(tmp_path / "with/prompts_temp0.0.json")
+    assert with_archive == read(tmp_path / "converted/prompts_temp0.0.json")
+    assert with_archive != read(tmp_path / "without/prompts_temp0.0.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--temperatures", "warm"], "--temperatures warm"),
+        (["--temperatures", "0.7,-1"], "temperature=-1.0"),
+        (["--temperatures", ""], "--temperatures"),
+        (["--max_prompt_length", "70"], "--max_prompt_length 70"),
+        (["--ff", "5"], "--ff 5 leaves none"),
+        (["--chunk_size", "0"], "--chunk_size"),
+        (["--top_p", "2"], "top_p=2.0"),
+        (["--prompt_set", "alpaca"], "neither alpaca_eval nor a"),
+        (["--prompt_set", "absent.json"], "no such file"),
+        (["--prompt_set", "alpaca_eval", "--data_dir", "/nowhere"], "no data for split 'eval'"),
+    ],
+)
+def test_command_refuses_before_the_model_loads(folder, tmp_path, capsys, monkeypatch, change, words):
+    import datasets
+
+    def offline(**arguments):
+        raise ConnectionError("no network")
+
+    def loaded(*arguments, **more):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(evaluation, "load_model", loaded)
+    assert run(folder, tmp_path, *change) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_prompts_without_an_instruction_name_their_line(folder, tmp_path, capsys):
+    path = tmp_path / "bad.json"
+    path.write_text('[\n {"instruction": "fine"},\n {"prompt": "what?"}\n]')
+    assert run(folder, tmp_path, "--prompt_set", str(path)) == 1
+    assert "bad.json, line 3: field 'instruction' is missing" in capsys.readouterr().err
+
+
+def test_a_folder_without_tokenizer(tmp_path, capsys):
+    char_model().save_pretrained(tmp_path / "bare")
+    assert run(tmp_path / "bare", tmp_path) == 1
+    assert "no tokenizer" in capsys.readouterr().err
