@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sys
 from pathlib import Path
+
+# On a CPU, bf16 kernels are cached per shape, 1024 by default: with batches of every length that grows by
+# gigabytes. The variable is read once, when torch is loaded.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -30,6 +35,10 @@ ROOT = Path(__file__).resolve().parent
 
 def resolve(cfg: DictConfig) -> Config:
     """The checked configuration. Raises ValueError with all its problems."""
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        given = ", ".join(f"{key}=..." for key in sorted(missing))
+        raise ValueError(f"not given: {given} (config/config.yaml tells what each key means)")
     config = OmegaConf.to_object(cfg)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         config.exp_name = f"{config.exp_name}/{_folder_name(HydraConfig.get().job.override_dirname)}"

@@ -50,7 +50,7 @@ def make(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 
 def random_mask(model: nn.Module, density: float = 0.3, seed: int = 0) -> Mask:
-    """Independent coin flips over the default scope; one scoped tensor keeps nothing, one keeps everything."""
+    """Coin flips over the default scope; one scoped tensor keeps nothing, one keeps everything."""
     generator = torch.Generator().manual_seed(seed)
     kept = {name: torch.rand(t.shape, generator=generator) < density for name, t in find_scope(model).items()}
     names = list(kept)

@@ -1,0 +1,142 @@
+"""Encoding, truncation, collation and the order of batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lota.data import (
+    IGNORED,
+    Encoded,
+    Example,
+    collate,
+    encode,
+    encode_prompt,
+    epoch_batches,
+    fraction_of,
+    seeded_sample,
+)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "bos"])
+def tokenizer(request):
+    """A word-level tokenizer: word wN has id N; with `bos` it puts <s> in front and </s> behind."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 200)}}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if request.param:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def words(*ids: int) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def bos(tokenizer) -> list[int]:
+    return [1] if tokenizer("w3").input_ids[0] == 1 else []
+
+
+def test_short_example(tokenizer):
+    got = encode(tokenizer, Example(words(3, 4, 5), words(6, 7)), max_length=20, max_prompt_length=10)
+    assert got.input_ids == [*bos(tokenizer), 3, 4, 5, 6, 7, 2]
+    assert got.prompt_length == 3 + len(bos(tokenizer))
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_long_prompt_keeps_its_closing_words(tokenizer, keep_end):
+    prompt = words(*range(3, 23)) + " " + words(100, 101)
+    example = Example(prompt, words(150, 151), closing=" " + words(100, 101), keep_end=keep_end)
+    got = encode(tokenizer, example, max_length=15, max_prompt_length=8)
+    n = 8 - 2 - len(bos(tokenizer))
+    body = list(range(3, 23))[-n:] if keep_end else list(range(3, 23))[:n]
+    assert got.input_ids == [*bos(tokenizer), *body, 100, 101, 150, 151, 2]
+    assert got.prompt_length == 8
+
+
+def test_prompt_is_cut_only_when_the_whole_is_too_long(tokenizer):
+    prompt = words(*range(3, 15))
+    example = Example(prompt, words(50))
+    whole = encode(tokenizer, example, max_length=20, max_prompt_length=4)
+    assert whole.prompt_length == 12 + len(bos(tokenizer))
+    assert encode(tokenizer, example, max_length=12, max_prompt_length=4).prompt_length == 4
+
+
+def test_response_is_cut_last_and_then_has_no_end(tokenizer):
+    example = Example(words(3, 4, 5, 6, 7, 8), words(*range(50, 70)))
+    got = encode(tokenizer, example, max_length=10, max_prompt_length=4)
+    assert len(got) == 10
+    assert got.input_ids[4:] == list(range(50, 56))
+
+
+def test_closing_longer_than_the_limit_keeps_its_end(tokenizer):
+    got = encode_prompt(tokenizer, words(3, 4, 5, 6), max_prompt_length=2, closing=words(4, 5, 6))
+    assert got == [5, 6]
+
+
+def test_training_and_generation_read_the_same_prompt(tokenizer):
+    example = Example(words(*range(3, 40)), words(50, 51), closing=" " + words(38, 39))
+    got = encode(tokenizer, example, max_length=20, max_prompt_length=10)
+    prompt = encode_prompt(tokenizer, example.prompt, max_prompt_length=10, closing=example.closing)
+    assert got.input_ids[: got.prompt_length] == prompt
+
+
+def test_collate_pads_on_the_right_and_hides_prompts():
+    batch = collate([Encoded([5, 6, 7, 2], 2), Encoded([8, 2], 1)], pad_token_id=9)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 2], [8, 2, 9, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 7, 2], [IGNORED, 2, IGNORED, IGNORED]]
+    assert batch.n_tokens == 6
+    assert len(batch) == 2
+
+
+def test_a_padding_token_that_is_also_the_end_token_still_counts_as_the_end():
+    batch = collate([Encoded([5, 6, 2], 1), Encoded([8, 2], 1)], pad_token_id=2)
+    assert batch.labels.tolist() == [[IGNORED, 6, 2], [IGNORED, 2, IGNORED]]
+
+
+@pytest.mark.parametrize(
+    "lengths", [None, [((i * 37) % 101) + 1 for i in range(103)]], ids=["any", "by length"]
+)
+def test_every_row_once_per_epoch_in_a_seeded_order(lengths):
+    options = {"seed": 3, "lengths": lengths}
+    first = epoch_batches(103, 8, epoch=0, **options)
+    assert sorted(i for batch in first for i in batch) == list(range(103))
+    assert sorted(len(b) for b in first) == [7] + [8] * 12
+    assert first == epoch_batches(103, 8, epoch=0, **options)
+    assert first != epoch_batches(103, 8, epoch=1, **options)
+    assert first != epoch_batches(103, 8, epoch=0, seed=4, lengths=lengths)
+
+
+def test_length_groups_waste_less_padding():
+    lengths = [((i * 37) % 101) + 1 for i in range(400)]
+
+    def padding(batches):
+        return sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches)
+
+    grouped = epoch_batches(400, 8, seed=0, epoch=0, lengths=lengths)
+    assert padding(grouped) < 0.2 * padding(epoch_batches(400, 8, seed=0, epoch=0))
+
+
+def test_samples_are_seeded_and_not_the_first_rows():
+    items = list(range(1000))
+    sample = seeded_sample(items, 50, seed=0)
+    assert sample == sorted(sample)
+    assert len(set(sample)) == 50
+    assert sample == seeded_sample(items, 50, seed=0)
+    assert sample != seeded_sample(items, 50, seed=1)
+    assert max(sample) > 500
+    assert seeded_sample(items, 5000, seed=0) == items
+    assert len(fraction_of(items, 0.1, seed=0)) == 100
+    assert len(fraction_of(items, 1e-9, seed=0)) == 1
+
+
+def test_labels_move_to_the_device_with_the_batch():
+    batch = collate([Encoded([5, 2], 1)], 0).to(torch.device("meta"))
+    assert batch.labels.device.type == "meta"

@@ -1,0 +1,40 @@
+"""Losses against log-softmax written out."""
+
+from __future__ import annotations
+
+import torch
+
+from lota.data import IGNORED
+from lota.losses import sequence_logps, sft_loss
+
+
+def test_sequence_logps_against_a_loop():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 6, 11)
+    labels = torch.randint(0, 11, (3, 6))
+    labels[0, :3] = IGNORED
+    labels[1, 4:] = IGNORED
+    labels[2, :] = IGNORED
+    logps, counts = sequence_logps(logits, labels)
+    for row in range(3):
+        total, n = 0.0, 0
+        for t in range(5):
+            if labels[row, t + 1] != IGNORED:
+                total += torch.log_softmax(logits[row, t].double(), 0)[labels[row, t + 1]].item()
+                n += 1
+        torch.testing.assert_close(logps[row].item(), total, rtol=1e-5, atol=1e-6)
+        assert counts[row] == n
+
+
+def test_bf16_logits_are_summed_in_fp32():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 300, 50), torch.randint(0, 50, (2, 300))
+    narrow = sequence_logps(logits.bfloat16(), labels)[0]
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow, sequence_logps(logits.bfloat16().float(), labels)[0])
+
+
+def test_sft_loss_is_the_sum_unless_averaged():
+    logps, counts = torch.tensor([-6.0, -4.0, 0.0]), torch.tensor([3.0, 1.0, 0.0])
+    assert sft_loss(logps, counts).tolist() == [6.0, 4.0, 0.0]
+    assert sft_loss(logps, counts, average_log_prob=True).tolist() == [2.0, 4.0, 0.0]
