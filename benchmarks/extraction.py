@@ -82,9 +82,16 @@ def make_pair(folder: Path, entries: int, hidden: int = 2048, dtype: str = "floa
 def read_and_subtract(pair: Pair) -> None:
     """The yardstick: one pass over both files, same reader and threads, nothing but the difference."""
 
+    scratch = topk.Scratch()
+
     def work(span: topk.Span) -> None:
-        base, tuned = (as_float32(pair.sources[role].read_flat(*span)) for role in ("base", "tuned"))
-        np.subtract(tuned, base, out=tuned)
+        sides = []
+        for role, source in pair.sources.items():
+            n = span.stop - span.start
+            buffer = scratch.get(f"{role} bytes", n * source.dtype(span.name).itemsize, np.uint8)
+            part = source.read_flat(*span, out=buffer)
+            sides.append(as_float32(part, scratch.get(role, n, np.float32)))
+        np.subtract(sides[1], sides[0], out=sides[1])
 
     with ThreadPoolExecutor(topk.worker_count()) as pool:
         for _ in pool.map(work, topk.spans(sizes_of(pair))):

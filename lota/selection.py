@@ -101,6 +101,8 @@ class ScoreStream:
     rule: Rule
     digest: StreamingHash | None = None
     taken: Mapping[str, np.ndarray] = field(default_factory=dict)
+    scratch: topk.Scratch = field(default_factory=topk.Scratch)
+    checked: set[topk.Span] = field(default_factory=set)
 
     def __call__(self, span: topk.Span) -> np.ndarray:
         """int32 keys; 0 where an entry must not be chosen. Raises ValueError for NaN and infinity."""
@@ -109,8 +111,10 @@ class ScoreStream:
                 lambda role: self._read(role, span), span, self.rule.seed
             )
         keys = scores.view(np.int32)
-        if keys.size and keys.max() >= _INFINITY:
-            self._refuse_not_finite(span)
+        if span not in self.checked:  # the second pass reads the same spans again
+            if keys.size and keys.max() >= _INFINITY:
+                self._refuse_not_finite(span)
+            self.checked.add(span)
         if self.rule.smallest:
             keys = np.where(keys > 0, _INFINITY - keys, 0)
         if span.name in self.taken:
@@ -126,10 +130,15 @@ class ScoreStream:
         return float(np.int32(bits).view(np.float32))
 
     def _read(self, role: str, span: topk.Span) -> np.ndarray:
-        part = self.pair.sources[role].read_flat(*span)
-        if role == "base" and self.digest is not None:
+        source = self.pair.sources[role]
+        n = span.stop - span.start
+        if role == "base" and self.digest is not None and self.digest.wants(*span):
+            part = source.read_flat(*span)
             self.digest.put(*span, part)
-        return as_float32(part)
+        else:
+            buffer = self.scratch.get(f"{role} bytes", n * source.dtype(span.name).itemsize, np.uint8)
+            part = source.read_flat(*span, out=buffer)
+        return as_float32(part, self.scratch.get(role, n, np.float32))
 
     def _refuse_not_finite(self, span: topk.Span) -> None:
         for role in SCORES[self.rule.score].needs:
@@ -138,16 +147,20 @@ class ScoreStream:
         raise ValueError(f"{span.name}: its scores are too large for fp32")
 
 
-def as_float32(part: Tensor) -> np.ndarray:
-    """A tensor's values in fp32; shares memory where it is fp32 already. One thread, whatever torch is set
-    to.
-    """
+def as_float32(part: Tensor, out: np.ndarray | None = None) -> np.ndarray:
+    """A tensor's values in fp32: itself where it is fp32, else in `out`. Runs in the calling thread only."""
+    if part.dtype == torch.float32:
+        return part.numpy()
+    out = np.empty(part.numel(), np.float32) if out is None else out
     if part.dtype == torch.bfloat16:
-        wide = part.view(torch.uint16).numpy().astype(np.uint32)
-        return np.left_shift(wide, 16, out=wide).view(np.float32)
-    if part.dtype in (torch.float32, torch.float16, torch.float64):
-        return part.numpy().astype(np.float32, copy=False)
-    return part.to(torch.float32).numpy()
+        wide = out.view(np.uint32)
+        np.copyto(wide, part.view(torch.uint16).numpy())
+        np.left_shift(wide, 16, out=wide)
+    elif part.dtype in (torch.float16, torch.float64):
+        np.copyto(out, part.numpy(), casting="same_kind")
+    else:
+        out[:] = part.to(torch.float32).numpy()
+    return out
 
 
 def extract(

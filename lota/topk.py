@@ -3,8 +3,8 @@
 Scores enter as keys: the bit pattern of a non-negative fp32 number as int32, which orders as the number does.
 Key 0 is never chosen. Equal keys at the threshold go to the earliest positions.
 
-Two passes over the stream, shared by every k. A sample of at most half a million entries, drawn in blocks
-from all over the stream, brackets each threshold; the first pass counts the keys above the bracket and makes
+Two passes over the stream, shared by every k. A sample of a few per cent at most, drawn in blocks from all
+over the stream, brackets each threshold; the first pass counts the keys above the bracket and makes
 an exact histogram of the keys inside it, which gives the exact threshold and how many of its ties are
 admitted; the second writes one bit per entry. A bracket that misses its threshold is noticed, because all
 counts are exact; only then are two more passes made, the first of which is a histogram of all keys.
@@ -13,6 +13,7 @@ counts are exact; only then are two more passes made, the first of which is a hi
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CHUNK = 1 << 18  # entries read at a time by each worker; a multiple of 8, so that chunks end on whole bytes
+CHUNK = (
+    1 << 17
+)  # entries a worker reads at a time: its buffers fit into a second-level cache. A multiple of 8
 MAX_KEY = 0x7F7FFFFF  # the largest finite fp32
-SAMPLE_BLOCK = 512  # entries
-SAMPLE_BLOCKS = 1024
-SAMPLE_SHARE = 1 << 16  # one block for so many entries, up to SAMPLE_BLOCKS
-BRACKET_SIGMAS = 5  # standard errors of the sampled rank on either side
+SAMPLE_BLOCK = 1 << 13  # entries, several rows of a weight
+SAMPLE_SHARE = 16  # one entry in so many at most
+SAMPLE_BLOCKS = 1024  # at most, 16 at least
+SAMPLE_STRIDE = 7  # of a block's entries every seventh is looked at
+BRACKET_SIGMAS = 4  # standard errors of the sampled rank on either side
 COARSE_SHIFT = 16  # bits of the key that the fallback histogram leaves out
-COMPACT_AT = 1 << 20  # collected keys that are merged into a histogram
+COMPACT_AT = 1 << 21  # collected keys that are merged into a histogram
 
 
 class Span(NamedTuple):
@@ -58,6 +62,20 @@ class Cut(NamedTuple):
     shortfall: int
 
 
+class Scratch(threading.local):
+    """Buffers of the calling thread, used again and again: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def get(self, label: str, n: int, dtype: type) -> np.ndarray:
+        """n entries, overwritten by the thread's next call with this label."""
+        n_bytes = n * np.dtype(dtype).itemsize
+        if label not in self._buffers or len(self._buffers[label]) < n_bytes:
+            self._buffers[label] = np.empty(n_bytes, np.uint8)
+        return self._buffers[label][:n_bytes].view(dtype)
+
+
 Keys = Callable[[Span], np.ndarray]
 Progress = Callable[[int], object]
 
@@ -71,7 +89,8 @@ def top_bits(
 ) -> tuple[list[dict[str, np.ndarray]], list[Cut]]:
     """For each k in `counts`: name -> packed bits of its k largest keys, and where the cut lies.
 
-    keys: called from several threads, gives the int32 keys of a span. sizes: name -> entries, in the order
+    keys: called from several threads, gives the int32 keys of a span; they may be overwritten by the same
+    thread's next call. sizes: name -> entries, in the order
     that decides ties. read_order: names in the order of the first pass. progress: called with the number of
     entries each time a span is done, in each pass.
     """
@@ -138,9 +157,11 @@ def _cuts_inside(
 ) -> list[Cut | None]:
     """One pass: the cut of each k, None where it lies outside of its bracket."""
 
+    scratch = Scratch()
+
     def look(span: Span) -> list[tuple[int, np.ndarray]]:
         found = keys(span)
-        return [_above_and_inside(found, bracket) for bracket in brackets]
+        return [_above_and_inside(found, bracket, scratch) for bracket in brackets]
 
     n_above = [0] * len(counts)
     inside = [_Histogram() for _ in counts]
@@ -156,13 +177,16 @@ def _cuts_inside(
     ]
 
 
-def _above_and_inside(keys: np.ndarray, bracket: Bracket) -> tuple[int, np.ndarray]:
-    n_above = int(np.count_nonzero(keys > bracket.high))
+def _above_and_inside(keys: np.ndarray, bracket: Bracket, scratch: Scratch) -> tuple[int, np.ndarray]:
+    flags = scratch.get("flags", len(keys), np.bool_)
+    n_above = int(np.count_nonzero(np.greater(keys, bracket.high, out=flags)))
     if bracket.high < bracket.low:
-        return n_above, keys[:0]
+        return n_above, np.empty(0, np.int32)
     # unsigned: keys below the bracket wrap around to large numbers, one comparison instead of two
-    offset = keys.view(np.uint32) - np.uint32(bracket.low)
-    return n_above, keys[offset <= np.uint32(bracket.high - bracket.low)]
+    offset = scratch.get("offset", len(keys), np.uint32)
+    np.subtract(keys.view(np.uint32), np.uint32(bracket.low), out=offset)
+    np.less_equal(offset, np.uint32(bracket.high - bracket.low), out=flags)
+    return n_above, np.compress(flags, keys)
 
 
 def _cut(k: int, bracket: Bracket, n_above: int, values: np.ndarray, numbers: np.ndarray) -> Cut | None:
@@ -202,10 +226,13 @@ class _Histogram:
     def _compact(self) -> None:
         values, numbers = np.unique(np.concatenate(self._new), return_counts=True)
         self._new, self._n_new = [], 0
-        merged, place = np.unique(np.concatenate([self.values, values]), return_inverse=True)
-        total = np.zeros(len(merged), np.int64)
-        np.add.at(total, place, np.concatenate([self.numbers, numbers]))
-        self.values, self.numbers = merged, total
+        if len(self.values):
+            merged = np.unique(np.concatenate([self.values, values]))
+            total = np.zeros(len(merged), np.int64)
+            total[np.searchsorted(merged, self.values)] += self.numbers
+            total[np.searchsorted(merged, values)] += numbers
+            values, numbers = merged, total
+        self.values, self.numbers = values, numbers
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Distinct keys, descending, and their numbers."""
@@ -221,7 +248,7 @@ def _sampled_brackets(keys: Keys, sizes: Mapping[str, int], counts: list[int]) -
     so weights that differ from row to row or layer to layer widen the bracket.
     """
     total = sum(sizes.values())
-    blocks = [keys(span) for span in _sample_spans(sizes, total)]
+    blocks = [keys(span)[::SAMPLE_STRIDE].copy() for span in _sample_spans(sizes, total)]
     if not blocks:
         return [Bracket(1, 0) for _ in counts]
     sample = np.sort(np.concatenate(blocks))[::-1]
@@ -240,7 +267,7 @@ def _sampled_brackets(keys: Keys, sizes: Mapping[str, int], counts: list[int]) -
 
 def _sample_spans(sizes: Mapping[str, int], total: int) -> Iterator[Span]:
     """One block at a random place in each of equally long stretches (seeded: the same every time)."""
-    n_blocks = min(max(total // SAMPLE_SHARE, 16), SAMPLE_BLOCKS)
+    n_blocks = min(max(total // (SAMPLE_SHARE * SAMPLE_BLOCK), 16), SAMPLE_BLOCKS)
     stretch = max(total / n_blocks, SAMPLE_BLOCK)
     jitter = np.random.default_rng(0).random(n_blocks)
     names, ends = list(sizes), np.cumsum(list(sizes.values()), dtype=np.int64)
@@ -281,17 +308,18 @@ def _write_bits(
     progress: Progress | None,
 ) -> list[dict[str, np.ndarray]]:
     ties_left = [cut.ties for cut in cuts]
+    scratch = Scratch()
 
     def look(span: Span) -> list[tuple[np.ndarray, np.ndarray | None]]:
         found = keys(span)
-        # ties_left only falls, and it reaches 0 for good: seeing an old value costs time, not correctness
-        return [
-            (
-                np.packbits(found > cut.above),
-                np.packbits(found == cut.above) if ties_left[i] else None,
-            )
-            for i, cut in enumerate(cuts)
-        ]
+        flags = scratch.get("flags", len(found), np.bool_)
+        results = []
+        for i, cut in enumerate(cuts):
+            packed = np.packbits(np.greater(found, cut.above, out=flags))
+            # ties_left only falls, and stays at 0: seeing an old value costs time, not correctness
+            equal = np.packbits(np.equal(found, cut.above, out=flags)) if ties_left[i] else None
+            results.append((packed, equal))
+        return results
 
     bits = [{name: np.empty((n + 7) // 8, np.uint8) for name, n in sizes.items()} for _ in cuts]
     for span, results in _in_order(pool, look, spans(sizes)):

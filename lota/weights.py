@@ -69,11 +69,14 @@ class WeightSource:
         """One parameter in its own memory, the file's dtype."""
         return self.read_flat(name, 0, self.numel(name)).reshape(self.shape(name))
 
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of the flattened parameter: 1-D, own memory, the file's dtype."""
+    def read_flat(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> Tensor:
+        """Entries [start, stop) of the flattened parameter: 1-D, the file's dtype.
+
+        In its own memory, or, where that saves a copy, in `out` (uint8, as many bytes as asked for).
+        """
         target = self._targets[name]
         if target.source is not None:
-            return self._read_stored(target.source, start, stop)
+            return self._read_stored(target.source, start, stop, out)
         runs = self._row_runs(name)
         if runs is None:
             return self._convert(name).reshape(-1)[start:stop].clone()
@@ -110,15 +113,17 @@ class WeightSource:
                 self._converted = (conversion, results)
             return self._converted[1][name]
 
-    def _read_stored(self, name: str, start: int, stop: int) -> Tensor:
+    def _read_stored(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> Tensor:
         tensor = self._stored[name]
         if tensor.stride is not None:
             whole = self._read_bytes(tensor, 0, tensor.span)
             return whole.as_strided(tensor.shape, tensor.stride).reshape(-1)[start:stop].clone()
-        return self._read_bytes(tensor, start, stop)
+        return self._read_bytes(tensor, start, stop, out)
 
-    def _read_bytes(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
-        buffer = np.empty((stop - start) * tensor.dtype.itemsize, dtype=np.uint8)
+    def _read_bytes(
+        self, tensor: StoredTensor, start: int, stop: int, out: np.ndarray | None = None
+    ) -> Tensor:
+        buffer = np.empty((stop - start) * tensor.dtype.itemsize, dtype=np.uint8) if out is None else out
         view, position = memoryview(buffer), tensor.offset + start * tensor.dtype.itemsize
         while view:
             n_read = os.preadv(self._handle(tensor.path), [view], position)
@@ -128,13 +133,10 @@ class WeightSource:
         return torch.from_numpy(buffer).view(tensor.dtype)
 
     def _handle(self, path: Path) -> int:
-        handle = self._files.get(path)
-        if handle is None:
-            with self._lock:
-                handle = self._files.setdefault(path, -1)
-                if handle < 0:
-                    handle = self._files[path] = os.open(path, os.O_RDONLY)
-        return handle
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            return self._files[path]
 
 
 def open_weights(path: str | os.PathLike, model: nn.Module | None = None) -> WeightSource:
@@ -188,12 +190,16 @@ class StreamingHash:
         self._digest = hashlib.sha256()
         self._lock = threading.Lock()
 
+    def wants(self, name: str, start: int, stop: int) -> bool:
+        """Whether this part is still to come, so that `put` would keep it."""
+        turn = self._turn.get((name, start, stop))
+        return turn is not None and turn >= self._next and name in self._shared
+
     def put(self, name: str, start: int, stop: int, part: Tensor) -> None:
         """Take entries [start, stop) of a parameter; nothing happens if they were taken before."""
-        turn = self._turn.get((name, start, stop))
-        if turn is None or turn < self._next or name not in self._shared:
+        if not self.wants(name, start, stop):
             return
-        self._waiting[turn] = part
+        self._waiting[self._turn[name, start, stop]] = part
         while self._is_due() and self._lock.acquire(blocking=False):  # one thread hashes, none waits for it
             try:
                 while self._is_due():
@@ -250,6 +256,5 @@ def _untied(stored: Mapping[str, StoredTensor]) -> dict[str, Target]:
 
 def _close_all(files: dict[Path, int]) -> None:
     for handle in files.values():
-        if handle >= 0:
-            os.close(handle)
+        os.close(handle)
     files.clear()
