@@ -1,0 +1,230 @@
+"""Step time and peak memory of one optimizer step: LoTA against a dense masked RMSprop, PEFT LoRA and PEFT SHiRA.
+
+    python benchmarks/step.py                         # CPU, 124M-parameter Llama shape, 4 x 128 tokens
+    python benchmarks/step.py --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
+
+Contestants take turns within one process, so that drift of the machine hits all alike; a line of JSON per
+contestant, then a table with ratios of medians. Peak memory is measured in a process of its own per contestant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lota
+from lota.losses import sequence_logps
+from lota.masks import Mask
+from lota.models import enable_activation_checkpointing, turn_dropout_off
+from lota.runlog import peak_memory_bytes
+from lota.scope import find_scope
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied
+    "124m": (50_257, 768, 2_048, 12, 12, 12, True),
+    "tiny": (512, 64, 172, 4, 4, 4, True),
+    "1b": (128_256, 2_048, 8_192, 16, 32, 8, True),
+    "8b": (128_256, 4_096, 14_336, 32, 32, 8, False),
+}
+
+
+def build_model(args: argparse.Namespace) -> torch.nn.Module:
+    """A Llama of the shape with random weights, the same for every contestant."""
+    vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[args.shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+        max_position_embeddings=max(1024, args.length), use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    turn_dropout_off(model)
+    if args.checkpointing:
+        enable_activation_checkpointing(model)
+    return model.train()
+
+
+def random_mask(model: torch.nn.Module, sparsity: float) -> Mask:
+    generator = torch.Generator().manual_seed(0)
+    scope = find_scope(model)
+    return Mask.from_dense(
+        {name: torch.rand(t.shape, generator=generator) >= sparsity for name, t in scope.items()}
+    )
+
+
+def backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    logps, _ = sequence_logps(model(input_ids=ids).logits, ids)
+    (-logps.mean()).backward()
+
+
+def ours(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
+    """LoTA: compact state, fused into the backward pass."""
+    model = build_model(args)
+    mask = random_mask(model, args.sparsity)
+    optimizer = lota.MaskedRMSprop(model, mask, lr=1e-5, grad_norm_strategy="even", max_grad_norm=10.0)
+    lota.fuse_in_backward(optimizer)
+
+    def step(ids: torch.Tensor) -> None:
+        backward(model, ids)
+        optimizer.step()
+
+    return step
+
+
+def dense_masked(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
+    """Full gradients and full-size state, multiplied by a dense mask, fused in the same hooks."""
+    model = build_model(args)
+    mask = random_mask(model, args.sparsity)
+    square_avg, kept = {}, {}
+    for name, p in model.named_parameters():
+        square_avg[p] = torch.zeros_like(p, dtype=torch.float32)
+        kept[p] = mask.dense(name).to(p.device) if name in mask else torch.zeros_like(p, dtype=torch.bool)
+
+    def hook(p: torch.nn.Parameter) -> None:
+        with torch.no_grad():
+            grad = p.grad.float() * kept[p]
+            grad.mul_((10.0 / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0))
+            square_avg[p].mul_(0.99).addcmul_(grad, grad, value=0.01)
+            p.addcdiv_(grad.to(p.dtype), square_avg[p].sqrt().add_(1e-8).to(p.dtype), value=-1e-5)
+            p.grad = None
+
+    for p in square_avg:
+        p.register_post_accumulate_grad_hook(hook)
+    return lambda ids: backward(model, ids)
+
+
+def adapter(config_of: Callable[[], object]) -> Callable[[argparse.Namespace], Callable[[torch.Tensor], None]]:
+    """A PEFT adapter on all linear layers, trained with torch's RMSprop."""
+
+    def make(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
+        from peft import get_peft_model
+
+        model = get_peft_model(build_model(args), config_of())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.RMSprop(trained, lr=1e-5, alpha=0.99)
+
+        def step(ids: torch.Tensor) -> None:
+            backward(model, ids)
+            torch.nn.utils.clip_grad_norm_(trained, 10.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return make
+
+
+def lora_config() -> object:
+    from peft import LoraConfig
+
+    return LoraConfig(r=64, lora_alpha=64, target_modules=LINEAR, task_type="CAUSAL_LM")
+
+
+def shira_config() -> object:
+    from peft import ShiraConfig
+
+    return ShiraConfig(r=64, target_modules=LINEAR, task_type="CAUSAL_LM")
+
+
+CONTESTANTS: dict[str, Callable[[argparse.Namespace], Callable[[torch.Tensor], None]]] = {
+    "lota": ours,
+    "dense_masked_rmsprop": dense_masked,
+    "peft_lora_r64": adapter(lora_config),
+    "peft_shira_r64": adapter(shira_config),
+}
+
+
+def token_batch(args: argparse.Namespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, SHAPES[args.shape][0], (args.batch, args.length), generator=generator).to(args.device)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step: Callable[[torch.Tensor], None], ids: torch.Tensor, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    step(ids)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def times(args: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
+    """Seconds of each of args.rounds steps per contestant, taken in turns, after a step to warm up."""
+    steps = {name: CONTESTANTS[name](args) for name in names}
+    ids = token_batch(args)
+    for step in steps.values():
+        step(ids)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, ids, args.device))
+    return seconds
+
+
+def own_process_peak(args: argparse.Namespace, name: str) -> int:
+    """Peak bytes of a process that builds one contestant and makes three steps."""
+    options = [f"--{key}={getattr(args, key)}" for key in ("shape", "sparsity", "batch", "length", "dtype", "device")]
+    flags = ["--checkpointing"] if args.checkpointing else []
+    command = [sys.executable, "-W", "ignore", __file__, "--peak-of", name, *options, *flags]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak(args: argparse.Namespace) -> None:
+    step, ids = CONTESTANTS[args.peak_of](args), token_batch(args)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step(ids)
+    print(peak_memory_bytes(torch.device(args.device)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="124m")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--length", type=int, default=128, help="tokens per row")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps per contestant")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--peak-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak_of:
+        print_peak(args)
+        return
+    seconds = times(args, args.contestants)
+    setting = {key: getattr(args, key) for key in ("shape", "sparsity", "batch", "length", "dtype", "device")}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor()}
+    rows = []
+    for name in args.contestants:
+        peak = own_process_peak(args, name)
+        rows.append((name, statistics.median(seconds[name]), peak))
+        print(json.dumps({"contestant": name, **setting, **machine, "seconds": seconds[name], "peak_bytes": peak}))
+    print(f"\n{'contestant':22} {'median s':>9} {'lota / it':>10} {'peak MiB':>9} {'lota / it':>10}")
+    for name, median, peak in rows:
+        print(f"{name:22} {median:9.3f} {rows[0][1] / median:10.2f} {peak / 2**20:9.0f} {rows[0][2] / peak:10.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Training runs for tests: the embedded model, a small task, settings as on the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from lota.config import Config
+from lota.masks import Mask
+from lota.scope import find_scope, meta_model
+
+ROOT = Path(__file__).resolve().parent.parent
+import os
+MODEL = Path(os.environ.get("TMPMODEL", ROOT / "assets" / "tiny-llama"))
+SMALL = (
+    f"model.name_or_path={MODEL}", "datasets=[mini]", "batch_size=8", "warmup_steps=2", "lr=1e-3",
+    "minimum_log_interval_secs=0", "do_first_eval=false", "eval_batch_size=8",
+)  # fmt: skip
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def with_mini_task(folder: Path) -> Path:
+    """Make `folder` a working directory with tasks/mini.py; returns it."""
+    (folder / "tasks").mkdir(exist_ok=True)
+    shutil.copy(Path(__file__).with_name("mini_task.py"), folder / "tasks" / "mini.py")
+    return folder
+
+
+def settings(*overrides: str) -> Config:
+    with initialize_config_dir(str(ROOT / "config"), version_base=None):
+        return OmegaConf.to_object(compose("config", overrides=["exp_name=run", *SMALL, *overrides]))
+
+
+def train(*overrides: str):
+    """Run a trainer to its end; returns (trainer, last checkpoint folder)."""
+    from trainers import TRAINERS
+
+    config = settings(*overrides)
+    trainer = TRAINERS[config.trainer.name](config)
+    return trainer, trainer.train()
+
+
+def write_mask(path: Path, density: float = 0.1, seed: int = 0) -> Mask:
+    """A random mask over the embedded model's scope, saved at path."""
+    generator = torch.Generator().manual_seed(seed)
+    scope = find_scope(meta_model(MODEL))
+    mask = Mask.from_dense({n: torch.rand(t.shape, generator=generator) < density for n, t in scope.items()})
+    mask.save(path)
+    return mask
+
+
+def policy(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "policy.pt", weights_only=True)["state"]
+
+
+def metrics(trainer) -> list[dict]:
+    return [json.loads(line) for line in (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

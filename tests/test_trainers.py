@@ -1,0 +1,306 @@
+"""The training loop: what it computes, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lota.data import Example, encode, epoch_batches
+from lota.schedule import learning_rate
+from lota.scope import find_scope
+from tasks import get_task
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+@pytest.fixture
+def mask(tmp_path):
+    return write_mask(tmp_path / "0.9_mask.pt")
+
+
+def base() -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
+
+
+def plain_run(mask, *, steps: int, batch_size: int, lr: float, warmup: int) -> dict[str, torch.Tensor]:
+    """The same training written out: torch.optim.RMSprop on masked gradients, sharing only the data."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    task = get_task("mini")
+    rows = [Example(task.prompt(r), task.target(r), task.closing) for r in task.load("train", None)]
+    kept = {name: mask.dense(name) for name in mask.names}
+    trained = {name: p for name, p in model.named_parameters() if name in kept}
+    optimizer = torch.optim.RMSprop(trained.values(), lr=lr, alpha=0.99, eps=1e-8, foreach=False)
+    for step, numbers in enumerate(epoch_batches(len(rows), batch_size, seed=0, epoch=0)[:steps]):
+        encoded = [encode(tokenizer, rows[i], max_length=512, max_prompt_length=256) for i in numbers]
+        total = 0.0
+        for row in encoded:  # one by one: no padding, no attention mask
+            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1]
+            targets = torch.tensor(row.input_ids[row.prompt_length :])
+            total = total - torch.log_softmax(logits, -1).gather(1, targets[:, None]).sum()
+        model.zero_grad()
+        (total / len(encoded)).backward()
+        for name, p in trained.items():
+            p.grad *= kept[name]
+            p.grad *= min(1.0, 10.0 / p.grad.norm().item())
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_weights_equal_a_plain_loop(mask, tmp_path, accumulation):
+    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "warmup_steps=3",
+                            f"gradient_accumulation_steps={accumulation}")  # fmt: skip
+    expected = plain_run(mask, steps=5, batch_size=8, lr=1e-3, warmup=3)
+    got, start = policy(folder), base()
+    assert got.keys() == expected.keys()
+    for name, want in expected.items():
+        # RMSprop divides by the gradient's own size: rounding noise of a near-zero gradient moves an entry
+        # by at most a step, and only few entries have one
+        close = torch.isclose(got[name], want, rtol=1e-4, atol=2e-5)
+        assert close.float().mean() > 0.999, name
+        frozen = ~mask.dense(name) if name in mask else torch.ones_like(want, dtype=torch.bool)
+        assert torch.equal(got[name][frozen], start[name][frozen]), name
+    moved = sum((got[n] != start[n])[mask.dense(n)].sum().item() for n in mask.names)
+    assert moved > 0.95 * mask.n_kept
+    assert trainer.optimizer.n_trained == mask.n_kept
+
+
+def test_dense_training_learns_and_reports(workplace):
+    trainer, folder = train("n_epochs=6", "do_first_eval=true", "eval_every=80", "sample_during_eval=true",
+                            "n_eval_model_samples=3")  # fmt: skip
+    rows = metrics(trainer)
+    steps = [row for row in rows if "loss/train" in row]
+    assert [row["step"] for row in steps] == list(range(1, 31))
+    assert {"examples", "step", "loss/train", "grad_norm", "lr", "tokens_per_second", "examples_per_second",
+            "peak_memory_bytes"} <= set(steps[0])  # fmt: skip
+    evaluated = [row for row in rows if "loss/eval" in row]
+    assert [row["examples"] for row in evaluated] == [0, 80, 160, 240]
+    assert evaluated[-1]["loss/eval"] < 0.8 * evaluated[0]["loss/eval"]
+    assert evaluated[0]["ppl"] == pytest.approx(math.exp(evaluated[0]["nats_per_token/eval"]))
+    assert folder.name == "epoch-6"
+    assert sorted(p.name for p in folder.iterdir()) == ["policy.pt", "resume.pt"]
+    record = torch.load(folder / "policy.pt", weights_only=True)
+    assert record["step_idx"] == 30
+    assert all(type(value) in (int, float) for value in record["metrics"].values())
+    samples = (trainer.config.run_dir / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 4 * 3
+
+
+def test_held_out_loss_is_the_models_own(workplace):
+    """The first evaluation equals the mean summed loss, computed row by row without padding."""
+    trainer, _ = train("do_first_eval=true", "lr=0")
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    task, total, tokens = get_task("mini"), 0.0, 0
+    rows = task.load("test", None)
+    for row in rows:
+        prompt = tokenizer(task.prompt(row)).input_ids
+        response = [*tokenizer(task.target(row), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        with torch.no_grad():
+            total += model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.item() * len(
+                response
+            )
+        tokens += len(response)
+    first = metrics(trainer)[0]
+    assert first["loss/eval"] == pytest.approx(total / len(rows), rel=1e-4)
+    assert first["nats_per_token/eval"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_learning_rate_zero_changes_nothing(workplace):
+    _, folder = train("lr=0", "weight_decay=0.1")
+    assert same(policy(folder), base())
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
+def test_the_schedule_reaches_the_weights(workplace, scheduler):
+    """With SGD without clipping the first step is lr times the gradient: twice the rate, twice as far."""
+    options = ["optimizer=SGD", "grad_norm_strategy=none", f"lr_scheduler={scheduler}", "n_examples=8",
+               "warmup_steps=4"]  # fmt: skip
+    start, moves = base(), []
+    for lr in (1e-4, 2e-4):
+        trainer, folder = train(*options, f"lr={lr}", f"exp_name=lr{lr}")
+        state = policy(folder)
+        moves.append(sum((state[n].double() - start[n].double()).abs().sum().item() for n in start))
+        assert metrics(trainer)[0]["lr"] == pytest.approx(lr / 4)
+    assert moves[1] / moves[0] == pytest.approx(2.0, rel=1e-2)
+
+
+def test_schedules():
+    options = {"peak": 2.0, "warmup_steps": 4, "total_steps": 12}
+    rates = {
+        s: [learning_rate(i, scheduler=s, **options) for i in range(13)]
+        for s in ("constant", "linear", "cosine")
+    }
+    for values in rates.values():
+        assert values[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert set(rates["constant"][4:]) == {2.0}
+    assert rates["linear"][4:] == pytest.approx([2.0 - i / 4 for i in range(9)])
+    assert rates["cosine"][4:] == pytest.approx([1 + math.cos(math.pi * i / 8) for i in range(9)])
+
+
+def test_fsdp_trainer_in_one_process_gives_the_same_weights(mask, tmp_path, monkeypatch):
+    options = [f"mask_path={tmp_path}/0.9_mask.pt"]
+    _, one = train(*options, "exp_name=basic")
+    _, two = train(*options, "exp_name=fsdp", "trainer=FSDPTrainer", "fsdp_port=12355")
+    assert same(policy(one), policy(two))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for trainer in ("FSDPTrainer", "BasicTrainer"):
+        with pytest.raises(ValueError, match="WORLD_SIZE=2"):
+            train(f"trainer={trainer}", "exp_name=several")
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_bf16_under_a_mask_saves_the_base_exactly_and_kept_entries_in_fp32(mask, tmp_path, checkpointing):
+    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "model.fsdp_policy_mp=bfloat16", "lr=1e-4",
+                            f"activation_checkpointing={checkpointing}", "weight_decay=0.1")  # fmt: skip
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    got, start = policy(folder), base()
+    finer = 0
+    for name, value in got.items():
+        assert value.dtype == torch.float32
+        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
+        assert torch.equal(value[~kept], start[name][~kept]), name
+        assert (value[kept] != start[name][kept]).float().mean() > 0.9 or not kept.any()
+        finer += (value[kept] != value[kept].bfloat16().float()).sum().item()
+    assert finer > 0.9 * mask.n_kept
+
+
+def test_dense_mixed_precision_keeps_fp32_weights(workplace):
+    trainer, folder = train("model.fsdp_policy_mp=bfloat16", "n_examples=16")
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert not same(policy(folder), base())
+
+
+def test_policy_dtype(mask, tmp_path):
+    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "model.policy_dtype=bfloat16")
+    assert {value.dtype for value in policy(folder).values()} == {torch.bfloat16}
+    masters = {name: values for name, _, values in trainer.optimizer.kept_values()}
+    name = next(iter(masters))
+    assert torch.equal(policy(folder)[name][mask.dense(name)], masters[name].bfloat16())
+
+
+def test_what_flip_protect_and_layer_freezing_leave_trainable(mask, tmp_path):
+    other = write_mask(tmp_path / "other.pt", density=0.5, seed=1)
+    scope = find_scope(AutoModelForCausalLM.from_pretrained(MODEL))
+    flipped, _ = train(f"mask_path={tmp_path}/0.9_mask.pt", "flip_mask=true", "exp_name=flip", "n_examples=8")
+    assert flipped.data.mask.n_kept == sum(t.numel() for n, t in base().items() if n in scope) - mask.n_kept
+    protected, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", f"protect_masks=[{tmp_path}/other.pt]",
+                              "exp_name=protect")  # fmt: skip
+    assert protected.data.mask.n_kept == mask.n_kept - mask.overlap(other)
+    state, start = policy(folder), base()
+    for name in other.names:
+        assert torch.equal(state[name][other.dense(name)], start[name][other.dense(name)])
+    dense, folder = train(f"protect_masks=[{tmp_path}/other.pt]", "exp_name=dense_protect")
+    state = policy(folder)
+    assert all(torch.equal(state[n][other.dense(n)], start[n][other.dense(n)]) for n in other.names)
+    assert dense.optimizer.n_trained == sum(p.numel() for p in dense.model.parameters()) - other.n_kept
+    _, folder = train("freeze_odd_layers=true", "exp_name=layers")
+    state = policy(folder)
+    for name in start:
+        odd = ".layers.1." in name or ".layers.3." in name
+        if ".layers." in name:
+            assert torch.equal(state[name], start[name]) == odd, name
+
+
+def test_checkpoints_by_examples_and_the_last_one(workplace):
+    trainer, folder = train("save_every=16", "n_epochs=null", "n_examples=50")
+    assert folder.name == "step-50"
+    assert sorted(p.name for p in trainer.config.run_dir.glob("step-*")) == [
+        "step-16", "step-32", "step-48", "step-50"]  # fmt: skip
+    assert metrics(trainer)[-1]["examples"] == 50
+
+
+def test_checkpoints_by_epoch_and_the_last_one(workplace):
+    trainer, folder = train("save_every=epoch_2", "n_epochs=3")
+    assert sorted(p.name for p in trainer.config.run_dir.glob("epoch-*")) == ["epoch-2", "epoch-3"]
+    assert folder.name == "epoch-3"
+
+
+def test_fast_forward_skips_batches(workplace):
+    train("exp_name=whole", "n_epochs=2")
+    trainer, _ = train("exp_name=later", "n_epochs=2", "fast_forward=3")
+    assert trainer.progress.examples == 80 - 24
+    assert trainer.progress.step == 10 - 3
+    with pytest.raises(ValueError, match="fast_forward=10"):
+        train("exp_name=none", "n_epochs=2", "fast_forward=10")
+
+
+def test_debug_writes_no_checkpoint(workplace):
+    trainer, folder = train("debug=true", "wandb.enabled=true")
+    assert folder is None
+    assert not list(trainer.config.run_dir.glob("*/policy.pt"))
+
+
+def test_a_diverging_run_stops_with_a_remedy(workplace):
+    with pytest.raises(ValueError, match=r"training loss is .*lower lr"):
+        train("lr=1e30", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "n_epochs=5")
+
+
+def test_resized_vocabulary(mask, tmp_path):
+    _, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "'model.pad_token=\"<PAD>\"'".strip("'"))
+    state, start = policy(folder), base()
+    name = "model.embed_tokens.weight"
+    assert state[name].shape[0] == start[name].shape[0] + 1
+    assert torch.equal(state[name][:-1], start[name])
+
+
+def test_an_archive_is_where_training_starts(workplace):
+    _, first = train("exp_name=first")
+    _, second = train("exp_name=second", f"model.archive={first}/policy.pt", "lr=0")
+    assert same(policy(first), policy(second))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["datasets=[minni]"], r"unknown task 'minni' \(nearest: mini"),
+        (["datasets=[gsm8k]", "data_dir=/nowhere"], "gsm8k: no data for split 'train'"),
+        (["datasets=[alpaca_eval]"], "alpaca_eval has no split 'train'"),
+        (["mask_path=absent_mask.pt"], "absent_mask.pt does not exist"),
+        (["mask_path=0.90_mask.pt"], "0.90_mask.pt does not exist"),
+        (["model.name_or_path=/nowhere"], "/nowhere"),
+        (["model.archive=/nowhere/policy.pt"], "model.archive=/nowhere/policy.pt"),
+        (["model.block_name=GPT2Block"], "model.block_name=GPT2Block"),
+        (["model.scope=nothing_is_called_so"], "matches no parameter"),
+    ],
+)
+def test_refused_before_a_model_loads(workplace, monkeypatch, overrides, message):
+    def no_model(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("trainers.load_model", no_model)
+    with pytest.raises(ValueError, match=message):
+        train(*overrides)
+    assert not settings(*overrides).run_dir.exists()
+
+
+def test_a_mask_of_another_model_is_refused_before_loading(tmp_path, monkeypatch):
+    import tiny
+
+    tiny.random_mask(tiny.make("llama")).save(tmp_path / "other_mask.pt")
+    monkeypatch.setattr("trainers.load_model", None)
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        train(f"mask_path={tmp_path}/other_mask.pt")
+
+
+def test_zero_mask_that_does_not_exist_is_dense(workplace):
+    trainer, _ = train("mask_path=masks/none/0.0_mask.pt", "n_examples=8")
+    assert trainer.data.mask is None
+
+
+def test_unreadable_archive(workplace, monkeypatch):
+    (workplace / "policy.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"policy\.pt"):
+        train(f"model.archive={workplace}/policy.pt")
