@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lota.scope import meta_model
-from lota.translation import row_runs
+from lota.translation import Conversion, row_runs
 from lota.weights import content_hash, open_weights
 
 TINY = {
@@ -245,3 +245,41 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(ValueError, match="somebody/llama"):
         open_weights("somebody/llama")
+
+
+@pytest.mark.parametrize("kind", ["mixtral"])
+def test_conversion_that_moves_more_than_rows_is_done_whole(kind, tmp_path, monkeypatch):
+    model = save_tiny(kind, tmp_path)
+    monkeypatch.setattr("lota.weights.row_runs", lambda conversion, stored: None)
+    assert_same_weights(open_weights(tmp_path), model)
+
+
+def test_row_runs_refuse_what_reorders_columns(tmp_path):
+    """A transposed or column-shuffled weight is not made of whole rows."""
+    from transformers.core_model_loading import Concatenate, Interleave, Transpose, WeightConverter
+
+    class Stored:
+        shape, dtype = (4, 12), torch.float32
+
+    for operations, whole_rows in [
+        ([Concatenate(dim=0)], True),
+        ([Transpose(0, 1)], False),
+        ([Interleave(dim=1)], False),
+        ([Concatenate(dim=1)], False),
+        ([Interleave(dim=0)], True),
+    ]:
+        sources = ["a.x", "a.y"] if isinstance(operations[0], Concatenate) else ["a.x"]
+        conversion = Conversion(
+            WeightConverter(list(sources), "a.z", operations),
+            "a.z",
+            torch.nn.Module(),
+            [(s, s) for s in sources],
+        )
+        conversion.model.config = None
+        stored = {name: Stored() for name in sources}
+        runs = row_runs(conversion, stored)
+        assert (runs is not None) == whole_rows, operations
+        if runs:
+            data = {name: torch.randn(4, 12) for name in sources}
+            built = torch.cat([data[r.source].reshape(-1)[r.source_start :][: r.length] for r in runs["a.z"]])
+            assert torch.equal(built, conversion.apply(data.get)["a.z"].reshape(-1))
