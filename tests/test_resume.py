@@ -1,0 +1,147 @@
+"""A run that was killed anywhere and started again ends with the bits of an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import MODEL, ROOT, metrics, policy, same, train, with_mini_task, write_mask
+
+from lota.checkpoint import newest_checkpoint
+
+HERE = Path(__file__).parent
+RUN = ("n_epochs=2", "save_every=16", "lr_scheduler=cosine", "momentum=0.5")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    write_mask(tmp_path / "0.9_mask.pt")
+    return tmp_path
+
+
+@pytest.fixture
+def options(workplace):
+    return (*RUN, f"mask_path={workplace}/0.9_mask.pt")
+
+
+def killed(moment: str, n: int, *overrides: str) -> int:
+    command = [sys.executable, str(HERE / "killed_run.py"), moment, str(n), *overrides]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize(
+    ("moment", "n", "survives"),
+    [("policy", 1, None), ("resume", 2, 16), ("rename", 3, 32), ("backward", 6, 32)],
+)
+def test_killed_anywhere_then_continued(options, moment, n, survives):
+    assert killed(moment, n, "exp_name=killed", *options) == -signal.SIGKILL
+    from lota.config import default_cache
+
+    newest = newest_checkpoint(Path(default_cache()) / "killed")
+    assert (newest and newest[1]["progress"]["examples"]) == survives
+    trainer, folder = train("exp_name=killed", *options)
+    whole, reference = train("exp_name=whole", *options)
+    assert same(policy(folder), policy(reference))
+    ours, theirs = (torch.load(f / "resume.pt", weights_only=True) for f in (folder, reference))
+    for index, state in theirs["optimizer"]["state"].items():
+        for key, value in state.items():
+            got = ours["optimizer"]["state"][index][key]
+            assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
+    assert [r["examples"] for r in metrics(trainer)] == [r["examples"] for r in metrics(whole)]
+    assert not list(trainer.config.run_dir.glob(".*.tmp"))
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(options):
+    assert killed("nospace", 3, "exp_name=full", *options) not in (0, -signal.SIGKILL)
+    trainer, folder = train("exp_name=full", *options)
+    _, reference = train("exp_name=whole", *options)
+    assert same(policy(folder), policy(reference))
+    names = sorted(p.name for p in trainer.config.run_dir.glob("*-*"))
+    assert names == ["step-16", "step-32", "step-48", "step-64", "step-80"]
+
+
+@pytest.mark.parametrize("precision", ["null", "bfloat16"])
+def test_every_kind_of_weights_resumes(workplace, monkeypatch, precision):
+    """Stopped between steps in the middle of an epoch, dense and masked bf16."""
+    import trainers
+    from lota.interrupt import Interrupted
+
+    mask = f"mask_path={workplace}/0.9_mask.pt" if precision == "bfloat16" else "mask_path=null"
+    options = (*RUN, mask, f"model.fsdp_policy_mp={precision}", "save_every=epoch_1", "optimizer=AdamW")
+    step = trainers.Trainer.step
+
+    def stopping(self, examples):
+        step(self, examples)
+        if self.progress.step == 6:
+            self.stop.received = signal.SIGINT
+
+    monkeypatch.setattr(trainers.Trainer, "step", stopping)
+    with pytest.raises(Interrupted):
+        train("exp_name=stopped", *options)
+    monkeypatch.setattr(trainers.Trainer, "step", step)
+    trainer, folder = train("exp_name=stopped", *options)
+    assert (trainer.config.run_dir / "step-56" / "resume.pt").is_file()
+    _, reference = train("exp_name=whole", *options)
+    assert same(policy(folder), policy(reference))
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_fails(options, workplace):
+    overrides = ["exp_name=stopped", f"model.name_or_path={MODEL}", "datasets=[mini]", "do_first_eval=false",
+                 "minimum_log_interval_secs=0", *options, "n_epochs=500", "save_every=epoch_500"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *overrides]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = Path(os.environ["PROJECT_CACHE"]) / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and log.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline and process.poll() is None, "training did not start"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Give the same command again to continue" in stderr
+    assert newest_checkpoint(log.parent)[1]["progress"]["finished"] is False
+
+
+def test_a_finished_run_says_so_and_overwrite_starts_anew(options, caplog):
+    first, folder = train(*options)
+    weights, before = policy(folder), (folder / "policy.pt").stat().st_mtime_ns
+    caplog.set_level("INFO")
+    _, again = train(*options)
+    assert again == folder
+    assert "already finished" in caplog.text
+    assert (folder / "policy.pt").stat().st_mtime_ns == before
+    note = first.config.run_dir / "notes.txt"
+    note.write_text("mine")
+    _, anew = train(*options, "overwrite=true", "seed=1", "save_every=epoch_1")
+    assert anew.name == "epoch-2"
+    assert not same(policy(anew), weights)
+    assert not list(first.config.run_dir.glob("step-*"))
+    assert note.read_text() == "mine"
+
+
+def test_settings_that_change_weights_are_refused_and_others_are_not(options):
+    train(*options)
+    with pytest.raises(ValueError, match=r"lr: 0.001 -> 0.01.*overwrite=true"):
+        train(*options, "lr=1e-2")
+    with pytest.raises(ValueError, match=r"model.policy_dtype: float32 -> bfloat16"):
+        train(*options, "model.policy_dtype=bfloat16")
+    with pytest.raises(ValueError, match="resume=never"):
+        train(*options, "resume=never")
+    train(*options, "eval_every=5", "n_eval_examples=3", "wandb.project=other", "minimum_log_interval_secs=9")
+
+
+def test_another_mask_under_the_same_name_is_refused(options, workplace):
+    train(*options)
+    write_mask(workplace / "0.9_mask.pt", seed=7)
+    with pytest.raises(ValueError, match="another mask"):
+        train(*options)
