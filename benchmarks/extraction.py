@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not installed
 
-from lota import topk  # noqa: E402
+from lota import streaming  # noqa: E402
 from lota.masks import kept_count  # noqa: E402
 from lota.pairing import Pair, open_pair  # noqa: E402
 from lota.selection import Rule, as_float32, select  # noqa: E402
@@ -82,9 +82,9 @@ def make_pair(folder: Path, entries: int, hidden: int = 2048, dtype: str = "floa
 def read_and_subtract(pair: Pair) -> None:
     """The yardstick: one pass over both files, same reader and threads, nothing but the difference."""
 
-    scratch = topk.Scratch()
+    scratch = streaming.Scratch()
 
-    def work(span: topk.Span) -> None:
+    def work(span: streaming.Span) -> None:
         sides = []
         for role, source in pair.sources.items():
             n = span.stop - span.start
@@ -93,8 +93,8 @@ def read_and_subtract(pair: Pair) -> None:
             sides.append(as_float32(part, scratch.get(role, n, np.float32)))
         np.subtract(sides[1], sides[0], out=sides[1])
 
-    with ThreadPoolExecutor(topk.worker_count()) as pool:
-        for _ in pool.map(work, topk.spans(sizes_of(pair))):
+    with ThreadPoolExecutor(streaming.worker_count()) as pool:
+        for _ in pool.map(work, streaming.spans(sizes_of(pair))):
             pass
 
 
@@ -168,7 +168,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict]:
     common = {
         "entries": sum(sizes_of(pair).values()),
         "dtype": arguments.dtype,
-        "threads": topk.worker_count(),
+        "threads": streaming.worker_count(),
     }
     rows = [
         {

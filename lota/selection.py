@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lota import topk
+from lota import streaming, topk
 from lota.masks import Mask, kept_count
 from lota.pairing import Pair, open_pair
 from lota.weights import StreamingHash
@@ -34,19 +34,19 @@ DEFAULT_SCOPE = "attention and MLP weights"
 Read = Callable[[str], np.ndarray]
 
 
-def _task_vector(read: Read, span: topk.Span, seed: int) -> np.ndarray:
+def _task_vector(read: Read, span: streaming.Span, seed: int) -> np.ndarray:
     """|tuned - base| in fp32."""
     base, tuned = read("base"), read("tuned")
     np.subtract(tuned, base, out=tuned)
     return np.abs(tuned, out=tuned)
 
 
-def _magnitude(read: Read, span: topk.Span, seed: int) -> np.ndarray:
+def _magnitude(read: Read, span: streaming.Span, seed: int) -> np.ndarray:
     """|base|."""
     return np.abs(read("base"))
 
 
-def _random(read: Read, span: topk.Span, seed: int) -> np.ndarray:
+def _random(read: Read, span: streaming.Span, seed: int) -> np.ndarray:
     """Uniform on (0, 1], a function of seed, parameter name and position only (counter-based Philox)."""
     key = hashlib.sha256(f"{seed}:{span.name}".encode()).digest()[:16]
     generator = np.random.Philox(key=int.from_bytes(key, "little"))
@@ -60,7 +60,7 @@ def _random(read: Read, span: topk.Span, seed: int) -> np.ndarray:
 class Score:
     """A way to rate entries: larger is kept. compute: fp32, not negative; needs: what it reads."""
 
-    compute: Callable[[Read, topk.Span, int], np.ndarray]
+    compute: Callable[[Read, streaming.Span, int], np.ndarray]
     needs: tuple[str, ...]
 
 
@@ -101,10 +101,10 @@ class ScoreStream:
     rule: Rule
     digest: StreamingHash | None = None
     taken: Mapping[str, np.ndarray] = field(default_factory=dict)
-    scratch: topk.Scratch = field(default_factory=topk.Scratch)
-    checked: set[topk.Span] = field(default_factory=set)
+    scratch: streaming.Scratch = field(default_factory=streaming.Scratch)
+    checked: set[streaming.Span] = field(default_factory=set)
 
-    def __call__(self, span: topk.Span) -> np.ndarray:
+    def __call__(self, span: streaming.Span) -> np.ndarray:
         """int32 keys; 0 where an entry must not be chosen. Raises ValueError for NaN and infinity."""
         with np.errstate(over="ignore", invalid="ignore"):
             scores = SCORES[self.rule.score].compute(
@@ -129,7 +129,7 @@ class ScoreStream:
         bits = _INFINITY - key if self.rule.smallest else key
         return float(np.int32(bits).view(np.float32))
 
-    def _read(self, role: str, span: topk.Span) -> np.ndarray:
+    def _read(self, role: str, span: streaming.Span) -> np.ndarray:
         source = self.pair.sources[role]
         n = span.stop - span.start
         if role == "base" and self.digest is not None and self.digest.wants(*span):
@@ -140,7 +140,7 @@ class ScoreStream:
             part = source.read_flat(*span, out=buffer)
         return as_float32(part, self.scratch.get(role, n, np.float32))
 
-    def _refuse_not_finite(self, span: topk.Span) -> None:
+    def _refuse_not_finite(self, span: streaming.Span) -> None:
         for role in SCORES[self.rule.score].needs:
             if not np.isfinite(as_float32(self.pair.sources[role].read_flat(*span))).all():
                 raise ValueError(f"{span.name} of {self.pair.sources[role].id} holds NaN or infinity")
@@ -221,7 +221,7 @@ def select(
         _check_capacity(group, sizes, stream.taken, dict(zip(sparsities, numbers, strict=True)))
     if with_hash:
         shared = sizes if "base" in SCORES[rule.score].needs else ()
-        stream.digest = StreamingHash(pair.sources["base"], shared, topk.CHUNK)
+        stream.digest = StreamingHash(pair.sources["base"], shared, streaming.CHUNK)
     bits: list[dict[str, np.ndarray]] = [{} for _ in sparsities]
     cuts: list[dict[str, topk.Cut]] = [{} for _ in sparsities]
     for group, numbers in zip(groups, counts, strict=True):

@@ -12,18 +12,15 @@ counts are exact; only then are two more passes made, the first of which is a hi
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-CHUNK = (
-    1 << 17
-)  # entries a worker reads at a time: its buffers fit into a second-level cache. A multiple of 8
+from lota import streaming
+from lota.streaming import Scratch, Span, in_order, spans
+
 MAX_KEY = 0x7F7FFFFF  # the largest finite fp32
 SAMPLE_BLOCK = 1 << 13  # entries, several rows of a weight
 SAMPLE_SHARE = 16  # one entry in so many at most
@@ -32,14 +29,6 @@ SAMPLE_STRIDE = 7  # of a block's entries every seventh is looked at
 BRACKET_SIGMAS = 4  # standard errors of the sampled rank on either side
 COARSE_SHIFT = 16  # bits of the key that the fallback histogram leaves out
 COMPACT_AT = 1 << 21  # collected keys that are merged into a histogram
-
-
-class Span(NamedTuple):
-    """Entries [start, stop) of a flattened tensor; start is a multiple of 8."""
-
-    name: str
-    start: int
-    stop: int
 
 
 class Bracket(NamedTuple):
@@ -62,20 +51,6 @@ class Cut(NamedTuple):
     shortfall: int
 
 
-class Scratch(threading.local):
-    """Buffers of the calling thread, used again and again: fresh pages cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, np.ndarray] = {}
-
-    def get(self, label: str, n: int, dtype: type) -> np.ndarray:
-        """n entries, overwritten by the thread's next call with this label."""
-        n_bytes = n * np.dtype(dtype).itemsize
-        if label not in self._buffers or len(self._buffers[label]) < n_bytes:
-            self._buffers[label] = np.empty(n_bytes, np.uint8)
-        return self._buffers[label][:n_bytes].view(dtype)
-
-
 Keys = Callable[[Span], np.ndarray]
 Progress = Callable[[int], object]
 
@@ -94,37 +69,10 @@ def top_bits(
     that decides ties. read_order: names in the order of the first pass. progress: called with the number of
     entries each time a span is done, in each pass.
     """
-    with ThreadPoolExecutor(worker_count()) as pool:
+    with ThreadPoolExecutor(streaming.worker_count()) as pool:
         first = spans(sizes, read_order)
         cuts = _find_cuts(pool, keys, sizes, first, counts, progress)
         return _write_bits(pool, keys, sizes, cuts, progress), cuts
-
-
-def worker_count() -> int:
-    """Reading threads: as many as this process has processors, four at most."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def spans(sizes: Mapping[str, int], order: Iterable[str] | None = None) -> list[Span]:
-    """The chunks of every tensor."""
-    return [
-        Span(name, start, min(start + CHUNK, sizes[name]))
-        for name in (sizes if order is None else order)
-        for start in range(0, sizes[name], CHUNK)
-    ]
-
-
-def _in_order(pool: ThreadPoolExecutor, work: Callable, todo: Iterable[Span]) -> Iterator[tuple[Span, Any]]:
-    """(span, work(span)) in the order of `todo`, a few spans ahead of the consumer and no more."""
-    waiting: deque = deque()
-    for span in todo:
-        waiting.append((span, pool.submit(work, span)))
-        if len(waiting) > 2 * worker_count():
-            done, future = waiting.popleft()
-            yield done, future.result()
-    while waiting:
-        done, future = waiting.popleft()
-        yield done, future.result()
 
 
 def _find_cuts(
@@ -165,7 +113,7 @@ def _cuts_inside(
 
     n_above = [0] * len(counts)
     inside = [_Histogram() for _ in counts]
-    for span, results in _in_order(pool, look, todo):
+    for span, results in in_order(pool, look, todo):
         for i, (n, picked) in enumerate(results):
             n_above[i] += n
             inside[i].add(picked)
@@ -289,7 +237,7 @@ def _coarse_brackets(
         return np.bincount(keys(span) >> COARSE_SHIFT, minlength=n_bins)
 
     histogram = np.zeros(n_bins, np.int64)
-    for _, found in _in_order(pool, look, todo):
+    for _, found in in_order(pool, look, todo):
         histogram += found
     at_least = np.cumsum(histogram[::-1])  # keys in this bin and all higher ones, from the highest bin down
     brackets = []
@@ -322,7 +270,7 @@ def _write_bits(
         return results
 
     bits = [{name: np.empty((n + 7) // 8, np.uint8) for name, n in sizes.items()} for _ in cuts]
-    for span, results in _in_order(pool, look, spans(sizes)):
+    for span, results in in_order(pool, look, spans(sizes)):
         for i, (packed, equal) in enumerate(results):
             if ties_left[i] and equal is not None:
                 admitted = _first_bits(equal, ties_left[i])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lota
-from lota import topk
+from lota import streaming, topk
 from lota.masks import Mask, kept_count
 from lota.pairing import open_pair
 from lota.scope import find_scope
@@ -26,7 +26,7 @@ SPARSITIES = [0.0, 0.5, 0.9, 0.99]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks per tensor, also in tiny models."""
-    monkeypatch.setattr(topk, "CHUNK", 512)
+    monkeypatch.setattr(streaming, "CHUNK", 512)
 
 
 def make_pair(tmp_path: Path, kind: str = "llama", dtype=torch.float32, ties: bool = True, tuned: str = "hf"):
@@ -169,7 +169,7 @@ def test_random_depends_on_seed_and_not_on_chunks(tmp_path, monkeypatch):
         return torch.cat([mask.dense(name).reshape(-1) for name in mask.names])
 
     first, other = bits(0), bits(1)
-    monkeypatch.setattr(topk, "CHUNK", 1 << 20)
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 20)
     assert torch.equal(bits(0), first)
     agree = (first == other).double().mean().item()
     assert abs(agree - 0.5) < 4 * 0.5 / len(first) ** 0.5  # independent seeds agree by chance only
@@ -323,7 +323,7 @@ def test_random_scores_are_positive_and_uniform(tmp_path):
     base_path, _tuned_path, _, _ = make_pair(tmp_path)
     stream = ScoreStream(open_pair(base_path, needs=()), Rule("random", seed=7))
     name = "model.layers.0.mlp.up_proj.weight"
-    whole = stream(topk.Span(name, 0, 100_003)).view(np.float32)
-    assert np.array_equal(stream(topk.Span(name, 808, 1001)).view(np.float32), whole[808:1001])
+    whole = stream(streaming.Span(name, 0, 100_003)).view(np.float32)
+    assert np.array_equal(stream(streaming.Span(name, 808, 1001)).view(np.float32), whole[808:1001])
     assert whole.min() > 0 and whole.max() <= 1
     assert np.abs(np.histogram(whole, 10, (0, 1))[0] / 1e5 - 0.1).max() < 5 * (0.1 * 0.9 / 1e5) ** 0.5

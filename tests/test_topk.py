@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lota import topk
+from lota import streaming, topk
 
 
 def brute_force(keys: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ KINDS = ["normal", "ties", "all_equal", "mostly_zero", "zeros", "subnormal", "he
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_a_stable_sort(kind, monkeypatch):
-    monkeypatch.setattr(topk, "CHUNK", 1 << 12)
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 12)
     rng = np.random.default_rng(1)
     keys = {f"t{i}": float_keys(rng, n, kind) for i, n in enumerate([5, 40_000, 1, 12_345, 8, 0, 30_001])}
     total = sum(len(v) for v in keys.values())
@@ -88,7 +88,7 @@ def test_large_stream_takes_two_passes(kind, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guess", [(1, 0), (topk.MAX_KEY, topk.MAX_KEY), (5, 6)])
 def test_wrong_brackets_are_noticed(kind, guess, monkeypatch):
-    monkeypatch.setattr(topk, "CHUNK", 1 << 12)
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 12)
     monkeypatch.setattr(topk, "_sampled_brackets", lambda *args: [topk.Bracket(*guess)] * 4)
     rng = np.random.default_rng(3)
     keys = {f"t{i}": float_keys(rng, 20_000, kind) for i in range(2)}
@@ -96,8 +96,8 @@ def test_wrong_brackets_are_noticed(kind, guess, monkeypatch):
 
 
 def test_first_pass_follows_the_read_order_and_progress_counts_both(monkeypatch):
-    monkeypatch.setattr(topk, "CHUNK", 1 << 10)
-    monkeypatch.setattr(topk, "worker_count", lambda: 1)
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 10)
+    monkeypatch.setattr(streaming, "worker_count", lambda: 1)
     keys = {name: float_keys(np.random.default_rng(4), 3_000, "ties") for name in "bca"}
     done = []
     reads = assert_equals_brute_force(keys, [500], read_order="abc", progress=done.append)

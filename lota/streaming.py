@@ -1,0 +1,63 @@
+"""Tensors worked through in chunks by a few threads, in order and in little memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CHUNK = 1 << 17  # entries a worker reads at a time, a multiple of 8; its buffers fit into an L2 cache
+
+
+class Span(NamedTuple):
+    """Entries [start, stop) of a flattened tensor; start is a multiple of 8."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Scratch(threading.local):
+    """Buffers of the calling thread, used again for every chunk, so that they stay in its cache."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def get(self, label: str, n: int, dtype: type) -> np.ndarray:
+        """n entries, overwritten by the thread's next call with this label."""
+        n_bytes = n * np.dtype(dtype).itemsize
+        if label not in self._buffers or len(self._buffers[label]) < n_bytes:
+            self._buffers[label] = np.empty(n_bytes, np.uint8)
+        return self._buffers[label][:n_bytes].view(dtype)
+
+
+def worker_count() -> int:
+    """Reading threads: as many as this process has processors, four at most."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def spans(sizes: Mapping[str, int], order: Iterable[str] | None = None) -> list[Span]:
+    """The chunks of every tensor."""
+    return [
+        Span(name, start, min(start + CHUNK, sizes[name]))
+        for name in (sizes if order is None else order)
+        for start in range(0, sizes[name], CHUNK)
+    ]
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable, todo: Iterable[Span]) -> Iterator[tuple[Span, Any]]:
+    """(span, work(span)) in the order of `todo`, a few spans ahead of the consumer and no more."""
+    waiting: deque = deque()
+    for span in todo:
+        waiting.append((span, pool.submit(work, span)))
+        if len(waiting) > 2 * worker_count():
+            done, future = waiting.popleft()
+            yield done, future.result()
+    while waiting:
+        done, future = waiting.popleft()
+        yield done, future.result()
