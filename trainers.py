@@ -26,9 +26,10 @@ from lota.losses import sequence_logps, sft_loss
 from lota.masked_optimizer import MaskedOptimizer
 from lota.models import choose_pad_token_id, dtype_of, enable_activation_checkpointing, load_model
 from lota.optim import OPTIMIZERS
-from lota.preflight import Prepared, open_run_folder, plan, prepare
+from lota.preflight import Prepared, open_run_folder, prepare
 from lota.runlog import Meter, RunLog, peak_memory_bytes, write_versions
 from lota.schedule import learning_rate
+from lota.training_data import plan
 from lota.weights import open_weights
 from tasks import get_task
 

@@ -9,19 +9,25 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lota.kept_linear import MAX_DENSITY, use_kept_gradients
 from lota.masked_optimizer import MaskedOptimizer
 
 
-def fuse_in_backward(optimizer: MaskedOptimizer, gradient_accumulation_steps: int = 1) -> Callable[[], None]:
+def fuse_in_backward(
+    optimizer: MaskedOptimizer, gradient_accumulation_steps: int = 1, max_density: float = MAX_DENSITY
+) -> Callable[[], None]:
     """Update each parameter as soon as its gradient is complete during `loss.backward()`, then free the
     gradient.
 
-    gradient_accumulation_steps: backward passes per update; their compact gradients are *summed*, as
-    `p.grad` would be, so divide the loss as in any PyTorch loop. Call `optimizer.step()` once per update
-    all the same (a scheduler or a Hugging Face trainer does): it finishes `global` clipping and sets
-    `grad_norm`. Needs non-reentrant activation checkpointing (`use_reentrant=False`): the reentrant kind
-    runs the hook of a shared parameter more than once.
-    Returns a function that removes the hooks. Raises ValueError for an optimizer that is fused already.
+    gradient_accumulation_steps: backward passes per update; their compact gradients are *summed*, as `p.grad`
+    would be, so divide the loss as in any PyTorch loop. Call `optimizer.step()` once per update all the
+    same (a scheduler or a Hugging Face trainer does): it finishes `global` clipping and sets `grad_norm`.
+    max_density: kept share up to which linear layers on a CPU compute the gradient of their kept entries only
+    (lota/kept_linear.py); 0 switches that off.
+    Needs non-reentrant activation checkpointing (`use_reentrant=False`): the reentrant kind runs the hook
+    of a shared parameter more than once.
+    Returns a function that removes what it attached. Raises ValueError for an optimizer that is fused
+    already.
     """
     if optimizer.fused:
         raise ValueError("this optimizer is fused into the backward pass already")
@@ -29,15 +35,22 @@ def fuse_in_backward(optimizer: MaskedOptimizer, gradient_accumulation_steps: in
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: must be at least 1")
 
     def hook(p: nn.Parameter) -> None:
+        if p.grad is None:  # kept_linear handed its gradient over already
+            return
         with torch.no_grad():
             optimizer._receive(p)
 
     handles = [p.register_post_accumulate_grad_hook(hook) for p in optimizer.names]
+    undo = (
+        use_kept_gradients(optimizer.model, optimizer, max_density) if optimizer.model is not None else None
+    )
     optimizer.fused, optimizer._accumulation = True, gradient_accumulation_steps
 
     def unfuse() -> None:
         for handle in handles:
             handle.remove()
+        if undo is not None:
+            undo()
         optimizer.fused, optimizer._accumulation = False, 1
         optimizer._pending.clear()
 

@@ -52,6 +52,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             mask.check({name: p.shape for name, p in named})
         self.grad_norm_strategy = grad_norm_strategy
         self.max_grad_norm = max_grad_norm
+        self.model = model if isinstance(model, nn.Module) else None
         self.names: dict[nn.Parameter, str] = {}
         self.fused = False
         self._accumulation = 1
@@ -106,6 +107,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         return float("nan") if self._grad_norm is None else float(self._grad_norm)
 
+    def positions(self, p: nn.Parameter) -> Tensor | None:
+        """Flat kept positions of a trained parameter; None where all its entries are kept."""
+        return self.state[p].get("positions")
+
     def kept_values(self) -> Iterable[tuple[str, Tensor | None, Tensor]]:
         """(name, flat positions or None where all are kept, fp32 values) of every trained parameter."""
         for p, name in self.names.items():
@@ -149,16 +154,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _receive(self, p: nn.Parameter) -> None:
-        """Take over p.grad; update at once when it is complete and no other tensor's norm is needed."""
+        """Take over p.grad: gather its kept entries and, when fused, free it."""
         grad = p.grad.reshape(-1)
         state = self.state[p]
         if "positions" in state:
             grad = grad.index_select(0, state["positions"])
         elif not self.fused:
             grad = grad.clone()  # p.grad stays the caller's
-        grad = grad.float()
         if self.fused:
             p.grad = None
+        self.accumulate(p, grad.float())
+
+    def accumulate(self, p: nn.Parameter, grad: Tensor) -> None:
+        """Add a compact fp32 gradient (kept,); update when it is complete and no other tensor's norm is
+        needed.
+        """
         total, count = self._pending.pop(p, (None, 0))
         grad = grad if total is None else total.add_(grad)
         if count + 1 < self._accumulation or self.grad_norm_strategy == "global":

@@ -5,7 +5,7 @@ start.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from lota.atomic import atomic_path
 from lota.checkpoint import delete_partial, delete_run, newest_checkpoint
 from lota.config import Config
 from lota.config_checks import differences
-from lota.data import Example, encode, epoch_batches, fraction_of, seeded_sample
+from lota.data import Example
 from lota.masks import Mask
 from lota.models import add_pad_token, find_block_class, load_tokenizer
 from lota.policy_file import is_policy
 from lota.scope import find_scope, meta_model
 from lota.trainable import fingerprint, mask_or_dense, trainable_mask
+from lota.training_data import encoded_lengths, load_examples, load_held_out, plan
 
 logger = logging.getLogger(__name__)
 
@@ -79,74 +80,9 @@ def prepare(config: Config, tasks: Sequence[Any]) -> Prepared:
         tokenizer=tokenizer,
         mask=mask,
         mask_fingerprint=seen,
-        lengths=_lengths(config, tokenizer, train) if config.group_by_length else None,
+        lengths=encoded_lengths(config, tokenizer, train) if config.group_by_length else None,
         resumable=resumable,
     )
-
-
-def plan(
-    config: Config,
-    n_rows: int,
-    lengths: list[int] | None,
-    epoch: int = 0,
-    batch: int | None = None,
-    examples: int = 0,
-) -> Iterator[tuple[int, int, bool, list[int]]]:
-    """(epoch, batch, whether it is the epoch's last, row numbers) of every batch still to come.
-
-    Starts at (epoch, batch) with `examples` seen; at the very start (batch None) fast_forward batches are
-    skipped.
-    """
-    skip = config.fast_forward if batch is None else 0
-    batch = batch or 0
-    while config.n_epochs is None or epoch < config.n_epochs:
-        batches = epoch_batches(n_rows, config.batch_size, seed=config.seed, epoch=epoch, lengths=lengths)
-        for index in range(batch, len(batches)):
-            if skip > 0:
-                skip -= 1
-                continue
-            rows = batches[index]
-            if config.n_examples is not None:
-                rows = rows[: config.n_examples - examples]
-            if not rows:
-                return
-            examples += len(rows)
-            yield epoch, index, index + 1 == len(batches), rows
-        epoch, batch = epoch + 1, 0
-
-
-def load_examples(tasks: Sequence[Any], split: str, config: Config) -> list[Example]:
-    """Examples of all tasks, in order, of each a seeded sample of `data_fraction`."""
-    examples = []
-    for task in tasks:
-        rows = task.load(split, config.data_folder)
-        kept = fraction_of(rows, config.data_fraction, config.seed)
-        logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
-        examples += [_example(task, row) for row in kept]
-    return examples
-
-
-def load_held_out(tasks: Sequence[Any], config: Config) -> list[Example]:
-    """A seeded sample of n_eval_examples over the held-out splits of all tasks; an error where one has
-    none.
-    """
-    without = [task.name for task in tasks if task.held_out is None]
-    if without:
-        raise ValueError(
-            f"datasets={without}: no held-out split to evaluate on; set do_first_eval=false and "
-            "eval_every above the number of training examples"
-        )
-    rows = [_example(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
-    return seeded_sample(rows, config.n_eval_examples, config.seed)
-
-
-def _example(task: Any, row: dict[str, Any]) -> Example:
-    return Example(task.prompt(row), task.target(row), task.closing, task.chat)
-
-
-def _lengths(config: Config, tokenizer: Any, examples: list[Example]) -> list[int]:
-    limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    return [len(encode(tokenizer, example, **limits)) for example in examples]
 
 
 def _checked_mask(config: Config) -> Mask | None:
