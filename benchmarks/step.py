@@ -1,10 +1,12 @@
-"""Step time and peak memory of one optimizer step: LoTA against a dense masked RMSprop, PEFT LoRA and PEFT SHiRA.
+"""Step time and peak memory of one optimizer step: LoTA against a dense masked RMSprop, PEFT LoRA and PEFT
+SHiRA.
 
     python benchmarks/step.py                         # CPU, 124M-parameter Llama shape, 4 x 128 tokens
     python benchmarks/step.py --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
 
 Contestants take turns within one process, so that drift of the machine hits all alike; a line of JSON per
-contestant, then a table with ratios of medians. Peak memory is measured in a process of its own per contestant.
+contestant, then a table with ratios of medians. Peak memory is measured in a process of its own per
+contestant.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from lota.models import enable_activation_checkpointing, turn_dropout_off
 from lota.runlog import peak_memory_bytes
 from lota.scope import find_scope
 
+Step = Callable[[torch.Tensor], None]  # one training step on a batch of token ids
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTING = ("shape", "sparsity", "batch", "length", "dtype", "device")
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied
     "124m": (50_257, 768, 2_048, 12, 12, 12, True),
     "tiny": (512, 64, 172, 4, 4, 4, True),
@@ -72,7 +76,7 @@ def backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
     (-logps.mean()).backward()
 
 
-def ours(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
+def ours(args: argparse.Namespace) -> Step:
     """LoTA: compact state, fused into the backward pass."""
     model = build_model(args)
     mask = random_mask(model, args.sparsity)
@@ -86,7 +90,7 @@ def ours(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
     return step
 
 
-def dense_masked(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
+def dense_masked(args: argparse.Namespace) -> Step:
     """Full gradients and full-size state, multiplied by a dense mask, fused in the same hooks."""
     model = build_model(args)
     mask = random_mask(model, args.sparsity)
@@ -108,10 +112,12 @@ def dense_masked(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
     return lambda ids: backward(model, ids)
 
 
-def adapter(config_of: Callable[[], object]) -> Callable[[argparse.Namespace], Callable[[torch.Tensor], None]]:
+def adapter(
+    config_of: Callable[[], object],
+) -> Callable[[argparse.Namespace], Step]:
     """A PEFT adapter on all linear layers, trained with torch's RMSprop."""
 
-    def make(args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
+    def make(args: argparse.Namespace) -> Step:
         from peft import get_peft_model
 
         model = get_peft_model(build_model(args), config_of())
@@ -141,7 +147,7 @@ def shira_config() -> object:
     return ShiraConfig(r=64, target_modules=LINEAR, task_type="CAUSAL_LM")
 
 
-CONTESTANTS: dict[str, Callable[[argparse.Namespace], Callable[[torch.Tensor], None]]] = {
+CONTESTANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "lota": ours,
     "dense_masked_rmsprop": dense_masked,
     "peft_lora_r64": adapter(lora_config),
@@ -151,7 +157,9 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Callable[[torch.Tensor], N
 
 def token_batch(args: argparse.Namespace) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, SHAPES[args.shape][0], (args.batch, args.length), generator=generator).to(args.device)
+    return torch.randint(0, SHAPES[args.shape][0], (args.batch, args.length), generator=generator).to(
+        args.device
+    )
 
 
 def synchronize(device: str) -> None:
@@ -159,7 +167,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Callable[[torch.Tensor], None], ids: torch.Tensor, device: str) -> float:
+def timed(step: Step, ids: torch.Tensor, device: str) -> float:
     synchronize(device)
     start = time.perf_counter()
     step(ids)
@@ -182,7 +190,9 @@ def times(args: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
 
 def own_process_peak(args: argparse.Namespace, name: str) -> int:
     """Peak bytes of a process that builds one contestant and makes three steps."""
-    options = [f"--{key}={getattr(args, key)}" for key in ("shape", "sparsity", "batch", "length", "dtype", "device")]
+    options = [
+        f"--{key}={getattr(args, key)}" for key in ("shape", "sparsity", "batch", "length", "dtype", "device")
+    ]
     flags = ["--checkpointing"] if args.checkpointing else []
     command = [sys.executable, "-W", "ignore", __file__, "--peak-of", name, *options, *flags]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -198,7 +208,9 @@ def print_peak(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="124m")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--batch", type=int, default=4, help="rows")
@@ -214,16 +226,25 @@ def main() -> None:
         print_peak(args)
         return
     seconds = times(args, args.contestants)
-    setting = {key: getattr(args, key) for key in ("shape", "sparsity", "batch", "length", "dtype", "device")}
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor()}
+    setting = {key: getattr(args, key) for key in SETTING}
+    machine = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor(),
+    }
     rows = []
     for name in args.contestants:
         peak = own_process_peak(args, name)
         rows.append((name, statistics.median(seconds[name]), peak))
-        print(json.dumps({"contestant": name, **setting, **machine, "seconds": seconds[name], "peak_bytes": peak}))
+        print(
+            json.dumps(
+                {"contestant": name, **setting, **machine, "seconds": seconds[name], "peak_bytes": peak}
+            )
+        )
     print(f"\n{'contestant':22} {'median s':>9} {'lota / it':>10} {'peak MiB':>9} {'lota / it':>10}")
     for name, median, peak in rows:
-        print(f"{name:22} {median:9.3f} {rows[0][1] / median:10.2f} {peak / 2**20:9.0f} {rows[0][2] / peak:10.2f}")
+        ratios = rows[0][1] / median, rows[0][2] / peak
+        print(f"{name:22} {median:9.3f} {ratios[0]:10.2f} {peak / 2**20:9.0f} {ratios[1]:10.2f}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from lota.masks import Mask
 from lota.scope import find_scope, meta_model
 
 ROOT = Path(__file__).resolve().parent.parent
-import os
-MODEL = Path(os.environ.get("TMPMODEL", ROOT / "assets" / "tiny-llama"))
+MODEL = ROOT / "assets" / "tiny-llama"
 SMALL = (
     f"model.name_or_path={MODEL}", "datasets=[mini]", "batch_size=8", "warmup_steps=2", "lr=1e-3",
     "minimum_log_interval_secs=0", "do_first_eval=false", "eval_batch_size=8",

@@ -33,17 +33,21 @@ def pipeline(tmp_path_factory):
     cwd = with_mini_task(tmp_path_factory.mktemp("pipeline"))
     runs, said = cwd / "cache", {}
     said["calibrate"] = script("train_single_gpu.py", "exp_name=dense", *SMALL, "n_epochs=3", cwd=cwd)
-    said["extract"] = script("extract_masks.py", "--base", MODEL, "--tuned", runs / "dense" / "epoch-3",
-                             "--sparsities", "0.5", "0.9", "--name", "mini", cwd=cwd)  # fmt: skip
+    pair = ("--base", MODEL, "--tuned", runs / "dense" / "epoch-3")
+    said["extract"] = script(
+        "extract_masks.py", *pair, "--sparsities", "0.5", "0.9", "--name", "mini", cwd=cwd
+    )
     adapt = ("mask_path=masks/mini/0.9_mask.pt", "trainer=FSDPTrainer", "sample_during_eval=true")
-    said["adapt"] = script("train_single_gpu.py", "exp_name=lota", *SMALL, *adapt, "do_first_eval=true", cwd=cwd)
+    said["adapt"] = script(
+        "train_single_gpu.py", "exp_name=lota", *SMALL, *adapt, "do_first_eval=true", cwd=cwd
+    )
     run = runs / "lota" / "epoch-1"
     said["convert"] = script("convert_policy_to_hf_resize.py", "--model_path", MODEL, "--policy_path",
                              run / "policy.pt", "--save_path", run, cwd=cwd)  # fmt: skip
     said["evaluate"] = script("eval_model_all.py", "--model", run, "--datasets", "mini", "--sample", cwd=cwd)
     prompts = ROOT / "assets" / "prompts" / "demo_prompts.json"
-    said["sample"] = script("generate_samples.py", "--prompt_set", prompts, "--temperatures", "0.7",
-                            "--model_name", "lota", "--model_path", run, "--n_examples", "3", cwd=cwd)  # fmt: skip
+    how = ("--prompt_set", prompts, "--temperatures", "0.7", "--model_name", "lota", "--n_examples", "3")
+    said["sample"] = script("generate_samples.py", *how, "--model_path", run, cwd=cwd)
     return cwd, said
 
 
