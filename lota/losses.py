@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lota.data import IGNORED
+
+CHUNK_ENTRIES = 1 << 24  # logits handled at a time: 64 MiB in fp32
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(logits)[target] in fp32 from logits of any dtype; 0 where the target is -100.
+
+    logits: (tokens, vocabulary); targets: (tokens,). Beyond the logits and their gradient it needs one
+    chunk of memory, where log_softmax and its gradient would each need another copy of all logits in fp32:
+    with 128k words and 4,096 tokens, 2 GiB apiece.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        logps = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
+        normalizers = torch.zeros_like(logps)
+        for rows in _chunks(logits, targets):
+            values = logits[rows].float()
+            normalizers[rows] = values.logsumexp(dim=-1)
+            logps[rows] = values.gather(1, targets[rows, None]).squeeze(1) - normalizers[rows]
+        ctx.save_for_backward(logits, targets, normalizers)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normalizers = ctx.saved_tensors
+        grad = torch.zeros_like(logits)
+        for rows in _chunks(logits, targets):
+            values = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-grad_logps[rows, None])
+            values.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
+            grad[rows] = values.to(logits.dtype)
+        return grad, None
+
+
+def _chunks(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Numbers of the rows that count, a chunk at a time."""
+    counted = (targets != IGNORED).nonzero().squeeze(1)
+    return counted.split(max(1, CHUNK_ENTRIES // logits.shape[-1]))
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,11 +55,10 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns (sum of log-probabilities in nats, number of counted tokens), both (batch,) and fp32.
     The logits at position t predict the label at t + 1.
     """
-    targets = labels[:, 1:]
-    nll = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return -nll.view(targets.shape).sum(dim=1), (targets != IGNORED).sum(dim=1).float()
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    logps = TokenLogProbs.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
+    return logps.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
 
 
 def sft_loss(logps: Tensor, n_tokens: Tensor, average_log_prob: bool = False) -> Tensor:
