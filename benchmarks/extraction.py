@@ -108,7 +108,7 @@ def torch_topk(pair: Pair, sparsity: float) -> torch.Tensor:
         torch.sub(tuned, base, out=scores[start : start + n])
         start += n
     scores.abs_()
-    kept = torch.topk(scores, kept_count(sparsity, len(scores)), sorted=False).indices
+    kept = torch.topk(scores, kept_count(sparsity, len(scores))).indices
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[kept] = True
     return mask
@@ -200,8 +200,8 @@ def check_exact(pair: Pair) -> None:
     kept = torch.cat([mask.dense(name).reshape(-1) for name in mask.names])
     other = torch_topk(pair, 0.9)
     differ = (kept != other).nonzero().reshape(-1)
-    if kept.sum() != other.sum() or len(differ) > 1000:
-        raise RuntimeError(f"{len(differ)} entries differ from torch.topk")
+    if kept.sum() != other.sum():
+        raise RuntimeError(f"{int(kept.sum())} entries kept, {int(other.sum())} by torch.topk")
     start = 0
     for name, n in sizes_of(pair).items():
         inside = differ[(differ >= start) & (differ < start + n)] - start

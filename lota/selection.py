@@ -3,7 +3,7 @@
     masks = lota.extract("base/", "run/epoch-1/policy.pt", [0.5, 0.9, 0.99])
     masks[0.9].save("masks/gsm8k/0.9_mask.pt")
 
-Both sides are read twice in chunks (see lota/topk.py); memory is a few chunks and N/8 bytes per sparsity.
+Both sides are read in chunks, at most twice (see lota/topk.py); memory is N/8 bytes per sparsity and buffers.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class ScoreStream:
                 lambda role: self._read(role, span), span, self.rule.seed
             )
         keys = scores.view(np.int32)
-        if span not in self.checked:  # the second pass reads the same spans again
+        if span not in self.checked:  # a second pass reads the same spans again
             if keys.size and keys.max() >= _INFINITY:
                 self._refuse_not_finite(span)
             self.checked.add(span)

@@ -3,11 +3,13 @@
 Scores enter as keys: the bit pattern of a non-negative fp32 number as int32, which orders as the number does.
 Key 0 is never chosen. Equal keys at the threshold go to the earliest positions.
 
-Two passes over the stream, shared by every k. A sample of a few per cent at most, drawn in blocks from all
-over the stream, brackets each threshold; the first pass counts the keys above the bracket and makes
-an exact histogram of the keys inside it, which gives the exact threshold and how many of its ties are
-admitted; the second writes one bit per entry. A bracket that misses its threshold is noticed, because all
-counts are exact; only then are two more passes made, the first of which is a histogram of all keys.
+At most two passes over the stream, shared by every k. A sample of a few per cent, drawn in blocks from all
+over the stream, brackets each threshold. The first pass marks and counts the keys above the bracket and
+collects those inside it, which give the exact threshold and how many of its ties are admitted. Where few lie
+inside, they are remembered with their positions and nothing is read again; where many do (coarse dtypes have
+heavy ties), only a histogram of them is, and a second pass writes the bits. A bracket that misses its
+threshold is noticed, because all counts are exact; only then are two passes more made, the first of which is
+a histogram of all keys.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ MAX_KEY = 0x7F7FFFFF  # the largest finite fp32
 SAMPLE_BLOCK = 1 << 13  # entries, several rows of a weight
 SAMPLE_SHARE = 16  # one entry in so many at most
 SAMPLE_BLOCKS = 1024  # at most, 16 at least
+REMEMBERED = 1 << 22  # entries inside a bracket whose key and position (8 bytes) are kept, for each k
+REMEMBERED_SHARE = 256  # or one entry in so many, if that is more
 SAMPLE_STRIDE = 7  # of a block's entries every seventh is looked at
 BRACKET_SIGMAS = 4  # standard errors of the sampled rank on either side
 COARSE_SHIFT = 16  # bits of the key that the fallback histogram leaves out
-COMPACT_AT = 1 << 21  # collected keys that are merged into a histogram
 
 
 class Bracket(NamedTuple):
@@ -66,75 +69,127 @@ def top_bits(
 
     keys: called from several threads, gives the int32 keys of a span; they may be overwritten by the same
     thread's next call. sizes: name -> entries, in the order
-    that decides ties. read_order: names in the order of the first pass. progress: called with the number of
-    entries each time a span is done, in each pass.
+    that decides ties. read_order: names in the order of the first pass. progress: called with numbers
+    of entries that add up to twice the whole.
     """
+    bits = [{name: np.empty((n + 7) // 8, np.uint8) for name, n in sizes.items()} for _ in counts]
+    cuts: list[Cut | None] = [None] * len(counts)
+    unwritten: list[int] = []
+    first = spans(sizes, read_order)
     with ThreadPoolExecutor(streaming.worker_count()) as pool:
-        first = spans(sizes, read_order)
-        cuts = _find_cuts(pool, keys, sizes, first, counts, progress)
-        return _write_bits(pool, keys, sizes, cuts, progress), cuts
+        brackets = _sampled_brackets(keys, sizes, counts)
+        while None in cuts:
+            todo = [i for i, cut in enumerate(cuts) if cut is None]
+            if brackets is None:
+                brackets = _coarse_brackets(pool, keys, first, [counts[i] for i in todo])
+            passes = [_Search(counts[i], b, bits[i]) for i, b in zip(todo, brackets, strict=True)]
+            _first_pass(pool, keys, first, passes, progress if len(todo) == len(cuts) else None)
+            for i, search in zip(todo, passes, strict=True):
+                cuts[i] = search.cut()
+                if cuts[i] is not None and not search.finish(cuts[i], list(sizes)):
+                    unwritten.append(i)
+            brackets = None
+        if unwritten:
+            _write_bits(pool, keys, sizes, [(cuts[i], bits[i]) for i in unwritten], progress)
+        elif progress:
+            progress(sum(sizes.values()))
+    return bits, [cut for cut in cuts if cut is not None]
 
 
-def _find_cuts(
-    pool: ThreadPoolExecutor,
-    keys: Keys,
-    sizes: Mapping[str, int],
-    todo: list[Span],
-    counts: list[int],
-    progress: Progress | None,
-) -> list[Cut]:
-    brackets = _sampled_brackets(keys, sizes, counts)
-    cuts = _cuts_inside(pool, keys, todo, counts, brackets, progress)
-    missed = [i for i, cut in enumerate(cuts) if cut is None]
-    if missed:
-        missed_counts = [counts[i] for i in missed]
-        brackets = _coarse_brackets(pool, keys, todo, missed_counts)
-        found = _cuts_inside(pool, keys, todo, missed_counts, brackets, None)
-        for i, cut in zip(missed, found, strict=True):
-            cuts[i] = cut
-    return cuts
+class _Search:
+    """The threshold of one k: what the first pass finds for it."""
+
+    def __init__(self, k: int, bracket: Bracket, bits: dict[str, np.ndarray]):
+        self.k, self.bracket, self.bits = k, bracket, bits
+        self.n_above = 0
+        self.values, self.numbers = np.empty(0, np.int32), np.empty(0, np.int64)
+        self.parts: list[tuple[Span, np.ndarray, np.ndarray]] = []  # span, positions in it, keys
+        self.n_inside = 0  # in `parts`
+        self.limit = max(REMEMBERED, 8 * sum(len(b) for b in bits.values()) // REMEMBERED_SHARE)
+        self.forgot = False
+
+    def add(self, span: Span, n_above: int, packed: np.ndarray, places: np.ndarray, keys: np.ndarray) -> None:
+        self.n_above += n_above
+        self.bits[span.name][span.start // 8 : span.start // 8 + len(packed)] = packed
+        if len(keys):
+            self.parts.append((span, places, keys))
+            self.n_inside += len(keys)
+        if self.n_inside > self.limit:
+            self._forget_places()
+
+    def _forget_places(self) -> None:
+        """Merge what was collected into the histogram; memory then grows with distinct keys only."""
+        values, numbers = np.unique(np.concatenate([keys for _, _, keys in self.parts]), return_counts=True)
+        merged = np.unique(np.concatenate([self.values, values]))
+        total = np.zeros(len(merged), np.int64)
+        total[np.searchsorted(merged, self.values)] += self.numbers
+        total[np.searchsorted(merged, values)] += numbers
+        self.values, self.numbers = merged, total
+        self.parts, self.n_inside, self.forgot = [], 0, True
+
+    def cut(self) -> Cut | None:
+        """Where the threshold lies; None where it is outside of the bracket."""
+        if self.forgot and self.parts:
+            self._forget_places()
+        values, numbers = self.values, self.numbers
+        if self.parts:
+            inside = np.concatenate([keys for _, _, keys in self.parts])
+            values, numbers = np.unique(inside, return_counts=True)
+        return _cut(self.k, self.bracket, self.n_above, values[::-1], numbers[::-1])
+
+    def finish(self, cut: Cut, order: list[str]) -> bool:
+        """Add the chosen ones among the remembered entries to the bits; False where they were too many."""
+        if self.forgot:
+            return False
+        rank = {name: i for i, name in enumerate(order)}
+        ties = cut.ties
+        for span, places, keys in sorted(self.parts, key=lambda part: (rank[part[0].name], part[0].start)):
+            chosen = keys > cut.above
+            if ties:
+                equal = np.flatnonzero(keys == cut.above)[:ties]
+                chosen[equal] = True
+                ties -= len(equal)
+            flags = np.zeros(span.stop - span.start, np.bool_)
+            flags[places[chosen]] = True
+            packed = np.packbits(flags)
+            self.bits[span.name][span.start // 8 : span.start // 8 + len(packed)] |= packed
+        if self.k == 0:
+            for packed in self.bits.values():
+                packed[:] = 0
+        return True
 
 
-def _cuts_inside(
-    pool: ThreadPoolExecutor,
-    keys: Keys,
-    todo: list[Span],
-    counts: list[int],
-    brackets: list[Bracket],
-    progress: Progress | None,
-) -> list[Cut | None]:
-    """One pass: the cut of each k, None where it lies outside of its bracket."""
-
+def _first_pass(
+    pool: ThreadPoolExecutor, keys: Keys, todo: list[Span], searches: list[_Search], progress: Progress | None
+) -> None:
     scratch = Scratch()
 
-    def look(span: Span) -> list[tuple[int, np.ndarray]]:
+    def look(span: Span) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         found = keys(span)
-        return [_above_and_inside(found, bracket, scratch) for bracket in brackets]
+        return [_above_and_inside(found, search.bracket, scratch) for search in searches]
 
-    n_above = [0] * len(counts)
-    inside = [_Histogram() for _ in counts]
     for span, results in in_order(pool, look, todo):
-        for i, (n, picked) in enumerate(results):
-            n_above[i] += n
-            inside[i].add(picked)
+        for search, result in zip(searches, results, strict=True):
+            search.add(span, *result)
         if progress:
             progress(span.stop - span.start)
-    return [
-        _cut(k, bracket, n, *histogram.result())
-        for k, bracket, n, histogram in zip(counts, brackets, n_above, inside, strict=True)
-    ]
 
 
-def _above_and_inside(keys: np.ndarray, bracket: Bracket, scratch: Scratch) -> tuple[int, np.ndarray]:
+def _above_and_inside(
+    keys: np.ndarray, bracket: Bracket, scratch: Scratch
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Number and packed bits of the keys above the bracket; places and keys of those inside it."""
     flags = scratch.get("flags", len(keys), np.bool_)
     n_above = int(np.count_nonzero(np.greater(keys, bracket.high, out=flags)))
+    packed = np.packbits(flags)
     if bracket.high < bracket.low:
-        return n_above, np.empty(0, np.int32)
+        return n_above, packed, np.empty(0, np.uint32), np.empty(0, np.int32)
     # unsigned: keys below the bracket wrap around to large numbers, one comparison instead of two
     offset = scratch.get("offset", len(keys), np.uint32)
     np.subtract(keys.view(np.uint32), np.uint32(bracket.low), out=offset)
     np.less_equal(offset, np.uint32(bracket.high - bracket.low), out=flags)
-    return n_above, np.compress(flags, keys)
+    places = np.flatnonzero(flags)
+    return n_above, packed, places.astype(np.uint32), keys[places]
 
 
 def _cut(k: int, bracket: Bracket, n_above: int, values: np.ndarray, numbers: np.ndarray) -> Cut | None:
@@ -153,40 +208,6 @@ def _cut(k: int, bracket: Bracket, n_above: int, values: np.ndarray, numbers: np
     if admitted == n_equal:
         return Cut(threshold - 1, 0, threshold, 0)
     return Cut(threshold, admitted, threshold, 0)
-
-
-class _Histogram:
-    """How often each key occurs; memory grows with the number of distinct keys."""
-
-    def __init__(self) -> None:
-        self.values = np.empty(0, np.int32)
-        self.numbers = np.empty(0, np.int64)
-        self._new: list[np.ndarray] = []
-        self._n_new = 0
-
-    def add(self, keys: np.ndarray) -> None:
-        if keys.size:
-            self._new.append(keys)
-            self._n_new += keys.size
-        if self._n_new >= COMPACT_AT:
-            self._compact()
-
-    def _compact(self) -> None:
-        values, numbers = np.unique(np.concatenate(self._new), return_counts=True)
-        self._new, self._n_new = [], 0
-        if len(self.values):
-            merged = np.unique(np.concatenate([self.values, values]))
-            total = np.zeros(len(merged), np.int64)
-            total[np.searchsorted(merged, self.values)] += self.numbers
-            total[np.searchsorted(merged, values)] += numbers
-            values, numbers = merged, total
-        self.values, self.numbers = values, numbers
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct keys, descending, and their numbers."""
-        if self._new:
-            self._compact()
-        return self.values[::-1], self.numbers[::-1]
 
 
 def _sampled_brackets(keys: Keys, sizes: Mapping[str, int], counts: list[int]) -> list[Bracket]:
@@ -252,34 +273,33 @@ def _write_bits(
     pool: ThreadPoolExecutor,
     keys: Keys,
     sizes: Mapping[str, int],
-    cuts: list[Cut],
+    wanted: list[tuple[Cut, dict[str, np.ndarray]]],
     progress: Progress | None,
-) -> list[dict[str, np.ndarray]]:
-    ties_left = [cut.ties for cut in cuts]
+) -> None:
+    """The second pass: every bit of each cut."""
+    ties_left = [cut.ties for cut, _ in wanted]
     scratch = Scratch()
 
     def look(span: Span) -> list[tuple[np.ndarray, np.ndarray | None]]:
         found = keys(span)
         flags = scratch.get("flags", len(found), np.bool_)
         results = []
-        for i, cut in enumerate(cuts):
+        for i, (cut, _) in enumerate(wanted):
             packed = np.packbits(np.greater(found, cut.above, out=flags))
             # ties_left only falls, and stays at 0: seeing an old value costs time, not correctness
             equal = np.packbits(np.equal(found, cut.above, out=flags)) if ties_left[i] else None
             results.append((packed, equal))
         return results
 
-    bits = [{name: np.empty((n + 7) // 8, np.uint8) for name, n in sizes.items()} for _ in cuts]
     for span, results in in_order(pool, look, spans(sizes)):
         for i, (packed, equal) in enumerate(results):
             if ties_left[i] and equal is not None:
                 admitted = _first_bits(equal, ties_left[i])
                 packed |= admitted
                 ties_left[i] -= int(np.bitwise_count(admitted).sum(dtype=np.int64))
-            bits[i][span.name][span.start // 8 : span.start // 8 + len(packed)] = packed
+            wanted[i][1][span.name][span.start // 8 : span.start // 8 + len(packed)] = packed
         if progress:
             progress(span.stop - span.start)
-    return bits
 
 
 def _first_bits(packed: np.ndarray, n: int) -> np.ndarray:
