@@ -1,0 +1,72 @@
+"""The same computations on a CUDA device: `pytest -m gpu`. Skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+import lota
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def train(model, mask, *, fused: bool, strategy: str, dtype: torch.dtype):
+    model = copy.deepcopy(model).to("cuda", dtype)
+    optimizer = lota.MaskedRMSprop(
+        model, mask, lr=1e-3, eps=1e-3, weight_decay=0.1, grad_norm_strategy=strategy, max_grad_norm=0.02
+    )
+    if fused:
+        lota.fuse_in_backward(optimizer)
+    for ids in tiny.batches(3):
+        ids = ids.cuda()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+@pytest.mark.parametrize("strategy", ["even", "global"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_equals_deferred_and_frozen_entries_stay(architecture, strategy, dtype):
+    model = tiny.make(architecture)
+    mask = tiny.random_mask(model)
+    fused, optimizer = train(model, mask, fused=True, strategy=strategy, dtype=dtype)
+    deferred, _ = train(model, mask, fused=False, strategy=strategy, dtype=dtype)
+    start = dict(model.to(dtype).named_parameters())
+    for (name, a), b in zip(fused.named_parameters(), deferred.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5)
+        frozen = ~mask.dense(name) if name in mask else torch.ones(a.shape, dtype=torch.bool)
+        assert torch.equal(a.cpu()[frozen], start[name].cpu()[frozen])
+    assert optimizer.grad_norm > 0
+
+
+def test_the_cpu_and_the_gpu_agree():
+    model = tiny.make("llama")
+    mask = tiny.random_mask(model)
+    on_gpu, _ = train(model, mask, fused=True, strategy="even", dtype=torch.float32)
+    on_cpu = copy.deepcopy(model)
+    optimizer = lota.MaskedRMSprop(
+        on_cpu, mask, lr=1e-3, eps=1e-3, weight_decay=0.1, grad_norm_strategy="even", max_grad_norm=0.02
+    )
+    lota.fuse_in_backward(optimizer)
+    for ids in tiny.batches(3):
+        on_cpu(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    for a, b in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-5)
+
+
+def test_state_is_restored_on_the_device(tmp_path):
+    model = tiny.make("llama")
+    _, optimizer = train(model, tiny.random_mask(model), fused=True, strategy="even", dtype=torch.bfloat16)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu"))
+    tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+    assert {t.device.type for t in tensors} == {"cuda"}
