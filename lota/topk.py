@@ -77,7 +77,7 @@ def top_bits(
     unwritten: list[int] = []
     first = spans(sizes, read_order)
     with ThreadPoolExecutor(streaming.worker_count()) as pool:
-        brackets = _sampled_brackets(keys, sizes, counts)
+        brackets = _sampled_brackets(pool, keys, sizes, counts)
         while None in cuts:
             todo = [i for i, cut in enumerate(cuts) if cut is None]
             if brackets is None:
@@ -210,14 +210,16 @@ def _cut(k: int, bracket: Bracket, n_above: int, values: np.ndarray, numbers: np
     return Cut(threshold, admitted, threshold, 0)
 
 
-def _sampled_brackets(keys: Keys, sizes: Mapping[str, int], counts: list[int]) -> list[Bracket]:
+def _sampled_brackets(
+    pool: ThreadPoolExecutor, keys: Keys, sizes: Mapping[str, int], counts: list[int]
+) -> list[Bracket]:
     """Where each threshold lies, from blocks spread over the stream.
 
     The error of a sampled rank comes from how the share above it differs between blocks (cluster sampling),
     so weights that differ from row to row or layer to layer widen the bracket.
     """
     total = sum(sizes.values())
-    blocks = [keys(span)[::SAMPLE_STRIDE].copy() for span in _sample_spans(sizes, total)]
+    blocks = list(pool.map(lambda span: keys(span)[::SAMPLE_STRIDE].copy(), _sample_spans(sizes, total)))
     if not blocks:
         return [Bracket(1, 0) for _ in counts]
     sample = np.sort(np.concatenate(blocks))[::-1]

@@ -303,9 +303,7 @@ def test_wrong_arguments(arguments, message, tmp_path):
 def test_the_files_are_read_at_most_twice(passes, tmp_path, monkeypatch):
     """The hash of the base takes part in the first pass; a small sample comes on top."""
     base_path, tuned_path, _, _ = make_pair(tmp_path)
-    monkeypatch.setattr(
-        topk, "_sampled_brackets", lambda keys, sizes, counts: [topk.Bracket(1, topk.MAX_KEY)]
-    )
+    monkeypatch.setattr(topk, "_sampled_brackets", lambda *args: [topk.Bracket(1, topk.MAX_KEY)])
     if passes == 2:
         monkeypatch.setattr(topk, "REMEMBERED", 100)
     pair = open_pair(base_path, tuned_path)
