@@ -49,7 +49,7 @@ class Trainer:
             logger.info("not used here: %s", line)
         tasks = [get_task(name) for name in config.datasets]
         self.data: Prepared = prepare(config, tasks)
-        self.progress = Progress(batch=config.fast_forward)
+        self.progress = Progress()
         self.stop = StopBetweenSteps()
         self.metrics: dict[str, float] = {}
 

@@ -42,22 +42,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, attention_mask, labels: int64 tensors of shape (rows, longest row), padded on the right."""
+    """input_ids, attention_mask, labels: int64 tensors of shape (rows, longest row), padded on the right.
+
+    n_tokens: tokens that are not padding.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    n_tokens: int
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.attention_mask.sum())
-
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t.to(device) for t in (self.input_ids, self.attention_mask, self.labels)))
+        tensors = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
+        return Batch(*tensors, self.n_tokens)
 
 
 def encode_prompt(
@@ -129,7 +129,7 @@ def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
         input_ids[i, : len(row)] = ids
         attention_mask[i, : len(row)] = 1
         labels[i, row.prompt_length : len(row)] = ids[row.prompt_length :]
-    return Batch(input_ids, attention_mask, labels)
+    return Batch(input_ids, attention_mask, labels, sum(len(row) for row in rows))
 
 
 def seeded_sample(items: Sequence[T], n: int, seed: int) -> list[T]:
