@@ -21,6 +21,8 @@ __all__ = ["TASKS", "Task", "get_task"]
 TASKS = {
     "gsm8k": "tasks.gsm8k",
     "alpaca_eval": "tasks.alpaca_eval",
+    "toy_sort": "tasks.toy",
+    "toy_shift": "tasks.toy",
 }
 
 
