@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lota.kept_linear import MAX_DENSITY, use_kept_gradients
+from lota.kept_linear import use_compact_gradients
 from lota.masked_optimizer import MaskedOptimizer
 
 
 def fuse_in_backward(
-    optimizer: MaskedOptimizer, gradient_accumulation_steps: int = 1, max_density: float = MAX_DENSITY
+    optimizer: MaskedOptimizer, gradient_accumulation_steps: int = 1, compact_linear: bool = True
 ) -> Callable[[], None]:
     """Update each parameter as soon as its gradient is complete during `loss.backward()`, then free the
     gradient.
@@ -22,8 +22,8 @@ def fuse_in_backward(
     gradient_accumulation_steps: backward passes per update; their compact gradients are *summed*, as `p.grad`
     would be, so divide the loss as in any PyTorch loop. Call `optimizer.step()` once per update all the
     same (a scheduler or a Hugging Face trainer does): it finishes `global` clipping and sets `grad_norm`.
-    max_density: kept share up to which linear layers on a CPU compute the gradient of their kept entries only
-    (lota/kept_linear.py); 0 switches that off.
+    compact_linear: linear layers on a CPU hand over the gradient of their kept entries themselves
+    (lota/kept_linear.py); False for a model that runs a layer twice in one pass.
     Needs non-reentrant activation checkpointing (`use_reentrant=False`): the reentrant kind runs the hook
     of a shared parameter more than once.
     Returns a function that removes what it attached. Raises ValueError for an optimizer that is fused
@@ -41,9 +41,8 @@ def fuse_in_backward(
             optimizer._receive(p)
 
     handles = [p.register_post_accumulate_grad_hook(hook) for p in optimizer.names]
-    undo = (
-        use_kept_gradients(optimizer.model, optimizer, max_density) if optimizer.model is not None else None
-    )
+    compact = compact_linear and optimizer.model is not None
+    undo = use_compact_gradients(optimizer.model, optimizer) if compact else None
     optimizer.fused, optimizer._accumulation = True, gradient_accumulation_steps
 
     def unfuse() -> None:

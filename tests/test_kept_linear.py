@@ -1,4 +1,4 @@
-"""The sampled weight gradient against the dense one, wherever a layer could take the other path."""
+"""Gradients that linear layers hand over themselves, against those that autograd forms."""
 
 from __future__ import annotations
 
@@ -9,45 +9,41 @@ import tiny
 import torch
 
 import lota
-from lota.kept_linear import _KeptGradientLinear
+from lota.kept_linear import _KeptGradientLinear, _products
 from lota.masks import Mask
 from lota.models import enable_activation_checkpointing
 
 
-def sparse_mask(model, density=0.01):
-    """Few entries of every scoped tensor but one, which keeps all and so takes the dense path."""
-    return tiny.random_mask(model, density)
-
-
-def run(model, mask, *, max_density, accumulation=1, strategy="even", checkpointing=False):
+def run(model, mask, *, compact, accumulation=1, strategy="even", checkpointing=False):
     model = copy.deepcopy(model)
     if checkpointing:
         enable_activation_checkpointing(model)
     clipping = {"grad_norm_strategy": strategy, "max_grad_norm": 0.02}
     optimizer = lota.MaskedRMSprop(model, mask, lr=1e-3, eps=1e-3, **clipping)
-    unfuse = lota.fuse_in_backward(optimizer, accumulation, max_density=max_density)
-    sampled = sum("forward" in vars(m) for m in model.modules())
+    unfuse = lota.fuse_in_backward(optimizer, accumulation, compact_linear=compact)
+    layers = sum("forward" in vars(m) for m in model.modules())
     for i, ids in enumerate(tiny.batches(3 * accumulation)):
         (model(input_ids=ids, labels=ids).loss / accumulation).backward()
         if (i + 1) % accumulation == 0:
             optimizer.step()
     unfuse()
     assert not any("forward" in vars(m) for m in model.modules())
-    return model, sampled, optimizer.grad_norm
+    return model, layers, optimizer.grad_norm
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2_tied", "gpt_neox", "mixtral"])
 @pytest.mark.parametrize(
     "options", [{}, {"accumulation": 4}, {"strategy": "global"}, {"checkpointing": True}], ids=str
 )
-def test_equal_to_the_dense_gradient(architecture, options):
+@pytest.mark.parametrize("density", [0.01, 0.3], ids=["sampled", "gathered"])
+def test_equal_to_autograd(architecture, options, density):
     model = tiny.make(architecture)
-    mask = sparse_mask(model)
-    expected, none, norm = run(model, mask, max_density=0.0, **options)
-    got, sampled, sampled_norm = run(model, mask, max_density=0.05, **options)
+    mask = tiny.random_mask(model, density)  # of which one tensor keeps all and so takes the other path
+    expected, none, norm = run(model, mask, compact=False, **options)
+    got, layers, compact_norm = run(model, mask, compact=True, **options)
     assert none == 0
-    assert (sampled > 0) == (architecture != "gpt2")  # GPT-2 has Conv1D instead of nn.Linear
-    assert sampled_norm == pytest.approx(norm, rel=1e-4)
+    assert (layers > 0) == (architecture != "gpt2")  # GPT-2 has Conv1D instead of nn.Linear
+    assert compact_norm == pytest.approx(norm, rel=1e-4)
     moved = 0
     for (name, a), b in zip(got.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -67,11 +63,23 @@ def test_gradients_of_inputs_are_exact():
     )
 
 
-def test_only_sparse_unshared_fp32_layers_take_part():
-    dense = tiny.make("llama")
-    assert run(dense, tiny.random_mask(dense, 0.5), max_density=0.02)[1] == 0
-    narrow = tiny.make("llama", dtype=torch.bfloat16)
-    assert run(narrow, sparse_mask(narrow), max_density=0.05)[1] == 0
+def test_few_kept_entries_are_sampled_and_many_gathered():
+    model = tiny.make("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    for density, kind in ((0.01, "_Sampled"), (0.3, "_Gathered")):
+        optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model, density))
+        assert type(_products([weight], optimizer)[weight]).__name__ == kind
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_bf16_weights(compact):
+    model = tiny.make("llama", dtype=torch.bfloat16)
+    mask = tiny.random_mask(model, 0.3)
+    got, layers, _ = run(model, mask, compact=compact)
+    assert (layers > 0) == compact
+    expected, _, _ = run(model.float(), mask, compact=False)
+    for a, b in zip(got.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-3)
 
 
 def test_a_layer_that_runs_twice_is_refused():
@@ -87,8 +95,8 @@ def test_a_layer_that_runs_twice_is_refused():
     mask = Mask.from_positions({"layer.weight": torch.tensor([3, 70])}, {"layer.weight": (50, 50)})
     optimizer = lota.MaskedSGD(model, mask, lr=0.1)
     unfuse = lota.fuse_in_backward(optimizer, gradient_accumulation_steps=2)
-    with pytest.raises(RuntimeError, match="max_density=0"):
+    with pytest.raises(RuntimeError, match="compact_linear=False"):
         model(torch.randn(3, 50)).sum().backward()
     unfuse()
-    lota.fuse_in_backward(optimizer, max_density=0)
+    lota.fuse_in_backward(optimizer, compact_linear=False)
     model(torch.randn(3, 50)).sum().backward()
