@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,28 +25,44 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         logps = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
         normalizers = torch.zeros_like(logps)
-        for rows in _chunks(logits, targets):
+        runs = _runs(targets)
+        for rows in _chunks(runs, logits.shape[1]):
             values = logits[rows].float()
             normalizers[rows] = values.logsumexp(dim=-1)
             logps[rows] = values.gather(1, targets[rows, None]).squeeze(1) - normalizers[rows]
         ctx.save_for_backward(logits, targets, normalizers)
+        ctx.runs = runs
         return logps
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None]:
         logits, targets, normalizers = ctx.saved_tensors
-        grad = torch.zeros_like(logits)
-        for rows in _chunks(logits, targets):
+        grad = torch.empty_like(logits)
+        end = 0
+        for start, stop in [*ctx.runs, (len(targets), len(targets))]:
+            grad[end:start] = 0  # what lies between the runs does not count
+            end = stop
+        for rows in _chunks(ctx.runs, logits.shape[1]):
             values = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-grad_logps[rows, None])
             values.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-            grad[rows] = values.to(logits.dtype)
+            grad[rows] = values
         return grad, None
 
 
-def _chunks(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Numbers of the rows that count, a chunk at a time."""
-    counted = (targets != IGNORED).nonzero().squeeze(1)
-    return counted.split(max(1, CHUNK_ENTRIES // logits.shape[-1]))
+def _runs(targets: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every stretch of targets that count."""
+    counted = (targets != IGNORED).int()
+    edges = torch.diff(counted, prepend=counted.new_zeros(1), append=counted.new_zeros(1)).nonzero()
+    flat = edges.flatten().tolist()
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _chunks(runs: list[tuple[int, int]], vocabulary: int) -> Iterator[slice]:
+    """The runs, cut so that each piece holds at most CHUNK_ENTRIES logits: slices, which need no copy."""
+    size = max(1, CHUNK_ENTRIES // vocabulary)
+    for start, stop in runs:
+        for first in range(start, stop, size):
+            yield slice(first, min(first + size, stop))
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
