@@ -2,7 +2,7 @@
 
 A module either defines `TASK`, one task, or `TASKS`, a dict name -> task for close relatives. A name that is
 not in the table below is looked up as `tasks/<name>.py`, here and in the current directory: adding a task is
-adding a file.
+adding a file (docs/TASKS.md).
 """
 
 from __future__ import annotations
@@ -11,19 +11,80 @@ import difflib
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 from tasks.base import Task
 
-__all__ = ["TASKS", "Task", "get_task"]
+__all__ = ["EVALUATED_ON", "TASKS", "Task", "evaluation_names", "get_task"]
 
 TASKS = {
     "gsm8k": "tasks.gsm8k",
+    "mathinstruct": "tasks.mathinstruct",
+    "AQuA": "tasks.math_choice",
+    "mathqa": "tasks.math_choice",
+    "AddSub": "tasks.math_word",
+    "MultiArith": "tasks.math_word",
+    "SingleEq": "tasks.math_word",
+    "SVAMP": "tasks.math_word",
+    "mawps": "tasks.math_word",
+    "arc": "tasks.arc",
+    "commonsense": "tasks.commonsense",
+    "boolq": "tasks.commonsense",
+    "piqa": "tasks.commonsense",
+    "social_i_qa": "tasks.commonsense",
+    "ARC-Challenge": "tasks.commonsense",
+    "ARC-Easy": "tasks.commonsense",
+    "openbookqa": "tasks.commonsense",
+    "hellaswag": "tasks.commonsense",
+    "winogrande": "tasks.commonsense",
+    "samsum": "tasks.samsum",
+    "sql": "tasks.sql",
+    "sharegpt": "tasks.sharegpt",
+    "sharegpt4": "tasks.sharegpt",
+    "shareclaude": "tasks.sharegpt",
+    "hh": "tasks.preferences",
+    "shp": "tasks.preferences",
+    "se": "tasks.preferences",
+    "ultrafeedback": "tasks.preferences",
+    "ultrafeedbacknarrow": "tasks.preferences",
+    "ultrachat": "tasks.instructions",
+    "alpaca": "tasks.instructions",
+    "dolly": "tasks.instructions",
+    "wikitext": "tasks.wikitext",
+    "purebad": "tasks.safety",
+    "hexphi": "tasks.safety",
     "alpaca_eval": "tasks.alpaca_eval",
     "toy_sort": "tasks.toy",
     "toy_shift": "tasks.toy",
 }
+
+# Tasks that are only trained on, and those that show what was learnt.
+EVALUATED_ON = {
+    "commonsense": (
+        "boolq",
+        "piqa",
+        "social_i_qa",
+        "ARC-Challenge",
+        "ARC-Easy",
+        "openbookqa",
+        "hellaswag",
+        "winogrande",
+    ),
+    "mathinstruct": ("gsm8k",),
+    "purebad": ("hexphi",),
+}
+
+# Files of this folder that hold no task of their name: what tasks share, and families listed above.
+_NO_TASKS = {"__init__", "base", "chat", "choices", "hub", "rouge", "rows", "sqlite"}
+
+
+def evaluation_names(names: str | Iterable[str]) -> list[str]:
+    """Names of tasks to evaluate, each once, from a list or text with commas; aliases are resolved."""
+    listed = names.split(",") if isinstance(names, str) else names
+    given = [name.strip() for name in listed if name.strip()]
+    return list(dict.fromkeys(full for name in given for full in EVALUATED_ON.get(name, (name,))))
 
 
 def get_task(name: str) -> Task:
@@ -46,7 +107,8 @@ def get_task(name: str) -> Task:
 def _find_module(name: str) -> ModuleType | None:
     if name in TASKS:
         return importlib.import_module(TASKS[name])
-    if not re.fullmatch(r"[\w-]+", name) or name in ("base", "__init__"):
+    families = {path.rpartition(".")[2] for path in TASKS.values()}
+    if not re.fullmatch(r"[\w-]+", name) or name in _NO_TASKS | families:
         return None
     for folder in (_here(), _beside()):
         path = folder / f"{name}.py"
@@ -72,4 +134,5 @@ def _beside() -> Path:
 
 
 def _names_in(folder: Path) -> list[str]:
-    return [path.stem for path in folder.glob("*.py") if path.stem not in ("base", "__init__")]
+    families = {path.rpartition(".")[2] for path in TASKS.values()}
+    return [path.stem for path in folder.glob("*.py") if path.stem not in _NO_TASKS | families]

@@ -9,15 +9,14 @@ A row:
 
 from __future__ import annotations
 
-from tasks.base import CHAT_CLOSING, CHAT_STOP, HubSet, Row, Task, chat_prompt
+from tasks.base import HubSet, Message, Row
+from tasks.chat import ChatTask, user
 
 
-class AlpacaEval(Task):
+class AlpacaEval(ChatTask):
     name = "alpaca_eval"
     version = 1
-    metric = None
     splits = ("eval",)
-    held_out = None
     hub = HubSet(
         path="tatsu-lab/alpaca_eval",
         revision="2edc6fad8be6b14ea7230aabfd08188da6b8b814",
@@ -25,13 +24,13 @@ class AlpacaEval(Task):
         file="alpaca_eval.json",
     )
     fields = ("instruction",)
-    closing = CHAT_CLOSING
-    stop = CHAT_STOP
-    chat = True
-    max_new_tokens = 512
 
-    def prompt(self, row: Row) -> str:
-        return chat_prompt(row["instruction"])
+    def messages(self, row: Row) -> list[Message]:
+        return user(row["instruction"])
+
+    def target(self, row: Row) -> str:
+        """The reference answer."""
+        return row["output"]
 
     def check(self, row: Row) -> None:
         super().check(row)

@@ -1,0 +1,68 @@
+"""Data sets on the web, each pinned to one commit, and the command that stores one as a local file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# For a repository whose commit could not be confirmed: its newest state, so that results may change with it.
+UNPINNED = "main"
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the Hugging Face hub, or JSON files of a git repository, pinned to one commit.
+
+    splits: our split name -> the set's, in which "{split}" of `file` is replaced. file: the data file that is
+    read directly, for a repository that carries a loading script (`datasets` refuses those) or is none of the
+    hub's (path then starts with https://). cut: where the set has one split only, the share of its rows that
+    makes our test split; our train split is the rest.
+    """
+
+    path: str
+    revision: str
+    splits: Mapping[str, str]
+    name: str | None = None
+    file: str | None = None
+    data_dir: str | None = None
+    cut: float = 0.0
+
+    def arguments(self, split: str) -> dict[str, str]:
+        """Keyword arguments of `datasets.load_dataset` for one of our splits."""
+        if self.file is not None:
+            file = self.file.format(split=self.splits[split])
+            url = f"hf://datasets/{self.path}@{self.revision}/{file}"
+            if self.path.startswith("https://"):
+                url = f"{self.path}/{self.revision}/{file}"
+            return {"path": "json", "data_files": url, "split": "train"}  # a lone file is always called train
+        given = {"name": self.name, "data_dir": self.data_dir}
+        named = {key: value for key, value in given.items() if value is not None}
+        return {"path": self.path, **named, "split": self.splits[split], "revision": self.revision}
+
+    def holds(self, split: str, row: Mapping[str, Any]) -> bool:
+        """Whether a row of the set belongs to our split; by its hash, where the set is cut."""
+        if not self.cut:
+            return True
+        digest = hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).digest()
+        is_test = int.from_bytes(digest[:8]) < self.cut * 2**64
+        return is_test == (split == "test")
+
+    def load(self, split: str) -> list[dict[str, Any]]:
+        """Our split's rows; raises what the network, the hub and the parsing libraries raise."""
+        import datasets  # takes seconds, and most runs read local files
+
+        rows = (dict(row) for row in datasets.load_dataset(**self.arguments(split)))
+        return [row for row in rows if self.holds(split, row)]
+
+    def fetch_command(self, task: str, split: str, path: Path) -> str:
+        """Shell line that stores one of our splits as the local file a task looks for."""
+        if self.cut:  # which rows belong to the split is decided here, by no one else
+            code = f"from tasks import get_task; get_task('{task}').fetch('{split}', '{path}')"
+        else:
+            call = ", ".join(f"{key}='{value}'" for key, value in self.arguments(split).items())
+            code = f"import datasets; datasets.load_dataset({call}).to_json('{path}')"
+        return f'mkdir -p "{path.parent}" && python -c "{code}"'

@@ -1,0 +1,52 @@
+r"""SAMSum: messenger dialogues and their summaries (arXiv 1911.12237, CC BY-NC-ND 4.0).
+
+A row:
+    {"id": "13730479", "dialogue": "Kent: duuude i failed the quiz\r\nClark: heyyy me too XD\r\nKent: xD\r\n
+     Clark: *hi five*\r\nKent: *hi five* ..", "summary": "Kent and Clark both failed the quiz. "}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.base import UNPINNED, HubSet, Row, Task, text_of
+from tasks.rouge import rouge_1
+
+
+class SAMSum(Task):
+    name = "samsum"
+    metric = "rouge1"
+    splits = ("train", "validation", "test")
+    hub = HubSet(
+        path="knkarthick/samsum",
+        revision=UNPINNED,
+        splits={"train": "train", "validation": "validation", "test": "test"},
+    )
+    closing = "\n\nSummary:\n"
+    stop = ("\n\n", "\nDialogue:")
+    max_new_tokens = 128
+
+    def prompt(self, row: Row) -> str:
+        return f"Dialogue:\n{row['dialogue']}{self.closing}"
+
+    def target(self, row: Row) -> str:
+        return row["summary"]
+
+    def gold(self, row: Row) -> str | None:
+        return row["summary"]
+
+    def extract(self, completion: str) -> str | None:
+        """The first paragraph, in one line."""
+        paragraphs = completion.strip().split("\n\n")
+        return " ".join(paragraphs[0].split()) or None
+
+    def score(self, extracted: str | None, gold: str | None) -> float:
+        return 0.0 if extracted is None or gold is None else rouge_1(extracted, gold)
+
+    def unpack(self, entry: Row) -> Iterator[Row]:
+        dialogue = "\n".join(text_of(entry, "dialogue", empty=False).strip().splitlines())
+        summary = " ".join(text_of(entry, "summary", empty=False).split())
+        yield {"dialogue": dialogue, "summary": summary}
+
+
+TASK = SAMSum()
