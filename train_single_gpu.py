@@ -14,9 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-# On a CPU, bf16 kernels are cached per shape, 1024 by default: with batches of every length that grows by
-# gigabytes. The variable is read once, when torch is loaded.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+# On a CPU, bf16 kernels are cached per shape, in two caches of 1024: with batches of every length that grows by
+# gigabytes. The variables are read once, when torch is loaded.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 import hydra
 from hydra.core.config_store import ConfigStore
