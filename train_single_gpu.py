@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-# On a CPU, bf16 kernels are cached per shape, in two caches of 1024: with batches of every length that grows by
-# gigabytes. The variables are read once, when torch is loaded.
+# On a CPU, bf16 kernels are cached per shape, in two caches of 1024: with batches of every length that grows
+# by gigabytes. The variables are read once, when torch is loaded.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
