@@ -18,7 +18,7 @@ from torch import Tensor
 from lota.checkpoint import Progress, policy_state, save_checkpoint, set_random_state
 from lota.config import Config
 from lota.config_checks import unused_settings
-from lota.data import Batch, Example, collate, encode
+from lota.data import Batch, Example, collate, encode, encode_prompt
 from lota.fused import fuse_in_backward
 from lota.generation import generate
 from lota.interrupt import Interrupted, StopBetweenSteps
@@ -242,13 +242,23 @@ class Trainer:
     def sample(self) -> None:
         """Greedy completions of held-out prompts into samples.jsonl."""
         examples = self.data.held_out[: self.config.n_eval_model_samples]
+        limit = self.config.max_prompt_length
+        prompts = [
+            encode_prompt(
+                self.data.tokenizer,
+                e.prompt,
+                max_prompt_length=limit,
+                closing=e.closing,
+                keep_end=e.keep_end,
+            )
+            for e in examples
+        ]
         completions = generate(
             self.model,
             self.data.tokenizer,
-            [e.prompt for e in examples],
-            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+            prompts,
+            max_new_tokens=self.config.max_length - limit,
             batch_size=self.config.eval_batch_size,
-            max_prompt_length=self.config.max_prompt_length,
         )
         rows = [
             {"prompt": e.prompt, "completion": c, "target": e.response}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -260,6 +261,20 @@ def test_an_archive_is_where_training_starts(workplace):
     _, first = train("exp_name=first")
     _, second = train("exp_name=second", f"model.archive={first}/policy.pt", "lr=0")
     assert same(policy(first), policy(second))
+
+
+def test_samples_with_activation_checkpointing_are_those_of_the_saved_model(workplace):
+    """Checkpointing switches the cache off in training; the samples are greedy completions all the same."""
+    from lota.generation import generate
+
+    trainer, folder = train("sample_during_eval=true", "eval_every=40", "activation_checkpointing=true",
+                            "max_length=40", "max_prompt_length=24")  # fmt: skip
+    rows = [json.loads(r) for r in (trainer.config.run_dir / "samples.jsonl").read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model.load_state_dict(policy(folder))
+    prompts = [row["prompt"] for row in rows]
+    expected = generate(model, trainer.data.tokenizer, prompts, max_new_tokens=16, batch_size=3)
+    assert [row["completion"] for row in rows] == expected
 
 
 @pytest.mark.parametrize(
