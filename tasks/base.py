@@ -164,35 +164,42 @@ class Task:
         logger.info("%s %s: rows from %s", self.name, split, path)
         return read_rows(path, self.check, self.unpack)
 
+    def hub_of(self, split: str) -> HubSet | None:
+        """The set that holds a split where there is no local file."""
+        return self.hub
+
     def fetch(self, split: str, path: str | os.PathLike[str]) -> None:
         """Store a split of the hub set as a local file."""
         with Path(path).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.hub.load(split))
+            file.writelines(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in self.hub_of(split).load(split)
+            )
 
     def _load_hub(self, split: str, folder: Path) -> list[Row]:
         wanted = f"{folder / split}.{{{','.join(READERS)}}}"
-        if self.hub is None:
+        hub = self.hub_of(split)
+        if hub is None:
             raise ValueError(f"task {self.name}: no data for split {split!r} at {wanted}; it has no hub set")
-        self._check_cut(split, folder)
+        self._check_cut(split, folder, hub)
         try:
-            rows = self.hub.load(split)
+            rows = hub.load(split)
         except Exception as error:  # network, hub and parsing libraries share no base class
             raise ValueError(
                 f"task {self.name}: no data for split {split!r}. Looked at {wanted} and at hub set "
-                f"{self.hub.path} ({type(error).__name__}: {error}). Fetch it where there is a network:\n"
-                f"  {self.hub.fetch_command(self.name, split, folder / f'{split}.jsonl')}"
+                f"{hub.path} ({type(error).__name__}: {error}). Fetch it where there is a network:\n"
+                f"  {hub.fetch_command(self.name, split, folder / f'{split}.jsonl')}"
             ) from error
-        logger.info("%s %s: rows from hub set %s at %s", self.name, split, self.hub.path, self.hub.revision)
-        place = f"hub set {self.hub.path} ({split}), row "
+        logger.info("%s %s: rows from hub set %s at %s", self.name, split, hub.path, hub.revision)
+        place = f"hub set {hub.path} ({split}), row "
         return checked(enumerate(rows, start=1), self.check, place, self.unpack)
 
-    def _check_cut(self, split: str, folder: Path) -> None:
+    def _check_cut(self, split: str, folder: Path, hub: HubSet) -> None:
         """Where the hub has one split only, a local file beside ours may hold the very rows of the other."""
         others = [other for other in self.splits if other != split and find_file(folder, other)]
-        if self.hub.cut and others:
+        if hub.cut and others:
             raise ValueError(
                 f"task {self.name}: {folder} holds {others[0]} but not {split}, and the hub set "
-                f"{self.hub.path} has one split, so that its rows may be those of {others[0]}: put a {split} "
+                f"{hub.path} has one split, so that its rows may be those of {others[0]}: put a {split} "
                 f"file there too, or remove {others[0]}"
             )
 

@@ -17,7 +17,7 @@ from tasks.gsm8k import plain_text
 LETTERS = string.ascii_uppercase[:10]
 _STATES = r"(?i:\banswer(?:\s+is\b\s*:?|\s*:))"
 # What may stand between "answer is" and the choice: blanks, markdown, quotes, brackets, LaTeX.
-_OPEN = r"""(?:[\s*_"'(\[{$]|\\boxed|\\text(?:bf|rm)?|\\mathrm|(?i:option|choice)\s)*"""
+_OPEN = r"""(?:[\s*_"'(\[{$]|\\[(\[]|\\boxed|\\text(?:bf|rm)?|\\mathrm|(?i:option|choice)\s)*"""
 
 
 def _joined(choice: str) -> str:

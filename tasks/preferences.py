@@ -103,15 +103,32 @@ class UltraFeedback(PairTask):
     splits = ("train", "test")
     held_out = "test"
 
-    def __init__(self, name: str, path: str) -> None:
-        self.name = name
-        self.hub = HubSet(path, UNPINNED, {"train": "train_prefs", "test": "test_prefs"})
+    name = "ultrafeedback"
+    hub = HubSet(
+        path="Asap7772/ultrafeedback_binarized_relabelled_ultrarm",
+        revision=UNPINNED,
+        splits={"train": "train_prefs", "test": "test_prefs"},
+    )
 
     def unpack(self, entry: Row) -> Iterator[Row]:
         prompt = text_of(entry, "prompt", empty=False).strip()
         chosen, rejected = (_answer(entry, field, prompt) for field in ("chosen", "rejected"))
         if not has_special_tokens(prompt, chosen, rejected):
             yield {"messages": user(prompt), "chosen": chosen, "rejected": rejected}
+
+
+class UltraFeedbackNarrow(UltraFeedback):
+    """Its held-out pairs are those of ultrafeedback, so that the two can be compared."""
+
+    name = "ultrafeedbacknarrow"
+    hub = HubSet(
+        path="Asap7772/ultrafeedback_binarized_narrow",
+        revision=UNPINNED,
+        splits={"train": "train_prefs"},
+    )
+
+    def hub_of(self, split: str) -> HubSet:
+        return UltraFeedback.hub if split == "test" else self.hub
 
 
 def _answer(entry: Row, field: str, prompt: str) -> str:
@@ -134,7 +151,7 @@ TASKS = {
         HH(),
         SHP(),
         StackExchange(),
-        UltraFeedback("ultrafeedback", "Asap7772/ultrafeedback_binarized_relabelled_ultrarm"),
-        UltraFeedback("ultrafeedbacknarrow", "Asap7772/ultrafeedback_binarized_narrow"),
+        UltraFeedback(),
+        UltraFeedbackNarrow(),
     )
 }

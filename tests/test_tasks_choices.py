@@ -25,7 +25,7 @@ LETTERS = [
     ("so the correct answer is **B**", "B"),
     ("the answer is option B, as shown", "B"),
     (r"The answer is $\boxed{B}$", "B"),
-    (r"The answer is \(\text{B}\)", None),  # \( is no bracket of ours
+    (r"The answer is \(\text{B}\).", "B"),
     (r"thus \boxed{\text{B}}", "B"),
     (r"\boxed{B}", "B"),
     ("It cannot be cold, so I choose option C", "C"),
