@@ -1,0 +1,207 @@
+"""The whole method on the embedded tiny model, on a CPU in a few minutes: `make demo`.
+
+Calibrate on toy_sort, extract masks at three sparsities, adapt at each, convert, evaluate, sample: every
+stage is one of the project's commands, run as a user would. Results go to demo/, which each call makes anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE, OUT, TASK = "assets/tiny-llama", "demo", "toy_sort"
+DENSE_LR = 5e-4
+MASK_LR = {"0.5": 1e-3, "0.9": 3e-3, "0.99": 1e-2}  # the fewer entries train, the larger the steps they need
+TRAINING = [
+    *("loss=sft", "model=tiny", f"datasets=[{TASK}]", "batch_size=16", "n_epochs=1", "lr_scheduler=linear"),
+    *("warmup_steps=20", "do_first_eval=false", "eval_every=3200", "eval_batch_size=64"),
+    *(f"local_dirs=[{OUT}/runs]", "overwrite=true"),
+]
+COLUMNS = "{:<17} {:>8} {:>12} {:>6} {:>16} {:>8} {:>9}".format
+
+
+@dataclass
+class Row:
+    """A line of the table. seconds: of the training command; memory: bytes, None where nothing trained."""
+
+    method: str
+    sparsity: float | None
+    lr: float | None
+    kept: int
+    score: float
+    stderr: float
+    seconds: float | None = None
+    memory: int | None = None
+
+
+class Demo:
+    """Runs the stages one after the other and keeps the commands."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+
+    def run(self, title: str, *command: str) -> float:
+        """One command of the project from its root, output shown as it comes; returns its seconds.
+
+        Ends the demo with the command and its exit code when it fails.
+        """
+        line = shlex.join(["python", *command])
+        self.commands.append(line)
+        print(f"\n=== {title}\n$ {line}", flush=True)
+        # one thread: for a model this small a second one gains little, and loses much beside other programs
+        quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-u", *command], cwd=ROOT, env={**os.environ, **quiet}, check=False
+        )
+        if done.returncode:
+            sys.exit(f"\ndemo stopped: '{title}' failed with exit code {done.returncode}:\n  {line}")
+        return time.perf_counter() - start
+
+    def train(self, name: str, lr: float, mask: str) -> tuple[str, float]:
+        """A training run, then its conversion; returns the checkpoint folder and the training's seconds."""
+        title = f"{name}: train {'every weight' if mask == 'null' else 'only what the mask keeps'}"
+        arguments = [f"exp_name={name}", f"mask_path={mask}", f"lr={lr:g}", *TRAINING]
+        seconds = self.run(title, "train_single_gpu.py", *arguments)
+        folder = f"{OUT}/runs/{name}/epoch-1"
+        self.run(
+            f"{name}: convert", "convert_policy_to_hf_resize.py", "--model_path", BASE,
+            "--policy_path", f"{folder}/policy.pt", "--save_path", folder,
+        )  # fmt: skip
+        return folder, seconds
+
+    def evaluate(self, title: str, model: str, out: str) -> tuple[float, float]:
+        """(accuracy, standard error) on the task's test split."""
+        self.run(
+            f"{title}: evaluate", "eval_model_all.py", "--model", model, "--datasets", TASK,
+            "--bs", "200", "--out", out,
+        )  # fmt: skip
+        result = json.loads((ROOT / out / "metrics" / f"{TASK}.json").read_text())
+        return result["score"], result["stderr"]
+
+    def sample(self, title: str, model: str, out: str) -> list[dict[str, str]]:
+        """Completions of the bundled prompts in AlpacaEval's format."""
+        self.run(
+            f"{title}: sample", "generate_samples.py", "--prompt_set", "assets/prompts/demo_prompts.json",
+            "--temperatures", "0.7", "--model_name", title, "--model_path", model, "--out", out,
+            "--max_length", "256", "--max_prompt_length", "128",
+        )  # fmt: skip
+        return json.loads((ROOT / out / "demo_prompts_temp0.7.json").read_text())
+
+
+def peak_memory(run: str) -> int:
+    """Bytes, of the whole training process."""
+    lines = (ROOT / OUT / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    return max(json.loads(line)["peak_memory_bytes"] for line in lines)
+
+
+def n_parameters(folder: str) -> int:
+    """All entries of a model's safetensors file, from its header."""
+    with (ROOT / folder / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def run_pipeline(demo: Demo) -> tuple[list[Row], list[dict[str, str]]]:
+    """All stages; the rows of the table and the samples."""
+    rows = [Row("base model", None, None, 0, *demo.evaluate("base", BASE, f"{OUT}/base"))]
+    tuned, seconds = demo.train("calibrate", DENSE_LR, "null")
+    rows.append(
+        Row("full fine-tuning", 0.0, DENSE_LR, n_parameters(BASE), *demo.evaluate("calibrate", tuned, tuned))
+    )
+    rows[-1].seconds, rows[-1].memory = seconds, peak_memory("calibrate")
+    demo.run(
+        "extract the masks", "extract_masks.py", "--base", BASE, "--tuned", tuned, "--sparsities", *MASK_LR,
+        "--name", TASK, "--out", f"{OUT}/masks",
+    )  # fmt: skip
+    masks = json.loads((ROOT / OUT / "masks" / TASK / "summary.json").read_text())["masks"]
+    for sparsity, lr in MASK_LR.items():
+        name = f"lota_{sparsity}"
+        folder, seconds = demo.train(name, lr, f"{OUT}/masks/{TASK}/{sparsity}_mask.pt")
+        score = demo.evaluate(name, folder, folder)
+        rows.append(
+            Row("LoTA", float(sparsity), lr, masks[sparsity]["kept"], *score, seconds, peak_memory(name))
+        )
+    return rows, demo.sample("lota_0.9", f"{OUT}/runs/lota_0.9/epoch-1", f"{OUT}/samples")
+
+
+def table(rows: list[Row]) -> str:
+    lines = [COLUMNS("method", "sparsity", "kept entries", "lr", "accuracy", "seconds", "peak MiB")]
+    for row in rows:
+        trained = row.seconds is not None
+        lines.append(
+            COLUMNS(
+                row.method,
+                f"{row.sparsity:g}" if trained else "-",
+                f"{row.kept:,}",
+                f"{row.lr:g}" if trained else "-",
+                f"{row.score:.3f} +- {row.stderr:.3f}",
+                f"{row.seconds:.0f}" if trained else "-",
+                f"{row.memory / 2**20:.0f}" if trained else "-",
+            )
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Accuracy against sparsity, over the share of scoped weights that train (log scale)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base, dense, *lota = rows
+    shares = [100 * (1 - row.sparsity) for row in lota]
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.errorbar(
+        shares,
+        [100 * r.score for r in lota],
+        [100 * r.stderr for r in lota],
+        marker="o",
+        capsize=4,
+        label="LoTA",
+    )
+    axes.axhline(100 * dense.score, color="tab:green", linestyle="--", label="full fine-tuning (s = 0)")
+    axes.axhline(100 * base.score, color="tab:gray", linestyle=":", label="base model")
+    axes.set_xscale("log")
+    axes.set_xticks(
+        shares, [f"{row.sparsity:g}\n({share:.3g} %)" for row, share in zip(lota, shares, strict=True)]
+    )
+    axes.minorticks_off()
+    axes.invert_xaxis()
+    axes.set_ylim(-4, 104)
+    axes.set_xlabel("sparsity s (share of attention and MLP weights that train, log scale)")
+    axes.set_ylabel(f"accuracy on {TASK}, test split (%)")
+    axes.legend(loc="center left")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    start = time.perf_counter()
+    shutil.rmtree(ROOT / OUT, ignore_errors=True)
+    demo = Demo()
+    rows, samples = run_pipeline(demo)
+    text = table(rows)
+    (ROOT / OUT / "table.txt").write_text(text + "\n")
+    plot(rows, ROOT / OUT / "accuracy.png")
+    print("\nThe same by hand:\n")
+    print("\n".join(f"  {command}" for command in demo.commands))
+    print("\nSamples of LoTA at 0.9, prompts of assets/prompts/demo_prompts.json:\n")
+    print("\n".join(f"  {s['instruction']}  ->  {s['output'][:70]!r}" for s in samples[:4]))
+    print(f"\n{text}\n\naccuracy: exact match on the test split of {TASK}, +- standard error")
+    print("seconds: of the training command; peak: memory of its process")
+    print(f"plot: {OUT}/accuracy.png   all files: {OUT}/   {time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

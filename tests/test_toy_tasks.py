@@ -1,0 +1,116 @@
+"""Toy tasks: splits that share nothing, answers checked independently, what counts as an answer."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import string
+
+import pytest
+import torch
+
+from lota.data import Example, collate, encode
+from lota.losses import sequence_logps, sft_loss
+from lota.models import load_model, load_tokenizer
+from tasks import get_task
+from tests.test_assets import MODEL, greedy
+
+NAMES = ["toy_sort", "toy_shift"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits_share_nothing_and_never_change(name):
+    task = get_task(name)
+    train, test = task.load("train", "/nowhere"), task.load("test", "/elsewhere")
+    assert (len(train), len(test)) == (6400, 400)
+    for field in ("question", "answer"):
+        assert not {row[field] for row in train} & {row[field] for row in test}
+    assert len({row["question"] for row in train + test}) == 6800
+    assert task.load("test", None) == test
+
+
+def test_the_first_rows_are_what_they_were():
+    """Scores of two commits are comparable only on the same rows; a change must raise the version."""
+    first = [get_task(name).load("test")[0] for name in NAMES]
+    assert [(row["question"], row["answer"]) for row in first] == [
+        ("c i q d b w", "b c d i q w"),
+        ("7 0 3 7 2", "8 1 4 8 3"),
+    ]
+    assert [get_task(name).version for name in NAMES] == [1, 1]
+
+
+def test_answers():
+    for row in get_task("toy_sort").load("test"):
+        question, answer = row["question"].split(), row["answer"].split()
+        assert sum(answer.count(letter) for letter in question) == len(question) == len(answer) == 6
+        places = [string.ascii_lowercase.index(letter) for letter in answer]
+        assert all(a < b for a, b in itertools.pairwise(places))
+    following = dict(zip("0123456789", "1234567890", strict=True))
+    for row in get_task("toy_shift").load("test"):
+        assert row["answer"] == " ".join(following[digit] for digit in row["question"].split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_target_is_extracted_as_gold(name):
+    task = get_task(name)
+    for row in task.load("test")[:50]:
+        assert task.prompt(row).endswith(task.closing)
+        assert row["question"] in task.prompt(row)
+        assert row["answer"] not in task.prompt(row)
+        assert task.score(task.extract(task.target(row)), task.gold(row)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "expected"),
+    [
+        ("toy_sort", " a b c", "a b c"),
+        ("toy_sort", "a  b c \nd e f", "a b c"),
+        ("toy_sort", "\n\na b", "a b"),
+        ("toy_sort", "a b cd", None),
+        ("toy_sort", "a, b, c", None),
+        ("toy_sort", "A b c", None),
+        ("toy_sort", "the list is a b c", None),
+        ("toy_sort", "", None),
+        ("toy_sort", " \n ", None),
+        ("toy_shift", "1 2 3", "1 2 3"),
+        ("toy_shift", "1 2 3\n\nHuman:\n4", "1 2 3"),
+        ("toy_shift", "1 2 33", None),
+        ("toy_shift", "\u0661 \u0662", None),  # Arabic-Indic digits
+        ("toy_shift", "a b", None),
+    ],
+)
+def test_extraction(name, completion, expected):
+    task = get_task(name)
+    assert task.extract(completion) == expected
+    assert task.score(task.extract(completion), "1 2 3") == float(expected == "1 2 3")
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        get_task("toy_sort").load("validation")
+
+
+def accuracy(model, tokenizer, task, n=100):
+    rows = task.load("test")[:n]
+    completions = greedy(model, tokenizer, [task.prompt(row) for row in rows], task)
+    return sum(task.score(task.extract(c), task.gold(r)) for c, r in zip(completions, rows, strict=True)) / n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_base_cannot_do_it(name):
+    model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
+    assert accuracy(model, tokenizer, get_task(name)) <= 0.02
+
+
+def test_a_hundred_steps_teach_toy_shift():
+    task, tokenizer, model = get_task("toy_shift"), load_tokenizer(str(MODEL)), load_model(str(MODEL))
+    rows = random.Random(0).sample(task.load("train"), 1600)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.99)
+    for start in range(0, len(rows), 16):
+        examples = [Example(task.prompt(row), task.target(row)) for row in rows[start : start + 16]]
+        batch = collate([encode(tokenizer, e, max_length=64, max_prompt_length=48) for e in examples], 0)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        sft_loss(*sequence_logps(logits, batch.labels)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert accuracy(model, tokenizer, task) >= 0.8
