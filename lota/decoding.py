@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are no character
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,32 @@ def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
     total = probabilities.cumsum(-1)
     goal = uniform.to(total.device)[:, None] * total[:, -1:]
     return torch.searchsorted(total, goal, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class StopCheck:
+    """Tells whether the last token of a completion has completed a stop text.
+
+    A completion is decoded only after a token that can be the end of a stop text, which few tokens can.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        # a broken character (one byte of several) may turn into any other
+        self.last = {word[-1] for word in stop} | {BROKEN}
+        self.tail = max((len(word.encode()) for word in stop), default=0) + 4  # a token adds at least a byte
+        self.may_end: dict[int, bool] = {}  # by token
+
+    def reached(self, tokens: Sequence[int]) -> bool:
+        if not self.stop or not self._may_end(tokens[-1]):
+            return False
+        text = self._decode(tokens[-self.tail :])
+        return any(word in text for word in self.stop)
+
+    def _may_end(self, token: int) -> bool:
+        if token not in self.may_end:
+            # three times, because decoding may strip or join the ends of a text
+            self.may_end[token] = not self.last.isdisjoint(self._decode([token] * 3))
+        return self.may_end[token]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

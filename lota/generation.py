@@ -13,15 +13,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lota.data import encode_prompt
-from lota.decoding import Decoding, choose, uniforms
+from lota.decoding import Decoding, StopCheck, choose, uniforms
+from lota.kv_cache import can_drop_rows, give_room
 
 logger = logging.getLogger(__name__)
-
-# Subclasses carry more state (linear attention, quantised blocks), and selecting rows may leave that behind.
-SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def generate(
@@ -160,7 +157,7 @@ def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list
         for prompt in prompts
     ]
     ends = end_tokens(model, tokenizer)
-    tail = max((len(word.encode()) for word in decoding.stop), default=0) + 4  # a token adds at least a byte
+    stops = StopCheck(tokenizer, decoding.stop)
     tokens: list[list[int]] = [[] for _ in prompts]
     all_draws = torch.stack(draws)  # (prompts, max_new_tokens)
 
@@ -170,10 +167,7 @@ def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list
         tokens[row].append(token)
         if len(tokens[row]) >= limits[row]:
             return True
-        return bool(decoding.stop) and any(
-            word in tokenizer.decode(tokens[row][-tail:], clean_up_tokenization_spaces=False)
-            for word in decoding.stop
-        )
+        return stops.reached(tokens[row])
 
     batch = _Batch(model, prompts, context)
     step = 0
@@ -205,45 +199,50 @@ class _Batch:
         padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         device = next(model.parameters()).device
-        self.ids = torch.tensor(padded, device=device)  # (rows, width)
+        self.ids = torch.tensor(padded, device=device)  # (rows, width), or what the cache has not read of it
         self.mask = torch.tensor(mask, device=device)  # (rows, width), 1 for tokens that count
+        self.positions = self._within((self.mask.cumsum(-1) - 1).clamp(min=0))  # of ids
         self.cache = None
         self.rows = list(range(len(prompts)))
         self.alive = [True] * len(prompts)
 
+    def _within(self, positions: Tensor) -> Tensor:
+        return positions if self.context is None else positions.clamp(max=self.context - 1)
+
     def logits(self) -> Tensor:
         """Scores of the next token, fp32, (rows, vocabulary)."""
-        inputs, positions = self.ids, (self.mask.cumsum(-1) - 1).clamp(min=0)
-        if self.context is not None:
-            positions = positions.clamp(max=self.context - 1)
-        if self.cache is not None:
-            inputs, positions = inputs[:, -1:], positions[:, -1:]
         extra = {}
         if "position_ids" in self.accepts:
-            extra["position_ids"] = positions
+            extra["position_ids"] = self.positions
         if "logits_to_keep" in self.accepts:
             extra["logits_to_keep"] = 1
         first = self.cache is None
         output = self.model(
-            input_ids=inputs, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **extra
+            input_ids=self.ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **extra
         )
         self.cache = getattr(output, "past_key_values", None)
         logits = output.logits[:, -1].float()
-        if first and logits.isnan().any():
-            raise ValueError("the model's scores are not numbers (NaN): its weights or its dtype are broken")
+        if first:
+            if logits.isnan().any():
+                raise ValueError(
+                    "the model's scores are not numbers (NaN): its weights or its dtype are broken"
+                )
+            give_room(self.cache)
         return logits
 
     def extend(self, chosen: Tensor, going: list[bool]) -> None:
         """Append a token to each row that goes on and drop the others."""
         alive = torch.tensor(going, device=self.ids.device)
-        self.ids = torch.cat([self.ids, chosen[:, None]], 1)
+        token, position = chosen[:, None], self._within(self.positions[:, -1:] + alive[:, None])
         self.mask = torch.cat([self.mask, alive[:, None].to(self.mask.dtype)], 1)
-        self.alive = going
+        if self.cache is None:
+            token, position = torch.cat([self.ids, token], 1), torch.cat([self.positions, position], 1)
+        self.ids, self.positions, self.alive = token, position, going
         if not any(going):
             self.rows = []
-        elif not all(going) and _can_drop_rows(self.cache):
+        elif not all(going) and can_drop_rows(self.cache):
             kept = alive.nonzero().squeeze(1)
-            self.ids, self.mask = self.ids[kept], self.mask[kept]
+            self.ids, self.mask, self.positions = self.ids[kept], self.mask[kept], self.positions[kept]
             if self.cache is not None:
                 self.cache.batch_select_indices(kept)
             self.rows = [row for row, goes_on in zip(self.rows, going, strict=True) if goes_on]
@@ -254,9 +253,3 @@ def _accepted(model) -> set[str]:
     """Names of the arguments of the model's forward, of the model itself where a wrapper hides them."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
-
-
-def _can_drop_rows(cache) -> bool:
-    return cache is None or all(
-        type(layer) in SELECTABLE_LAYERS for layer in getattr(cache, "layers", [None])
-    )

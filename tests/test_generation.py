@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import lota.generation as generation
+import lota.kv_cache as kv_cache
 from lota.decoding import Decoding, choose, uniforms
 from lota.generation import generate, prompt_bound
 from tests import tiny
@@ -133,7 +134,7 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
 def test_a_cache_that_cannot_give_up_rows(model, tokenizer, monkeypatch):
     settings = {"max_new_tokens": 40, "batch_size": 6, "stop": ["q"]}
     expected = generate(model, tokenizer, TEXTS, **settings)
-    monkeypatch.setattr(generation, "SELECTABLE_LAYERS", ())
+    monkeypatch.setattr(kv_cache, "SELECTABLE_LAYERS", ())
     assert generate(model, tokenizer, TEXTS, **settings) == expected
 
 
