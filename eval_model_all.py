@@ -6,17 +6,26 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from lota.config import default_cache
+from lota.config_checks import CHAT_TEMPLATES
 from lota.data import seeded_sample
 from lota.decoding import Decoding
 from lota.evaluation import Evaluator, Result, check_scored, load_pair, results_folder
-from tasks import Task, get_task
+from lota.models import load_tokenizer
+from lota.prompting import FewShot, Prompter, recorded_choice
+from lota.results import paired_differences, stored_runs
+from lota.scoring import Records, scorer_of
+from lota.summary import summary, table, write_summary
+from tasks import EVALUATED_ON, Task, evaluation_names, get_task
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
+SCORINGS = {"generate": "generation", "loglik": "loglik"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -24,7 +33,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder or hub id")
     add("--tokenizer_path", help="where the tokenizer is, if not with the model")
-    add("--datasets", required=True, help="task names, separated by commas")
+    add(
+        "--datasets",
+        required=True,
+        help="task names, separated by commas; commonsense: its eight, mathinstruct: gsm8k, purebad: hexphi",
+    )
     add("--data_dir", help="holds tasks/<task>/<split>.*; default $PROJECT_CACHE, else ~/.cache/lota")
     add(
         "--out",
@@ -36,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seed",
         type=int,
         default=0,
-        help="of the examples chosen and, with --sample, of the completions (0)",
+        help="of the examples chosen, those of --num_fewshot, and, with --sample, of the completions (0)",
     )
     add(
         "--num_runs",
@@ -44,6 +57,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1,
         help="runs over the same examples, with seeds seed, seed+1, ... (1)",
     )
+    add("--num_fewshot", type=int, default=0, help="solved training examples in front of each prompt (0)")
+    add(
+        "--scoring",
+        choices=tuple(SCORINGS),
+        help="by completions or, for multiple choice, by the choices' log-likelihoods; default: generate; "
+        "texts (wikitext) are always scored by perplexity",
+    )
+    add(
+        "--chat_template",
+        choices=CHAT_TEMPLATES,
+        help="prompts in the tokenizer's chat template; default: as the model's run had it, else never",
+    )
+    add("--compare", metavar="OTHER", help="a model, or its --out, that was evaluated on the same examples")
     add("--max_new_tokens", type=int, help="tokens per completion at most; default: each task's own")
     add("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
@@ -55,9 +81,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [f"--{name}" for name in SAMPLING if getattr(args, name) is not None]
     if given and not args.sample:
         parser.error(f"{', '.join(given)}: without --sample decoding is greedy; add --sample")
-    if args.n_examples < 0 or args.bs < 1 or args.num_runs < 1:
-        parser.error("--n_examples must be >= 0, --bs and --num_runs >= 1")
+    if args.n_examples < 0 or args.num_fewshot < 0 or args.bs < 1 or args.num_runs < 1:
+        parser.error("--n_examples and --num_fewshot must be >= 0, --bs and --num_runs >= 1")
     return args
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done for a task. chosen: numbers of its rows; other: predictions of --compare's model."""
+
+    task: Task
+    rows: list[dict[str, Any]]
+    chosen: list[int]
+    scoring: str
+    decoding: Decoding
+    few_shot: FewShot | None
+    other: list[Records] | None
+
+
+def plan_of(task: Task, args: argparse.Namespace) -> Plan:
+    """Everything that can be refused without a model is refused here, with a ValueError."""
+    data_dir = args.data_dir or default_cache()
+    rows = held_out_rows(task, data_dir)
+    chosen = seeded_sample(range(len(rows)), args.n_examples or len(rows), args.seed)
+    wanted = None if task.scoring == ("perplexity",) else SCORINGS.get(args.scoring)
+    kind = scorer_of(task, wanted)
+    folder = results_folder(args.compare) if args.compare else None
+    return Plan(
+        task=task,
+        rows=rows,
+        chosen=chosen,
+        scoring=kind.name,
+        decoding=decoding_for(task, args),
+        few_shot=few_shot_for(task, kind.name, args, data_dir) if args.num_fewshot else None,
+        other=stored_runs(folder, task, kind, rows, chosen) if folder else None,
+    )
 
 
 def decoding_for(task: Task, args: argparse.Namespace) -> Decoding:
@@ -75,46 +133,75 @@ def held_out_rows(task: Task, data_dir: str | Path) -> list[dict]:
     return task.load(task.held_out, data_dir)
 
 
-def evaluate(args: argparse.Namespace) -> list[Result]:
-    """Results of all tasks; what can be refused is refused before the model loads."""
-    tasks = [get_task(name) for name in dict.fromkeys(name.strip() for name in args.datasets.split(","))]
-    plans = [
-        (task, held_out_rows(task, args.data_dir or default_cache()), decoding_for(task, args))
-        for task in tasks
-    ]
-    loading = {name: getattr(args, name) for name in ("tokenizer_path", "dtype", "device")}
-    model, tokenizer = load_pair(args.model, **loading)
+def few_shot_for(task: Task, scoring: str, args: argparse.Namespace, data_dir: str | Path) -> FewShot:
+    if scoring == "perplexity":
+        raise ValueError(f"--num_fewshot {args.num_fewshot}: task {task.name} scores texts, without prompts")
+    if "train" not in task.splits:
+        raise ValueError(
+            f"--num_fewshot {args.num_fewshot}: task {task.name} has no train split to take examples from"
+        )
+    return FewShot(args.num_fewshot, args.seed, task.load("train", data_dir))
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The summary of all tasks; what can be refused is refused before the model loads."""
+    plans = [plan_of(get_task(name), args) for name in evaluation_names(args.datasets)]
+    if not plans:
+        raise ValueError("--datasets names no task")
+    tokenizer = load_tokenizer(args.tokenizer_path or args.model)
+    prompter = Prompter(tokenizer, args.chat_template or recorded_choice(args.model))
+    model, _ = load_pair(args.model, tokenizer=tokenizer, dtype=args.dtype, device=args.device)
     out_dir = results_folder(args.model, args.out)
-    evaluator = Evaluator(model, tokenizer, model_name=args.model, out_dir=out_dir, batch_size=args.bs)
-    results = []
-    for task, rows, decoding in plans:
-        chosen = seeded_sample(range(len(rows)), args.n_examples or len(rows), args.seed)
-        with tqdm(
-            total=len(chosen) * args.num_runs, desc=task.name, unit="example", disable=args.verbose
-        ) as bar:
+    evaluator = Evaluator(
+        model, tokenizer, model_name=args.model, out_dir=out_dir, batch_size=args.bs, prompter=prompter
+    )
+    results = [run(evaluator, plan, args) for plan in plans]
+    given = [name.strip() for name in args.datasets.split(",")]
+    content = summary(
+        results,
+        groups={name: EVALUATED_ON[name] for name in given if name in EVALUATED_ON},
+        compared_with=args.compare,
+        differences={
+            plan.task.name: paired_differences(plan.task, result, plan.other)
+            for plan, result in zip(plans, results, strict=True)
+            if plan.other is not None
+        }
+        if args.compare
+        else None,
+    )
+    write_summary(out_dir, content)
+    return content
 
-            def show(prediction: dict, bar: tqdm = bar) -> None:
-                bar.update()
-                if args.verbose:
-                    print(*(f"[{key}] {value}" for key, value in prediction.items()), "", sep="\n")
 
-            results.append(
-                evaluator.evaluate(task, rows, decoding, chosen=chosen, num_runs=args.num_runs, on_done=show)
-            )
-    return results
+def run(evaluator: Evaluator, plan: Plan, args: argparse.Namespace) -> Result:
+    with tqdm(total=None, desc=plan.task.name, unit="example", disable=args.verbose) as bar:
+
+        def show(prediction: dict) -> None:
+            bar.update()
+            if args.verbose:
+                print(*(f"[{key}] {value}" for key, value in prediction.items()), "", sep="\n")
+
+        return evaluator.evaluate(
+            plan.task,
+            plan.rows,
+            plan.decoding,
+            chosen=plan.chosen,
+            num_runs=args.num_runs,
+            on_done=show,
+            scoring=plan.scoring,
+            few_shot=plan.few_shot,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(argv)
     try:
-        results = evaluate(args)
+        content = evaluate(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for r in results:
-        error = "" if r.stderr is None else f" +- {r.stderr:.4f}"
-        print(f"{r.task:<20} {r.metric} {r.score:.4f}{error} (n={r.n}, version {r.version})")
+    print(table(content))
     print(f"results in {results_folder(args.model, args.out) / 'metrics'}")
     return 0
 

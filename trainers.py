@@ -250,6 +250,7 @@ class Trainer:
                 max_prompt_length=limit,
                 closing=e.closing,
                 keep_end=e.keep_end,
+                special_tokens=not e.templated,
             )
             for e in examples
         ]

@@ -61,6 +61,7 @@ class Config:
     data_fraction: float = 1.0
     max_length: int = 512  # tokens
     max_prompt_length: int = 256  # tokens
+    chat_template: str = "never"
     group_by_length: bool = False
 
     mask_path: str | None = None

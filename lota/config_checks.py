@@ -20,6 +20,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 LOSSES = ("sft",)
 TRAINERS = ("BasicTrainer", "FSDPTrainer")
 RESUME = ("auto", "never")
+CHAT_TEMPLATES = ("auto", "never", "always")
 OPTIMIZER_KEYS = {
     "RMSprop": ("alpha", "eps", "weight_decay", "momentum"),
     "AdamW": ("betas", "eps", "weight_decay"),
@@ -88,6 +89,7 @@ def problems_of(c: Config) -> Iterator[str]:
     yield from _choice("loss.name", c.loss.name, LOSSES)
     yield from _choice("trainer.name", c.trainer.name, TRAINERS)
     yield from _choice("resume", c.resume, RESUME)
+    yield from _choice("chat_template", c.chat_template, CHAT_TEMPLATES)
     yield from _choice("model.policy_dtype", c.model.policy_dtype, DTYPE_NAMES)
     yield from _choice("model.reference_dtype", c.model.reference_dtype, DTYPE_NAMES)
     yield from _choice("model.fsdp_policy_mp", c.model.fsdp_policy_mp, (None, "bfloat16"))

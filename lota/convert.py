@@ -78,6 +78,7 @@ def convert_policy(
         added = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
     rows = model.get_input_embeddings().weight.shape[0]
     origin = {"base": str(model_path), "policy": str(file), "step_idx": record["step_idx"], "rows": rows}
+    origin["chat_template"] = run.chat_template  # evaluation renders prompts as the run did
     with new_model_files(folder, origin) as staged:
         write_weights(model, staged, most, dtypes, max_shard_size)
         write_config(model, staged, most)
@@ -102,11 +103,12 @@ def _check_arguments(vocab: str, pad_token: str | None, max_shard_size: str) -> 
 
 @dataclass(frozen=True)
 class _Run:
-    """What RUN/config.yaml, beside RUN/epoch-1/policy.pt, says about the vocabulary and the data."""
+    """What RUN/config.yaml, beside RUN/epoch-1/policy.pt, says about vocabulary, data and prompts."""
 
     pad_token: str | None = None
     tokenizer: str | None = None
     datasets: tuple[str, ...] = ()
+    chat_template: str | None = None
 
 
 def _run_config(policy: Path) -> _Run:
@@ -117,7 +119,12 @@ def _run_config(policy: Path) -> _Run:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         model = content["model"]
-        return _Run(model["pad_token"], model["tokenizer_name_or_path"], tuple(content["datasets"]))
+        return _Run(
+            model["pad_token"],
+            model["tokenizer_name_or_path"],
+            tuple(content["datasets"]),
+            content.get("chat_template"),
+        )
     except (yaml.YAMLError, KeyError, TypeError) as error:
         logger.warning("%s is not a run's config (%s): not used", file, " ".join(str(error).split()))
         return _Run()

@@ -20,13 +20,15 @@ T = TypeVar("T")
 class Example:
     """A training example as text. closing: the prompt's last words, kept whenever the prompt is cut.
 
-    keep_end: a prompt that is too long keeps its last tokens (a chat) instead of its first ones.
+    keep_end: a prompt that is too long keeps its last tokens (a chat) instead of its first ones. templated: a
+    chat template wrote the prompt, special tokens and all.
     """
 
     prompt: str
     response: str
     closing: str = ""
     keep_end: bool = False
+    templated: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,16 @@ def encode_prompt(
     max_prompt_length: int | None = None,
     closing: str = "",
     keep_end: bool = False,
+    special_tokens: bool = True,
 ) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer puts in front of a text.
 
-    A prompt of more than max_prompt_length tokens loses the end of what stands before `closing` (with
-    keep_end: the start); special tokens in front and the closing words stay.
+    special_tokens: False where a chat template has written them already. A prompt of more than
+    max_prompt_length tokens loses the end of what stands before `closing` (with keep_end: the start); special
+    tokens in front and the closing words stay.
     """
-    prefix, ids = _with_special_tokens(tokenizer, prompt)
+    split = _with_special_tokens if special_tokens else _as_written
+    prefix, ids = split(tokenizer, prompt)
     if max_prompt_length is None or len(prefix) + len(ids) <= max_prompt_length:
         return prefix + ids
     closing = closing if closing and prompt.endswith(closing) else ""
@@ -81,7 +86,7 @@ def encode_prompt(
     room = max_prompt_length - len(prefix) - len(tail)
     if room <= 0:
         return (prefix + tail)[-max_prompt_length:]
-    body = tokenizer(prompt.removesuffix(closing), add_special_tokens=False).input_ids if closing else ids
+    body = split(tokenizer, prompt.removesuffix(closing))[1] if closing else ids
     return prefix + (body[-room:] if keep_end else body[:room]) + tail
 
 
@@ -93,7 +98,8 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, max_prompt_leng
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token, which ends every training response")
-    prompt = encode_prompt(tokenizer, example.prompt)
+    special = not example.templated
+    prompt = encode_prompt(tokenizer, example.prompt, special_tokens=special)
     response = [*tokenizer(example.response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     if len(prompt) + len(response) > max_length:
         prompt = encode_prompt(
@@ -102,6 +108,7 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, max_prompt_leng
             max_prompt_length=max_prompt_length,
             closing=example.closing,
             keep_end=example.keep_end,
+            special_tokens=special,
         )
     return Encoded((prompt + response)[:max_length], len(prompt))
 
@@ -116,6 +123,13 @@ def _with_special_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int
         if full[n : n + len(plain)] == plain:
             return full[:n], plain
     return [], full
+
+
+def _as_written(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """(the token for the beginning of text where the text starts with it, the other tokens)."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    n = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    return ids[:n], ids[n:]
 
 
 def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:

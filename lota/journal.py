@@ -41,12 +41,9 @@ class Journal:
                 logger.info("starting anew; what was there is now %s", ", ".join(path.name for path in moved))
 
     def _continue(self) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
         try:
-            header, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-            differences = _differences(header["key"], self.key)
-            records = {line["index"]: line["record"] for line in lines}
+            key, records, length = read_journal(self.path)
+            differences = _differences(key, self.key)
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s is not reused: it cannot be read (%s)", self.path, error)
             return
@@ -54,7 +51,7 @@ class Journal:
             logger.info("%s is not reused: made with another %s", self.path, ", ".join(differences))
             return
         if records:
-            os.truncate(self.path, len(whole))
+            os.truncate(self.path, length)
             logger.info("reusing %d results of %s", len(records), self.path)
         self.records = records
 
@@ -78,6 +75,14 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def read_journal(path: Path) -> tuple[Any, dict[int, Any], int]:
+    """Key, records, and the length of the whole lines in bytes. Errors: ValueError, KeyError, TypeError."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    header, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+    return header["key"], {line["index"]: line["record"] for line in lines}, len(whole)
 
 
 def set_aside(path: Path) -> Path:

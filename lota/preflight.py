@@ -22,6 +22,7 @@ from lota.data import Example
 from lota.masks import Mask
 from lota.models import add_pad_token, find_block_class, load_tokenizer
 from lota.policy_file import is_policy
+from lota.prompting import Prompter
 from lota.scope import find_scope, meta_model
 from lota.trainable import fingerprint, mask_or_dense, trainable_mask
 from lota.training_data import encoded_lengths, load_examples, load_held_out, plan
@@ -63,6 +64,7 @@ def prepare(config: Config, tasks: Sequence[Any]) -> Prepared:
         add_pad_token(tokenizer, config.model.pad_token)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {config.model.name_or_path} has no end-of-sequence token")
+    prompter = Prompter(tokenizer, config.chat_template)
     mask = _checked_mask(config)
     seen = fingerprint(mask)
     if resumable is not None and resumable.content["mask"] != seen:
@@ -70,10 +72,10 @@ def prepare(config: Config, tasks: Sequence[Any]) -> Prepared:
             f"run {config.run_dir} was trained with another mask under the same name; "
             "use another exp_name, or overwrite=true to start anew"
         )
-    train = load_examples(tasks, "train", config)
+    train = load_examples(tasks, "train", config, prompter)
     total = sum(len(rows) for *_, rows in plan(config, len(train), None))
     asked = config.do_first_eval or config.eval_every <= total
-    held_out = load_held_out(tasks, config) if asked else []
+    held_out = load_held_out(tasks, config, prompter) if asked else []
     return Prepared(
         train=train,
         held_out=held_out,

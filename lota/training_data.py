@@ -8,6 +8,7 @@ from typing import Any
 
 from lota.config import Config
 from lota.data import Example, encode, epoch_batches, fraction_of, seeded_sample
+from lota.prompting import Prompter
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +44,18 @@ def plan(
         epoch, batch = epoch + 1, 0
 
 
-def load_examples(tasks: Sequence[Any], split: str, config: Config) -> list[Example]:
+def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Prompter) -> list[Example]:
     """Examples of all tasks, in order, of each a seeded sample of `data_fraction`."""
     examples = []
     for task in tasks:
         rows = task.load(split, config.data_folder)
         kept = fraction_of(rows, config.data_fraction, config.seed)
         logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
-        examples += [_example(task, row) for row in kept]
+        examples += [_example(prompter, task, row) for row in kept]
     return examples
 
 
-def load_held_out(tasks: Sequence[Any], config: Config) -> list[Example]:
+def load_held_out(tasks: Sequence[Any], config: Config, prompter: Prompter) -> list[Example]:
     """A seeded sample of n_eval_examples over the held-out splits of all tasks; an error where one has
     none.
     """
@@ -64,12 +65,14 @@ def load_held_out(tasks: Sequence[Any], config: Config) -> list[Example]:
             f"datasets={without}: no held-out split to evaluate on; set do_first_eval=false and "
             "eval_every above the number of training examples"
         )
-    rows = [_example(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
-    return seeded_sample(rows, config.n_eval_examples, config.seed)
+    rows = [(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
+    chosen = seeded_sample(rows, config.n_eval_examples, config.seed)
+    return [_example(prompter, task, row) for task, row in chosen]
 
 
-def _example(task: Any, row: dict[str, Any]) -> Example:
-    return Example(task.prompt(row), task.target(row), task.closing, task.chat)
+def _example(prompter: Prompter, task: Any, row: dict[str, Any]) -> Example:
+    prompt = prompter.prompt(task, row)
+    return Example(prompt.text, task.target(row), prompt.closing, prompt.keep_end, prompt.templated)
 
 
 def encoded_lengths(config: Config, tokenizer: Any, examples: list[Example]) -> list[int]:

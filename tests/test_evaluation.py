@@ -11,6 +11,7 @@ import torch
 
 import eval_model_all
 import lota.evaluation as evaluation
+import lota.scoring as scoring
 from lota.decoding import Decoding
 from lota.evaluation import Evaluator, encode_prompts, evaluate_task, mean_and_stderr, results_folder
 from lota.journal import Journal, content_key, model_key, weights_key
@@ -39,7 +40,7 @@ def scripted(monkeypatch):
             on_done(at, answers.get(indices[at], "nothing"))
         return []
 
-    monkeypatch.setattr(evaluation, "generate", fake)
+    monkeypatch.setattr(scoring, "generate", fake)
     fake.asked, fake.answers = asked, answers
     return fake
 
@@ -154,7 +155,7 @@ def test_several_runs_share_examples(pair, tmp_path, monkeypatch):
         for at, i in enumerate(indices):
             on_done(at, f"#### {i if i < 3 + seed else 99}")
 
-    monkeypatch.setattr(evaluation, "generate", fake)
+    monkeypatch.setattr(scoring, "generate", fake)
     decoding = Decoding(max_new_tokens=12, temperature=1.0)
     result = score(pair, tmp_path, decoding=decoding, num_runs=2)
     assert result.runs == (3 / 7, 4 / 7)

@@ -1,0 +1,76 @@
+"""Numbers over examples and how sure they are: means, perplexities, paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number computed from examples.
+
+    influence: example number -> how far that example pulls the value (for a mean: its score minus the mean);
+    its sample deviation over sqrt(n) is the standard error, None for one example.
+    """
+
+    value: float
+    influence: Mapping[int, float]
+
+    @property
+    def n(self) -> int:
+        return len(self.influence)
+
+    @property
+    def stderr(self) -> float | None:
+        return _stderr(list(self.influence.values()))
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The paired difference; both must be over the same examples."""
+        influence = {i: value - other.influence[i] for i, value in self.influence.items()}
+        return Estimate(self.value - other.value, influence)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return {"score": self.value, "stderr": self.stderr, "n": self.n}
+
+
+def mean_and_stderr(scores: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and sample deviation (n - 1) over sqrt(n); the latter is None for a single score."""
+    return statistics.fmean(scores), _stderr(scores)
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def mean(scores: Mapping[int, float]) -> Estimate:
+    """The mean of scores by example number."""
+    value = statistics.fmean(scores.values())
+    return Estimate(value, {i: score - value for i, score in scores.items()})
+
+
+def perplexity(nats: float, count: float) -> float:
+    """exp(nats / count); inf where that is too large for a float."""
+    try:
+        return math.exp(nats / count)
+    except OverflowError:
+        return math.inf
+
+
+def corpus_perplexity(nats: Mapping[int, float], counts: Mapping[int, float]) -> Estimate:
+    """exp(total nats / total count) over texts; errors by linearisation of the ratio (delta method)."""
+    total = sum(counts.values())
+    rate, mean_count = sum(nats.values()) / total, total / len(counts)
+    value = perplexity(rate, 1)
+    return Estimate(value, {i: value * (nats[i] - rate * counts[i]) / mean_count for i in nats})
+
+
+def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float | None]:
+    """Mean over tasks, each counting the same, and its standard error (examples are independent)."""
+    errors = [estimate.stderr for estimate in estimates]
+    value = statistics.fmean(estimate.value for estimate in estimates)
+    if None in errors:
+        return value, None
+    return value, math.sqrt(sum(error**2 for error in errors)) / len(errors)
