@@ -20,7 +20,7 @@ from lota.evaluation import Evaluator, Result, check_scored, load_pair, results_
 from lota.models import load_tokenizer
 from lota.prompting import FewShot, Prompter, recorded_choice
 from lota.results import paired_differences, stored_runs
-from lota.scoring import Records, scorer_of
+from lota.scoring import SCORERS, Records, scorer_of
 from lota.summary import summary, table, write_summary
 from tasks import EVALUATED_ON, Task, evaluation_names, get_task
 
@@ -174,7 +174,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(evaluator: Evaluator, plan: Plan, args: argparse.Namespace) -> Result:
-    with tqdm(total=None, desc=plan.task.name, unit="example", disable=args.verbose) as bar:
+    total = len(plan.chosen) * (args.num_runs if SCORERS[plan.scoring].draws else 1)
+    with tqdm(total=total, desc=plan.task.name, unit="example", disable=args.verbose) as bar:
 
         def show(prediction: dict) -> None:
             bar.update()

@@ -146,7 +146,8 @@ class Evaluator:
         names start with <task>_loglik), <task>_predictions.jsonl (of run 0; _run1 ... for more), and appends
         a line per run to <task>_accuracy.txt. Predictions on disk are reused where weights, task version,
         data, seed, settings and template are the same; on_done is called with every prediction, old or new.
-        Scoring that draws nothing has one run. Errors: ValueError for a task without that score, or nothing to score.
+        Scoring that draws nothing has one run. Errors: ValueError for a task without that score, or nothing
+        to score.
         """
         chosen = range(len(rows)) if chosen is None else chosen
         if not chosen or num_runs < 1:
