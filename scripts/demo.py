@@ -19,13 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, OUT, TASK = "assets/tiny-llama", "demo", "toy_sort"
-DENSE_LR = 5e-4
-MASK_LR = {"0.5": 1e-3, "0.9": 3e-3, "0.99": 1e-2}  # the fewer entries train, the larger the steps they need
-TRAINING = [
-    *("loss=sft", "model=tiny", f"datasets=[{TASK}]", "batch_size=16", "n_epochs=1", "lr_scheduler=linear"),
-    *("warmup_steps=20", "do_first_eval=false", "eval_every=3200", "eval_batch_size=64"),
-    *(f"local_dirs=[{OUT}/runs]", "overwrite=true"),
-]
+PROMPTS = "assets/prompts/demo_prompts.json"
+DENSE_LR = 1e-3
+MASK_LR = {"0.5": 5e-3, "0.9": 1e-2, "0.99": 3e-2}  # the fewer entries train, the larger the steps they need
+TRAINING = (
+    f"loss=sft model=tiny 'datasets=[{TASK}]' batch_size=16 n_epochs=1 lr_scheduler=linear warmup_steps=20 "
+    f"do_first_eval=false eval_every=3200 eval_batch_size=64 'local_dirs=[{OUT}/runs]' overwrite=true"
+)
 COLUMNS = "{:<17} {:>8} {:>12} {:>6} {:>16} {:>8} {:>9}".format
 
 
@@ -49,53 +49,48 @@ class Demo:
     def __init__(self) -> None:
         self.commands: list[str] = []
 
-    def run(self, title: str, *command: str) -> float:
+    def run(self, title: str, line: str) -> float:
         """One command of the project from its root, output shown as it comes; returns its seconds.
 
         Ends the demo with the command and its exit code when it fails.
         """
-        line = shlex.join(["python", *command])
-        self.commands.append(line)
-        print(f"\n=== {title}\n$ {line}", flush=True)
+        self.commands.append(f"python {line}")
+        print(f"\n=== {title}\n$ python {line}", flush=True)
         # one thread: for a model this small a second one gains little, and loses much beside other programs
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-u", *shlex.split(line)]
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-u", *command], cwd=ROOT, env={**os.environ, **quiet}, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet}, check=False)
         if done.returncode:
-            sys.exit(f"\ndemo stopped: '{title}' failed with exit code {done.returncode}:\n  {line}")
+            sys.exit(f"\ndemo stopped: '{title}' failed with exit code {done.returncode}:\n  python {line}")
         return time.perf_counter() - start
 
     def train(self, name: str, lr: float, mask: str) -> tuple[str, float]:
         """A training run, then its conversion; returns the checkpoint folder and the training's seconds."""
         title = f"{name}: train {'every weight' if mask == 'null' else 'only what the mask keeps'}"
-        arguments = [f"exp_name={name}", f"mask_path={mask}", f"lr={lr:g}", *TRAINING]
-        seconds = self.run(title, "train_single_gpu.py", *arguments)
+        seconds = self.run(
+            title, f"train_single_gpu.py exp_name={name} mask_path={mask} lr={lr:g} {TRAINING}"
+        )
         folder = f"{OUT}/runs/{name}/epoch-1"
-        self.run(
-            f"{name}: convert", "convert_policy_to_hf_resize.py", "--model_path", BASE,
-            "--policy_path", f"{folder}/policy.pt", "--save_path", folder,
-        )  # fmt: skip
+        arguments = f"--model_path {BASE} --policy_path {folder}/policy.pt --save_path {folder}"
+        self.run(f"{name}: convert", f"convert_policy_to_hf_resize.py {arguments}")
         return folder, seconds
 
     def evaluate(self, title: str, model: str, out: str) -> tuple[float, float]:
         """(accuracy, standard error) on the task's test split."""
-        self.run(
-            f"{title}: evaluate", "eval_model_all.py", "--model", model, "--datasets", TASK,
-            "--bs", "200", "--out", out,
-        )  # fmt: skip
+        arguments = f"--model {model} --datasets {TASK} --bs 200 --out {out}"
+        self.run(f"{title}: evaluate", f"eval_model_all.py {arguments}")
         result = json.loads((ROOT / out / "metrics" / f"{TASK}.json").read_text())
         return result["score"], result["stderr"]
 
     def sample(self, title: str, model: str, out: str) -> list[dict[str, str]]:
         """Completions of the bundled prompts in AlpacaEval's format."""
         self.run(
-            f"{title}: sample", "generate_samples.py", "--prompt_set", "assets/prompts/demo_prompts.json",
-            "--temperatures", "0.7", "--model_name", title, "--model_path", model, "--out", out,
-            "--max_length", "256", "--max_prompt_length", "128",
-        )  # fmt: skip
-        return json.loads((ROOT / out / "demo_prompts_temp0.7.json").read_text())
+            f"{title}: sample",
+            f"generate_samples.py --prompt_set {PROMPTS} --temperatures 0.7 --model_name {title} "
+            f"--model_path {model} --out {out} --max_length 256 --max_prompt_length 128",
+        )
+        return json.loads((ROOT / out / f"{Path(PROMPTS).stem}_temp0.7.json").read_text())
 
 
 def peak_memory(run: str) -> int:
@@ -119,10 +114,10 @@ def run_pipeline(demo: Demo) -> tuple[list[Row], list[dict[str, str]]]:
         Row("full fine-tuning", 0.0, DENSE_LR, n_parameters(BASE), *demo.evaluate("calibrate", tuned, tuned))
     )
     rows[-1].seconds, rows[-1].memory = seconds, peak_memory("calibrate")
-    demo.run(
-        "extract the masks", "extract_masks.py", "--base", BASE, "--tuned", tuned, "--sparsities", *MASK_LR,
-        "--name", TASK, "--out", f"{OUT}/masks",
-    )  # fmt: skip
+    arguments = (
+        f"--base {BASE} --tuned {tuned} --sparsities {' '.join(MASK_LR)} --name {TASK} --out {OUT}/masks"
+    )
+    demo.run("extract the masks", f"extract_masks.py {arguments}")
     masks = json.loads((ROOT / OUT / "masks" / TASK / "summary.json").read_text())["masks"]
     for sparsity, lr in MASK_LR.items():
         name = f"lota_{sparsity}"
@@ -137,18 +132,12 @@ def run_pipeline(demo: Demo) -> tuple[list[Row], list[dict[str, str]]]:
 def table(rows: list[Row]) -> str:
     lines = [COLUMNS("method", "sparsity", "kept entries", "lr", "accuracy", "seconds", "peak MiB")]
     for row in rows:
-        trained = row.seconds is not None
-        lines.append(
-            COLUMNS(
-                row.method,
-                f"{row.sparsity:g}" if trained else "-",
-                f"{row.kept:,}",
-                f"{row.lr:g}" if trained else "-",
-                f"{row.score:.3f} +- {row.stderr:.3f}",
-                f"{row.seconds:.0f}" if trained else "-",
-                f"{row.memory / 2**20:.0f}" if trained else "-",
-            )
-        )
+        sparsity, lr, seconds, memory = row.sparsity, row.lr, row.seconds, row.memory
+        trained = ["-"] * 4
+        if seconds is not None:
+            trained = [f"{sparsity:g}", f"{lr:g}", f"{seconds:.0f}", f"{memory / 2**20:.0f}"]
+        score = f"{row.score:.3f} +- {row.stderr:.3f}"
+        lines.append(COLUMNS(row.method, trained[0], f"{row.kept:,}", trained[1], score, *trained[2:]))
     return "\n".join(lines)
 
 
@@ -161,25 +150,20 @@ def plot(rows: list[Row], path: Path) -> None:
 
     base, dense, *lota = rows
     shares = [100 * (1 - row.sparsity) for row in lota]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.errorbar(
-        shares,
-        [100 * r.score for r in lota],
-        [100 * r.stderr for r in lota],
-        marker="o",
-        capsize=4,
-        label="LoTA",
-    )
+    scores, errors = [100 * row.score for row in lota], [100 * row.stderr for row in lota]
+    low, high = (100 * (dense.score + sign * dense.stderr) for sign in (-1, 1))
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    axes.errorbar(shares, scores, errors, marker="o", capsize=4, label="LoTA")
     axes.axhline(100 * dense.score, color="tab:green", linestyle="--", label="full fine-tuning (s = 0)")
+    axes.axhspan(low, high, color="tab:green", alpha=0.15)
     axes.axhline(100 * base.score, color="tab:gray", linestyle=":", label="base model")
     axes.set_xscale("log")
-    axes.set_xticks(
-        shares, [f"{row.sparsity:g}\n({share:.3g} %)" for row, share in zip(lota, shares, strict=True)]
-    )
+    names = [f"{row.sparsity:g}\n({share:.3g} %)" for row, share in zip(lota, shares, strict=True)]
+    axes.set_xticks(shares, names)
     axes.minorticks_off()
     axes.invert_xaxis()
     axes.set_ylim(-4, 104)
-    axes.set_xlabel("sparsity s (share of attention and MLP weights that train, log scale)")
+    axes.set_xlabel("sparsity s (in brackets: share of attention and MLP weights that train, log scale)")
     axes.set_ylabel(f"accuracy on {TASK}, test split (%)")
     axes.legend(loc="center left")
     axes.grid(alpha=0.3)
@@ -196,7 +180,7 @@ def main() -> None:
     plot(rows, ROOT / OUT / "accuracy.png")
     print("\nThe same by hand:\n")
     print("\n".join(f"  {command}" for command in demo.commands))
-    print("\nSamples of LoTA at 0.9, prompts of assets/prompts/demo_prompts.json:\n")
+    print(f"\nSamples of LoTA at 0.9, prompts of {PROMPTS}:\n")
     print("\n".join(f"  {s['instruction']}  ->  {s['output'][:70]!r}" for s in samples[:4]))
     print(f"\n{text}\n\naccuracy: exact match on the test split of {TASK}, +- standard error")
     print("seconds: of the training command; peak: memory of its process")
