@@ -1,8 +1,9 @@
-"""Write completions of prompts in AlpacaEval's format, one file per temperature."""
+"""Write completions of prompts in AlpacaEval's format, one file per temperature and sample."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,23 @@ from lota.decoding import Decoding
 from lota.evaluation import load_pair, results_folder
 from lota.samples import Sampler
 from tasks import Task, get_task
-from tasks.base import read_rows
+from tasks.base import Row, read_rows
+
+PROMPT_SETS = ("alpaca_eval", "sharegpt", "ultrafeedback")
+SETS = ", ".join(PROMPT_SETS)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--prompt_set", default="alpaca_eval", help="alpaca_eval, or a .json or .jsonl file of {instruction}")
+    add("--prompt_set", default=PROMPT_SETS[0], help=f"{SETS}, or a .json or .jsonl file of {{instruction}}")
+    add("--split", help="of the prompt set; default: the one held out from training, if it has one")
+    add(
+        "--num_samples_per_prefix",
+        type=int,
+        default=1,
+        help="answers to each prompt; the second and later ones are in files NAME_sample1.json ... (1)",
+    )
     add("--temperatures", default="0.7", help="separated by commas; 0 is greedy (0.7)")
     add(
         "--top_p",
@@ -37,10 +48,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_length", type=int, default=1024, help="tokens of prompt and completion (1024)")
     add("--max_prompt_length", type=int, default=512, help="tokens of the prompt (512)")
     add("--chunk_size", type=int, default=32, help="prompts per batch; the file is written after each (32)")
-    add("--seed", type=int, default=0, help="of the draws; each prompt has its own (0)")
+    add("--seed", type=int, default=0, help="of the draws; each prompt and sample has its own (0)")
     add("--ff", type=int, default=0, help="pass over that many prompts at the start (0)")
     add("--n_examples", type=int, default=0, help="that many prompts after those; 0: all (0)")
-    add("--data_dir", help="holds tasks/alpaca_eval/eval.*; default $PROJECT_CACHE, else ~/.cache/lota")
+    add("--data_dir", help="holds tasks/ and sharegpt_data/; default $PROJECT_CACHE, else ~/.cache/lota")
     add("--out", help="folder of the files; default: the model's; $PROJECT_CACHE/results/ID for a hub id")
     add("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
@@ -54,6 +65,8 @@ def decodings(args: argparse.Namespace, stop: Sequence[str]) -> list[Decoding]:
         problems.append(f"--max_prompt_length {args.max_prompt_length}: must lie between 0 and --max_length")
     if args.chunk_size < 1 or args.ff < 0 or args.n_examples < 0:
         problems.append("--chunk_size must be >= 1, --ff and --n_examples >= 0")
+    if args.num_samples_per_prefix < 1:
+        problems.append(f"--num_samples_per_prefix {args.num_samples_per_prefix}: must be at least 1")
     max_new_tokens = max(1, args.max_length - args.max_prompt_length)
     for text in args.temperatures.split(","):
         try:
@@ -62,25 +75,37 @@ def decodings(args: argparse.Namespace, stop: Sequence[str]) -> list[Decoding]:
             )
         except ValueError as error:
             problems.append(f"--temperatures {text}: {error}")
+    if args.num_samples_per_prefix > 1 and any(decoding.temperature == 0 for decoding in found):
+        problems.append("--temperatures 0: greedy samples of a prompt are all the same; ask for one")
     if problems:
         raise ValueError("; ".join(problems))
     return found
 
 
-def prompt_rows(prompt_set: str, template: Task, data_dir: str | None) -> list[dict]:
-    """Rows with an instruction each: AlpacaEval's, or those of a file."""
-    if prompt_set == template.name:
-        return template.load("eval", data_dir or default_cache())
-    if Path(prompt_set).suffix:
-        return read_rows(Path(prompt_set).expanduser(), template.check)
-    raise ValueError(f"--prompt_set {prompt_set}: neither {template.name} nor a .json or .jsonl file")
+def read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Instructions, and what the model reads of each: of a prompt set, or of a file."""
+    if args.prompt_set in PROMPT_SETS:
+        task = get_task(args.prompt_set)
+        rows = task.load(args.split or task.held_out or task.splits[0], args.data_dir or default_cache())
+    elif Path(args.prompt_set).suffix:
+        task = get_task(PROMPT_SETS[0])
+        rows = read_rows(Path(args.prompt_set).expanduser(), task.check)
+    else:
+        raise ValueError(f"--prompt_set {args.prompt_set}: neither {SETS} nor a .json or .jsonl file")
+    return [instruction_of(task, row) for row in rows], [task.prompt(row) for row in rows]
+
+
+def instruction_of(task: Task, row: Row) -> str:
+    """The user's words of a chat of one message; of a longer one all turns, headings included."""
+    messages = task.messages(row)
+    return messages[0]["content"] if len(messages) == 1 else task.prompt(row).removesuffix(task.closing)
 
 
 def sample(args: argparse.Namespace) -> list[Path]:
     """The files written; what can be refused is refused before the model loads."""
-    template = get_task("alpaca_eval")
+    template = get_task(args.prompt_set if args.prompt_set in PROMPT_SETS else PROMPT_SETS[0])
     plans = decodings(args, template.stop)
-    instructions = [row["instruction"] for row in prompt_rows(args.prompt_set, template, args.data_dir)]
+    instructions, prompts = read_prompts(args)
     chosen = range(len(instructions))[args.ff :][: args.n_examples or None]
     if not chosen:
         raise ValueError(
@@ -91,11 +116,13 @@ def sample(args: argparse.Namespace) -> list[Path]:
     bounds = {"max_prompt_length": args.max_prompt_length, "chunk_size": args.chunk_size}
     sampler = Sampler(model, tokenizer, template, generator=args.model_name, **bounds)
     paths = []
-    for decoding in plans:
-        name = f"{Path(args.prompt_set).stem}_temp{decoding.temperature}.json"
+    for decoding, number in itertools.product(plans, range(args.num_samples_per_prefix)):
+        name = f"{Path(args.prompt_set).stem}_temp{decoding.temperature}"
+        name += f"_sample{number}.json" if number else ".json"
         paths.append(results_folder(args.model_path, args.out) / name)
         with tqdm(total=len(chosen), desc=name, unit="prompt") as bar:
-            sampler.write(paths[-1], instructions, decoding, chosen=chosen, on_done=bar.update)
+            more = {"prompts": prompts, "sample": number, "chosen": chosen, "on_done": bar.update}
+            sampler.write(paths[-1], instructions, decoding, **more)
     return paths
 
 

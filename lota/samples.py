@@ -45,51 +45,62 @@ class Sampler:
         instructions: Sequence[str],
         decoding: Decoding,
         *,
+        prompts: Sequence[str] | None = None,
+        sample: int = 0,
         chosen: Sequence[int] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[dict[str, str]]:
         """Answer the instructions, or those numbered `chosen`, and write them to `path` after every chunk.
 
-        The list on disk is whole at any time, in the order of the instructions. What an earlier run has
-        written is kept where model, instructions, seed, settings and template are the same. A draw depends
-        on the instruction's number in the whole list. on_done is called with the number of answers that are
-        new on disk.
+        prompts: what the model reads of each instruction; None: the template around it. sample: which of
+        several answers to the same instruction. The list on disk is whole at any time, in the order of the
+        instructions. What an earlier run has written is kept where model, prompts, seed, sample, settings
+        and template are the same. A draw depends on the sample and the instruction's number in the whole
+        list. on_done is called with the number of answers that are new on disk.
         """
         path, report = Path(path), on_done or (lambda count: None)
         chosen = range(len(instructions)) if chosen is None else chosen
-        with Journal(path.with_suffix(".journal"), self._key(instructions, decoding), [path]) as journal:
+        key = self._key(instructions if prompts is None else prompts, decoding, sample)
+        if prompts is None:
+            prompts = [self.template.prompt({"instruction": instruction}) for instruction in instructions]
+        with Journal(path.with_suffix(".journal"), key, [path]) as journal:
             missing = [i for i in chosen if i not in journal.records]
             report(len(chosen) - len(missing))
             samples = self._save(path, instructions, chosen, journal)
             for start in range(0, len(missing), self.chunk_size):
                 chunk = missing[start : start + self.chunk_size]
-                self._answer(instructions, chunk, decoding, journal)
+                self._answer(prompts, chunk, decoding, sample, journal)
                 samples = self._save(path, instructions, chosen, journal)
                 report(len(chunk))
         return samples
 
-    def _key(self, instructions: Sequence[str], decoding: Decoding) -> dict[str, Any]:
+    def _key(self, texts: Sequence[str], decoding: Decoding, sample: int) -> dict[str, Any]:
         settings = {**asdict(decoding), "max_prompt_length": self.max_prompt_length}
         seed = settings.pop("seed")
         return {
             "task": self.template.name,
             "version": self.template.version,
-            "data": content_key(list(instructions)),
+            "data": content_key(list(texts)),
             **self.model_key,
             "template": NO_CHAT_TEMPLATE,
             "settings": {**settings, "dtype": str(self.model.dtype).removeprefix("torch.")},
             "seed": seed if decoding.temperature else None,  # greedy decoding draws nothing
+            **({"sample": sample} if sample else {}),
         }
 
     def _answer(
-        self, instructions: Sequence[str], chunk: Sequence[int], decoding: Decoding, journal: Journal
+        self,
+        prompts: Sequence[str],
+        chunk: Sequence[int],
+        decoding: Decoding,
+        sample: int,
+        journal: Journal,
     ) -> None:
-        prompts = [self.template.prompt({"instruction": instructions[i]}) for i in chunk]
         ids, n_cut = encode_prompts(
             self.tokenizer,
             self.model.config,
             self.template,
-            prompts,
+            [prompts[i] for i in chunk],
             decoding.max_new_tokens,
             self.max_prompt_length,
         )
@@ -101,6 +112,7 @@ class Sampler:
             ids,
             batch_size=len(chunk),
             indices=chunk,
+            sample=sample,
             on_done=lambda at, completion: journal.add(chunk[at], completion.strip()),
             **asdict(decoding),
         )

@@ -145,6 +145,55 @@ def test_command_with_alpaca_eval_itself(folder, tmp_path):
     assert len(read(tmp_path / "out/alpaca_eval_temp0.0.json")) == 5
 
 
+def test_several_samples_of_a_prompt(folder, tmp_path):
+    """Each its own draw, in a file of its own, the same however the run is batched or continued."""
+    out = ["--out", str(tmp_path / "a"), "--temperatures", "0.7", "--num_samples_per_prefix"]
+    assert run(folder, tmp_path, *out, "3") == 0
+    names = ["prompts_temp0.7.json", "prompts_temp0.7_sample1.json", "prompts_temp0.7_sample2.json"]
+    files = [read(tmp_path / "a" / name) for name in names]
+    for i, instruction in enumerate(INSTRUCTIONS):
+        assert {samples[i]["instruction"] for samples in files} == {instruction}
+        assert len({samples[i]["output"] for samples in files}) == 3
+    out[1] = str(tmp_path / "b")
+    assert run(folder, tmp_path, *out, "1", "--chunk_size", "2") == 0  # one now, the others afterwards
+    assert not (tmp_path / "b" / names[1]).exists()
+    assert run(folder, tmp_path, *out, "3", "--chunk_size", "2", "--n_examples", "4") == 0
+    assert run(folder, tmp_path, *out, "3", "--chunk_size", "3") == 0
+    assert [read(tmp_path / "b" / name) for name in names] == files
+
+
+def chat(*turns: str) -> list[dict]:
+    speakers = ("user", "assistant")
+    return [{"role": speakers[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def test_prompt_sets_of_chats(folder, tmp_path):
+    """sharegpt's first questions and ultrafeedback's prompts, in the prompts that training gives them."""
+    (tmp_path / "sharegpt_data").mkdir()
+    chats = [{"conversations": chat("Who?", "I.", "Why?", "So.")}, {"conversations": chat("Hm?", "No.")}]
+    (tmp_path / "sharegpt_data/conversations.json").write_text(json.dumps(chats))
+    feedback = get_task("ultrafeedback")
+    path = tmp_path / "tasks/ultrafeedback" / f"{feedback.held_out or feedback.splits[0]}.jsonl"
+    path.parent.mkdir(parents=True)
+    pair = {"chosen": chat("?", "D."), "rejected": chat("?", "E.")}
+    rows = [{"prompt": question, **pair} for question in ("Where?", "Who?")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--data_dir", str(tmp_path), "--temperatures", "0", "--out", str(tmp_path / "out")]
+    for name in ("sharegpt", "ultrafeedback"):
+        assert run(folder, tmp_path, *arguments, "--prompt_set", name) == 0
+    questions = read(tmp_path / "out/sharegpt_temp0.0.json")
+    rest = read(tmp_path / "out/ultrafeedback_temp0.0.json")
+    assert [sample["instruction"] for sample in questions] == ["Who?", "Hm?"]
+    assert [sample["instruction"] for sample in rest] == ["Where?", "Who?"]
+    assert rest[1]["output"] == questions[0]["output"]  # the same prompt
+
+
+def test_the_instruction_of_a_longer_chat_is_all_of_it():
+    row = {"messages": chat("Who?", "I.", "Why?"), "response": "So."}
+    whole = "Human:\nWho?\n\nAssistant:\nI.\n\nHuman:\nWhy?"
+    assert generate_samples.instruction_of(get_task("sharegpt"), row) == whole
+
+
 def test_archive_puts_other_weights_on_top(folder, tmp_path):
     other = char_model(seed=5)
     archive = tmp_path / "epoch-1"
@@ -168,8 +217,11 @@ def test_archive_puts_other_weights_on_top(folder, tmp_path):
         (["--max_prompt_length", "70"], "--max_prompt_length 70"),
         (["--ff", "5"], "--ff 5 leaves none"),
         (["--chunk_size", "0"], "--chunk_size"),
+        (["--num_samples_per_prefix", "0"], "--num_samples_per_prefix 0"),
+        (["--num_samples_per_prefix", "2", "--temperatures", "0.7,0"], "--temperatures 0: greedy"),
+        (["--prompt_set", "ultrafeedback", "--split", "best"], "no split 'best'"),
         (["--top_p", "2"], "top_p=2.0"),
-        (["--prompt_set", "alpaca"], "neither alpaca_eval nor a"),
+        (["--prompt_set", "alpaca"], "neither alpaca_eval, sharegpt, ultrafeedback nor a"),
         (["--prompt_set", "absent.json"], "no such file"),
         (["--prompt_set", "alpaca_eval", "--data_dir", "/nowhere"], "no data for split 'eval'"),
     ],
