@@ -1,0 +1,246 @@
+"""eval_model_all.py: aliases, scoring, examples, templates, the summary, comparison, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+
+import pytest
+import yaml
+
+import eval_model_all
+import lota.evaluation as evaluation
+from lota.convert import convert_policy
+from lota.prompting import recorded_choice
+from tasks import evaluation_names
+from tests.chars import char_model, char_tokenizer, save_pair
+from tests.hf_models import save_policy
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+
+
+def choice_row(i: int) -> dict:
+    listed = "Answer1: red Answer2: blue"
+    right = f"answer{i % 2 + 1}"
+    return {
+        "instruction": f"Choose number {i}.\n\n{listed}\n\nAnswer format: answer1/answer2",
+        "input": "",
+        "output": f"the correct answer is {right}",
+        "answer": right,
+    }
+
+
+def write(folder, name: str, split: str, rows) -> None:
+    path = folder / "tasks" / name / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small files for gsm8k, ARC-Easy, ARC-Challenge, wikitext and sql."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, n in (("train", 6), ("test", 8)):
+        write(
+            folder, "gsm8k", split, [{"question": f"{split} {i}?", "answer": f"#### {i}"} for i in range(n)]
+        )
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        write(folder, name, "test", [choice_row(i) for i in range(6)])
+    (folder / "tasks/wikitext").mkdir()
+    (folder / "tasks/wikitext/validation.txt").write_text(
+        " \n = One = \n \n a b c \n \n = Two = \n \n d e \n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("other"), seed=5)
+
+
+@pytest.fixture
+def run(folder, data, tmp_path):
+    def run(datasets, *more, model=folder, out="out", code=0):
+        arguments = ["--model", str(model), "--datasets", datasets, "--data_dir", str(data)]
+        arguments += ["--max_new_tokens", "6", "--out", str(tmp_path / out), *map(str, more)]
+        assert eval_model_all.main(arguments) == code
+        file = tmp_path / out / "metrics/summary.json"
+        return json.loads(file.read_text()) if code == 0 else None
+
+    return run
+
+
+def predictions(folder, stem):
+    text = (folder / "metrics" / f"{stem}_predictions.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_aliases():
+    assert len(evaluation_names("commonsense")) == 8
+    assert evaluation_names("mathinstruct, gsm8k,purebad") == ["gsm8k", "hexphi"]
+
+
+def test_summary_over_tasks(run, tmp_path, capsys):
+    content = run("mathinstruct, ARC-Easy,wikitext", "--n_examples", 4)
+    assert [entry["task"] for entry in content["tasks"]] == ["gsm8k", "ARC-Easy", "wikitext"]
+    assert [entry["scoring"] for entry in content["tasks"]] == ["generation", "generation", "perplexity"]
+    for entry in content["tasks"]:
+        stored = json.loads((tmp_path / f"out/metrics/{entry['task']}.json").read_text())
+        same = ("task", "version", "metric", "score", "stderr", "n", "seed")
+        assert {key: entry[key] for key in same} == {key: stored[key] for key in same}
+        assert entry["n_cut"] == 0
+    output = capsys.readouterr().out
+    gsm8k = content["tasks"][0]
+    numbers = f"{gsm8k['score']:.4f} +{gsm8k['stderr']:.4f} +4 +0"
+    assert re.search(rf"^gsm8k +exact_match +{numbers}$", output, re.MULTILINE)
+    assert re.search(r"^ +token_perplexity +[0-9.]+ +[0-9.]+ +2$", output, re.MULTILINE)
+
+
+def test_loglik_and_the_mean_over_a_group(run, monkeypatch, capsys):
+    eight = ("ARC-Easy", "ARC-Challenge")
+    monkeypatch.setitem(eval_model_all.EVALUATED_ON, "commonsense", eight)
+    content = run("commonsense,wikitext", "--scoring", "loglik")
+    first, second, text = content["tasks"]
+    assert (first["scoring"], text["scoring"]) == ("loglik", "perplexity")
+    assert list(first["metrics"]) == ["accuracy_loglik", "accuracy_loglik_norm"]
+    (mean, _) = content["means"]
+    assert mean["score"] == pytest.approx((first["score"] + second["score"]) / 2)
+    assert mean["stderr"] == pytest.approx(math.hypot(first["stderr"], second["stderr"]) / 2)
+    assert "commonsense (mean of 2)" in capsys.readouterr().out
+
+
+def test_examples_come_from_training_rows(run, tmp_path):
+    run("gsm8k", "--num_fewshot", 2, "--n_examples", 3)
+    for prediction in predictions(tmp_path / "out", "gsm8k"):
+        questions = re.findall(r"Question: (\w+)", prediction["prompt"])
+        assert questions == ["train", "train", "test"]
+
+
+def test_comparison_is_paired(run, folder, other, tmp_path, capsys):
+    """Against a stored evaluation of more examples; by hand from the two files of predictions."""
+    run("gsm8k,ARC-Easy,wikitext", "--scoring", "generate", model=other, out="other")
+    write_scores(tmp_path / "other/metrics/gsm8k_predictions.journal")
+    capsys.readouterr()
+    content = run("gsm8k,wikitext", "--compare", tmp_path / "other", "--n_examples", 5)
+    gsm8k, wikitext = content["tasks"]
+    ours = predictions(tmp_path / "out", "gsm8k")
+    numbers = [int(prediction["gold"]) for prediction in ours]
+    assert len(numbers) == 5 and numbers != [0, 1, 2, 3, 4]
+    differences = [p["score"] - float(i % 2) for p, i in zip(ours, numbers, strict=True)]
+    found = gsm8k["difference"]["exact_match"]
+    assert found["n"] == 5
+    assert found["score"] == pytest.approx(statistics.fmean(differences))
+    assert found["stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(5))
+    theirs = json.loads((tmp_path / "other/metrics/wikitext.json").read_text())
+    assert wikitext["difference"]["word_perplexity"]["score"] == pytest.approx(
+        wikitext["score"] - theirs["score"]
+    )
+    assert content["compared_with"] == str(tmp_path / "other")
+    output = capsys.readouterr().out
+    assert "difference" in output.splitlines()[0]
+    assert f"{found['score']:+.4f}" in output
+
+
+def write_scores(journal):
+    """Let example i have the score i % 2."""
+    header, *records = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in records:
+        line["record"]["score"] = float(line["index"] % 2)
+    journal.write_text("".join(json.dumps(line) + "\n" for line in [header, *records]))
+
+
+def test_comparison_with_oneself_is_zero(run, folder, tmp_path):
+    run("ARC-Easy", "--scoring", "loglik")
+    content = run("ARC-Easy", "--scoring", "loglik", "--compare", tmp_path / "out")
+    zero = {"score": 0.0, "stderr": 0.0, "n": 6}
+    assert content["tasks"][0]["difference"] == {"accuracy_loglik": zero, "accuracy_loglik_norm": zero}
+
+
+def test_the_runs_template_is_picked_up(run, tmp_path):
+    """Base with a template -> run with chat_template=auto -> converted folder -> evaluation."""
+    base = tmp_path / "base"
+    char_model().save_pretrained(base)
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(base)
+    epoch = tmp_path / "run/epoch-1"
+    epoch.mkdir(parents=True)
+    save_policy(epoch / "policy.pt", char_model(seed=2).state_dict())
+    config = {"model": {"pad_token": None, "tokenizer_name_or_path": None}, "datasets": ["gsm8k"]}
+    for choice, start in ((None, "Question: "), ("never", "Question: "), ("auto", "[user]Question: ")):
+        config |= {} if choice is None else {"chat_template": choice}
+        (epoch.parent / "config.yaml").write_text(yaml.safe_dump(config))
+        convert_policy(base, epoch / "policy.pt", tmp_path / "elsewhere")
+        assert recorded_choice(str(tmp_path / "elsewhere")) == (choice or "never")
+        run("gsm8k", model=tmp_path / "elsewhere")
+        assert predictions(tmp_path / "out", "gsm8k")[0]["prompt"].startswith(start)
+    run("gsm8k", "--chat_template", "never", model=tmp_path / "elsewhere")
+    assert predictions(tmp_path / "out", "gsm8k")[0]["prompt"].startswith("Question: ")
+    assert recorded_choice("org/name") == recorded_choice(str(base)) == "never"
+
+
+@pytest.mark.parametrize(
+    ("datasets", "more", "words"),
+    [
+        ("gsm8k", ["--scoring", "loglik"], "task gsm8k cannot be scored by loglik"),
+        ("wikitext", ["--num_fewshot", "2"], "task wikitext scores texts, without prompts"),
+        ("gsm8k", ["--num_fewshot", "6"], "there are 6 training rows to draw from"),
+        ("gsm8k", ["--compare", "/nowhere"], "has no predictions of gsm8k scored by generation"),
+        ("gsm8k", ["--chat_template", "always"], "the tokenizer has none"),
+        (" , ", [], "names no task"),
+        ("sharegpt", [], "task sharegpt has no score"),
+    ],
+)
+def test_refused_before_the_model_loads(run, monkeypatch, capsys, datasets, more, words):
+    refuse_loading(monkeypatch)
+    run(datasets, *more, code=1)
+    assert words in capsys.readouterr().err
+
+
+def refuse_loading(monkeypatch):
+    def loaded(*arguments, **more):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(evaluation, "load_model", loaded)
+
+
+def test_a_task_without_training_rows_has_no_examples(run, data, monkeypatch, capsys):
+    refuse_loading(monkeypatch)
+    write(data, "hexphi", "test", [{"instruction": "Say no."}])
+    run("purebad", "--num_fewshot", 1, code=1)
+    assert "task hexphi has no train split to take examples from" in capsys.readouterr().err
+
+
+def test_a_malformed_row_is_named(run, tmp_path, monkeypatch, capsys):
+    refuse_loading(monkeypatch)
+    write(tmp_path, "gsm8k", "test", [{"question": "fine?", "answer": "#### 1"}, {"question": "no answer?"}])
+    run("gsm8k", "--data_dir", tmp_path, code=1)
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("test.jsonl", "2", "'answer'"))
+
+
+def test_a_model_folder_without_tokenizer(run, tmp_path, monkeypatch, capsys):
+    char_model().save_pretrained(tmp_path / "bare")
+    refuse_loading(monkeypatch)
+    run("gsm8k", model=tmp_path / "bare", code=1)
+    error = capsys.readouterr().err
+    assert f"no tokenizer at {tmp_path / 'bare'}" in error
+    assert "--tokenizer_path" in error
+
+
+def test_other_rows_cannot_be_compared(run, data, tmp_path, monkeypatch, capsys):
+    run("gsm8k", "--n_examples", 2, out="other")
+    refuse_loading(monkeypatch)
+    write(tmp_path, "gsm8k", "test", [{"question": "another?", "answer": "#### 1"}])
+    run("gsm8k", "--data_dir", tmp_path, "--compare", tmp_path / "other", code=1)
+    assert "of other rows or another version of task gsm8k" in capsys.readouterr().err
+    (tmp_path / "other/metrics/gsm8k_predictions.journal").write_text("junk\n")
+    run("gsm8k", "--compare", tmp_path / "other", code=1)
+    assert "cannot be read" in capsys.readouterr().err
