@@ -6,23 +6,20 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from lota.config import default_cache
 from lota.config_checks import CHAT_TEMPLATES
-from lota.data import seeded_sample
-from lota.decoding import Decoding
-from lota.evaluation import Evaluator, Result, check_scored, load_pair, results_folder
+from lota.evaluation import Evaluator, Result, load_pair, results_folder
+from lota.evaluation_plan import Plan, Wanted, plan_of
 from lota.models import load_tokenizer
-from lota.prompting import FewShot, Prompter, recorded_choice
-from lota.results import paired_differences, stored_runs
-from lota.scoring import SCORERS, Records, scorer_of
+from lota.prompting import Prompter, recorded_choice
+from lota.results import paired_differences
+from lota.scoring import SCORERS
 from lota.summary import summary, table, write_summary
-from tasks import EVALUATED_ON, Task, evaluation_names, get_task
+from tasks import EVALUATED_ON, evaluation_names, get_task
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
 SCORINGS = {"generate": "generation", "loglik": "loglik"}
@@ -86,68 +83,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is done for a task. chosen: numbers of its rows; other: predictions of --compare's model."""
-
-    task: Task
-    rows: list[dict[str, Any]]
-    chosen: list[int]
-    scoring: str
-    decoding: Decoding
-    few_shot: FewShot | None
-    other: list[Records] | None
-
-
-def plan_of(task: Task, args: argparse.Namespace) -> Plan:
-    """Everything that can be refused without a model is refused here, with a ValueError."""
-    data_dir = args.data_dir or default_cache()
-    rows = held_out_rows(task, data_dir)
-    chosen = seeded_sample(range(len(rows)), args.n_examples or len(rows), args.seed)
-    wanted = None if task.scoring == ("perplexity",) else SCORINGS.get(args.scoring)
-    kind = scorer_of(task, wanted)
-    folder = results_folder(args.compare) if args.compare else None
-    return Plan(
-        task=task,
-        rows=rows,
-        chosen=chosen,
-        scoring=kind.name,
-        decoding=decoding_for(task, args),
-        few_shot=few_shot_for(task, kind.name, args, data_dir) if args.num_fewshot else None,
-        other=stored_runs(folder, task, kind, rows, chosen) if folder else None,
-    )
-
-
-def decoding_for(task: Task, args: argparse.Namespace) -> Decoding:
-    """How completions of a task are made; ValueError for settings that make no sense."""
+def plans_of(args: argparse.Namespace) -> list[Plan]:
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    max_new_tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    sampling = {**SAMPLING, **given} if args.sample else {}
-    return Decoding(max_new_tokens, seed=args.seed, stop=task.stop, **sampling)
-
-
-def held_out_rows(task: Task, data_dir: str | Path) -> list[dict]:
-    check_scored(task)
-    if task.held_out is None:
-        raise ValueError(f"task {task.name} has no held-out split to be evaluated on")
-    return task.load(task.held_out, data_dir)
-
-
-def few_shot_for(task: Task, scoring: str, args: argparse.Namespace, data_dir: str | Path) -> FewShot:
-    if scoring == "perplexity":
-        raise ValueError(f"--num_fewshot {args.num_fewshot}: task {task.name} scores texts, without prompts")
-    if "train" not in task.splits:
-        raise ValueError(
-            f"--num_fewshot {args.num_fewshot}: task {task.name} has no train split to take examples from"
-        )
-    return FewShot(args.num_fewshot, args.seed, task.load("train", data_dir))
+    wanted = Wanted(
+        data_dir=args.data_dir or default_cache(),
+        n_examples=args.n_examples,
+        seed=args.seed,
+        scoring=SCORINGS.get(args.scoring),
+        num_fewshot=args.num_fewshot,
+        sampling={**SAMPLING, **given} if args.sample else None,
+        max_new_tokens=args.max_new_tokens,
+        compare=results_folder(args.compare) if args.compare else None,
+    )
+    plans = [plan_of(get_task(name), wanted) for name in evaluation_names(args.datasets)]
+    if not plans:
+        raise ValueError("--datasets names no task")
+    return plans
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The summary of all tasks; what can be refused is refused before the model loads."""
-    plans = [plan_of(get_task(name), args) for name in evaluation_names(args.datasets)]
-    if not plans:
-        raise ValueError("--datasets names no task")
+    plans = plans_of(args)
     tokenizer = load_tokenizer(args.tokenizer_path or args.model)
     prompter = Prompter(tokenizer, args.chat_template or recorded_choice(args.model))
     model, _ = load_pair(args.model, tokenizer=tokenizer, dtype=args.dtype, device=args.device)
@@ -157,17 +113,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     results = [run(evaluator, plan, args) for plan in plans]
     given = [name.strip() for name in args.datasets.split(",")]
+    pairs = list(zip(plans, results, strict=True))
     content = summary(
         results,
         groups={name: EVALUATED_ON[name] for name in given if name in EVALUATED_ON},
         compared_with=args.compare,
-        differences={
-            plan.task.name: paired_differences(plan.task, result, plan.other)
-            for plan, result in zip(plans, results, strict=True)
-            if plan.other is not None
-        }
-        if args.compare
-        else None,
+        differences={p.task.name: paired_differences(p.task, r, p.other) for p, r in pairs if p.other},
     )
     write_summary(out_dir, content)
     return content

@@ -30,7 +30,7 @@ def summary(
         entry |= {"metric": result.metric, "score": result.score, "stderr": result.stderr, "n": result.n}
         entry |= {"seed": result.seed, "runs": list(result.runs), "n_cut": result.n_cut}
         entry["metrics"] = {name: found.to_dict() for name, found in result.estimates.items()}
-        if differences is not None:
+        if differences:
             entry["difference"] = {name: found.to_dict() for name, found in differences[result.task].items()}
         tasks.append(entry)
     content: dict[str, Any] = {"model": results[0].model, "date": results[-1].date, "tasks": tasks}

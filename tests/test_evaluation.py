@@ -14,6 +14,7 @@ import lota.evaluation as evaluation
 import lota.scoring as scoring
 from lota.decoding import Decoding
 from lota.evaluation import Evaluator, encode_prompts, evaluate_task, mean_and_stderr, results_folder
+from lota.evaluation_plan import held_out_rows
 from lota.journal import Journal, content_key, model_key, weights_key
 from tasks import get_task
 from tasks.base import Task
@@ -327,7 +328,7 @@ def test_a_task_that_holds_nothing_out_is_refused(tmp_path):
         name, held_out = "train_only", None
 
     with pytest.raises(ValueError, match="no held-out split"):
-        eval_model_all.held_out_rows(TrainOnly(), tmp_path)
+        held_out_rows(TrainOnly(), tmp_path)
 
 
 def test_evaluator_serves_several_tasks(pair, tmp_path, scripted):
