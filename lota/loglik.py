@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lota.generation import _in_batches
+from lota.generation import _accepted, _in_batches
 from lota.prompting import Prompt
 
 UNLIMITED = 2048  # tokens of a window where the model sets no limit
@@ -28,18 +28,11 @@ def logliks(
     batch of requests[i] is done. Running out of memory halves the batch for the rest.
     """
     done = [0.0] * len(requests)
-    device = next(model.parameters()).device
 
     def run(numbers: list[int]) -> None:
-        inputs = [(requests[i][0] + requests[i][1])[:-1] for i in numbers]
-        width = max(map(len, inputs))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in inputs], device=device)
-        logits = model(
-            input_ids=ids, attention_mask=mask, use_cache=False
-        ).logits  # (rows, width, vocabulary)
+        logits = _last_logits(model, [requests[i] for i in numbers])
         for at, i in enumerate(numbers):
-            done[i] = _sum_of(logits[at], *requests[i])
+            done[i] = _sum_of(logits[at], requests[i][1])
             if on_done is not None:
                 on_done(i, done[i])
 
@@ -54,9 +47,30 @@ def logliks(
     return done
 
 
-def _sum_of(logits: torch.Tensor, context: list[int], continuation: list[int]) -> float:
-    start = len(context) - 1
-    scores = logits[start : start + len(continuation)].float().log_softmax(-1)
+def _last_logits(model: Any, requests: Sequence[Request]) -> torch.Tensor:
+    """Scores of the next token at the last positions of each row, (rows, longest continuation, vocabulary).
+
+    Rows are padded on the left, so that all continuations end together: the scores of the positions before
+    them, which a large vocabulary makes large, are not computed where the model can leave them out.
+    """
+    inputs = [(context + continuation)[:-1] for context, continuation in requests]
+    width, kept = max(map(len, inputs)), max(len(continuation) for _, continuation in requests)
+    device = next(model.parameters()).device
+    # any valid id does as padding under the attention mask
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in inputs], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=device)
+    extra: dict[str, Any] = {}
+    accepts = _accepted(model)
+    if "position_ids" in accepts:
+        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepts:
+        extra["logits_to_keep"] = kept
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits[:, -kept:]
+
+
+def _sum_of(logits: torch.Tensor, continuation: list[int]) -> float:
+    """log p of a continuation from the scores of the next token, of which the last belong to it."""
+    scores = logits[-len(continuation) :].float().log_softmax(-1)
     chosen = torch.tensor(continuation, device=scores.device)[:, None]
     value = scores.gather(-1, chosen).double().sum().item()
     if math.isnan(value):

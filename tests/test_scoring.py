@@ -18,6 +18,7 @@ from lota.prompting import FewShot, Prompt
 from tasks import get_task
 from tasks.base import Task
 from tests.chars import char_model, char_tokenizer
+from tests.tiny import VOCAB, make
 
 GREEDY = Decoding(max_new_tokens=8)
 
@@ -251,3 +252,23 @@ def test_examples_decide_what_is_reused(pair, tmp_path, monkeypatch):
         assert text.startswith("Q: t")
     assert prompts[1] != prompts[2]
     assert result.settings["num_fewshot"] == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2_tied"])
+def test_logliks_do_not_depend_on_the_batch(kind):
+    """Padding leaves no trace, whatever a model's positions; scores are made for continuations only."""
+    model = make(kind).eval()
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(9, 4), (3, 1), (20, 2), (1, 4), (6, 3)]
+    requests = [
+        tuple(torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in size) for size in sizes
+    ]
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda m, given, out: shapes.append(out.shape))
+    together = logliks(model, requests, batch_size=5)
+    assert {tuple(shape) for shape in shapes} == {(5, 4, VOCAB)}
+    for request, value in zip(requests, together, strict=True):
+        ids = torch.tensor([request[0] + request[1]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+        assert value == pytest.approx(logps[len(request[0]) - 1 :].sum().item(), abs=1e-4)
