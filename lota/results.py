@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lota.atomic import atomic_path, write_json
-from lota.estimates import Estimate
+from lota.estimates import Estimate, mean_and_stderr
 from lota.journal import content_key, read_journal
 from lota.scoring import SCORERS, Records, Scorer
 
@@ -66,12 +66,18 @@ class Result:
     estimates: Mapping[str, Estimate] = field(repr=False)
     predictions: Sequence[Records] = field(repr=False)
 
+    @property
+    def runs_stderr(self) -> float | None:
+        """Standard error over runs: how much the draws alone move the mean; None for one run."""
+        return mean_and_stderr(self.runs)[1]
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `runs` and `metrics` only where there are several, `n_cut` where there are any."""
         more = {"runs", "scoring", "n_cut", "estimates", "predictions"}
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in more}
         if len(self.runs) > 1:
             content["runs"] = self.runs
+            content["runs_stderr"] = self.runs_stderr
         if len(self.estimates) > 1:
             content["metrics"] = {name: found.to_dict() for name, found in self.estimates.items()}
         if self.n_cut:

@@ -28,7 +28,8 @@ def summary(
     for result in results:
         entry = {"task": result.task, "version": result.version, "scoring": result.scoring}
         entry |= {"metric": result.metric, "score": result.score, "stderr": result.stderr, "n": result.n}
-        entry |= {"seed": result.seed, "runs": list(result.runs), "n_cut": result.n_cut}
+        entry |= {"seed": result.seed, "runs": list(result.runs)}
+        entry |= {"runs_stderr": result.runs_stderr, "n_cut": result.n_cut}
         entry["metrics"] = {name: found.to_dict() for name, found in result.estimates.items()}
         if differences:
             entry["difference"] = {name: found.to_dict() for name, found in differences[result.task].items()}
@@ -82,6 +83,12 @@ def table(content: Mapping[str, Any]) -> str:
         for line in lines
     ]
     shown.insert(1, "-" * max(map(len, shown)))
+    shown += [
+        f"{entry['task']}: {len(entry['runs'])} runs, {', '.join(f'{run:.4f}' for run in entry['runs'])}; "
+        f"standard error over runs {entry['runs_stderr']:.4f}"
+        for entry in content["tasks"]
+        if len(entry["runs"]) > 1
+    ]
     if compared:
         shown.append(f"difference: paired, over the examples shared with {content['compared_with']}")
     return "\n".join(shown)

@@ -103,6 +103,15 @@ def test_summary_over_tasks(run, tmp_path, capsys):
     assert re.search(r"^ +token_perplexity +[0-9.]+ +[0-9.]+ +2$", output, re.MULTILINE)
 
 
+def test_several_runs_show_their_spread(run, capsys):
+    (entry,) = run("gsm8k", "--sample", "--num_runs", 3, "--temperature", 0.9, "--top_p", 0.8, "--top_k", 7)[
+        "tasks"
+    ]
+    assert len(entry["runs"]) == 3
+    assert entry["runs_stderr"] == pytest.approx(statistics.stdev(entry["runs"]) / math.sqrt(3))
+    assert f"gsm8k: 3 runs, {entry['runs'][0]:.4f}, " in capsys.readouterr().out
+
+
 def test_loglik_and_the_mean_over_a_group(run, monkeypatch, capsys):
     eight = ("ARC-Easy", "ARC-Challenge")
     monkeypatch.setitem(eval_model_all.EVALUATED_ON, "commonsense", eight)

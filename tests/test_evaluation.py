@@ -162,7 +162,9 @@ def test_several_runs_share_examples(pair, tmp_path, monkeypatch):
     assert result.runs == (3 / 7, 4 / 7)
     assert result.score == pytest.approx(3.5 / 7)
     assert result.stderr == pytest.approx(statistics.stdev([1, 1, 1, 0.5, 0, 0, 0]) / math.sqrt(7))
-    assert json.loads((tmp_path / "metrics/gsm8k.json").read_text())["runs"] == [3 / 7, 4 / 7]
+    stored = json.loads((tmp_path / "metrics/gsm8k.json").read_text())
+    assert stored["runs"] == [3 / 7, 4 / 7]
+    assert stored["runs_stderr"] == pytest.approx(0.5 / 7)  # half the distance of two runs
     assert len((tmp_path / "metrics/gsm8k_accuracy.txt").read_text().splitlines()) == 2
 
 

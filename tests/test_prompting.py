@@ -6,8 +6,10 @@ import pytest
 
 from lota.data import Example, encode
 from lota.prompting import FewShot, Prompt, Prompter
+from lota.training_data import load_examples, load_held_out
 from tasks import get_task
 from tests.chars import char_tokenizer
+from tests.runs import settings, train, with_mini_task
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}</s>{% endfor %}"
@@ -121,3 +123,25 @@ def test_a_prompt_that_is_too_long_loses_whole_examples_first():
     assert fitted(two) == (prompter.prompt(GSM8K, ROWS[0], ROWS[2:4]), True)
     assert fitted(two - 1) == (prompter.prompt(GSM8K, ROWS[0], ROWS[3:4]), True)
     assert fitted(5) == (prompter.prompt(GSM8K, ROWS[0]), True)
+
+
+def test_runs_render_prompts_as_asked(tmp_path, monkeypatch):
+    """A run's examples under each setting, and what is refused before its model loads."""
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    task = get_task("mini")
+    row = task.load("train", tmp_path)[0]
+    for choice, prompt in (
+        ("never", task.prompt(row)),
+        ("auto", f"<s>[user]{row['letters']}</s>[assistant]"),
+    ):
+        config = settings(f"chat_template={choice}")
+        prompter = Prompter(chat_tokenizer(), config.chat_template)
+        (example, *_) = load_examples([task], "train", config, prompter)
+        assert (example.prompt, example.response) == (prompt, task.target(row))
+        assert example.templated == (choice == "auto")
+        (held_out, *_) = load_held_out([task], config, prompter)
+        assert held_out.prompt.startswith("<s>[user]") == (choice == "auto")
+    with pytest.raises(ValueError, match="chat_template=always, but the tokenizer has none"):
+        train("chat_template=always")
+    with pytest.raises(ValueError, match="chat_template=often: choose one of auto, never, always"):
+        settings("chat_template=often")
