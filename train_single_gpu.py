@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -41,12 +42,17 @@ def resolve(cfg: DictConfig) -> Config:
         given = ", ".join(f"{key}=..." for key in sorted(missing))
         raise ValueError(f"not given: {given} (config/config.yaml tells what each key means)")
     config = OmegaConf.to_object(cfg)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if in_multirun():
         config.exp_name = f"{config.exp_name}/{_folder_name(HydraConfig.get().job.override_dirname)}"
     embedded = ROOT / config.model.name_or_path  # model=tiny works from any folder
     if not Path(config.model.name_or_path).exists() and (embedded / "config.json").is_file():
         config.model.name_or_path = str(embedded)
+    config.resolve_paths()
     return config
+
+
+def in_multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _folder_name(overrides: str) -> str:
@@ -64,7 +70,8 @@ def closing_words(trainer, folder: Path | None) -> str:
         return "debug run: nothing was saved"
     optimizer = getattr(trainer, "optimizer", None)
     trained = f"trained entries: {optimizer.n_trained:,}" if optimizer else "the run was finished before"
-    base = config.model.name_or_path
+    base = shlex.quote(config.model.archive or config.model.name_or_path)
+    folder = shlex.quote(str(folder))
     if trainer.data.mask is None:
         step = (
             f"python extract_masks.py --base {base} --tuned {folder} --sparsities 0.5 0.9 0.99 "
@@ -87,12 +94,12 @@ def run(cfg: DictConfig) -> None:
 
         trainer = TRAINERS[config.trainer.name](config)
         folder = trainer.train()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(
-            f"error: {error}. Checkpoints written before are whole; give the same command again to continue"
-        )
+    except (ValueError, OSError) as error:
+        survives = "" if isinstance(error, ValueError) else "; checkpoints written before are whole"
+        logger.error("error: %s%s", error, survives)
+        if in_multirun():
+            raise  # the other jobs run all the same
+        sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
     logger.info(closing_words(trainer, folder))

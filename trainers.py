@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lota.checkpoint import Progress, policy_state, save_checkpoint, set_random_state
+from lota.checkpoint import Progress, fill_masters, policy_state, save_checkpoint, set_random_state
 from lota.config import Config
 from lota.config_checks import unused_settings
-from lota.data import Batch, Example, collate, encode, encode_prompt
+from lota.data import Batch, Encoded, Example, collate, encode
 from lota.fused import fuse_in_backward
 from lota.generation import generate
 from lota.interrupt import Interrupted, StopBetweenSteps
@@ -26,11 +26,12 @@ from lota.losses import sequence_logps, sft_loss
 from lota.masked_optimizer import MaskedOptimizer
 from lota.models import choose_pad_token_id, dtype_of, enable_activation_checkpointing, load_model
 from lota.optim import OPTIMIZERS
-from lota.preflight import Prepared, open_run_folder, prepare
-from lota.runlog import Meter, RunLog, peak_memory_bytes, write_versions
+from lota.preflight import Prepared, prepare
+from lota.run_folder import OpenRun
+from lota.runlog import Meter, RunLog, peak_memory_bytes, reset_peak_memory, write_versions
 from lota.schedule import learning_rate
 from lota.training_data import plan
-from lota.weights import open_weights
+from lota.weights import WeightSource, open_weights
 from tasks import get_task
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,7 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for line in unused_settings(config):
             logger.info("not used here: %s", line)
-        tasks = [get_task(name) for name in config.datasets]
-        self.data: Prepared = prepare(config, tasks)
+        self.data: Prepared = prepare(config, get_task)
         self.progress = Progress()
         self.stop = StopBetweenSteps()
         self.metrics: dict[str, float] = {}
@@ -67,9 +67,11 @@ class Trainer:
         """The whole model as policy.pt stores it."""
         dtype = dtype_of(self.config.model.policy_dtype)
         narrow = self.working_dtype.itemsize < dtype.itemsize
-        source = self.config.model.archive or self.config.model.name_or_path
-        base = open_weights(source, self.model) if narrow else None
-        return policy_state(self.model, self.optimizer, dtype, base)
+        return policy_state(self.model, self.optimizer, dtype, self.base() if narrow else None)
+
+    def base(self) -> WeightSource:
+        """The weights that training starts from, on disk."""
+        return open_weights(self.config.model.archive or self.config.model.name_or_path, self.model)
 
     @property
     def working_dtype(self) -> torch.dtype:
@@ -106,49 +108,56 @@ class Trainer:
         settings = config.optimizer_settings
         self.optimizer: MaskedOptimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **settings)
         fuse_in_backward(self.optimizer, config.gradient_accumulation_steps)
-        if resumable is not None:
+        if resumable is None:
+            if self.working_dtype != torch.float32:
+                fill_masters(self.optimizer, self.base())
+        else:
             self.optimizer.load_state_dict(resumable.content["optimizer"])
             self.progress = Progress(**resumable.content["progress"])
             set_random_state(resumable.content["random"])
         n_rows, lengths = len(self.data.train), self.data.lengths
         batches = [len(rows) for *_, rows in plan(config, n_rows, lengths)]
         self.total_steps, self.total_examples = len(batches), sum(batches)
-        if not batches:
-            raise ValueError(f"fast_forward={config.fast_forward} skips the whole run")
 
     # The loop
 
     def train(self) -> Path | None:
         """Run to the end; returns the last checkpoint. Raises Interrupted after saving when asked to stop."""
         resumable = self.data.resumable
-        if resumable is not None and resumable.content["progress"]["finished"]:
+        if resumable is not None and resumable.finished:
             logger.info(
                 "%s is already finished: %s (overwrite=true starts anew)",
                 self.config.run_dir,
                 resumable.folder,
             )
             return resumable.folder
-        with self.stop:
+        with self.stop, OpenRun(self.config, resuming=resumable is not None) as self.folder:
+            reset_peak_memory(self.device)
             self.load()
-            open_run_folder(self.config, resuming=resumable is not None)
-            write_versions(self.config.run_dir, self.device)
+            write_versions(self.folder.path, self.device)
             if resumable is not None:
                 logger.info("continuing %s after %d examples", resumable.folder, self.progress.examples)
             self.log = self._open_log()
             try:
                 return self._run()
             except Interrupted:
-                folder = self.save()
-                logger.info("stopped; saved %s. Give the same command again to continue.", folder)
+                self._save_before_stopping()
                 raise
             finally:
                 self.log.close()
 
+    def _save_before_stopping(self) -> None:
+        if self.progress.step == 0:
+            logger.info("stopped before the first step: there is nothing to save")
+            return
+        logger.info("stopped; saved %s. Give the same command again to continue.", self.save())
+
     def _run(self) -> Path | None:
         config, progress = self.config, self.progress
-        folder, self.meter = None, Meter()
+        folder = None
         if config.do_first_eval and progress.step == 0:
             self.evaluate()
+        self.meter = Meter()
         start = None if progress.step == 0 else progress.batch
         batches = plan(
             config, len(self.data.train), self.data.lengths, progress.epoch, start, progress.examples
@@ -158,11 +167,13 @@ class Trainer:
             self.step([self.data.train[i] for i in rows])
             self._advance(epoch, index, last_of_epoch, len(rows))
             self.log_step(len(rows))
-            if self._crossed(before, config.eval_every) or (progress.finished and self.data.held_out):
-                self.evaluate()
-            if progress.finished or self._save_is_due(before, last_of_epoch):
-                folder = self.save()
-            self.stop.check()
+            with self.meter.paused():
+                if self._crossed(before, config.eval_every) or (progress.finished and self.data.held_out):
+                    self.evaluate()
+                if progress.finished or self._save_is_due(before, last_of_epoch):
+                    folder = self.save()
+            if not progress.finished:
+                self.stop.check()
         return folder
 
     def step(self, examples: Sequence[Example]) -> None:
@@ -194,10 +205,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
-    def encode(self, examples: Sequence[Example]) -> Batch:
+    def encode_one(self, example: Example) -> Encoded:
         limits = {"max_length": self.config.max_length, "max_prompt_length": self.config.max_prompt_length}
-        rows = [encode(self.data.tokenizer, example, **limits) for example in examples]
-        return collate(rows, self.pad_token_id).to(self.device)
+        return encode(self.data.tokenizer, example, **limits)
+
+    def encode(self, examples: Sequence[Example]) -> Batch:
+        return collate([self.encode_one(e) for e in examples], self.pad_token_id).to(self.device)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(loss per example (rows,), summed token loss in nats, number of response tokens)."""
@@ -229,7 +242,8 @@ class Trainer:
             batch = self.encode(self.data.held_out[start : start + size])
             losses, nll, counted = self.losses(batch)
             meter.add(loss=losses.sum(), nll=nll, counted=counted, examples=len(batch), tokens=batch.n_tokens)
-            self.stop.check()
+            if not self.progress.finished:  # the last evaluation is part of a finished run
+                self.stop.check()
         loss, nats = meter.losses()
         self.write({"loss/eval": loss, "ppl": math.exp(min(nats, 700.0)), "nats_per_token/eval": nats})
         logger.info(
@@ -242,24 +256,14 @@ class Trainer:
     def sample(self) -> None:
         """Greedy completions of held-out prompts into samples.jsonl."""
         examples = self.data.held_out[: self.config.n_eval_model_samples]
-        limit = self.config.max_prompt_length
-        prompts = [
-            encode_prompt(
-                self.data.tokenizer,
-                e.prompt,
-                max_prompt_length=limit,
-                closing=e.closing,
-                keep_end=e.keep_end,
-                special_tokens=not e.templated,
-            )
-            for e in examples
-        ]
+        encoded = [self.encode_one(example) for example in examples]
         completions = generate(
             self.model,
             self.data.tokenizer,
-            prompts,
-            max_new_tokens=self.config.max_length - limit,
+            [row.input_ids[: row.prompt_length] for row in encoded],
+            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
             batch_size=self.config.eval_batch_size,
+            stop=self.data.stop,
         )
         rows = [
             {"prompt": e.prompt, "completion": c, "target": e.response}
@@ -284,6 +288,10 @@ class Trainer:
             | self.meter.rates()
         )
         self.meter.reset()
+        self.check_finite(loss)
+
+    def check_finite(self, loss: float) -> None:
+        """Raise ValueError when training has diverged."""
         if not math.isfinite(loss):
             raise ValueError(
                 f"the training loss is {loss} after {self.progress.examples} examples: lower "
@@ -302,7 +310,7 @@ class Trainer:
         if config.wandb.enabled and not config.debug:
             wandb = {**asdict(config.wandb), "config": asdict(config)}
         return RunLog(
-            config.run_dir,
+            self.folder.path,
             total_examples=self.total_examples,
             examples=self.progress.examples,
             wandb=wandb,
@@ -329,14 +337,19 @@ class Trainer:
         folder = self.config.run_dir / (
             f"epoch-{progress.epoch}" if by_epoch else f"step-{progress.examples}"
         )
+        if not all(values.isfinite().all() for _, _, values in self.optimizer.kept_values()):
+            self.check_finite(math.nan)
+        self.stop.saving = True
         save_checkpoint(
             folder,
             state=self.gather_state(),
             optimizer=self.optimizer,
             progress=progress,
             metrics=self.metrics,
-            fingerprint=self.data.mask_fingerprint,
+            seen=self.data.seen,
         )
+        self.folder.keep()
+        self.stop.saving = False
         return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TEMPORARY_SUFFIX = ".tmp"
+
+
+def save_tensors(content: Any, path: str | os.PathLike) -> None:
+    """torch.save to `path`. Raises OSError when it cannot be written, where torch names its own assertion."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        raise OSError(
+            errno.ENOSPC, f"could not write the whole file ({str(error)[:120]})", str(path)
+        ) from error
 
 
 def flush_to_disk(path: Path) -> None:

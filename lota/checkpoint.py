@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 import random
 import re
 from dataclasses import asdict, dataclass
@@ -16,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lota.atomic import TEMPORARY_SUFFIX, atomic_path, remove
+from lota.atomic import atomic_path, save_tensors
 from lota.masked_optimizer import MaskedOptimizer
 
 POLICY, RESUME = "policy.pt", "resume.pt"
-_CHECKPOINT_NAME = re.compile(r"(epoch|step)-\d+")
-_ITEMS_OF_A_RUN = ("config.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "wandb")
+CHECKPOINT_NAME = re.compile(r"(epoch|step)-\d+")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,6 +81,21 @@ def _saved_tensor(
     return value
 
 
+def fill_masters(optimizer: MaskedOptimizer, base: Any) -> None:
+    """Set the fp32 masters of kept entries to the base's values, which a narrower working copy has rounded.
+
+    base: a weight source. Rows that the base does not have (a vocabulary grown by a pad token) stay.
+    """
+    for p, name in optimizer.names.items():
+        state = optimizer.state[p]
+        if "master" not in state:
+            continue
+        values = base.read(name).flatten()
+        positions = state.get("positions", torch.arange(p.numel(), device=p.device)).long().cpu()
+        known = positions < values.numel()
+        state["master"][known.to(p.device)] = values[positions[known]].to(p.device, torch.float32)
+
+
 def random_state() -> dict[str, Any]:
     """State of every generator that a run may draw from, as plain values and tensors."""
     version, numbers, gauss = random.getstate()
@@ -111,9 +128,12 @@ def save_checkpoint(
     optimizer: MaskedOptimizer,
     progress: Progress,
     metrics: dict[str, float],
-    fingerprint: str | None,
+    seen: dict[str, str | None],
 ) -> None:
-    """Write policy.pt and resume.pt into `folder`, which appears under its name only when it is whole."""
+    """Write policy.pt and resume.pt into `folder`, which appears under its name only when it is whole.
+
+    seen: hashes of the mask and of the data that the run trains on.
+    """
     policy = {
         "step_idx": progress.step,
         "state": state,
@@ -123,12 +143,12 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
         "random": random_state(),
-        "mask": fingerprint,
+        **seen,
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
-        torch.save(policy, temporary / POLICY)
-        torch.save(resume, temporary / RESUME)
+        save_tensors(policy, temporary / POLICY)
+        save_tensors(resume, temporary / RESUME)
 
 
 def _plain(value: Any) -> Any:
@@ -137,27 +157,20 @@ def _plain(value: Any) -> Any:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """(folder, content of resume.pt) of the whole checkpoint with most steps; None where there is none."""
+    """(folder, content of resume.pt) of the whole checkpoint with most steps; None where there is none.
+
+    A checkpoint whose resume.pt cannot be read is passed over with a warning.
+    """
     best: tuple[Path, dict[str, Any]] | None = None
     for folder in sorted(run_dir.glob("*-*")) if run_dir.is_dir() else []:
-        if not _CHECKPOINT_NAME.fullmatch(folder.name) or not (folder / RESUME).is_file():
+        if not CHECKPOINT_NAME.fullmatch(folder.name) or not (folder / RESUME).is_file():
             continue
-        resume = torch.load(folder / RESUME, map_location="cpu", weights_only=True, mmap=True)
-        rank = (resume["progress"]["step"], resume["progress"]["finished"])
+        try:
+            resume = torch.load(folder / RESUME, map_location="cpu", weights_only=True, mmap=True)
+            rank = (resume["progress"]["step"], resume["progress"]["finished"])
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read and is passed over: %s", folder / RESUME, str(error)[:200])
+            continue
         if best is None or rank > (best[1]["progress"]["step"], best[1]["progress"]["finished"]):
             best = (folder, resume)
     return best
-
-
-def delete_run(run_dir: Path) -> None:
-    """Remove what a run wrote, and nothing else that lies in its folder."""
-    for item in sorted(run_dir.iterdir()) if run_dir.is_dir() else []:
-        ours = item.name in _ITEMS_OF_A_RUN or _CHECKPOINT_NAME.fullmatch(item.name)
-        if ours or item.name.endswith(TEMPORARY_SUFFIX):
-            remove(item)
-
-
-def delete_partial(run_dir: Path) -> None:
-    """Remove temporaries that a killed run left behind."""
-    for item in run_dir.glob(f".*{TEMPORARY_SUFFIX}") if run_dir.is_dir() else []:
-        remove(item)

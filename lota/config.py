@@ -111,6 +111,13 @@ class Config:
         if problems:
             raise ValueError("\n".join(["these settings cannot be honoured:", *(f"  {p}" for p in problems)]))
 
+    def resolve_paths(self) -> None:
+        """Make local paths that exist absolute, so that a run can be continued from another folder."""
+        for owner, keys in ((self.model, _MODEL_PATHS), (self, ("mask_path", "data_dir"))):
+            for key in keys:
+                setattr(owner, key, _absolute(getattr(owner, key)))
+        self.protect_masks = [_absolute(path) for path in self.protect_masks]
+
     @property
     def save_interval(self) -> tuple[str, int]:
         """(`epoch` or `step`, number): `epoch_2` -> every 2 epochs, 500 -> every 500 examples."""
@@ -143,6 +150,16 @@ class Config:
         settings = {key: getattr(self, key) for key in OPTIMIZER_KEYS[self.optimizer]}
         clipping = {"grad_norm_strategy": self.grad_norm_strategy, "max_grad_norm": self.max_grad_norm}
         return {"lr": self.lr, **settings, **clipping}
+
+
+_MODEL_PATHS = ("name_or_path", "tokenizer_name_or_path", "archive")
+
+
+def _absolute(path: str | None) -> str | None:
+    if path is None:
+        return None
+    local = Path(os.path.expandvars(path)).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def default_cache() -> str:

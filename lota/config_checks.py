@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,6 @@ AT_LEAST_0 = (
     "lr",
     "eps",
     "weight_decay",
-    "momentum",
     "warmup_steps",
     "fast_forward",
     "minimum_log_interval_secs",
@@ -109,7 +108,7 @@ def _number_problems(c: Config) -> Iterator[str]:
         value = getattr(c, key)
         if not (value >= 0 and math.isfinite(value)):
             yield f"{key}={value}: must be a finite number of at least 0"
-    for key, value in [("alpha", c.alpha), *(("betas", b) for b in c.betas)]:
+    for key, value in [("alpha", c.alpha), ("momentum", c.momentum), *(("betas", b) for b in c.betas)]:
         if not 0 <= value < 1:
             yield f"{key}={value}: must be at least 0 and below 1"
     if len(c.betas) != 2:
@@ -152,24 +151,34 @@ def _combination_problems(c: Config) -> Iterator[str]:
 
 def unused_settings(c: Config) -> list[str]:
     """Keys that differ from their default and that nothing reads in this run, as `key=value (why)`."""
+    changed = _changed_keys(c)
+    return [f"{key}={changed[key]} ({why})" for key, why in _unused_keys(c).items() if key in changed]
+
+
+def _unused_keys(c: Config) -> dict[str, str]:
+    """Dotted key -> why nothing reads it in this run."""
     used = OPTIMIZER_KEYS[c.optimizer]
     reasons = {
         key: f"optimizer={c.optimizer}" for keys in OPTIMIZER_KEYS.values() for key in keys if key not in used
     }
+    reasons["fsdp_port"] = "trainer=BasicTrainer" if c.trainer.name == "BasicTrainer" else "one process"
     if c.grad_norm_strategy == "none":
         reasons["max_grad_norm"] = "grad_norm_strategy=none"
-    if c.trainer.name == "BasicTrainer":
-        reasons["fsdp_port"] = "trainer=BasicTrainer"
-    else:
-        reasons["fsdp_port"] = "one process"
     if not c.sample_during_eval:
         reasons["n_eval_model_samples"] = "sample_during_eval=false"
     if c.loss.name == "sft":
         reasons["model.reference_dtype"] = "loss=sft has no reference model"
+    if not c.flip_mask:
+        reasons["model.scope"] = "flip_mask=false; a mask file has its own scope"
+    if c.overwrite:
+        reasons["resume"] = "overwrite=true"
     if c.debug:
-        reasons["save_every"] = "debug=true writes no checkpoint"
-    changed = _changed_keys(c)
-    return [f"{key}={changed[key]} ({why})" for key, why in reasons.items() if key in changed]
+        reasons |= dict.fromkeys(("save_every", "resume", "overwrite"), "debug=true writes no checkpoint")
+    if not c.wandb.enabled or c.debug:
+        why = "debug=true" if c.debug else "wandb.enabled=false"
+        reasons |= dict.fromkeys(("wandb.entity", "wandb.project", "wandb.mode"), why)
+        reasons["wandb.enabled"] = why
+    return reasons
 
 
 def _changed_keys(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -186,15 +195,17 @@ def _changed_keys(node: Any, prefix: str = "") -> dict[str, Any]:
     return changed
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for settings that can change the weights and differ between two resolved configs."""
+def differences(old: dict[str, Any], new: Config) -> list[str]:
+    """`key: old -> new` for settings that can change weights and differ between a stored run and a new one."""
+    unused, current = _unused_keys(new), asdict(new)
     found = []
-    for key in sorted({*old, *new} - WEIGHT_NEUTRAL):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += [
-                f"{key}.{k}: {a.get(k)} -> {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)
-            ]
-        elif a != b:
-            found.append(f"{key}: {a} -> {b}")
+    for key in sorted({*old, *current} - WEIGHT_NEUTRAL):
+        before, now = old.get(key), current.get(key)
+        nested = isinstance(before, dict) and isinstance(now, dict)
+        pairs = (
+            {f"{key}.{k}": (before.get(k), now.get(k)) for k in sorted({*before, *now})}
+            if nested
+            else {key: (before, now)}
+        )
+        found += [f"{k}: {a} -> {b}" for k, (a, b) in pairs.items() if a != b and k not in unused]
     return found

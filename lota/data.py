@@ -81,13 +81,21 @@ def encode_prompt(
     prefix, ids = split(tokenizer, prompt)
     if max_prompt_length is None or len(prefix) + len(ids) <= max_prompt_length:
         return prefix + ids
-    closing = closing if closing and prompt.endswith(closing) else ""
-    tail = tokenizer(closing, add_special_tokens=False).input_ids if closing else []
+    n_tail = _closing_tokens(tokenizer, ids, closing) if closing and prompt.endswith(closing) else 0
+    body, tail = ids[: len(ids) - n_tail], ids[len(ids) - n_tail :]
     room = max_prompt_length - len(prefix) - len(tail)
     if room <= 0:
         return (prefix + tail)[-max_prompt_length:]
-    body = split(tokenizer, prompt.removesuffix(closing))[1] if closing else ids
     return prefix + (body[-room:] if keep_end else body[:room]) + tail
+
+
+def _closing_tokens(tokenizer: Any, ids: list[int], closing: str) -> int:
+    """How many of the last ids it takes to hold the closing words (their first token may hold more)."""
+    wanted = closing.strip(" ")
+    for n in range(1, min(len(ids), len(closing) + 8) + 1):
+        if wanted in tokenizer.decode(ids[-n:]):
+            return n
+    return min(len(ids), len(tokenizer(closing, add_special_tokens=False).input_ids))
 
 
 def encode(tokenizer: Any, example: Example, *, max_length: int, max_prompt_length: int) -> Encoded:

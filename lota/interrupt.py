@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 
@@ -26,6 +27,8 @@ class StopBetweenSteps:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.received_at = 0.0
+        self.saving = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopBetweenSteps:
@@ -40,9 +43,11 @@ class StopBetweenSteps:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self.received_at = number, now
+        elif number == signal.SIGINT and not self.saving and now - self.received_at > 1.0:
             raise KeyboardInterrupt
-        self.received = number
 
     def check(self) -> None:
         """Raise Interrupted if a stop was asked for."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lota.atomic import atomic_path
+from lota.atomic import atomic_path, save_tensors
 
 FORMAT = "lota-mask"
 FORMAT_VERSION = 1
@@ -176,6 +176,11 @@ class Mask:
         kept = {name: ~self.dense(name) for name in self.bits if name in names}
         return Mask.from_dense(kept, {**self.meta, "flipped": not self.meta.get("flipped", False)})
 
+    def only(self, names: Iterable[str]) -> Mask:
+        """The mask of these parameters; all others are frozen."""
+        chosen = [name for name in names if name in self.bits]
+        return Mask({name: self.bits[name] for name in chosen}, self.shapes, self.meta)
+
     def minus(self, other: Mask) -> Mask:
         """Kept here and not kept there."""
         return self._combine(other, np.bitwise_and, invert=True, names=self.names)
@@ -245,7 +250,7 @@ class Mask:
         else:
             raise ValueError(f"format={format!r}: choose packed or dense")
         with atomic_path(path) as temporary:
-            torch.save(content, temporary)
+            save_tensors(content, temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Mask:
@@ -262,11 +267,14 @@ class Mask:
         if not isinstance(content, dict) or not content:
             raise ValueError(f"{path} is not a mask file: expected a dict of tensors")
         if content.get("format") == FORMAT:
-            if content["version"] > FORMAT_VERSION:
+            if content.get("version", 0) > FORMAT_VERSION:
                 raise ValueError(
                     f"{path} has mask format version {content['version']}; "
                     f"this version reads up to {FORMAT_VERSION}: update lota"
                 )
+            missing = [key for key in ("bits", "shapes", "meta") if key not in content]
+            if missing:
+                raise ValueError(f"{path} is not a whole mask file: {', '.join(missing)} missing")
             return cls(content["bits"], content["shapes"], content["meta"])
         bad = [name for name, value in content.items() if not isinstance(value, Tensor)]
         if bad:

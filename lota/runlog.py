@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
@@ -9,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` start anew: a multirun has several runs in one process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def versions(device: torch.device) -> dict[str, Any]:
     """Code, packages and device of a run, for the record beside its results."""
     root = Path(__file__).resolve().parent.parent
@@ -108,12 +118,7 @@ class RunLog:
         self.bar = tqdm(total=total_examples, initial=examples, unit="ex", desc=name, dynamic_ncols=True)
         self.wandb = None
         if wandb is not None:
-            import wandb as client  # optional, and slow to import
-
-            self.wandb = client.init(
-                entity=wandb["entity"], project=wandb["project"], mode=wandb["mode"], name=name,
-                dir=str(run_dir), config=wandb["config"],
-            )  # fmt: skip
+            self.wandb = _start_wandb(wandb, run_dir, name)
         self.last: dict[str, Any] = {}
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -146,6 +151,24 @@ class RunLog:
         self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _start_wandb(settings: dict[str, Any], run_dir: Path, name: str) -> Any:
+    import wandb as client  # optional, and slow to import
+
+    try:
+        return client.init(
+            entity=settings["entity"],
+            project=settings["project"],
+            mode=settings["mode"],
+            name=name,
+            dir=str(run_dir),
+            config=settings["config"],
+        )
+    except client.Error as error:
+        raise ValueError(
+            f"wandb.enabled=true: {error}. Log in with `wandb login`, or set wandb.mode=offline"
+        ) from error
 
 
 def _keep_lines_until(path: Path, examples: int) -> None:
@@ -189,6 +212,15 @@ class Meter:
         self.counted_tokens = self.counted_tokens + counted
         self.examples += examples
         self.tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (an evaluation, a checkpoint) does not count as training time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - start
 
     @property
     def seconds(self) -> float:

@@ -49,6 +49,13 @@ def trainable_mask(
         mask = Mask.from_dense(
             {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
         )
+    if (
+        mask.meta.get("layout") == "dense"
+    ):  # it lists every parameter, also an embedding of another vocabulary
+        listed = [
+            name for name in mask.names if mask.kept(name) or name in find_scope(model, scope, block_name)
+        ]
+        mask = mask.only(listed)
     mask.check(model)
     if flip:
         mask = mask.flip(find_scope(model, scope, block_name))

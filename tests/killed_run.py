@@ -2,13 +2,13 @@
 
 Moments: `policy` and `resume`: halfway through the N-th write of that file; `rename`: before the N-th
 checkpoint gets its name; `backward`: in the midst of the N-th optimizer step; `nospace`: the N-th write of
-policy.pt finds a full disk instead.
+policy.pt finds a full disk.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -36,27 +36,29 @@ class Counter:
             then()
 
 
+def fill_the_disk() -> None:
+    """From now on no file grows beyond 100 kB: a write fails in its midst, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
 def arrange(moment: str, n: int) -> None:
     counter = Counter(n)
-    save, replace, apply = lota.checkpoint.torch.save, os.replace, MaskedOptimizer._apply
+    save, replace, apply = lota.checkpoint.save_tensors, os.replace, MaskedOptimizer._apply
 
     def save_half(content, path):
-        save(content, path)
         written = Path(path).stem
+        if written == "policy" and moment == "nospace":
+            counter.hit(fill_the_disk)
+        save(content, path)
 
-        def half(after=die):
+        def half():
             with open(path, "r+b") as file:
                 file.truncate(Path(path).stat().st_size // 2)
-            after()
-
-        def full():
-            half(lambda: None)
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            die()
 
         if written == moment:
             counter.hit(half)
-        elif written == "policy" and moment == "nospace":
-            counter.hit(full)
 
     def replace_late(source, target):
         if Path(target).name.startswith(("epoch-", "step-")) and moment == "rename":
@@ -68,7 +70,7 @@ def arrange(moment: str, n: int) -> None:
         if moment == "backward" and p is list(self.names)[3]:
             counter.hit()
 
-    lota.checkpoint.torch.save = save_half
+    lota.checkpoint.save_tensors = save_half
     os.replace = replace_late
     MaskedOptimizer._apply = apply_some
 
@@ -76,4 +78,7 @@ def arrange(moment: str, n: int) -> None:
 if __name__ == "__main__":
     trainers.torch.set_num_threads(1)
     arrange(sys.argv[1], int(sys.argv[2]))
-    train(*sys.argv[3:])
+    try:
+        train(*sys.argv[3:])
+    except OSError as error:
+        sys.exit(f"OSError: {error}")

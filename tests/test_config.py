@@ -128,9 +128,15 @@ def test_optimizer_settings_reach_the_class():
 
 
 def test_differences_name_what_changes_weights_only():
-    a, b = asdict(settings()), asdict(settings("lr=1e-4", "model.policy_dtype=bfloat16", "eval_every=5"))
-    assert differences(a, b) == ["lr: 1e-05 -> 0.0001", "model.policy_dtype: float32 -> bfloat16"]
-    assert set(asdict(settings())) >= WEIGHT_NEUTRAL
+    old = asdict(settings())
+    new = settings("lr=1e-4", "model.policy_dtype=bfloat16", "eval_every=5", "wandb.project=p")
+    assert differences(old, new) == ["lr: 1e-05 -> 0.0001", "model.policy_dtype: float32 -> bfloat16"]
+    assert differences(old, settings("betas=[0.8,0.9]", "model.reference_dtype=float32")) == []
+    assert differences(old, settings("betas=[0.8,0.9]", "optimizer=AdamW")) == [
+        "betas: [0.9, 0.999] -> [0.8, 0.9]",
+        "optimizer: RMSprop -> AdamW",
+    ]
+    assert set(old) >= WEIGHT_NEUTRAL
 
 
 def test_folders(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lota.data import (
@@ -78,6 +78,21 @@ def test_response_is_cut_last_and_then_has_no_end(tokenizer):
 def test_closing_longer_than_the_limit_keeps_its_end(tokenizer):
     got = encode_prompt(tokenizer, words(3, 4, 5, 6), max_prompt_length=2, closing=words(4, 5, 6))
     assert got == [5, 6]
+
+
+def test_closing_words_are_the_prompts_own_tokens():
+    """A tokenizer that puts a mark in front of every text would put one before closing words cut out alone."""
+    vocab = {"<unk>": 0, "</s>": 2, "\u2581": 3, "\n": 4, "A:": 5, **{f"\u2581w{i}": i for i in range(6, 60)}}
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in vocab], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    prompt = words(*range(6, 26)) + "\nA:"
+    whole = tokenizer(prompt, add_special_tokens=False).input_ids
+    alone = tokenizer("\nA:", add_special_tokens=False).input_ids
+    assert whole[-2:] == alone[-2:] and len(alone) == 3
+    cut = encode_prompt(tokenizer, prompt, max_prompt_length=10, closing="\nA:")
+    assert cut == whole[:8] + whole[-2:]
 
 
 def test_training_and_generation_read_the_same_prompt(tokenizer):

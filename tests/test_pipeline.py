@@ -123,6 +123,16 @@ def test_multirun_gives_each_job_a_folder(tmp_path):
     }
 
 
+def test_a_bad_job_does_not_end_a_multirun(tmp_path):
+    cwd = with_mini_task(tmp_path)
+    arguments = ("-m", "exp_name=sweep", *SMALL, "n_examples=8", "optimizer=Adam,SGD")
+    said = script("train_single_gpu.py", *arguments, cwd=cwd, code=1)
+    assert "optimizer=Adam: choose one of" in said
+    (folder,) = (cwd / "cache" / "sweep").iterdir()
+    assert "optimizer=SGD" in folder.name
+    assert list(folder.glob("*/policy.pt"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, ROOT, metrics, policy, same, train, with_mini_task, write_mask
+from runs import MODEL, ROOT, metrics, policy, same, settings, train, with_mini_task, write_mask
 
 from lota.checkpoint import newest_checkpoint
 
@@ -36,7 +36,9 @@ def options(workplace):
 def killed(moment: str, n: int, *overrides: str) -> int:
     command = [sys.executable, str(HERE / "killed_run.py"), moment, str(n), *overrides]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    print(done.stderr[-2000:])
+    return done.returncode
 
 
 @pytest.mark.parametrize(
@@ -61,8 +63,9 @@ def test_killed_anywhere_then_continued(options, moment, n, survives):
     assert not list(trainer.config.run_dir.glob(".*.tmp"))
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(options):
-    assert killed("nospace", 3, "exp_name=full", *options) not in (0, -signal.SIGKILL)
+def test_full_disk_keeps_the_last_good_checkpoint(options, capsys):
+    assert killed("nospace", 3, "exp_name=full", *options) == 1
+    assert "OSError: " in capsys.readouterr().out
     trainer, folder = train("exp_name=full", *options)
     _, reference = train("exp_name=whole", *options)
     assert same(policy(folder), policy(reference))
@@ -145,3 +148,107 @@ def test_another_mask_under_the_same_name_is_refused(options, workplace):
     write_mask(workplace / "0.9_mask.pt", seed=7)
     with pytest.raises(ValueError, match="another mask"):
         train(*options)
+
+
+def folder_state(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+
+def test_debug_leaves_an_existing_run_alone(options):
+    trainer, _ = train(*options)
+    before = folder_state(trainer.config.run_dir)
+    train(*options, "debug=true", "lr=1e-2")
+    after = folder_state(trainer.config.run_dir)
+    assert {name: after[name] for name in before} == before
+    assert {name.split("/")[0] for name in set(after) - set(before)} == {"debug"}
+
+
+@pytest.mark.parametrize("lost", ["step-*/resume.pt", "config.yaml"])
+def test_checkpoints_that_cannot_be_continued_are_not_deleted(options, lost):
+    trainer, folder = train(*options)
+    for path in trainer.config.run_dir.glob(lost):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"cannot be continued.*overwrite=true"):
+        train(*options)
+    assert (folder / "policy.pt").is_file()
+
+
+def test_a_truncated_resume_file_is_passed_over(options, caplog):
+    train(*options, "exp_name=whole")
+    trainer, folder = train(*options)
+    with open(folder / "resume.pt", "r+b") as file:
+        file.truncate(1000)
+    again, last = train(*options)
+    assert again.data.resumable.folder.name == "step-64"
+    assert "passed over" in caplog.text
+    assert same(policy(last), policy(trainer.config.run_dir.parent / "whole" / "step-80"))
+
+
+@pytest.mark.parametrize("moment", ["error", "kill"])
+def test_what_overwrite_replaces_is_kept_until_the_new_run_has_a_checkpoint(options, monkeypatch, moment):
+    import trainers
+
+    trainer, _ = train(*options)
+    run = trainer.config.run_dir
+    before = folder_state(run)
+    if moment == "kill":
+        assert killed("backward", 1, "exp_name=run", *options, "overwrite=true") == -signal.SIGKILL
+        assert not (run / "step-80").exists()
+    else:
+
+        def failing(self, examples):
+            raise MemoryError
+
+        monkeypatch.setattr(trainers.Trainer, "step", failing)
+        with pytest.raises(MemoryError):
+            train(*options, "overwrite=true")
+    _, again = train(*options)
+    assert again.name == "step-80"
+    after = folder_state(run)
+    assert all(after[name] == content for name, content in before.items() if name.endswith(".pt"))
+
+
+def test_other_data_under_the_same_name_is_refused(options, workplace):
+    train(*options)
+    task = workplace / "tasks" / "mini.py"
+    task.write_text(task.read_text().replace("7 * i + 3 * k", "5 * i + 3 * k"))
+    with pytest.raises(ValueError, match="another data"):
+        train(*options)
+
+
+def test_one_process_per_run_folder(options):
+    from lota.run_folder import OpenRun
+
+    refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is training")
+    with OpenRun(settings(*options), resuming=False), refused:
+        train(*options)
+    train(*options)
+
+
+def test_paths_are_stored_as_places(options, workplace):
+    """So that a run can be continued from another folder."""
+    config = settings(*options, "mask_path=0.9_mask.pt")
+    config.resolve_paths()
+    assert config.mask_path == str(workplace / "0.9_mask.pt")
+    assert config.model.name_or_path == str(MODEL)
+    config.mask_path, config.model.name_or_path = "masks/absent.pt", "org/model"
+    config.resolve_paths()
+    assert (config.mask_path, config.model.name_or_path) == ("masks/absent.pt", "org/model")
+
+
+def test_repeated_signals_do_not_lose_the_save():
+    from lota.interrupt import Interrupted, StopBetweenSteps
+
+    with StopBetweenSteps() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted) as stopped:
+            stop.check()
+        assert stopped.value.exit_code == 143
+        stop.received_at -= 2
+        stop.saving = True
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.saving = False
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
