@@ -81,7 +81,7 @@ def test_closing_longer_than_the_limit_keeps_its_end(tokenizer):
 
 
 def test_closing_words_are_the_prompts_own_tokens():
-    """A tokenizer that puts a mark in front of every text would put one before closing words cut out alone."""
+    """A tokenizer that marks the start of every text would put a mark before closing words cut out alone."""
     vocab = {"<unk>": 0, "</s>": 2, "\u2581": 3, "\n": 4, "A:": 5, **{f"\u2581w{i}": i for i in range(6, 60)}}
     backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in vocab], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
