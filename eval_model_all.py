@@ -84,6 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plans_of(args: argparse.Namespace) -> list[Plan]:
+    """A plan per task; one ValueError with the problems of all."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     wanted = Wanted(
         data_dir=args.data_dir or default_cache(),
@@ -95,7 +96,14 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         max_new_tokens=args.max_new_tokens,
         compare=results_folder(args.compare) if args.compare else None,
     )
-    plans = [plan_of(get_task(name), wanted) for name in evaluation_names(args.datasets)]
+    plans, problems = [], []
+    for name in evaluation_names(args.datasets):
+        try:
+            plans.append(plan_of(get_task(name), wanted))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
     if not plans:
         raise ValueError("--datasets names no task")
     return plans
@@ -119,6 +127,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         groups={name: EVALUATED_ON[name] for name in given if name in EVALUATED_ON},
         compared_with=args.compare,
         differences={p.task.name: paired_differences(p.task, r, p.other) for p, r in pairs if p.other},
+        differing={p.task.name: p.other.differing(r) for p, r in pairs if p.other},
     )
     write_summary(out_dir, content)
     return content

@@ -10,8 +10,8 @@ from typing import Any
 from lota.data import seeded_sample
 from lota.decoding import Decoding
 from lota.prompting import FewShot
-from lota.results import stored_runs
-from lota.scoring import Records, scorer_of
+from lota.results import Stored, stored_runs
+from lota.scoring import scorer_of
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Plan:
     scoring: str
     decoding: Decoding
     few_shot: FewShot | None
-    other: list[Records] | None
+    other: Stored | None
 
 
 def plan_of(task: Any, wanted: Wanted) -> Plan:

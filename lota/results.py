@@ -99,12 +99,28 @@ def write_lines(path: Path, records: Sequence[Row]) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Predictions of an earlier evaluation, a dict per run, all of the same examples; their settings."""
+
+    runs: list[Records]
+    settings: dict[str, Any]
+
+    def differing(self, result: Result) -> list[str]:
+        """Names of settings that a result has otherwise."""
+        return [name for name, value in self.settings.items() if _plain(result.settings.get(name)) != value]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))  # as it is read back: tuples become lists
+
+
 def stored_runs(
     folder: Path, task: ScoredTask, kind: type[Scorer], rows: Sequence[Row], chosen: Sequence[int]
-) -> list[Records]:
+) -> Stored:
     """Predictions of some of the chosen examples that an earlier evaluation left in <folder>/metrics.
 
-    One dict per run, all with the same examples. Errors: ValueError where there are none, or of other data or
+    Errors: ValueError where there are none, or of other data or
     another version of the task: they cannot be compared.
     """
     stem = f"{task.name}{kind.suffix}_predictions"
@@ -124,12 +140,14 @@ def stored_runs(
     shared = [i for i in chosen if all(i in records for records in runs)]
     if not shared:
         raise ValueError(f"--compare: {folder} has none of the chosen examples of {task.name}")
-    return [{i: records[i] for i in shared} for records in runs]
+    made_with = {**key["settings"], "template": key["template"]}
+    return Stored([{i: records[i] for i in shared} for records in runs], made_with)
 
 
 def _comparable(path: Path, task: ScoredTask, rows: Sequence[Row]) -> tuple[dict[str, Any], Records]:
     try:
         key, records, _ = read_journal(path)
+        _ = key["settings"], key["template"]  # a KeyError where it is no journal of ours
         same = key["data"] == content_key(list(rows)) and key["version"] == task.version
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--compare: {path} cannot be read ({error}): evaluate that model anew") from error
@@ -141,9 +159,9 @@ def _comparable(path: Path, task: ScoredTask, rows: Sequence[Row]) -> tuple[dict
     return key, records
 
 
-def paired_differences(task: ScoredTask, result: Result, others: Sequence[Records]) -> dict[str, Estimate]:
+def paired_differences(task: ScoredTask, result: Result, other: Stored) -> dict[str, Estimate]:
     """Every metric of a result minus that of another model, over the examples that both have."""
     kind = SCORERS[result.scoring]
-    ours = kind.estimates(task, [{i: records[i] for i in others[0]} for records in result.predictions])
-    theirs = kind.estimates(task, others)
+    ours = kind.estimates(task, [{i: records[i] for i in other.runs[0]} for records in result.predictions])
+    theirs = kind.estimates(task, other.runs)
     return {name: ours[name].minus(theirs[name]) for name in ours if name in theirs}

@@ -19,10 +19,12 @@ def summary(
     groups: Mapping[str, Sequence[str]] | None = None,
     compared_with: str | None = None,
     differences: Differences | None = None,
+    differing: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Plain values: one entry per task, with every metric, the number of prompts cut, and the differences.
 
     groups: names of tasks whose mean is wanted -> those tasks; a task counts the same whatever its size.
+    differing: task -> settings that the other model was evaluated with otherwise.
     """
     tasks = []
     for result in results:
@@ -33,6 +35,7 @@ def summary(
         entry["metrics"] = {name: found.to_dict() for name, found in result.estimates.items()}
         if differences:
             entry["difference"] = {name: found.to_dict() for name, found in differences[result.task].items()}
+            entry["differing_settings"] = list((differing or {}).get(result.task, ()))
         tasks.append(entry)
     content: dict[str, Any] = {"model": results[0].model, "date": results[-1].date, "tasks": tasks}
     content["means"] = _means(results, groups or {})
@@ -91,6 +94,11 @@ def table(content: Mapping[str, Any]) -> str:
     ]
     if compared:
         shown.append(f"difference: paired, over the examples shared with {content['compared_with']}")
+        shown += [
+            f"{entry['task']}: not the same {', '.join(entry['differing_settings'])} there"
+            for entry in content["tasks"]
+            if entry["differing_settings"]
+        ]
     return "\n".join(shown)
 
 

@@ -155,6 +155,11 @@ def test_comparison_is_paired(run, folder, other, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "difference" in output.splitlines()[0]
     assert f"{found['score']:+.4f}" in output
+    assert gsm8k["differing_settings"] == wikitext["differing_settings"] == []
+    content = run("gsm8k", "--compare", tmp_path / "other", "--num_fewshot", 1, "--sample")
+    names = ["temperature", "top_p", "top_k", "num_fewshot"]
+    assert content["tasks"][0]["differing_settings"] == names
+    assert f"gsm8k: not the same {', '.join(names)} there" in capsys.readouterr().out
 
 
 def write_scores(journal):
@@ -211,6 +216,13 @@ def test_refused_before_the_model_loads(run, monkeypatch, capsys, datasets, more
     refuse_loading(monkeypatch)
     run(datasets, *more, code=1)
     assert words in capsys.readouterr().err
+
+
+def test_all_problems_at_once(run, monkeypatch, capsys):
+    refuse_loading(monkeypatch)
+    run("gsm9k,gsm8k,alpaca_eval", "--scoring", "loglik", code=1)
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("'gsm9k'", "alpaca_eval has no score", "gsm8k cannot be scored"))
 
 
 def refuse_loading(monkeypatch):
