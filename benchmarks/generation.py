@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
 
 def ours(work: Work) -> list[str]:
-    """LoTA: rows sorted by length, finished rows leave, the cache grows in place."""
+    """LoTA: rows sorted by length, finished rows leave, the cache grows in place, steps are recorded."""
     return generate(
         work.model, work.tokenizer, work.prompts,
         max_new_tokens=work.max_new_tokens, batch_size=work.batch_size, stop=work.stop,

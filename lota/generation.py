@@ -17,6 +17,7 @@ from torch import Tensor
 from lota.data import encode_prompt
 from lota.decoding import Decoding, StopCheck, choose, uniforms
 from lota.kv_cache import can_drop_rows, give_room
+from lota.traced_step import TracedStep
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def generate(
 
     def run(rows: list[int]) -> None:
         batch = [ids[row] for row in rows]
-        tokens = _complete(model, tokenizer, batch, [draws[row] for row in rows], decoding)
+        tokens = _complete(model, tokenizer, batch, [draws[row] for row in rows], decoding, traced)
         for row, completion in zip(rows, tokens, strict=True):
             done[row] = completion_text(tokenizer, completion, decoding.stop)
             if on_done is not None:
@@ -66,6 +67,7 @@ def generate(
     order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
     training = model.training
     model.eval()
+    traced = TracedStep(model)
     try:
         with torch.no_grad():
             _in_batches(order, batch_size, run)
@@ -149,7 +151,7 @@ def completion_text(tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> st
     return text[: min(ends)] if ends else text
 
 
-def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list[int]]:
+def _complete(model, tokenizer, prompts, draws, decoding: Decoding, traced: TracedStep) -> list[list[int]]:
     """Token ids of the completions of one batch, end token excluded."""
     context = context_length(model.config)
     limits = [
@@ -169,7 +171,7 @@ def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list
             return True
         return stops.reached(tokens[row])
 
-    batch = _Batch(model, prompts, context)
+    batch = _Batch(model, prompts, context, traced)
     step = 0
     while batch.rows:
         logits = batch.logits()
@@ -191,8 +193,10 @@ class _Batch:
     the model's cache cannot give up rows do they stay, masked, until all have finished.
     """
 
-    def __init__(self, model, prompts: Sequence[Sequence[int]], context: int | None) -> None:
-        self.model, self.context = model, context
+    def __init__(
+        self, model, prompts: Sequence[Sequence[int]], context: int | None, traced: TracedStep
+    ) -> None:
+        self.model, self.context, self.traced = model, context, traced
         self.accepts = _accepted(model)
         width = max(map(len, prompts))
         # any valid id does as padding under the attention mask
@@ -211,6 +215,8 @@ class _Batch:
 
     def logits(self) -> Tensor:
         """Scores of the next token, fp32, (rows, vocabulary)."""
+        if self.cache is not None and self.traced.ready(self.cache):
+            return self.traced.logits(self.ids, self.mask, self.positions, self.cache)
         extra = {}
         if "position_ids" in self.accepts:
             extra["position_ids"] = self.positions

@@ -23,12 +23,16 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
+        keys, values = self.open_slot(key_states.shape[-2])
+        keys[:, :, start:] = key_states
+        values[:, :, start:] = value_states
+        return keys, values
+
+    def open_slot(self, n: int = 1) -> tuple[Tensor, Tensor]:
+        """Keys and values with n more columns, for the caller to fill."""
+        end = self.keys.shape[-2] + n
         if end > self._buffers[0].shape[-2]:
             self._buffers = _with_room(self.keys, end), _with_room(self.values, end)
-        key_buffer, value_buffer = self._buffers
-        key_buffer[:, :, start:end] = key_states
-        value_buffer[:, :, start:end] = value_states
         self._show(end)
         return self.keys, self.values
 
