@@ -63,6 +63,8 @@ class Config:
     max_prompt_length: int = 256  # tokens
     chat_template: str = "never"
     group_by_length: bool = False
+    num_turns: int = 1
+    prefs_path: str | None = None
 
     mask_path: str | None = None
     flip_mask: bool = False
@@ -113,7 +115,7 @@ class Config:
 
     def resolve_paths(self) -> None:
         """Make local paths that exist absolute, so that a run can be continued from another folder."""
-        for owner, keys in ((self.model, _MODEL_PATHS), (self, ("mask_path", "data_dir"))):
+        for owner, keys in ((self.model, _MODEL_PATHS), (self, ("mask_path", "data_dir", "prefs_path"))):
             for key in keys:
                 setattr(owner, key, _absolute(getattr(owner, key)))
         self.protect_masks = [_absolute(path) for path in self.protect_masks]

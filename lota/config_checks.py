@@ -36,6 +36,7 @@ AT_LEAST_1 = (
     "eval_batch_size",
     "n_eval_examples",
     "n_eval_model_samples",
+    "num_turns",
 )
 AT_LEAST_0 = (
     "lr",
@@ -196,7 +197,7 @@ def _changed_keys(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
-    """`key: old -> new` for settings that can change weights and differ between a stored run and a new one."""
+    """`key: old -> new` for settings that can change weights and differ between an old run and a new one."""
     unused, current = _unused_keys(new), asdict(new)
     found = []
     for key in sorted({*old, *current} - WEIGHT_NEUTRAL):

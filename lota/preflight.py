@@ -63,7 +63,7 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
             return None
 
     resumable = attempt(find_resumable, config)
-    tasks = [attempt(find_task, name) for name in config.datasets]
+    tasks = [attempt(_with_options, find_task, name, config) for name in config.datasets]
     tokenizer = attempt(_tokenizer, config)
     mask = attempt(_checked_mask, config, tokenizer) if tokenizer is not None else None
     data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
@@ -82,6 +82,16 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
     )
+
+
+def _with_options(find_task: Callable[[str], Any], name: str, config: Config) -> Any:
+    """The task, with the settings of its own that the run gives; one that it does not have is told."""
+    task = find_task(name)
+    given = {key: getattr(config, key) for key in ("num_turns", "prefs_path")}
+    for key, value in given.items():
+        if key not in task.options and value != Config.__dataclass_fields__[key].default:
+            logger.info("not used here: %s=%s (task %s)", key, value, name)
+    return task.with_options(**{key: value for key, value in given.items() if key in task.options})
 
 
 def _tokenizer(config: Config) -> Any:

@@ -314,6 +314,21 @@ def test_a_diverging_run_stops_with_a_remedy(workplace):
         train("lr=1e30", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "n_epochs=5")
 
 
+def test_settings_of_a_task_reach_it(shared, caplog):
+    chats = ("datasets=[sharegpt]", f"data_dir={shared}/data", "n_examples=8", "debug=true", "max_length=64",
+             "max_prompt_length=32")  # fmt: skip
+    one, _ = train(*chats)
+    three, _ = train(*chats, "num_turns=3")
+    assert max(e.prompt.count("Assistant:") for e in one.data.train) == 1
+    assert max(e.prompt.count("Assistant:") for e in three.data.train) > 1
+    file = shared / "data" / "sharegpt_data" / "human_preferences.json"
+    pairs, _ = train(*chats, f"prefs_path={file}")
+    assert len(pairs.data.train) == len(json.loads(file.read_text()))
+    caplog.set_level("INFO")
+    train("num_turns=3", "n_examples=8")
+    assert "not used here: num_turns=3 (task mini)" in caplog.text
+
+
 def test_a_diverged_model_is_never_saved(workplace):
     """Also where no line of the log is due."""
     overrides = ("lr=1e38", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "save_every=8")
