@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEW = 1024  # tokens that hold top_p of the probability nearly always
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are no character
 
 
@@ -64,15 +65,29 @@ def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.double() / decoding.temperature, -1)
     if decoding.top_k or decoding.top_p < 1:
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        if decoding.top_k:
-            ranked[:, decoding.top_k :] = 0
-        before = ranked.cumsum(-1) - ranked
-        ranked[before >= decoding.top_p * ranked.sum(-1, keepdim=True)] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
+        probabilities = _likeliest(probabilities, decoding.top_k, decoding.top_p)
     total = probabilities.cumsum(-1)
     goal = uniform.to(total.device)[:, None] * total[:, -1:]
     return torch.searchsorted(total, goal, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _likeliest(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Zero all but the smallest set of tokens with top_p of the probability, of the top_k likeliest.
+
+    Of tokens that are equally likely the first in the vocabulary come first. Sorts no whole vocabulary
+    unless it has to, which would take longer than a small model's step.
+    """
+    size = probabilities.shape[-1]
+    ranked = probabilities.topk(min(top_k or FEW, size)).values
+    mass = ranked.sum(-1, keepdim=True) if top_k else probabilities.sum(-1, keepdim=True)
+    if not top_k and (ranked.sum(-1, keepdim=True) <= top_p * mass).any():
+        ranked = probabilities.sort(dim=-1, descending=True).values
+    before = ranked.cumsum(-1) - ranked
+    n_kept = (before < top_p * mass).sum(-1, keepdim=True)
+    least = ranked.gather(-1, n_kept - 1)
+    above, tied = probabilities > least, probabilities == least
+    kept = above | (tied & (tied.cumsum(-1) <= n_kept - above.sum(-1, keepdim=True)))
+    return probabilities.masked_fill(~kept, 0)
 
 
 class StopCheck:

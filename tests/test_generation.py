@@ -11,7 +11,6 @@ import transformers
 
 import lota.generation as generation
 import lota.kv_cache as kv_cache
-from lota.decoding import Decoding, choose, uniforms
 from lota.generation import generate, prompt_bound
 from tests import tiny
 from tests.chars import ALPHABET, char_model, char_tokenizer
@@ -231,56 +230,6 @@ def test_broken_weights_are_an_error(tokenizer):
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         generate(model, tokenizer, [[5, 6]], max_new_tokens=3, batch_size=1)
-
-
-def test_draws_have_the_distribution_of_the_scores():
-    """Frequencies of 20,000 draws against softmax computed here, within 5 standard errors."""
-    torch.manual_seed(0)
-    logits = torch.randn(1, 12)
-    for settings in ({}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.8}):
-        decoding = Decoding(1, temperature=0.7, **settings)
-        n = 20_000
-        uniform = torch.rand(n, dtype=torch.float64)
-        counts = torch.bincount(choose(logits.repeat(n, 1), uniform, decoding), minlength=12)
-        weights = (logits[0].double() / 0.7).exp()
-        order = weights.argsort(descending=True).tolist()
-        kept, mass = order[: settings.get("top_k", 12)], 0.0
-        nucleus = []
-        for token in kept:
-            if mass >= settings.get("top_p", 1.0) * weights[kept].sum():
-                break
-            nucleus.append(token)
-            mass += float(weights[token])
-        expected = torch.zeros(12, dtype=torch.float64)
-        expected[nucleus] = weights[nucleus] / weights[nucleus].sum()
-        error = (expected * (1 - expected) / n).sqrt()
-        assert ((counts / n - expected).abs() <= 5 * error + 1e-12).all()
-
-
-def test_numbers_drawn_are_the_prompts_own():
-    decoding = Decoding(8, temperature=1.0, seed=3)
-    same = uniforms(decoding, 4, 0)
-    assert torch.equal(same, uniforms(decoding, 4, 0))
-    others = [uniforms(decoding, 5, 0), uniforms(decoding, 4, 1), uniforms(Decoding(8, 1.0, seed=4), 3, 0)]
-    assert all(not torch.equal(same, other) for other in others)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"temperature": -0.1}, "temperature=-0.1"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"temperature": float("inf")}, "temperature=inf"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_p": 1.1}, "top_p=1.1"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"stop": ("",)}, "stop"),
-    ],
-)
-def test_bad_settings_are_refused(settings: dict, words: str):
-    with pytest.raises(ValueError, match=words):
-        Decoding(**{"max_new_tokens": 5} | settings)
 
 
 def test_alphabet_survives_the_tokenizer(tokenizer):

@@ -76,6 +76,16 @@ def test_weights_may_change_between_calls(tokenizer, steppers):
     assert all(stepper.replay is not None for stepper in steppers)
 
 
+def test_draws_are_those_of_steps_that_are_not_recorded(tokenizer, steppers, monkeypatch):
+    model = char_model()
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.9, "seed": 7}
+    recorded = generate(model, tokenizer, TEXTS, batch_size=4, **settings)
+    assert steppers[-1].replay is not None
+    monkeypatch.setattr(traced_step, "TRACE_AFTER", 10**9)
+    assert generate(model, tokenizer, TEXTS, batch_size=6, **settings) == recorded
+    assert steppers[-1].replay is None
+
+
 class ByRows(torch.nn.Module):
     """An MLP that decides by the number of rows, which a recording would fix."""
 
