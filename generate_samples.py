@@ -14,6 +14,8 @@ from tqdm import tqdm
 from lota.config import default_cache
 from lota.decoding import Decoding
 from lota.evaluation import load_pair, results_folder
+from lota.models import load_tokenizer
+from lota.prompting import CHAT_TEMPLATES, Prompter, recorded_choice
 from lota.samples import Sampler
 from tasks import Task, get_task
 from tasks.base import Row, read_rows
@@ -53,6 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n_examples", type=int, default=0, help="that many prompts after those; 0: all (0)")
     add("--data_dir", help="holds tasks/ and sharegpt_data/; default $PROJECT_CACHE, else ~/.cache/lota")
     add("--out", help="folder of the files; default: the model's; $PROJECT_CACHE/results/ID for a hub id")
+    add("--chat_template", choices=CHAT_TEMPLATES, help="default: as the model was trained, else never")
     add("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     return parser.parse_args(argv)
@@ -82,8 +85,8 @@ def decodings(args: argparse.Namespace, stop: Sequence[str]) -> list[Decoding]:
     return found
 
 
-def read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Instructions, and what the model reads of each: of a prompt set, or of a file."""
+def read_rows_of(args: argparse.Namespace) -> tuple[Task, list[Row]]:
+    """Task and rows of a prompt set; a file holds rows of the first one."""
     if args.prompt_set in PROMPT_SETS:
         task = get_task(args.prompt_set)
         rows = task.load(args.split or task.held_out or task.splits[0], args.data_dir or default_cache())
@@ -92,7 +95,7 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         rows = read_rows(Path(args.prompt_set).expanduser(), task.check)
     else:
         raise ValueError(f"--prompt_set {args.prompt_set}: neither {SETS} nor a .json or .jsonl file")
-    return [instruction_of(task, row) for row in rows], [task.prompt(row) for row in rows]
+    return task, rows
 
 
 def instruction_of(task: Task, row: Row) -> str:
@@ -103,18 +106,19 @@ def instruction_of(task: Task, row: Row) -> str:
 
 def sample(args: argparse.Namespace) -> list[Path]:
     """The files written; what can be refused is refused before the model loads."""
-    template = get_task(args.prompt_set if args.prompt_set in PROMPT_SETS else PROMPT_SETS[0])
-    plans = decodings(args, template.stop)
-    instructions, prompts = read_prompts(args)
-    chosen = range(len(instructions))[args.ff :][: args.n_examples or None]
+    task, rows = read_rows_of(args)
+    plans = decodings(args, task.stop)
+    chosen = range(len(rows))[args.ff :][: args.n_examples or None]
     if not chosen:
-        raise ValueError(
-            f"--ff {args.ff} leaves none of the {len(instructions)} prompts of {args.prompt_set}"
-        )
-    loading = {name: getattr(args, name) for name in ("tokenizer_path", "archive", "dtype", "device")}
-    model, tokenizer = load_pair(args.model_path, **loading)
+        raise ValueError(f"--ff {args.ff} leaves none of the {len(rows)} prompts of {args.prompt_set}")
+    tokenizer = load_tokenizer(args.tokenizer_path or args.model_path)
+    prompter = Prompter(tokenizer, args.chat_template or recorded_choice(args.model_path))
+    prompts = [prompter.prompt(task, row) for row in rows]
+    instructions = [instruction_of(task, row) for row in rows]
+    loading = {name: getattr(args, name) for name in ("archive", "dtype", "device")}
+    model, _ = load_pair(args.model_path, tokenizer=tokenizer, **loading)
     bounds = {"max_prompt_length": args.max_prompt_length, "chunk_size": args.chunk_size}
-    sampler = Sampler(model, tokenizer, template, generator=args.model_name, **bounds)
+    sampler = Sampler(model, tokenizer, task, generator=args.model_name, prompter=prompter, **bounds)
     paths = []
     for decoding, number in itertools.product(plans, range(args.num_samples_per_prefix)):
         name = f"{Path(args.prompt_set).stem}_temp{decoding.temperature}"

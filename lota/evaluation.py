@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from lota.config import default_cache
-from lota.data import encode_prompt
 from lota.decoding import Decoding
 from lota.estimates import mean_and_stderr
-from lota.generation import prompt_bound
 from lota.journal import Journal, content_key, model_key
 from lota.models import dtype_of, load_config, load_model, load_tokenizer
 from lota.prompting import NO_CHAT_TEMPLATE, FewShot, Prompter
@@ -28,7 +26,6 @@ __all__ = [
     "Result",
     "ScoredTask",
     "check_scored",
-    "encode_prompts",
     "evaluate_task",
     "load_pair",
     "mean_and_stderr",
@@ -80,28 +77,6 @@ def check_scored(task: ScoredTask) -> None:
         raise ValueError(
             f"task {task.name} has no score; generate_samples.py writes completions of its prompts"
         )
-
-
-def encode_prompts(
-    tokenizer: Any,
-    config: Any,
-    task: ScoredTask,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    max_prompt_length: int | None = None,
-) -> tuple[list[list[int]], int]:
-    """Token ids of the prompts, cut to the model's context and max_prompt_length; how many were cut."""
-    bound = prompt_bound(config, max_new_tokens, max_prompt_length)
-    ids, n_cut = [], 0
-    for prompt in prompts:
-        whole = encode_prompt(tokenizer, prompt)
-        if bound is not None and len(whole) > bound:
-            n_cut += 1
-            whole = encode_prompt(
-                tokenizer, prompt, max_prompt_length=bound, closing=task.closing, keep_end=task.chat
-            )
-        ids.append(whole)
-    return ids, n_cut
 
 
 class Evaluator:

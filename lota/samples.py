@@ -12,9 +12,10 @@ from typing import Any
 
 from lota.atomic import write_json
 from lota.decoding import Decoding
-from lota.evaluation import NO_CHAT_TEMPLATE, ScoredTask, encode_prompts
-from lota.generation import generate
+from lota.evaluation import ScoredTask
+from lota.generation import generate, prompt_bound
 from lota.journal import Journal, content_key, model_key
+from lota.prompting import Prompt, Prompter
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,10 @@ class Sampler:
         generator: str,
         max_prompt_length: int | None = None,
         chunk_size: int = 32,
+        prompter: Prompter | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.prompter = prompter or Prompter(tokenizer)
         self.generator, self.max_prompt_length, self.chunk_size = generator, max_prompt_length, chunk_size
 
     @functools.cached_property
@@ -45,7 +48,7 @@ class Sampler:
         instructions: Sequence[str],
         decoding: Decoding,
         *,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         sample: int = 0,
         chosen: Sequence[int] | None = None,
         on_done: Callable[[int], None] | None = None,
@@ -60,9 +63,11 @@ class Sampler:
         """
         path, report = Path(path), on_done or (lambda count: None)
         chosen = range(len(instructions)) if chosen is None else chosen
-        key = self._key(instructions if prompts is None else prompts, decoding, sample)
+        texts = list(instructions) if prompts is None else [prompt.text for prompt in prompts]
+        key = self._key(texts, decoding, sample)
         if prompts is None:
-            prompts = [self.template.prompt({"instruction": instruction}) for instruction in instructions]
+            rows = [{"instruction": instruction} for instruction in instructions]
+            prompts = [self.prompter.prompt(self.template, row) for row in rows]
         with Journal(path.with_suffix(".journal"), key, [path]) as journal:
             missing = [i for i in chosen if i not in journal.records]
             report(len(chosen) - len(missing))
@@ -82,7 +87,7 @@ class Sampler:
             "version": self.template.version,
             "data": content_key(list(texts)),
             **self.model_key,
-            "template": NO_CHAT_TEMPLATE,
+            "template": self.prompter.key,
             "settings": {**settings, "dtype": str(self.model.dtype).removeprefix("torch.")},
             "seed": seed if decoding.temperature else None,  # greedy decoding draws nothing
             **({"sample": sample} if sample else {}),
@@ -90,20 +95,16 @@ class Sampler:
 
     def _answer(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         chunk: Sequence[int],
         decoding: Decoding,
         sample: int,
         journal: Journal,
     ) -> None:
-        ids, n_cut = encode_prompts(
-            self.tokenizer,
-            self.model.config,
-            self.template,
-            [prompts[i] for i in chunk],
-            decoding.max_new_tokens,
-            self.max_prompt_length,
-        )
+        bound = prompt_bound(self.model.config, decoding.max_new_tokens, self.max_prompt_length)
+        whole = [prompts[i].ids(self.tokenizer) for i in chunk]
+        ids = [prompts[i].ids(self.tokenizer, bound) for i in chunk]
+        n_cut = sum(a != b for a, b in zip(whole, ids, strict=True))
         if n_cut:
             logger.warning("%d of %d prompts cut to fit", n_cut, len(ids))
         generate(

@@ -13,9 +13,11 @@ import eval_model_all
 import lota.evaluation as evaluation
 import lota.scoring as scoring
 from lota.decoding import Decoding
-from lota.evaluation import Evaluator, encode_prompts, evaluate_task, mean_and_stderr, results_folder
+from lota.evaluation import Evaluator, evaluate_task, mean_and_stderr, results_folder
 from lota.evaluation_plan import held_out_rows
+from lota.generation import prompt_bound
 from lota.journal import Journal, content_key, model_key, weights_key
+from lota.prompting import Prompter
 from tasks import get_task
 from tasks.base import Task
 from tests.chars import char_model, char_tokenizer, save_pair
@@ -231,9 +233,10 @@ def test_keys_see_what_matters():
 def test_long_prompts_keep_what_the_task_says(pair):
     model, tokenizer = pair
     task = get_task("gsm8k")
-    prompt = task.prompt({"question": "x" * 300})
-    (ids,), n_cut = encode_prompts(tokenizer, model.config, task, [prompt], 100)
-    assert n_cut == 1
+    bound = prompt_bound(model.config, 100)
+    fitted = Prompter(tokenizer).fit(task, {"question": "x" * 300}, [], bound)
+    ids = fitted.ids
+    assert fitted.cut
     text = tokenizer.decode(ids)
     assert len(ids) == 256 - 100
     assert text.startswith("Question: xxx")

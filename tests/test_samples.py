@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import generate_samples
 import lota.evaluation as evaluation
@@ -252,3 +254,28 @@ def test_a_folder_without_tokenizer(tmp_path, capsys):
     char_model().save_pretrained(tmp_path / "bare")
     assert run(tmp_path / "bare", tmp_path) == 1
     assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_the_chat_template_that_the_model_was_trained_with(folder, tmp_path, monkeypatch):
+    """Taken from the folder's conversion.json, or from the command; its prompts reach the model."""
+    seen = []
+
+    def watched(model, tokenizer, prompts, **options):
+        seen.append([tokenizer.decode(ids) for ids in prompts])
+        return generate(model, tokenizer, prompts, **options)
+
+    generate = samples.generate
+    monkeypatch.setattr(samples, "generate", watched)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[reply]"
+    chatty = tmp_path / "chatty"
+    shutil.copytree(folder, chatty)
+    tokenizer.save_pretrained(chatty)
+    out = ["--temperatures", "0", "--n_examples", "1", "--out", str(tmp_path / "out")]
+    assert run(chatty, tmp_path, *out) == 0
+    (chatty / "conversion.json").write_text(json.dumps({"chat_template": "auto"}))
+    assert run(chatty, tmp_path, *out) == 0
+    assert run(chatty, tmp_path, *out, "--chat_template", "never") == 0
+    plain, templated, forced = (texts[0] for texts in seen)
+    assert templated == f"[user]{INSTRUCTIONS[0]}[reply]"
+    assert plain == forced != templated
