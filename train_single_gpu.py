@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lota.config import Config
+from lota.config_checks import unknown_keys
 from lota.interrupt import Interrupted
 from lota.runlog import to_console
 
@@ -41,6 +42,9 @@ def resolve(cfg: DictConfig) -> Config:
     if missing:
         given = ", ".join(f"{key}=..." for key in sorted(missing))
         raise ValueError(f"not given: {given} (config/config.yaml tells what each key means)")
+    unknown = unknown_keys(OmegaConf.to_container(cfg), Config)
+    if unknown:
+        raise ValueError("\n".join(unknown))
     config = OmegaConf.to_object(cfg)
     if in_multirun():
         config.exp_name = f"{config.exp_name}/{_folder_name(HydraConfig.get().job.override_dirname)}"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lota.masked_optimizer import GRAD_NORM_STRATEGIES
 from lota.optim import OPTIMIZERS
@@ -148,6 +148,20 @@ def _combination_problems(c: Config) -> Iterator[str]:
         yield "freeze_odd_layers and freeze_even_layers are both true: no layer would train"
     if c.model.fsdp_policy_mp == "bfloat16" and c.model.policy_dtype == "float16":
         yield "model.fsdp_policy_mp=bfloat16 with model.policy_dtype=float16: choose float32 or bfloat16"
+
+
+def unknown_keys(given: dict[str, Any], schema: type, prefix: str = "") -> list[str]:
+    """A line per key that the schema does not have (Hydra's `+key=value` lets any pass), with near names."""
+    known = get_type_hints(schema)
+    lines = []
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
+            hint = f"; did you mean {', '.join(prefix + name for name in near)}?" if near else ""
+            lines.append(f"unknown key {prefix}{key}={value}{hint}")
+        elif is_dataclass(known[key]) and isinstance(value, dict):
+            lines += unknown_keys(value, known[key], f"{prefix}{key}.")
+    return lines
 
 
 def unused_settings(c: Config) -> list[str]:

@@ -49,6 +49,13 @@ def dtype_of(name: str) -> torch.dtype:
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; ValueError when there is none (an empty one is none)."""
+    folder = Path(name_or_path)
+    if (folder / "policy.pt").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{name_or_path} holds a policy.pt and no model yet: convert it first with "
+            f"convert_policy_to_hf_resize.py --model_path BASE --policy_path {folder / 'policy.pt'} "
+            f"--save_path {name_or_path}"
+        )
     remedy = "name one with model.tokenizer_name_or_path (scripts: --tokenizer_path)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))

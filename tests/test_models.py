@@ -195,3 +195,9 @@ def test_dtype_names():
     assert dtype_of("bfloat16") is torch.bfloat16
     with pytest.raises(ValueError, match="'fp8': choose one of float32, bfloat16, float16"):
         dtype_of("fp8")
+
+
+def test_a_checkpoint_that_is_not_converted_yet(tmp_path):
+    (tmp_path / "policy.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="convert it first"):
+        load_tokenizer(tmp_path)

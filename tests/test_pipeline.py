@@ -138,6 +138,11 @@ def test_a_bad_job_does_not_end_a_multirun(tmp_path):
     [
         (["lr=fast"], "lr"),
         (["no_such_key=1"], "no_such_key"),
+        (
+            ["exp_name=x", "+warmup_step=1", "+model.pad_tokn=x"],
+            "unknown key warmup_step=1; did you mean warmup_steps",
+        ),
+        (["exp_name=x", "+model.pad_tokn=x"], "did you mean model.pad_token"),
         (["trainer=NoTrainer"], "NoTrainer"),
         (["exp_name=x", "optimizer=Adam", "lr=-1"], "optimizer=Adam"),
         ([], "exp_name"),
