@@ -42,7 +42,9 @@ def mean_and_stderr(scores: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _stderr(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def mean(scores: Mapping[int, float]) -> Estimate:

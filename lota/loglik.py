@@ -31,10 +31,11 @@ def logliks(
 
     def run(numbers: list[int]) -> None:
         logits = _last_logits(model, [requests[i] for i in numbers])
-        for at, i in enumerate(numbers):
-            done[i] = _sum_of(logits[at], requests[i][1])
+        sums = [_sum_of(logits[at], requests[i][1]) for at, i in enumerate(numbers)]
+        for i, value in zip(numbers, sums, strict=True):  # only now: a batch that fails is run again whole
+            done[i] = value
             if on_done is not None:
-                on_done(i, done[i])
+                on_done(i, value)
 
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
     training = model.training

@@ -52,7 +52,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(name_or_path)
     if (folder / "policy.pt").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{name_or_path} holds a policy.pt and no model yet: convert it first with "
+            f"no tokenizer at {name_or_path}, which holds a policy.pt and no model: convert it first with "
             f"convert_policy_to_hf_resize.py --model_path BASE --policy_path {folder / 'policy.pt'} "
             f"--save_path {name_or_path}"
         )

@@ -22,6 +22,8 @@ MARKER = "####"
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+"
 # A minus directly after a word, digit or bracket is a dash or a subtraction: "10-5" ends in 5.
 _NUMBER = re.compile(rf"(?P<sign>(?<![\w)\].])[-+])?[$€£]?(?P<inner>(?<=[$€£])[-+])?(?P<digits>{_DIGITS})")
+# Narrow and no-break blanks group thousands; a plain blank may as well stand between two numbers.
+_NARROW_BLANKS = re.compile(r"(?<=\d)[\u202f\u2009\u00a0](?=\d{3}(?!\d))")
 _BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 
 
@@ -34,6 +36,7 @@ def plain_text(text: str) -> str:
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$")
     if text.isascii():
         return text
+    text = _NARROW_BLANKS.sub(",", text.replace("\uff0c", ","))
     return "".join(str(unicodedata.decimal(c)) if unicodedata.category(c) == "Nd" else c for c in text)
 
 

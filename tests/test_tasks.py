@@ -300,3 +300,10 @@ def test_relatives_share_a_file(tmp_path, monkeypatch):
 def test_hub_set_without_a_name():
     arguments = HubSet(path="a/b", revision="c", splits={"test": "validation"}).arguments("test")
     assert arguments == {"path": "a/b", "split": "validation", "revision": "c"}
+
+
+@pytest.mark.parametrize(
+    "text", ["#### 1\u202f000", "#### 1\u00a0000", "#### \uff11\uff0c\uff10\uff10\uff10", "#### 1,000"]
+)
+def test_gsm8k_reads_every_kind_of_thousands_separator(text):
+    assert get_task("gsm8k").extract(text) == "1000"
