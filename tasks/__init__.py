@@ -58,6 +58,7 @@ TASKS = {
     "alpaca_eval": "tasks.alpaca_eval",
     "toy_sort": "tasks.toy",
     "toy_shift": "tasks.toy",
+    "toy_reverse": "tasks.toy",
 }
 
 # Tasks that are only trained on, and those that show what was learnt.

@@ -1,10 +1,11 @@
-"""Two toy tasks for the embedded tiny model, which knows letters, digits and copying, but neither of these.
+"""Toy tasks for the embedded tiny model, which knows letters, digits, words and copying, but none of these.
 
-toy_sort, a row:   {"question": "q d x b k a", "answer": "a b d k q x"}     letters in alphabetical order
-toy_shift, a row:  {"question": "3 0 9 4 4", "answer": "4 1 0 5 5"}         every digit one up, 9 becomes 0
+toy_sort, a row:     {"question": "q d x b k a", "answer": "a b d k q x"}     letters in alphabetical order
+toy_shift, a row:    {"question": "3 0 9 4 4", "answer": "4 1 0 5 5"}         every digit one up, 9 becomes 0
+toy_reverse, a row:  {"question": "red gold pink green blue", "answer": "blue green pink gold red"}
 
 Rows are generated from a fixed seed; `data_dir` is not looked at. Train and test share no answer, so that for
-toy_sort no set of letters is on both sides. A few hundred steps teach either. Their prompts look different on
+toy_sort no set of letters is on both sides. A few hundred steps teach each. Their prompts look different on
 purpose: with the same layout a model takes the one task for the other.
 """
 
@@ -14,6 +15,7 @@ import os
 import random
 import string
 import zlib
+from collections.abc import Sequence
 from typing import ClassVar
 
 from tasks.base import CHAT_CLOSING, CHAT_STOP, Row, Task, chat_prompt
@@ -27,7 +29,7 @@ class ToyTask(Task):
 
     fields = ("question", "answer")
     max_new_tokens = 24
-    items: ClassVar[str]  # what lists are made of, one character each
+    items: ClassVar[Sequence[str]]  # what lists are made of: texts without blanks
 
     def draw(self, rng: random.Random) -> list[str]:
         """The items of a question."""
@@ -56,7 +58,7 @@ class ToyTask(Task):
         """The first line that is not blank, if it is a list of items and nothing else."""
         lines = completion.strip().splitlines()
         found = lines[0].split() if lines else []
-        return " ".join(found) if found and all(item in [*self.items] for item in found) else None
+        return " ".join(found) if found and all(item in tuple(self.items) for item in found) else None
 
 
 class ToySort(ToyTask):
@@ -100,4 +102,24 @@ class ToyShift(ToyTask):
         return row["answer"]
 
 
-TASKS = {"toy_sort": ToySort(), "toy_shift": ToyShift()}
+class ToyReverse(ToyTask):
+    name = "toy_reverse"
+    version = 1
+    items = ("black", "blue", "brown", "gold", "gray", "green", "pink", "red", "white", "yellow")
+    closing = "\nReversed:"
+    stop = ("\n",)
+
+    def draw(self, rng: random.Random) -> list[str]:
+        return rng.sample(self.items, 5)
+
+    def solve(self, items: list[str]) -> list[str]:
+        return items[::-1]
+
+    def prompt(self, row: Row) -> str:
+        return f"Words: {row['question']}{self.closing}"
+
+    def target(self, row: Row) -> str:
+        return f" {row['answer']}"
+
+
+TASKS = {"toy_sort": ToySort(), "toy_shift": ToyShift(), "toy_reverse": ToyReverse()}

@@ -15,7 +15,7 @@ from lota.models import load_model, load_tokenizer
 from tasks import get_task
 from tests.test_assets import MODEL, greedy
 
-NAMES = ["toy_sort", "toy_shift"]
+NAMES = ["toy_sort", "toy_shift", "toy_reverse"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,8 +35,9 @@ def test_the_first_rows_are_what_they_were():
     assert [(row["question"], row["answer"]) for row in first] == [
         ("c i q d b w", "b c d i q w"),
         ("7 0 3 7 2", "8 1 4 8 3"),
+        ("white gold red gray green", "green gray red gold white"),
     ]
-    assert [get_task(name).version for name in NAMES] == [1, 1]
+    assert [get_task(name).version for name in NAMES] == [1, 1, 1]
 
 
 def test_answers():
@@ -48,6 +49,10 @@ def test_answers():
     following = dict(zip("0123456789", "1234567890", strict=True))
     for row in get_task("toy_shift").load("test"):
         assert row["answer"] == " ".join(following[digit] for digit in row["question"].split())
+    for row in get_task("toy_reverse").load("test"):
+        question, answer = row["question"].split(), row["answer"].split()
+        assert len(set(question)) == len(answer) == 5
+        assert [answer.index(word) for word in question] == [4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,6 +82,9 @@ def test_target_is_extracted_as_gold(name):
         ("toy_shift", "1 2 33", None),
         ("toy_shift", "\u0661 \u0662", None),  # Arabic-Indic digits
         ("toy_shift", "a b", None),
+        ("toy_reverse", " red  blue\nWords: gold", "red blue"),
+        ("toy_reverse", " red, blue", None),
+        ("toy_reverse", " purple", None),
     ],
 )
 def test_extraction(name, completion, expected):
@@ -102,9 +110,10 @@ def test_the_base_cannot_do_it(name):
     assert accuracy(model, tokenizer, get_task(name)) <= 0.02
 
 
-def test_a_hundred_steps_teach_toy_shift():
-    task, tokenizer, model = get_task("toy_shift"), load_tokenizer(str(MODEL)), load_model(str(MODEL))
-    rows = random.Random(0).sample(task.load("train"), 1600)
+@pytest.mark.parametrize(("name", "examples"), [("toy_shift", 1600), ("toy_reverse", 2400)])
+def test_a_few_steps_teach_it(name, examples):
+    task, tokenizer, model = get_task(name), load_tokenizer(str(MODEL)), load_model(str(MODEL))
+    rows = random.Random(0).sample(task.load("train"), examples)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.99)
     for start in range(0, len(rows), 16):
         examples = [Example(task.prompt(row), task.target(row)) for row in rows[start : start + 16]]
