@@ -18,13 +18,13 @@ from torch import Tensor
 from lota.checkpoint import Progress, fill_masters, policy_state, save_checkpoint, set_random_state
 from lota.config import Config
 from lota.config_checks import unused_settings
-from lota.data import Batch, Encoded, Example, collate, encode
+from lota.data import Example
 from lota.fused import fuse_in_backward
 from lota.generation import generate
 from lota.interrupt import Interrupted, StopBetweenSteps
-from lota.losses import sequence_logps, sft_loss
 from lota.masked_optimizer import MaskedOptimizer
-from lota.models import choose_pad_token_id, dtype_of, enable_activation_checkpointing, load_model
+from lota.models import dtype_of, enable_activation_checkpointing, load_model
+from lota.objectives import OBJECTIVES
 from lota.optim import OPTIMIZERS
 from lota.preflight import Prepared, prepare
 from lota.run_folder import OpenRun
@@ -101,7 +101,6 @@ class Trainer:
             pad_token=config.model.pad_token,
             tokenizer=self.data.tokenizer,
         )
-        self.pad_token_id = choose_pad_token_id(self.data.tokenizer, self.model.config)
         if config.activation_checkpointing:
             enable_activation_checkpointing(self.model)
         self.model.train()
@@ -115,6 +114,8 @@ class Trainer:
             self.optimizer.load_state_dict(resumable.content["optimizer"])
             self.progress = Progress(**resumable.content["progress"])
             set_random_state(resumable.content["random"])
+        objective = OBJECTIVES[config.loss.name]
+        self.objective = objective(config, self.data.tokenizer, self.model, self.precision)
         n_rows, lengths = len(self.data.train), self.data.lengths
         batches = [len(rows) for *_, rows in plan(config, n_rows, lengths)]
         self.total_steps, self.total_examples = len(batches), sum(batches)
@@ -181,16 +182,10 @@ class Trainer:
         self.set_learning_rate()
         size = self.config.batch_size // self.config.gradient_accumulation_steps
         for start in range(0, len(examples), size):
-            batch = self.encode(examples[start : start + size])
-            losses, nll, counted = self.losses(batch)
+            batch = self.objective.batch(examples[start : start + size])
+            losses, sums = self.objective.losses(batch)
             (losses.sum() / len(examples)).backward()
-            self.meter.add(
-                loss=losses.detach().sum(),
-                nll=nll.detach(),
-                counted=counted,
-                examples=len(batch),
-                tokens=batch.n_tokens,
-            )
+            self.meter.add(sums, examples=len(losses), tokens=batch.n_tokens)
         self.optimizer.step()
 
     def set_learning_rate(self) -> None:
@@ -204,22 +199,6 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-
-    def encode_one(self, example: Example) -> Encoded:
-        limits = {"max_length": self.config.max_length, "max_prompt_length": self.config.max_prompt_length}
-        return encode(self.data.tokenizer, example, **limits)
-
-    def encode(self, examples: Sequence[Example]) -> Batch:
-        return collate([self.encode_one(e) for e in examples], self.pad_token_id).to(self.device)
-
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss per example (rows,), summed token loss in nats, number of response tokens)."""
-        with self.precision():
-            logits = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
-        logps, counted = sequence_logps(logits, batch.labels)
-        return sft_loss(logps, counted, self.config.loss.average_log_prob), -logps.sum(), counted.sum()
 
     def _advance(self, epoch: int, index: int, last_of_epoch: bool, examples: int) -> None:
         progress = self.progress
@@ -239,16 +218,15 @@ class Trainer:
         meter = Meter()
         size = self.config.eval_batch_size
         for start in range(0, len(self.data.held_out), size):
-            batch = self.encode(self.data.held_out[start : start + size])
-            losses, nll, counted = self.losses(batch)
-            meter.add(loss=losses.sum(), nll=nll, counted=counted, examples=len(batch), tokens=batch.n_tokens)
+            batch = self.objective.batch(self.data.held_out[start : start + size])
+            losses, sums = self.objective.losses(batch)
+            meter.add(sums, examples=len(losses), tokens=batch.n_tokens)
             if not self.progress.finished:  # the last evaluation is part of a finished run
                 self.stop.check()
-        loss, nats = meter.losses()
-        self.write({"loss/eval": loss, "ppl": math.exp(min(nats, 700.0)), "nats_per_token/eval": nats})
-        logger.info(
-            "held-out after %d examples: loss %.4f, %.4f nats per token", self.progress.examples, loss, nats
-        )
+        metrics = self.objective.metrics(meter, "eval")
+        self.write(metrics)
+        told = ", ".join(f"{key.removesuffix('/eval')} {value:.4f}" for key, value in metrics.items())
+        logger.info("held-out after %d examples: %s", self.progress.examples, told)
         if self.config.sample_during_eval:
             self.sample()
         self.model.train()
@@ -256,7 +234,7 @@ class Trainer:
     def sample(self) -> None:
         """Greedy completions of held-out prompts into samples.jsonl."""
         examples = self.data.held_out[: self.config.n_eval_model_samples]
-        encoded = [self.encode_one(example) for example in examples]
+        encoded = [self.objective.encode(example) for example in examples]
         completions = generate(
             self.model,
             self.data.tokenizer,
@@ -277,18 +255,10 @@ class Trainer:
         due = self.meter.seconds >= self.config.minimum_log_interval_secs
         if not (due or self.progress.step == 1 or self.progress.finished):
             return
-        loss, nats = self.meter.losses()
-        self.write(
-            {
-                "loss/train": loss,
-                "nats_per_token/train": nats,
-                "grad_norm": self.optimizer.grad_norm,
-                "lr": self.lr,
-            }
-            | self.meter.rates()
-        )
+        metrics = self.objective.metrics(self.meter, "train")
+        self.write(metrics | {"grad_norm": self.optimizer.grad_norm, "lr": self.lr} | self.meter.rates())
         self.meter.reset()
-        self.check_finite(loss)
+        self.check_finite(metrics["loss/train"])
 
     def check_finite(self, loss: float) -> None:
         """Raise ValueError when training has diverged."""

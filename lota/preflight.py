@@ -25,7 +25,7 @@ from lota.prompting import Prompter
 from lota.run_folder import Resumable, find_resumable, refuse_other
 from lota.scope import find_scope, meta_model
 from lota.trainable import fingerprint, mask_or_dense, trainable_mask
-from lota.training_data import encoded_lengths, load_examples, load_held_out, plan
+from lota.training_data import encoder, load_examples, load_held_out, plan
 from lota.weights import open_weights
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
         tokenizer=tokenizer,
         mask=mask,
         seen=seen,
-        lengths=encoded_lengths(config, tokenizer, train) if config.group_by_length else None,
+        lengths=_lengths(config, tokenizer, train) if config.group_by_length else None,
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
     )
@@ -119,6 +119,11 @@ def _examples(config: Config, tasks: Sequence[Any], tokenizer: Any) -> tuple[lis
         )
     asked = config.do_first_eval or config.eval_every <= sum(steps)
     return train, load_held_out(tasks, config, prompter) if asked else []
+
+
+def _lengths(config: Config, tokenizer: Any, examples: Sequence[Example]) -> list[int]:
+    """Tokens of every example, cut as in training."""
+    return [len(encoded) for encoded in map(encoder(config, tokenizer), examples)]
 
 
 def _content_hash(examples: Sequence[Example]) -> str:

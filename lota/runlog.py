@@ -197,21 +197,24 @@ class Meter:
 
     def reset(self) -> None:
         self.started = time.perf_counter()
-        self.loss: torch.Tensor | float = 0.0
-        self.nll: torch.Tensor | float = 0.0
-        self.counted_tokens: torch.Tensor | float = 0.0
+        self.sums: dict[str, torch.Tensor] = {}
         self.examples = 0
         self.tokens = 0
 
-    def add(
-        self, *, loss: torch.Tensor, nll: torch.Tensor, counted: torch.Tensor, examples: int, tokens: int
-    ) -> None:
-        """loss, nll: sums over the examples; counted: response tokens; tokens: all tokens without padding."""
-        self.loss = self.loss + loss
-        self.nll = self.nll + nll
-        self.counted_tokens = self.counted_tokens + counted
+    def add(self, sums: dict[str, torch.Tensor], *, examples: int, tokens: int) -> None:
+        """sums: each over these examples, detached; tokens: all tokens without padding."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.examples += examples
         self.tokens += tokens
+
+    def total(self, name: str) -> float:
+        """Sum of what was added under this name."""
+        return float(self.sums[name])
+
+    def mean(self, name: str) -> float:
+        """The same per example."""
+        return self.total(name) / self.examples
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -231,7 +234,3 @@ class Meter:
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
             "examples_per_second": self.examples / max(self.seconds, 1e-9),
         }
-
-    def losses(self) -> tuple[float, float]:
-        """(mean loss per example, nats per response token)."""
-        return float(self.loss) / self.examples, float(self.nll) / max(float(self.counted_tokens), 1.0)

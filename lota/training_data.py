@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from lota.config import Config
-from lota.data import Example, encode, epoch_batches, fraction_of, seeded_sample
+from lota.data import Encoded, Example, encode, epoch_batches, fraction_of, seeded_sample
 from lota.prompting import Prompter
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _example(prompter: Prompter, task: Any, row: dict[str, Any]) -> Example:
     return Example(prompt.text, task.target(row), prompt.closing, prompt.keep_end, prompt.templated)
 
 
-def encoded_lengths(config: Config, tokenizer: Any, examples: list[Example]) -> list[int]:
-    """Tokens of every example, cut as in training."""
+def encoder(config: Config, tokenizer: Any) -> Callable[[Example], Encoded]:
+    """Turns an example into tokens, cut as the run asks."""
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    return [len(encode(tokenizer, example, **limits)) for example in examples]
+    return partial(encode, tokenizer, **limits)
