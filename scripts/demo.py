@@ -16,8 +16,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this script is started by its path
+
+from lota.plots import against_sparsity  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BASE, OUT, TASK = "assets/tiny-llama", "demo", "toy_sort"
 PROMPTS = "assets/prompts/demo_prompts.json"
 DENSE_LR = 1e-3
@@ -141,33 +149,19 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Accuracy against sparsity, over the share of scoped weights that train (log scale)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def plot(rows: list[Row], path: Path) -> Figure:
+    """Accuracy against sparsity, with full fine-tuning and the base model as levels."""
     base, dense, *lota = rows
-    shares = [100 * (1 - row.sparsity) for row in lota]
-    scores, errors = [100 * row.score for row in lota], [100 * row.stderr for row in lota]
-    low, high = (100 * (dense.score + sign * dense.stderr) for sign in (-1, 1))
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    axes.errorbar(shares, scores, errors, marker="o", capsize=4, label="LoTA")
-    axes.axhline(100 * dense.score, color="tab:green", linestyle="--", label="full fine-tuning (s = 0)")
-    axes.axhspan(low, high, color="tab:green", alpha=0.15)
-    axes.axhline(100 * base.score, color="tab:gray", linestyle=":", label="base model")
-    axes.set_xscale("log")
-    names = [f"{row.sparsity:g}\n({share:.3g} %)" for row, share in zip(lota, shares, strict=True)]
-    axes.set_xticks(shares, names)
-    axes.minorticks_off()
-    axes.invert_xaxis()
-    axes.set_ylim(-4, 104)
-    axes.set_xlabel("sparsity s (in brackets: share of attention and MLP weights that train, log scale)")
-    axes.set_ylabel(f"accuracy on {TASK}, test split (%)")
-    axes.legend(loc="center left")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    return against_sparsity(
+        {"LoTA": [(row.sparsity, 100 * row.score, 100 * row.stderr) for row in lota]},
+        path,
+        label=f"accuracy on {TASK}, test split (%)",
+        levels={
+            "full fine-tuning": (100 * dense.score, 100 * dense.stderr),
+            "base model": (100 * base.score, 100 * base.stderr),
+        },
+        limits=(0, 100),
+    )
 
 
 def main() -> None:

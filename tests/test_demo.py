@@ -36,8 +36,10 @@ def test_table(rows):
 
 
 def test_plot(rows, tmp_path):
-    demo.plot(rows, tmp_path / "accuracy.png")
+    axes = demo.plot(rows, tmp_path / "accuracy.png").axes[0]
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert axes.containers[0].lines[0].get_ydata().tolist() == pytest.approx([99.0, 72.5])
+    assert [line.get_ydata()[0] for line in axes.lines[-2:]] == pytest.approx([98.0, 0.0])
 
 
 def test_numbers_come_from_the_files(tmp_path, monkeypatch):

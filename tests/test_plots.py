@@ -1,0 +1,183 @@
+"""Figures: what is given reaches the axes, names do not touch, files are whole or absent."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lota import plots
+
+SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+
+
+def texts_overlap(figure, artists) -> list[tuple[str, str]]:
+    """Pairs of texts whose boxes on the drawn figure intersect."""
+    figure.canvas.draw()
+    shown = [artist for artist in artists if artist.get_text()]
+    boxes = [artist.get_window_extent() for artist in shown]
+    pairs = itertools.combinations(zip(shown, boxes, strict=True), 2)
+    return [(a.get_text(), b.get_text()) for (a, first), (b, second) in pairs if first.overlaps(second)]
+
+
+def outside(figure, artists) -> list[str]:
+    """Texts that the edge of the figure cuts off."""
+    figure.canvas.draw()
+    box = figure.bbox
+    found = [(artist.get_text(), artist.get_window_extent()) for artist in artists if artist.get_text()]
+    return [t for t, b in found if b.x0 < box.x0 or b.y0 < box.y0 or b.x1 > box.x1 or b.y1 > box.y1]
+
+
+def ticks(axes) -> list:
+    """Labels of the ticks that are drawn: within the ends of their axis."""
+    found = []
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        found += [label for place, label in labels if low <= place <= high]
+    return found
+
+
+@pytest.mark.parametrize("ending", list(SIGNATURES))
+def test_heatmap_shows_its_numbers(tmp_path, ending):
+    values = [[12.34, None], [float("nan"), 50.0]]
+    figure = plots.heatmap(
+        values,
+        ["0", "1"],
+        ["q_proj", "down_proj"],
+        tmp_path / f"h{ending}",
+        title="Density",
+        label="kept entries (%)",
+        row_label="layer",
+        column_label="module",
+        errors=[[1.25, None], [None, None]],
+        fmt=".1f",
+    )
+    axes, bar = figure.axes
+    image = axes.images[0].get_array()
+    assert image[0, 0] == 12.34 and image[1, 1] == 50.0
+    assert image.mask.tolist() == [[False, True], [True, False]]
+    assert [text.get_text() for text in axes.texts] == ["12.3\n± 1.2", "", "", "50.0"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("module", "layer")
+    assert bar.get_ylabel() == "kept entries (%)"
+    assert figure.get_suptitle() == "Density"
+    assert (tmp_path / f"h{ending}").read_bytes().startswith(SIGNATURES[ending])
+    assert [path.name for path in tmp_path.iterdir()] == [f"h{ending}"]
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_columns"), [(1, 1), (3, 3), (4, 7), (12, 7), (80, 7), (40, 40), (7, 130)]
+)
+def test_names_and_numbers_of_a_heatmap_neither_touch_nor_leave_it(n_rows, n_columns):
+    values = np.linspace(0, 100, n_rows * n_columns).reshape(n_rows, n_columns)
+    rows = [f"run_{i}_lota_0.9" for i in range(n_rows)]
+    columns = [f"self_attn.q_proj_{i}" for i in range(n_columns)]
+    figure = plots.heatmap(values, rows, columns, title="Overlap " * 10, label="IoU", fmt=".1f")
+    axes = figure.axes[0]
+    every = [*ticks(axes), *axes.texts, figure._suptitle]
+    assert not texts_overlap(figure, every)
+    assert not outside(figure, every)
+    assert len(axes.texts) in (0, n_rows * n_columns)
+    assert bool(axes.texts) == (n_rows <= 12 and n_columns <= 7)
+    named = [label.get_text() for label in axes.get_yticklabels()]
+    assert named == rows[:: rows.index(named[1]) if len(named) > 1 else 1]
+
+
+def test_limits_of_a_heatmap_and_one_value_everywhere():
+    figure = plots.heatmap([[5, 5]], ["a"], ["b", "c"], title="", label="%")
+    assert figure.axes[0].images[0].get_clim() == (5, 6)
+    figure = plots.heatmap([[5, 7]], ["a"], ["b", "c"], title="", label="%", limits=(0, None))
+    assert figure.axes[0].images[0].get_clim() == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1.0]], "2 rows and 1 columns"),
+        ([[1.0], [1.0, 2.0]], "needs a value"),
+        ([[None], [math.nan]], "without any"),
+    ],
+)
+def test_heatmap_refuses(values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plots.heatmap(values, ["a", "b"], ["c"], tmp_path / "h.png", title="", label="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_against_sparsity_shows_means_errors_and_levels():
+    figure = plots.against_sparsity(
+        {"LoTA": [(0.9, 80.0, 2.0), (0.5, 90.0, 1.0), (0.99, 60.0, None)], "random mask": [(0.9, 70.0, 3.0)]},
+        label="accuracy (%)",
+        title="toy_sort",
+        levels={"full fine-tuning": (95.0, 1.5), "base model": (1.0, None)},
+        limits=(0, 100),
+    )
+    axes = figure.axes[0]
+    lota, chance = axes.containers
+    assert lota.lines[0].get_xdata().tolist() == pytest.approx([50, 10, 1])
+    assert lota.lines[0].get_ydata().tolist() == [90, 80, 60]
+    bars = [segment[:, 1].tolist() for segment in lota.lines[2][0].get_segments()]
+    assert bars == [[89, 91], [78, 82], [60, 60]]
+    assert chance.lines[0].get_ydata().tolist() == [70]
+    dense, base = (line for line in axes.lines if line.get_label() in ("full fine-tuning", "base model"))
+    assert (dense.get_ydata()[0], base.get_ydata()[0]) == (95, 1)
+    (band,) = axes.patches  # none for a level without an error
+    assert (band.get_y(), band.get_height()) == (93.5, 3)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["LoTA", "random mask", "full fine-tuning", "base model"]
+    names = {
+        round(place): label.get_text()
+        for place, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    }
+    assert names == {50: "0.5\n(50 %)", 10: "0.9\n(10 %)", 1: "0.99\n(1 %)"}
+    left, right = axes.get_xlim()
+    assert left > 50 and right < 1  # the densest on the left
+    assert axes.get_ylim()[0] < 0 < 100 < axes.get_ylim()[1]
+
+
+@pytest.mark.parametrize("n", [1, 3, 9, 20])
+def test_many_methods_and_sparsities_stay_legible(n):
+    sparsities = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999]
+    curves = {
+        f"method {'of a long name ' * 2}{i}": [(s, 90 - i * s, 1.0) for s in sparsities] for i in range(n)
+    }
+    figure = plots.against_sparsity(curves, label="accuracy (%)", title="Accuracy against sparsity")
+    axes = figure.axes[0]
+    every = [
+        *ticks(axes),
+        *figure.legends[0].get_texts(),
+        axes.xaxis.label,
+        axes.yaxis.label,
+        figure._suptitle,
+    ]
+    assert not texts_overlap(figure, every)
+    assert not outside(figure, every)
+    looks = {
+        (c.lines[0].get_color(), c.lines[0].get_marker(), c.lines[0].get_linestyle()) for c in axes.containers
+    }
+    assert len(looks) == n
+    assert axes.get_window_extent().height > 250
+
+
+def test_against_sparsity_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"sparsity=1\.0"):
+        plots.against_sparsity({"a": [(1.0, 1.0, None)]}, tmp_path / "s.png", label="")
+    with pytest.raises(ValueError, match="no curve"):
+        plots.against_sparsity({"a": []}, tmp_path / "s.png", label="", levels={"b": (1, None)})
+    with pytest.raises(ValueError, match=r"s\.jpeg: a picture's name ends in \.png, \.pdf, \.svg"):
+        plots.against_sparsity({"a": [(0.5, 1.0, None)]}, tmp_path / "s.jpeg", label="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_matplotlib_comes_on_first_use_and_keeps_its_settings():
+    code = (
+        "import sys, lota.plots as p; assert 'matplotlib' not in sys.modules;"
+        "p.heatmap([[1]], ['a'], ['b'], title='', label='');"
+        "import matplotlib; assert 'matplotlib.pyplot' not in sys.modules;"
+        "assert matplotlib.rcParams['font.size'] == matplotlib.rcParamsDefault['font.size']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
