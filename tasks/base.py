@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from tasks.hub import UNPINNED, HubSet
+from tasks.hub import HubSet
 from tasks.rows import READERS, Row, checked, find_file, read_rows
 
 __all__ = [
     "CHAT_CLOSING",
     "CHAT_STOP",
-    "UNPINNED",
     "HubSet",
     "Message",
     "Pair",
@@ -186,8 +185,9 @@ class Task:
         except Exception as error:  # network, hub and parsing libraries share no base class
             raise ValueError(
                 f"task {self.name}: no data for split {split!r}. Looked at {wanted} and at hub set "
-                f"{hub.path} ({type(error).__name__}: {error}). Fetch it where there is a network:\n"
-                f"  {hub.fetch_command(self.name, split, folder / f'{split}.jsonl')}"
+                f"{hub.path} ({type(error).__name__}: {error}). Where there is a network, run\n"
+                f"  {hub.fetch_command(self.name, split, f'{split}.jsonl')}\n"
+                f"and put {split}.jsonl into {folder}"
             ) from error
         logger.info("%s %s: rows from hub set %s at %s", self.name, split, hub.path, hub.revision)
         place = f"hub set {hub.path} ({split}), row "

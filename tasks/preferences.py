@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tasks.base import UNPINNED, HubSet, Message, Row, text_of
+from tasks.base import HubSet, Message, Row, text_of
 from tasks.chat import PairTask, has_special_tokens, turns_of, user
 
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \n]?")
@@ -87,7 +87,7 @@ class StackExchange(PairTask):
     name = "se"
     hub = HubSet(
         path="lvwerra/stack-exchange-paired",
-        revision=UNPINNED,
+        revision="0c0a1bc27a253683bdcdd061007b82bfc7bbddb1",
         data_dir="data/rl",
         splits={"train": "train"},
     )
@@ -106,7 +106,7 @@ class UltraFeedback(PairTask):
     name = "ultrafeedback"
     hub = HubSet(
         path="Asap7772/ultrafeedback_binarized_relabelled_ultrarm",
-        revision=UNPINNED,
+        revision="382c65cb95f62a7bd6be949898189f1a8d39069d",
         splits={"train": "train_prefs", "test": "test_prefs"},
     )
 
@@ -123,7 +123,7 @@ class UltraFeedbackNarrow(UltraFeedback):
     name = "ultrafeedbacknarrow"
     hub = HubSet(
         path="Asap7772/ultrafeedback_binarized_narrow",
-        revision=UNPINNED,
+        revision="fbd327c00b2dabafaaa41902e2941866bef89eca",
         splits={"train": "train_prefs"},
     )
 

@@ -21,13 +21,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tasks.base import UNPINNED, Pair, Row, text_of
+from tasks.base import Pair, Row, text_of
 from tasks.chat import ChatTask, examples_of, has_special_tokens, turns_of, user
+from tasks.hub import without_retries
 from tasks.rows import read_completions, read_rows
 
 logger = logging.getLogger(__name__)
 
 HUB_SET = "TRI-ML/dpo-rlaif-data"
+HUB_REVISION = "8d6ea743349dbbff448abee17f68820f5e15d2f8"
 HUB_FILE = "sharegpt1turn_df1.0_ff0_gpt4_completions.json"
 
 
@@ -116,15 +118,16 @@ class Completions(ChatTask):
 
         # not through datasets, for which every prompt would be a column
         try:
-            path = huggingface_hub.hf_hub_download(
-                repo_id=HUB_SET, filename=self.hub_file, repo_type="dataset", revision=UNPINNED
-            )
+            with without_retries():
+                path = huggingface_hub.hf_hub_download(
+                    repo_id=HUB_SET, filename=self.hub_file, repo_type="dataset", revision=HUB_REVISION
+                )
         except Exception as error:  # network and hub libraries share no base class
-            url = f"https://huggingface.co/datasets/{HUB_SET}/resolve/{UNPINNED}/{self.hub_file}"
+            url = f"https://huggingface.co/datasets/{HUB_SET}/resolve/{HUB_REVISION}/{self.hub_file}"
             raise ValueError(
                 f"task {self.name}: no data. Looked at {wanted} and at hub set {HUB_SET} "
-                f"({type(error).__name__}: {error}). Fetch it where there is a network:\n"
-                f'  wget -P "{folder}" {url}'
+                f"({type(error).__name__}: {error}). Where there is a network, run\n  wget {url}\n"
+                f"and put the file into {folder}"
             ) from error
         return Path(path)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tasks.base import UNPINNED, HubSet, Row, Task, text_of
+from tasks.base import HubSet, Row, Task, text_of
 from tasks.rouge import rouge_1
 from tasks.sqlite import result_columns, tokens
 
@@ -30,7 +30,7 @@ class SQL(Task):
     more_metrics = ("exact_match", "execution_match")
     hub = HubSet(
         path="b-mc2/sql-create-context",
-        revision=UNPINNED,
+        revision="9d80a6a118b838d9defc3798d659a54a2ac2ff37",
         splits={"train": "train", "test": "train"},
         cut=0.02,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ ADAPTERS = (
     "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a"
 )
 ARC = "210d026faf9955653af8916fad021475a3f00453"
+SQL = "9d80a6a118b838d9defc3798d659a54a2ac2ff37"
+ULTRARM = "382c65cb95f62a7bd6be949898189f1a8d39069d"
 
 
 def hub(path: str, revision: str, split: str, **more: str) -> dict[str, str]:
@@ -56,18 +59,25 @@ ASKED = {
     ("winogrande", "test"): hub(
         "allenai/winogrande", "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "validation", name="winogrande_xl"
     ),
-    ("samsum", "test"): hub("knkarthick/samsum", "main", "test"),
-    ("sql", "test"): hub("b-mc2/sql-create-context", "main", "train"),
-    ("sql", "train"): hub("b-mc2/sql-create-context", "main", "train"),
+    ("samsum", "test"): hub("knkarthick/samsum", "f8040674894a743112febaddde2b32264c07bb20", "test"),
+    ("sql", "test"): hub("b-mc2/sql-create-context", SQL, "train"),
+    ("sql", "train"): hub("b-mc2/sql-create-context", SQL, "train"),
     ("hh", "test"): hub("Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa", "test"),
     ("shp", "test"): hub("stanfordnlp/SHP", "e94b5f32602712d78ed494fe79105b1959396686", "test"),
-    ("se", "train"): hub("lvwerra/stack-exchange-paired", "main", "train", data_dir="data/rl"),
-    ("ultrafeedback", "train"): hub(
-        "Asap7772/ultrafeedback_binarized_relabelled_ultrarm", "main", "train_prefs"
+    ("se", "train"): hub(
+        "lvwerra/stack-exchange-paired",
+        "0c0a1bc27a253683bdcdd061007b82bfc7bbddb1",
+        "train",
+        data_dir="data/rl",
     ),
-    ("ultrafeedbacknarrow", "train"): hub("Asap7772/ultrafeedback_binarized_narrow", "main", "train_prefs"),
+    ("ultrafeedback", "train"): hub(
+        "Asap7772/ultrafeedback_binarized_relabelled_ultrarm", ULTRARM, "train_prefs"
+    ),
+    ("ultrafeedbacknarrow", "train"): hub(
+        "Asap7772/ultrafeedback_binarized_narrow", "fbd327c00b2dabafaaa41902e2941866bef89eca", "train_prefs"
+    ),
     ("ultrafeedbacknarrow", "test"): hub(
-        "Asap7772/ultrafeedback_binarized_relabelled_ultrarm", "main", "test_prefs"
+        "Asap7772/ultrafeedback_binarized_relabelled_ultrarm", ULTRARM, "test_prefs"
     ),
     ("ultrachat", "test"): hub(
         "HuggingFaceH4/ultrachat_200k", "8049631c405ae6576f93f445c6b8166f76f5505a", "test_sft"
@@ -80,6 +90,7 @@ ASKED = {
         "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "validation", name="wikitext-2-v1"
     ),
 }
+UNPINNED = {"mathqa"}  # held to the number of its rows instead
 # sharegpt4 takes one file of the hub by itself; the toy tasks make their rows; the others are the user's own
 NO_HUB_SET = {
     "sharegpt",
@@ -100,7 +111,7 @@ def test_the_hub_is_asked_with_pinned_arguments(name: str, split: str, tmp_path,
 
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.append(arguments) or [])
-    with pytest.raises(ValueError, match=r"hub set .*: no rows"):
+    with pytest.raises(ValueError, match=r"hub set .*(: no rows|has changed: 0 rows)"):
         get_task(name).load(split, tmp_path)
     assert asked == [ASKED[name, split]]
 
@@ -108,8 +119,43 @@ def test_the_hub_is_asked_with_pinned_arguments(name: str, split: str, tmp_path,
 def test_every_hub_set_is_covered_and_pinned():
     assert {name for name, _ in ASKED} == set(TASKS) - NO_HUB_SET
     for name in set(TASKS) - NO_HUB_SET:
-        revision = get_task(name).hub.revision
-        assert revision == "main" or re.fullmatch("[0-9a-f]{40}", revision)
+        hub = get_task(name).hub
+        if name in UNPINNED:
+            assert hub.revision == "main" and set(hub.n_rows) == set(hub.splits)
+        else:
+            assert re.fullmatch("[0-9a-f]{40}", hub.revision) and hub.n_rows is None
+
+
+def test_a_set_that_is_not_pinned_may_not_have_changed(tmp_path, monkeypatch):
+    import datasets
+
+    entry = {"Problem": "1 + 1 ?", "Rationale": "", "options": "a ) 2 , b ) 3", "correct": "a"}
+    n = 2985
+    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: [entry] * n)
+    assert len(get_task("mathqa").load("test", tmp_path)) == n
+    n = 2984
+    with pytest.raises(ValueError, match="the set has changed: 2984 rows instead of 2985"):
+        get_task("mathqa").load("test", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "sharegpt4"])
+def test_a_hub_out_of_reach_is_said_at_once(name: str, tmp_path, monkeypatch, caplog):
+    """The libraries' own attempts take 24 seconds."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"task {name}: no data[^$]*Where there is a network, run") as error:
+        get_task(name).load("train", tmp_path)
+    assert time.monotonic() - start < 5
+    assert str(tmp_path) in str(error.value).splitlines()[-1] and "mkdir" not in str(error.value)
+    assert "Retrying" not in caplog.text
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE  # only meanwhile
 
 
 ENTRIES = [
