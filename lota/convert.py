@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.hf_folder import (
     TOKENIZER_FILES,
     check_replaceable,
+    check_shard_size,
     copy_small_files,
     disk_dtypes,
     new_model_files,
@@ -95,10 +95,7 @@ def _check_arguments(vocab: str, pad_token: str | None, max_shard_size: str) -> 
         raise ValueError(f"--vocab {vocab}: choose one of {', '.join(VOCABULARIES)}")
     if vocab == "base" and pad_token is not None:
         raise ValueError(f"--vocab base keeps the base's tokenizer: drop --pad_token {pad_token}, or --vocab")
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"--max_shard_size {max_shard_size}: give a size such as 500MB or 2GB") from error
+    check_shard_size(max_shard_size)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -91,15 +92,30 @@ def write_weights(
     state = revert_weight_conversion(model, state)
     wanted = {k: dtypes.get(k, dtype) if v.is_floating_point() else v.dtype for k, v in state.items()}
     shapes = {k: torch.empty(v.shape, dtype=wanted[k], device="meta") for k, v in state.items()}
-    plan = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    for file, names in plan.filename_to_tensors.items():
+    for file, names in plan_shards(shapes, folder, max_shard_size).items():
         _write_safetensors(folder / file, {name: shapes[name] for name in names}, state)
+
+
+def check_shard_size(max_shard_size: str) -> None:
+    """Raise ValueError for what is no size of a file."""
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--max_shard_size {max_shard_size}: give a size such as 500MB or 2GB") from error
+
+
+def plan_shards(
+    shapes: Mapping[str, torch.Tensor], folder: Path, max_shard_size: str
+) -> dict[str, list[str]]:
+    """File -> names of the tensors (meta ones will do) to write into it; writes the index of several shards."""
+    plan = split_torch_state_dict_into_shards(
+        dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return plan.filename_to_tensors
 
 
 def _write_safetensors(
@@ -111,22 +127,32 @@ def _write_safetensors(
     for float32 weights written as bfloat16. Format: length of the header (8 bytes, little endian), header as
     JSON padded with blanks to 8 bytes, tensors without gaps.
     """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + shape.numel() * shape.dtype.itemsize
-        header[name] = {
-            "dtype": _TYPES[shape.dtype],
-            "shape": list(shape.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    header, _ = safetensors_header(shapes)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for name, shape in shapes.items():
             value = state.pop(name).to(shape.dtype).contiguous()
             file.write(value.reshape(-1).view(torch.uint8).numpy())
+
+
+def safetensors_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:
+    """(first bytes of a safetensors file, name -> byte at which its tensor begins).
+
+    tensors: anything with dtype and shape, such as meta tensors, in the order in which they will lie.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for name, tensor in tensors.items():
+        begins[name], end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    return text, {name: len(text) + begin for name, begin in begins.items()}
 
 
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,14 @@ from lota.stored import StoredTensor, checkpoint_files, index_safetensors, index
 from lota.translation import Conversion, Run, Target, row_runs, translate
 
 HASH_CHUNK = 1 << 20  # entries
+
+
+class Group(NamedTuple):
+    """Parameters and the stored tensors that they are read from: one of each, or those of a conversion."""
+
+    parameters: list[str]
+    stored: list[str]
+    converted: bool
 
 
 class WeightSource:
@@ -54,6 +63,28 @@ class WeightSource:
         for target in self._targets.values():
             used.update(name for name, _ in target.conversion.sources) if target.conversion else None
         return {name: tensor.shape for name, tensor in self._stored.items() if name not in used}
+
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Stored name -> place in its file, parameters or not."""
+        return dict(self._stored)
+
+    def groups(self) -> list[Group]:
+        """Which stored tensors belong to which parameters, in the order of names."""
+        found: dict[int | str, Group] = {}
+        for name, target in self._targets.items():
+            if target.conversion is None:
+                found[name] = Group([name], [target.source], converted=False)
+            else:
+                sources = [source for source, _ in target.conversion.sources]
+                group = found.setdefault(id(target.conversion), Group([], sources, converted=True))
+                group.parameters.append(name)
+        return list(found.values())
+
+    def read_stored(self, name: str) -> Tensor:
+        """One tensor under its name in the file, in its own memory."""
+        tensor = self._stored[name]
+        return self._read_stored(name, 0, tensor.numel).reshape(tensor.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._targets[name].shape
