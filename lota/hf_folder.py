@@ -107,7 +107,7 @@ def check_shard_size(max_shard_size: str) -> None:
 def plan_shards(
     shapes: Mapping[str, torch.Tensor], folder: Path, max_shard_size: str
 ) -> dict[str, list[str]]:
-    """File -> names of the tensors (meta ones will do) to write into it; writes the index of several shards."""
+    """File -> names of the tensors (meta ones will do) to write into it; with several, writes the index."""
     plan = split_torch_state_dict_into_shards(
         dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

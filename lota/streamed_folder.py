@@ -64,8 +64,8 @@ def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
         written = {name: tuple(value.shape) for name, value in _on_disk(model, empty, group).items()}
         if written != {name: tuple(source.stored[name].shape) for name in group.stored}:
             raise ValueError(
-                f"{source.id}: {group.stored[0]} cannot be written as it was read ({type(model).__name__} converts it"
-                " on loading); load the model with transformers, save_pretrained it, and use that folder"
+                f"{source.id}: {group.stored[0]} cannot be written as it was read: {type(model).__name__}"
+                " converts it on loading. Load it with transformers, save_pretrained it, and use that folder"
             )
 
 

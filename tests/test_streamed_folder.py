@@ -38,7 +38,7 @@ def written(base: Path, out: Path, value_of, **options) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_the_values_of_another_model(kind, tmp_path):
-    """Read under loaded names, written under names on disk: experts apart, renamed heads, tied weights once."""
+    """Read under loaded names, written under names on disk: experts apart, heads renamed, tied once."""
     saved(kind, tmp_path / "base")
     other = saved(kind, tmp_path / "other", seed=1)
     source = open_weights(tmp_path / "other")
