@@ -70,6 +70,38 @@ def open_pair(
     return Pair(sources, found, shapes, scope)
 
 
+def open_whole(
+    base: str | os.PathLike, tuned: str | os.PathLike, model: str | os.PathLike | None = None
+) -> tuple[WeightSource, WeightSource]:
+    """Index base and tuned and check that all their parameters have the same names and shapes.
+
+    model: folder whose config gives the structure, needed where neither side has one and names differ.
+    Raises ValueError naming the first few differences both ways.
+    """
+    sides = {"base": base, "tuned": tuned}
+    folders = {role: checkpoint_files(path)[1] for role, path in sides.items()}
+    try:
+        structure = _structure(sides, folders, model)
+    except ValueError:
+        structure = None  # two policy.pt files: their own names
+    own = {
+        role: folder is not None and (folder / "config.json").is_file() for role, folder in folders.items()
+    }
+    sources = {role: open_weights(path, None if own[role] else structure) for role, path in sides.items()}
+    expected, held = ({n: source.shape(n) for n in source.names()} for source in sources.values())
+    grown = [n for n in expected if held.get(n, ())[1:] == expected[n][1:] and held[n][:1] > expected[n][:1]]
+    try:
+        _check_same(expected, held, base, sources["tuned"])
+    except ValueError as error:
+        if not grown:
+            raise
+        raise ValueError(
+            f"{error}\n  its vocabulary has grown: cut the new rows off first, with "
+            "convert_policy_to_hf_resize.py --vocab base"
+        ) from error
+    return sources["base"], sources["tuned"]
+
+
 def _structure(
     sides: Mapping[str, Any], folders: Mapping[str, Path | None], model: str | os.PathLike | None
 ) -> nn.Module:
