@@ -7,19 +7,16 @@ sample index) only, not on the batch it was made in, as far as fp32 rounding all
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lota.batching import accepted_arguments, in_batches, padded
 from lota.data import encode_prompt
 from lota.decoding import Decoding, StopCheck, choose, uniforms
 from lota.kv_cache import can_drop_rows, give_room
 from lota.traced_step import TracedStep
-
-logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -70,38 +67,10 @@ def generate(
     traced = TracedStep(model)
     try:
         with torch.no_grad():
-            _in_batches(order, batch_size, run)
+            in_batches(order, batch_size, run)
     finally:
         model.train(training)
     return done
-
-
-def _in_batches(rows: list[int], size: int, run: Callable[[list[int]], None]) -> None:
-    """Call `run` on consecutive slices; from one that does not fit in memory on, slices are half as long."""
-    start = 0
-    while start < len(rows):
-        batch = rows[start : start + size]
-        problem = None
-        try:
-            run(batch)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error) or len(batch) == 1:
-                raise
-            problem = str(error).splitlines()[0]
-        if problem is None:
-            start += len(batch)
-            continue
-        # out of the except block, because the exception's traceback holds the tensors that did not fit
-        size = len(batch) // 2
-        logger.warning(
-            "out of memory with %d prompts in a batch, going on with %d (%s)", len(batch), size, problem
-        )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def context_length(config) -> int | None:
@@ -197,14 +166,10 @@ class _Batch:
         self, model, prompts: Sequence[Sequence[int]], context: int | None, traced: TracedStep
     ) -> None:
         self.model, self.context, self.traced = model, context, traced
-        self.accepts = _accepted(model)
-        width = max(map(len, prompts))
-        # any valid id does as padding under the attention mask
-        padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        self.accepts = accepted_arguments(model)
         device = next(model.parameters()).device
-        self.ids = torch.tensor(padded, device=device)  # (rows, width), or what the cache has not read of it
-        self.mask = torch.tensor(mask, device=device)  # (rows, width), 1 for tokens that count
+        # (rows, width): ids, or what the cache has not read of them; mask 1 for tokens that count
+        self.ids, self.mask = padded(prompts, device, left=True)
         self.positions = self._within((self.mask.cumsum(-1) - 1).clamp(min=0))  # of ids
         self.cache = None
         self.rows = list(range(len(prompts)))
@@ -253,9 +218,3 @@ class _Batch:
                 self.cache.batch_select_indices(kept)
             self.rows = [row for row, goes_on in zip(self.rows, going, strict=True) if goes_on]
             self.alive = [True] * len(self.rows)
-
-
-def _accepted(model) -> set[str]:
-    """Names of the arguments of the model's forward, of the model itself where a wrapper hides them."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(inner.forward).parameters)

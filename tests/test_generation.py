@@ -210,7 +210,7 @@ def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch, caplog):
     assert texts == expected
     assert tried == [18, 9, 4, 4, 4, 4, 2]
     assert sorted(done) == list(range(18))
-    assert "out of memory with 18 prompts" in caplog.text
+    assert "out of memory with 18 sequences" in caplog.text
     monkeypatch.setattr(
         generation, "_complete", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )

@@ -1,0 +1,63 @@
+"""Batches of sequences through a model: halved where memory runs out, padded, with the arguments it knows."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def in_batches(rows: list[int], size: int, run: Callable[[list[int]], None]) -> None:
+    """Call `run` on consecutive slices; from one that does not fit in memory on, slices are half as long."""
+    start = 0
+    while start < len(rows):
+        batch = rows[start : start + size]
+        problem = None
+        try:
+            run(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+            problem = str(error).partition("\n")[0]
+        if problem is None:
+            start += len(batch)
+            continue
+        # out of the except block, because the exception's traceback holds the tensors that did not fit
+        size = len(batch) // 2
+        logger.warning(
+            "out of memory with %d sequences in a batch, going on with %d (%s)", len(batch), size, problem
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def accepted_arguments(model) -> set[str]:
+    """Names of the arguments of the model's forward, of the model itself where a wrapper hides them."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and a mask that is 1 where they count, both (rows, longest row), padded on one side.
+
+    The padding is token 0: any valid id does under the mask.
+    """
+    width = max(map(len, rows))
+    blanks = [[0] * (width - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+
+    def aligned(parts: Sequence[Sequence[int]]) -> Tensor:
+        pairs = zip(blanks, parts, strict=True)
+        lists = [[*blank, *part] if left else [*part, *blank] for blank, part in pairs]
+        return torch.tensor(lists, dtype=torch.int64, device=device)
+
+    return aligned(rows), aligned(ones)
