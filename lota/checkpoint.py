@@ -10,6 +10,7 @@ import logging
 import pickle
 import random
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,48 @@ def policy_state(
     Weights that share memory in the model share it in the result.
     """
     trained = {name: (positions, values) for name, positions, values in optimizer.kept_values()}
+
+    def fill(name: str, value: Tensor) -> None:
+        if name not in trained:
+            return
+        positions, values = trained[name]
+        kept = values.detach().to("cpu", dtype)
+        if positions is None:
+            value.view(-1).copy_(kept)
+        else:
+            value.view(-1)[positions.long().cpu()] = kept
+
     names = {p.data_ptr(): name for name, p in model.named_parameters()}
+    return saved_state(model.state_dict(), names, dtype, fill, base)
+
+
+def saved_state(
+    state: Mapping[str, Tensor],
+    names: Mapping[int, str],
+    dtype: torch.dtype,
+    fill: Callable[[str, Tensor], None],
+    base: Any | None = None,
+) -> dict[str, Tensor]:
+    """CPU copies of `state`, parameters in `dtype`, ties kept.
+
+    names: data pointer -> name of each parameter. fill: writes what training changed into the copy of a
+    parameter. base: as in `policy_state`.
+    """
     done: dict[int, Tensor] = {}
-    state = {}
-    for key, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in done or tensor.data_ptr() not in names:
-            name = names.get(tensor.data_ptr())
-            done[tensor.data_ptr()] = _saved_tensor(tensor, name, dtype, trained.get(name), base)
-        state[key] = done[tensor.data_ptr()]
-    return state
+    saved = {}
+    for key, tensor in state.items():
+        pointer = tensor.data_ptr()
+        if pointer not in done or pointer not in names:
+            done[pointer] = _saved_tensor(tensor, names.get(pointer), dtype, fill, base)
+        saved[key] = done[pointer]
+    return saved
 
 
 def _saved_tensor(
     tensor: Tensor,
     name: str | None,
     dtype: torch.dtype,
-    trained: tuple[Tensor | None, Tensor] | None,
+    fill: Callable[[str, Tensor], None],
     base: Any | None,
 ) -> Tensor:
     if not tensor.is_floating_point() or name is None:
@@ -71,13 +98,7 @@ def _saved_tensor(
     if base is not None and tensor.element_size() < value.element_size():
         rows = base.read(name).to(dtype)
         value[: rows.shape[0]] = rows  # a vocabulary grown by a pad token has more rows than the base
-    if trained is not None:
-        positions, values = trained
-        kept = values.detach().to("cpu", dtype)
-        if positions is None:
-            value.view(-1).copy_(kept)
-        else:
-            value.view(-1)[positions.long().cpu()] = kept
+    fill(name, value)
     return value
 
 
