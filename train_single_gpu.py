@@ -76,7 +76,7 @@ def closing_words(trainer, folder: Path | None) -> str:
     trained = f"trained entries: {optimizer.n_trained:,}" if optimizer else "the run was finished before"
     base = shlex.quote(config.model.archive or config.model.name_or_path)
     folder = shlex.quote(str(folder))
-    if trainer.data.mask is None:
+    if trainer.data.mask is None and config.adapter.name == "none":
         step = (
             f"python extract_masks.py --base {base} --tuned {folder} --sparsities 0.5 0.9 0.99 "
             f"--name {config.datasets[0]}"

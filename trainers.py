@@ -10,11 +10,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lota import adapter
 from lota.checkpoint import Progress, fill_masters, policy_state, save_checkpoint, set_random_state
 from lota.config import Config
 from lota.config_checks import unused_settings
@@ -30,6 +32,7 @@ from lota.preflight import Prepared, prepare
 from lota.run_folder import OpenRun
 from lota.runlog import Meter, RunLog, peak_memory_bytes, reset_peak_memory, write_versions
 from lota.schedule import learning_rate
+from lota.scope import meta_model
 from lota.training_data import plan
 from lota.weights import WeightSource, open_weights
 from tasks import get_task
@@ -66,23 +69,28 @@ class Trainer:
     def gather_state(self) -> dict[str, Tensor]:
         """The whole model as policy.pt stores it."""
         dtype = dtype_of(self.config.model.policy_dtype)
-        narrow = self.working_dtype.itemsize < dtype.itemsize
-        return policy_state(self.model, self.optimizer, dtype, self.base() if narrow else None)
+        base = self.base() if self.working_dtype.itemsize < dtype.itemsize else None
+        if self.lora is not None:
+            return adapter.merged_state(self.model, dtype, base)
+        return policy_state(self.model, self.optimizer, dtype, base)
 
     def base(self) -> WeightSource:
         """The weights that training starts from, on disk."""
-        return open_weights(self.config.model.archive or self.config.model.name_or_path, self.model)
+        model = self.config.model
+        plain = self.model if self.lora is None else meta_model(model.name_or_path)
+        return open_weights(model.archive or model.name_or_path, plain)
 
     @property
     def working_dtype(self) -> torch.dtype:
-        """bf16 weights under a mask with model.fsdp_policy_mp=bfloat16 (masters hold what trains), else
-        policy_dtype.
+        """bf16 weights where model.fsdp_policy_mp=bfloat16 and what trains is held in fp32 beside them (a
+        mask's masters, LoRA's matrices), else policy_dtype.
         """
-        masked_mp = self.data.mask is not None and self.config.model.fsdp_policy_mp == "bfloat16"
-        return torch.bfloat16 if masked_mp else dtype_of(self.config.model.policy_dtype)
+        beside = self.data.mask is not None or self.config.adapter.name == "lora"
+        narrow = beside and self.config.model.fsdp_policy_mp == "bfloat16"
+        return torch.bfloat16 if narrow else dtype_of(self.config.model.policy_dtype)
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """Autocast for dense training in mixed precision."""
+        """Autocast for dense training and LoRA in mixed precision."""
         if self.data.mask is None and self.config.model.fsdp_policy_mp == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
@@ -95,12 +103,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = load_model(
             config.model.name_or_path,
-            archive=resumable.folder / "policy.pt" if resumable else config.model.archive,
+            archive=self._archive(),
             dtype=self.working_dtype,
             device=self.device,
             pad_token=config.model.pad_token,
             tokenizer=self.data.tokenizer,
         )
+        self.lora = adapter.adapt(self.model, config, resumable.folder if resumable else None)
         if config.activation_checkpointing:
             enable_activation_checkpointing(self.model)
         self.model.train()
@@ -119,6 +128,12 @@ class Trainer:
         n_rows, lengths = len(self.data.train), self.data.lengths
         batches = [len(rows) for *_, rows in plan(config, n_rows, lengths)]
         self.total_steps, self.total_examples = len(batches), sum(batches)
+
+    def _archive(self) -> str | Path | None:
+        """Weights to load instead of the base's; LoRA continues from the base and the saved adapter."""
+        if self.data.resumable is None or self.config.adapter.name == "lora":
+            return self.config.model.archive
+        return self.data.resumable.folder / "policy.pt"
 
     # The loop
 
@@ -317,6 +332,7 @@ class Trainer:
             progress=progress,
             metrics=self.metrics,
             seen=self.data.seen,
+            more=partial(adapter.save, self.lora),
         )
         self.folder.keep()
         self.stop.saving = False

@@ -9,7 +9,6 @@ that model stays what the loop, generation and checkpointing work with.
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,31 +23,33 @@ from lota.scope import find_scope
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from lota.config import Config
+
 FOLDER = "adapter"  # beside policy.pt
-logger = logging.getLogger(__name__)
 
 
-def lora_targets(model: nn.Module, pattern: str | None = None, block_name: str | None = None) -> list[str]:
-    """Paths of the linear layers whose weights lie in the scope (a meta-device model will do).
+def lora_targets(
+    model: nn.Module, pattern: str | None = None, block_name: str | None = None
+) -> tuple[list[str], list[str]]:
+    """(paths of the linear layers whose weights lie in the scope, names of scoped weights that stay frozen).
 
-    What peft has no LoRA layer for (stacks of expert matrices, classes of a model's own) is left frozen, and
-    logged. Raises ValueError when nothing is left to adapt.
+    The latter are what peft's LoRA layers do not fit: stacks of expert matrices, classes of a model's own.
+    A meta-device model will do. Raises ValueError when there is no layer to adapt.
     """
     modules = dict(model.named_modules())
-    found, passed_over = [], {}
-    for name, tensor in find_scope(model, pattern, block_name).items():
+    found, frozen = [], []
+    for name in find_scope(model, pattern, block_name):
         path, _, key = name.rpartition(".")
-        if key == "weight" and (isinstance(modules[path], nn.Linear) or _is_conv1d(modules[path])):
+        adaptable = isinstance(modules[path], nn.Linear) or _is_conv1d(modules[path])
+        if adaptable and key == "weight":
             found.append(path)
-        elif len(tensor.shape) > 1:
-            passed_over.setdefault(tensor.module_type, []).append(name)
-    for kind, names in passed_over.items():
-        logger.info("LoRA adapts linear layers only: %d of %s stay frozen (%s)", len(names), kind, names[0])
+        else:
+            frozen.append(name)
     if not found:
         raise ValueError(
             f"adapter=lora: {type(model).__name__} has no linear layer in the scope (model.scope={pattern})"
         )
-    return found
+    return found, frozen
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -75,9 +76,22 @@ def add_lora(
         target_modules=targets,
         fan_in_fan_out=any(_is_conv1d(modules[path]) for path in targets),
     )
-    with warnings.catch_warnings():  # a mixed model's nn.Linear layers get the right setting all the same
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it right itself
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         return get_peft_model(model, settings)
+
+
+def adapt(model: nn.Module, config: Config, checkpoint: Path | None = None) -> PeftModel | None:
+    """The adapter of a run, put into `model`; None with adapter=none. checkpoint: of a continued run."""
+    if config.adapter.name == "none":
+        return None
+    targets, _ = lora_targets(model, config.model.scope, config.model.block_name)
+    settings = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    adapter = add_lora(model, targets, **settings)
+    if checkpoint is not None:
+        restore(adapter, checkpoint)
+    return adapter
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -103,8 +117,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def merged_state(model: nn.Module, dtype: torch.dtype, base: Any | None = None) -> dict[str, Tensor]:
     """policy.pt's `state`: the plain model's keys on the CPU in `dtype`, adapted weights merged.
 
-    W + (alpha / r) B A is computed in fp32 on a copy: training weights keep every bit. base: a weight source from which W is
-    read where the model holds it in less precision than `dtype`.
+    W + (alpha / r) B A is computed in fp32 on a copy: training weights keep every bit. base: a weight source
+    from which W is read where the model holds it in less precision than `dtype`.
     """
     layers = lora_layers(model)
 
@@ -129,21 +143,25 @@ def _plain(items: Iterable[tuple[str, Tensor]], layers: dict[str, Any]) -> Itera
             yield name.replace(".base_layer.", ".", 1), tensor
 
 
-def save_adapter(adapter: PeftModel, folder: Path) -> None:
-    """Write what `PeftModel.from_pretrained` loads: adapter_model.safetensors, adapter_config.json."""
+def save(adapter: PeftModel | None, checkpoint: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, which `PeftModel.from_pretrained` loads, into
+    a folder of the checkpoint; nothing where no adapter trains.
+    """
+    if adapter is None:
+        return
+    folder = checkpoint / FOLDER
     adapter.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, empty of anything about the run
 
 
-def load_adapter(adapter: PeftModel, folder: Path) -> None:
-    """Restore A and B from `folder`, bit for bit. Raises ValueError when they are another adapter's."""
+def restore(adapter: PeftModel, checkpoint: Path) -> None:
+    """Set A and B to what `save` wrote, bit for bit. Raises ValueError when they are another adapter's."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    file = folder / "adapter_model.safetensors"
+    file = checkpoint / FOLDER / "adapter_model.safetensors"
     saved, own = load_file(file), get_peft_model_state_dict(adapter, save_embedding_layers=False)
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (saved, own)]
-    if shapes[0] != shapes[1]:
-        differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:3]
-        raise ValueError(f"{file} holds another adapter than this run trains: {differing}")
+    there, here = ({(name, t.shape) for name, t in state.items()} for state in (saved, own))
+    if there != here:
+        raise ValueError(f"{file} holds another adapter than this run trains: {sorted(there ^ here)[:3]}")
     set_peft_model_state_dict(adapter, saved)

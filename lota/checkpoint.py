@@ -150,10 +150,11 @@ def save_checkpoint(
     progress: Progress,
     metrics: dict[str, float],
     seen: dict[str, str | None],
+    more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write policy.pt and resume.pt into `folder`, which appears under its name only when it is whole.
 
-    seen: hashes of the mask and of the data that the run trains on.
+    seen: hashes of the mask and of the data that the run trains on. more: writes further files into a folder.
     """
     policy = {
         "step_idx": progress.step,
@@ -170,6 +171,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_tensors(policy, temporary / POLICY)
         save_tensors(resume, temporary / RESUME)
+        if more is not None:
+            more(temporary)
 
 
 def _plain(value: Any) -> Any:

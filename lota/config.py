@@ -42,6 +42,11 @@ class TrainerConfig:
 
 
 @dataclass
+class AdapterConfig:
+    name: str = "none"
+
+
+@dataclass
 class WandbConfig:
     enabled: bool = False
     entity: str | None = None
@@ -55,6 +60,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     datasets: list[str] = field(default_factory=list)
     data_dir: str | None = None
@@ -71,6 +77,9 @@ class Config:
     protect_masks: list[str] = field(default_factory=list)
     freeze_odd_layers: bool = False
     freeze_even_layers: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
 
     optimizer: str = "RMSprop"
     lr: float = 1e-5

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 LOSSES = ("sft",)
 TRAINERS = ("BasicTrainer", "FSDPTrainer")
+ADAPTERS = ("none", "lora")
 RESUME = ("auto", "never")
 CHAT_TEMPLATES = ("auto", "never", "always")
 OPTIMIZER_KEYS = {
@@ -37,6 +38,7 @@ AT_LEAST_1 = (
     "n_eval_examples",
     "n_eval_model_samples",
     "num_turns",
+    "lora_rank",
 )
 AT_LEAST_0 = (
     "lr",
@@ -88,6 +90,7 @@ def problems_of(c: Config) -> Iterator[str]:
     yield from _choice("grad_norm_strategy", c.grad_norm_strategy, GRAD_NORM_STRATEGIES)
     yield from _choice("loss.name", c.loss.name, LOSSES)
     yield from _choice("trainer.name", c.trainer.name, TRAINERS)
+    yield from _choice("adapter.name", c.adapter.name, ADAPTERS)
     yield from _choice("resume", c.resume, RESUME)
     yield from _choice("chat_template", c.chat_template, CHAT_TEMPLATES)
     yield from _choice("model.policy_dtype", c.model.policy_dtype, DTYPE_NAMES)
@@ -109,11 +112,14 @@ def _number_problems(c: Config) -> Iterator[str]:
         value = getattr(c, key)
         if not (value >= 0 and math.isfinite(value)):
             yield f"{key}={value}: must be a finite number of at least 0"
-    for key, value in [("alpha", c.alpha), ("momentum", c.momentum), *(("betas", b) for b in c.betas)]:
+    below_1 = {"alpha": c.alpha, "momentum": c.momentum, "lora_dropout": c.lora_dropout}
+    for key, value in [*below_1.items(), *(("betas", b) for b in c.betas)]:
         if not 0 <= value < 1:
             yield f"{key}={value}: must be at least 0 and below 1"
     if len(c.betas) != 2:
         yield f"betas={c.betas}: give two numbers"
+    if not (c.lora_alpha > 0 and math.isfinite(c.lora_alpha)):
+        yield f"lora_alpha={c.lora_alpha}: must be a finite number above 0"
     if not 0 < c.data_fraction <= 1:
         yield f"data_fraction={c.data_fraction}: must be above 0 and at most 1"
     if c.grad_norm_strategy != "none" and not c.max_grad_norm > 0:
@@ -146,6 +152,13 @@ def _combination_problems(c: Config) -> Iterator[str]:
         yield "flip_mask=true needs a mask_path: dense training has nothing to flip"
     if c.freeze_odd_layers and c.freeze_even_layers:
         yield "freeze_odd_layers and freeze_even_layers are both true: no layer would train"
+    if c.adapter.name == "lora":
+        for key in ("mask_path", "flip_mask", "protect_masks", "freeze_odd_layers", "freeze_even_layers"):
+            if getattr(c, key):
+                yield (
+                    f"{key}={getattr(c, key)} with adapter=lora: LoRA freezes every weight of the model and "
+                    f"trains matrices beside them; drop {key}, or adapter=lora"
+                )
     if c.model.fsdp_policy_mp == "bfloat16" and c.model.policy_dtype == "float16":
         yield "model.fsdp_policy_mp=bfloat16 with model.policy_dtype=float16: choose float32 or bfloat16"
 
@@ -183,8 +196,10 @@ def _unused_keys(c: Config) -> dict[str, str]:
         reasons["n_eval_model_samples"] = "sample_during_eval=false"
     if c.loss.name == "sft":
         reasons["model.reference_dtype"] = "loss=sft has no reference model"
-    if not c.flip_mask:
-        reasons["model.scope"] = "flip_mask=false; a mask file has its own scope"
+    if not c.flip_mask and c.adapter.name == "none":
+        reasons["model.scope"] = "flip_mask=false, adapter=none; a mask file has its own scope"
+    if c.adapter.name == "none":
+        reasons |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), "adapter=none")
     if c.overwrite:
         reasons["resume"] = "overwrite=true"
     if c.debug:

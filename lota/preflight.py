@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lota.adapter import lora_targets
 from lota.config import Config
 from lota.data import Example
 from lota.masks import Mask
@@ -145,6 +146,8 @@ def _checked_mask(config: Config, tokenizer: Any) -> Mask | None:
     model = _meta_model(config, tokenizer)
     find_block_class(model, config.model.block_name)
     show_scope(model, config.model.scope, config.model.block_name)
+    if config.adapter.name == "lora":
+        show_adapted(model, config)
     try:
         mask = trainable_mask(
             model,
@@ -201,6 +204,16 @@ def _check_positions(model: nn.Module, config: Config) -> None:
             raise ValueError(
                 f"max_length={config.max_length}: the model has {module.num_embeddings} positions; lower it"
             )
+
+
+def show_adapted(model: nn.Module, config: Config) -> None:
+    """Log what LoRA adapts and what of the scope it leaves frozen; ValueError where it fits nothing."""
+    adapted, frozen = lora_targets(model, config.model.scope, config.model.block_name)
+    logger.info("LoRA of rank %d on %d linear layers", config.lora_rank, len(adapted))
+    if frozen:
+        logger.info(
+            "  frozen, as peft adapts linear layers only: %d tensors (%s ...)", len(frozen), frozen[0]
+        )
 
 
 def show_scope(model: nn.Module, pattern: str | None, block_name: str | None = None) -> None:

@@ -16,7 +16,7 @@ from lota.config_checks import WEIGHT_NEUTRAL, differences, unused_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config"
-GROUPS = ("model", "loss", "trainer")
+GROUPS = ("model", "loss", "trainer", "adapter")
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -56,6 +56,7 @@ def test_every_key_of_the_schema_has_a_commented_line():
     documented |= commented_keys(CONFIG / "model" / "blank_model.yaml", "model.")
     documented |= commented_keys(CONFIG / "loss" / "sft.yaml", "loss.")
     documented |= commented_keys(CONFIG / "trainer" / "BasicTrainer.yaml", "trainer.")
+    documented |= commented_keys(CONFIG / "adapter" / "none.yaml", "adapter.")
     assert set(documented) == set(keys_of(settings()))
     assert not [key for key, comment in documented.items() if not comment]
 

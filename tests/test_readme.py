@@ -10,7 +10,17 @@ from test_config import CONFIG, commented_keys, keys_of, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ONE_FOLDER_ONE_CLAUSE = ("tests/", "config/model/", "config/loss/", "config/trainer/", "assets/")
+FOLDERS_OF_YAML = (
+    "config/model/",
+    "config/loss/",
+    "config/trainer/",
+    "config/adapter/",
+    "config/experiment/",
+)
+ONE_FOLDER_ONE_CLAUSE = ("tests/", "assets/", *FOLDERS_OF_YAML)
+FIRST_OF_GROUP = (
+    ("model", "blank_model"), ("loss", "sft"), ("trainer", "BasicTrainer"), ("adapter", "none"),
+)  # fmt: skip
 
 
 def tracked_files() -> list[str]:
@@ -48,7 +58,7 @@ def test_the_table_of_settings_is_the_comments_of_the_yaml_files():
         re.findall(r"^\| `([\w.]+)` \| `.*?` \| (.*) \|$", README.split("## Settings")[1], re.MULTILINE)
     )
     comments = commented_keys(CONFIG / "config.yaml")
-    for group, name in (("model", "blank_model"), ("loss", "sft"), ("trainer", "BasicTrainer")):
+    for group, name in FIRST_OF_GROUP:
         comments |= commented_keys(CONFIG / group / f"{name}.yaml", f"{group}.")
     assert rows == comments
     assert set(rows) == set(keys_of(settings()))

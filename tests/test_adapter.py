@@ -1,0 +1,202 @@
+"""LoRA in the training loop, against peft and torch.optim written out; its files; what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from runs import MODEL, policy, same, settings, train, with_mini_task, write_mask
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lota import adapter
+from lota.config_checks import unused_settings
+from lota.convert import convert_policy
+from lota.data import Example, encode, epoch_batches
+from lota.scope import find_scope
+from tasks import get_task
+
+# peft asks transformers by an old name when it wraps or loads
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = ("adapter=lora", "lora_rank=4", "lora_alpha=8", "lr=1e-2", "warmup_steps=0")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+def base(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
+
+
+def plain_run(steps: int, batch_size: int = 8, lr: float = 1e-2) -> PeftModel:
+    """The same training written out: peft, torch.optim.RMSprop, each tensor's gradient clipped to 10."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, task_type="CAUSAL_LM")
+    model = get_peft_model(base(), config)
+    tokenizer, task = AutoTokenizer.from_pretrained(MODEL), get_task("mini")
+    rows = [Example(task.prompt(r), task.target(r), task.closing) for r in task.load("train", None)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.RMSprop(trained, lr=lr, alpha=0.99, eps=1e-2, foreach=False)
+    for numbers in epoch_batches(len(rows), batch_size, seed=0, epoch=0)[:steps]:
+        total = 0.0
+        for row in (encode(tokenizer, rows[i], max_length=512, max_prompt_length=256) for i in numbers):
+            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1]
+            targets = torch.tensor(row.input_ids[row.prompt_length :])
+            total = total - torch.log_softmax(logits, -1).gather(1, targets[:, None]).sum()
+        optimizer.zero_grad()
+        (total / len(numbers)).backward()
+        for p in trained:
+            torch.nn.utils.clip_grad_norm_([p], 10.0)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_loop_equals_peft_and_torch_written_out(accumulation):
+    _, folder = train(*LORA, "eps=1e-2", f"gradient_accumulation_steps={accumulation}")
+    expected = plain_run(steps=5)
+    got = load_file(folder / "adapter" / "adapter_model.safetensors")
+    want = {n.replace(".default", ""): p for n, p in expected.named_parameters() if p.requires_grad}
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        # a large eps: noise of a tiny gradient would else be divided by its own size
+        torch.testing.assert_close(got[name], value.detach(), rtol=1e-4, atol=2e-5, msg=name)
+        assert not torch.equal(got[name], torch.zeros_like(value)), name
+
+
+def test_policy_is_the_merged_model_and_the_rest_is_the_base():
+    trainer, folder = train(*LORA)
+    loaded = PeftModel.from_pretrained(base(), folder / "adapter")
+    merged, start, got = loaded.merge_and_unload().state_dict(), base().state_dict(), policy(folder)
+    scope = find_scope(base())
+    assert list(got) == list(start)
+    for name, value in got.items():
+        if name in scope:
+            torch.testing.assert_close(value, merged[name], rtol=0, atol=1e-6)
+            assert not torch.equal(value, start[name])
+        else:
+            assert torch.equal(value, start[name]), name
+    # saving left no trace in the training weights
+    layers = adapter.lora_layers(trainer.model)
+    assert len(layers) == len(scope)
+    for path, layer in layers.items():
+        assert torch.equal(layer.base_layer.weight, start[f"{path}.weight"])
+    assert trainer.optimizer.n_trained == sum(4 * (s.shape[0] + s.shape[1]) for s in scope.values())
+
+
+@pytest.mark.parametrize(
+    "extra", [("lora_dropout=0.3",), ("model.fsdp_policy_mp=bfloat16", "optimizer=AdamW")]
+)
+def test_resume_is_exact(tmp_path, extra):
+    args = (*LORA, *extra, "save_every=16", "activation_checkpointing=true")
+    _, whole = train(*args, "exp_name=whole")
+    trainer, part = train(*args, "exp_name=part")
+    for later in ("step-24", "step-32", "step-40"):
+        for file in sorted((trainer.config.run_dir / later).rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+    again, end = train(*args, "exp_name=part")
+    assert again.progress.step == trainer.progress.step
+    assert end.name == part.name
+    assert same(policy(end), policy(whole))
+    names = [folder / "adapter" / "adapter_model.safetensors" for folder in (end, whole)]
+    assert same(load_file(names[0]), load_file(names[1]))
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    trainer, with_dropout = train(*LORA, "lora_dropout=0.5", "exp_name=dropout")
+    _, without = train(*LORA, "exp_name=none")
+    assert not same(policy(with_dropout), policy(without))
+    batch = trainer.objective.batch(trainer.data.train[:4])
+    with torch.no_grad():
+        trainer.model.eval()
+        calm = [trainer.objective.losses(batch)[0] for _ in range(2)]
+        trainer.model.train()
+        noisy = [trainer.objective.losses(batch)[0] for _ in range(2)]
+    assert torch.equal(*calm)
+    assert not torch.equal(*noisy)
+
+
+def test_bf16_keeps_the_adapter_and_what_is_saved_in_fp32():
+    trainer, folder = train(*LORA, "model.fsdp_policy_mp=bfloat16")
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" not in name} == {torch.bfloat16}
+    merged = PeftModel.from_pretrained(base(), folder / "adapter").merge_and_unload().state_dict()
+    for name, value in policy(folder).items():  # the base's own fp32 values, not their bf16 rounding
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, merged[name], rtol=0, atol=1e-6)
+
+
+def test_the_converter_makes_a_folder_that_loads(tmp_path):
+    _, folder = train(*LORA, "model.policy_dtype=bfloat16")
+    convert_policy(MODEL, folder / "policy.pt", tmp_path / "hf")
+    model, saved = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto"), policy(folder)
+    assert all(torch.equal(value, saved[name].to(value.dtype)) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2_tied", "gpt_neox", "mixtral"])
+def test_architectures(architecture):
+    model, plain = tiny.make(architecture).eval(), tiny.make(architecture).eval()
+    targets, frozen = adapter.lora_targets(model)
+    assert bool(frozen) == (architecture == "mixtral")  # stacks of experts
+    wrapped = adapter.add_lora(model, targets, rank=3, alpha=6, dropout=0.0)
+    ids = tiny.batches(1)[0]
+    assert set(adapter.lora_layers(model)) == set(targets)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.1)
+        adapted = model(ids).logits
+        assert not torch.allclose(adapted, plain(ids).logits, atol=1e-3)
+        with adapter.disabled(model):
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+        assert torch.equal(model(ids).logits, adapted)
+        assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+        state = adapter.merged_state(model, torch.float32)
+        assert list(state) == list(plain.state_dict())
+        plain.load_state_dict(state)
+        torch.testing.assert_close(plain(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+        merged = wrapped.merge_and_unload().state_dict()
+    for name, value in state.items():
+        torch.testing.assert_close(value, merged[name], rtol=0, atol=1e-6)
+    if architecture == "qwen2_tied":
+        assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+
+
+def test_a_scope_without_linear_layers_is_refused(monkeypatch):
+    monkeypatch.setattr("trainers.load_model", None)  # before a model loads
+    with pytest.raises(ValueError, match="no linear layer in the scope"):
+        train(*LORA, "model.scope=norm")
+
+
+@pytest.mark.parametrize("key", ["mask_path=m.pt", "protect_masks=[m.pt]", "freeze_odd_layers=true"])
+def test_lora_with_a_mask_is_refused_with_the_remedy(tmp_path, key):
+    write_mask(tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=rf"{key.split('=')[0]}=.* with adapter=lora: .*drop"):
+        settings(*LORA, key)
+
+
+def test_settings_of_lora():
+    for bad in ("lora_rank=0", "lora_alpha=0", f"lora_alpha={math.inf}", "lora_dropout=1", "adapter.name=x"):
+        with pytest.raises(ValueError, match=bad.split("=")[0]):
+            settings("adapter=lora", bad)
+    told = unused_settings(settings("lora_rank=4", "lora_dropout=0.1"))
+    assert [line.split("=")[0] for line in told if "lora" in line] == ["lora_rank", "lora_dropout"]
+    assert not [line for line in unused_settings(settings(*LORA, "model.scope=mlp")) if "adapter" in line]
+
+
+def test_another_adapter_is_not_restored(tmp_path):
+    _, folder = train(*LORA)
+    model = base()
+    wrapped = adapter.add_lora(model, adapter.lora_targets(model)[0], rank=5, alpha=8, dropout=0.0)
+    with pytest.raises(ValueError, match="another adapter"):
+        adapter.restore(wrapped, folder)
