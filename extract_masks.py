@@ -16,7 +16,9 @@ from tqdm import tqdm
 from lota.atomic import write_json
 from lota.masks import Mask
 from lota.pairing import Pair, open_pair
-from lota.selection import SCORES, Rule, check_sparsities, select
+from lota.scores import SCORES
+from lota.selection import PER, Rule, check_sparsities, select
+from lota.units import GRANULARITIES
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,9 +32,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", required=True, help="folder under --out, usually the task")
     add("--out", default="masks", help="where mask folders stand (default: masks)")
     add("--scope", help="regular expression over parameter names (default: attention and MLP weights)")
-    add("--per", choices=["global", "tensor"], default="global", help="one threshold, or one per tensor")
+    add("--per", choices=PER, default="global", help="one threshold, or one per tensor or layer")
+    add(
+        "--granularity",
+        choices=GRANULARITIES,
+        default="element",
+        help="keep single entries, or whole rows (output neurons) or columns (input neurons)",
+    )
     add("--smallest", action="store_true", help="keep the smallest nonzero scores instead of the largest")
-    add("--score", choices=list(SCORES), default="task_vector", help="what rates an entry")
+    add("--score", default="task_vector", help=f"what rates an entry: {', '.join(SCORES)}")
     add("--seed", type=int, default=0, help="of --score random")
     add("--format", choices=["packed", "dense"], default="packed", help="dense: name -> bool, True = frozen")
     add("--protect", nargs="*", default=[], metavar="MASK", help="masks whose kept entries are left alone")
@@ -59,7 +67,9 @@ def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]
     for typed in dict.fromkeys(args.sparsities):
         mask = masks[float(typed)]
         threshold = mask.meta["threshold"]
-        shown = f"{threshold:.4g}" if isinstance(threshold, float) else "per tensor" if threshold else "-"
+        shown = (
+            f"{threshold:.4g}" if isinstance(threshold, float) else f"per {args.per}" if threshold else "-"
+        )
         short = f"  ({mask.meta['shortfall']:,} fewer than asked for)" if mask.meta["shortfall"] else ""
         print(
             f"{typed:>9} {mask.n_kept:>15,} {mask.n_total:>15,} {shown:>12}  {folder}/{typed}_mask.pt{short}"
@@ -77,7 +87,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sparsities = check_sparsities(args.sparsities)
         rule = Rule(
-            args.score, args.per, args.smallest, args.seed, [Mask.load(path) for path in args.protect]
+            args.score,
+            args.per,
+            args.smallest,
+            args.seed,
+            [Mask.load(path) for path in args.protect],
+            args.granularity,
         )
         needs = SCORES[args.score].needs
         pair = open_pair(args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)

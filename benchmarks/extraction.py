@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not insta
 from lota import streaming  # noqa: E402
 from lota.masks import kept_count  # noqa: E402
 from lota.pairing import Pair, open_pair  # noqa: E402
-from lota.selection import Rule, as_float32, select  # noqa: E402
+from lota.scores import as_float32  # noqa: E402
+from lota.selection import Rule, select  # noqa: E402
 
 SPARSITIES = [0.5, 0.9, 0.99]
 

@@ -16,6 +16,7 @@ _HOMES = {
     "MaskedRMSprop": "lota.optim",
     "MaskedSGD": "lota.optim",
     "apply_mask_in_backward": "lota.fused",
+    "collect_gradients": "lota.gradient_scores",
     "extract": "lota.selection",
     "find_scope": "lota.scope",
     "fuse_in_backward": "lota.fused",

@@ -21,19 +21,25 @@ SHOWN = 4  # differences of each kind
 
 @dataclass
 class Pair:
-    """sources: `base`, and `tuned` where the score reads it. shapes: every parameter of the base."""
+    """sources: `base`, and `tuned` and `collected` (gradients) where the score reads them. shapes: every
+    parameter of the base.
+    """
 
-    sources: dict[str, WeightSource]
+    sources: dict[str, Any]  # WeightSource, or lota.gradient_scores.Collected
     scope: dict[str, ScopedTensor]
     shapes: dict[str, tuple[int, ...]]
     pattern: str | None
 
+    def layer_label(self, name: str) -> str:
+        """Index of a parameter's layer as text, or "outside" of the blocks."""
+        layer = self.scope[name].layer
+        return "outside" if layer is None else str(layer)
+
     def by_layer(self, mask: Mask) -> dict[str, dict[str, int]]:
         """Layer index, or "outside" of the blocks -> kept entries and all entries."""
         layers: dict[str, dict[str, int]] = {}
-        for name, tensor in self.scope.items():
-            label = "outside" if tensor.layer is None else str(tensor.layer)
-            row = layers.setdefault(label, {"kept": 0, "entries": 0})
+        for name in self.scope:
+            row = layers.setdefault(self.layer_label(name), {"kept": 0, "entries": 0})
             row["kept"] += mask.kept(name)
             row["entries"] += mask.numel(name)
         return layers

@@ -7,10 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,14 +18,13 @@ from lota.adapter import lora_targets
 from lota.config import Config
 from lota.data import Example
 from lota.masks import Mask
-from lota.models import add_pad_token, find_block_class, load_tokenizer
-from lota.policy_file import is_policy
+from lota.models import find_block_class
 from lota.prompting import Prompter
 from lota.run_folder import Resumable, find_resumable, refuse_other
-from lota.scope import find_scope, meta_model
+from lota.run_model import run_structure, run_tokenizer
+from lota.scope import find_scope
 from lota.trainable import fingerprint, mask_or_dense, trainable_mask
-from lota.training_data import encoder, load_examples, load_held_out, plan
-from lota.weights import open_weights
+from lota.training_data import encoder, load_examples, load_held_out, plan, with_options
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -64,8 +61,8 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
             return None
 
     resumable = attempt(find_resumable, config)
-    tasks = [attempt(_with_options, find_task, name, config) for name in config.datasets]
-    tokenizer = attempt(_tokenizer, config)
+    tasks = [attempt(with_options, find_task, name, config) for name in config.datasets]
+    tokenizer = attempt(run_tokenizer, config)
     mask = attempt(_checked_mask, config, tokenizer) if tokenizer is not None else None
     data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
     if problems or data is None:
@@ -83,25 +80,6 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
     )
-
-
-def _with_options(find_task: Callable[[str], Any], name: str, config: Config) -> Any:
-    """The task, with the settings of its own that the run gives; one that it does not have is told."""
-    task = find_task(name)
-    given = {key: getattr(config, key) for key in ("num_turns", "prefs_path")}
-    for key, value in given.items():
-        if key not in task.options and value != Config.__dataclass_fields__[key].default:
-            logger.info("not used here: %s=%s (task %s)", key, value, name)
-    return task.with_options(**{key: value for key, value in given.items() if key in task.options})
-
-
-def _tokenizer(config: Config) -> Any:
-    tokenizer = load_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path)
-    if config.model.pad_token is not None:
-        add_pad_token(tokenizer, config.model.pad_token)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {config.model.name_or_path} has no end-of-sequence token")
-    return tokenizer
 
 
 def _examples(config: Config, tasks: Sequence[Any], tokenizer: Any) -> tuple[list[Example], list[Example]]:
@@ -143,7 +121,7 @@ def _checked_mask(config: Config, tokenizer: Any) -> Mask | None:
         raise ValueError(
             f"flip_mask=true with mask_path={config.mask_path}: dense training has nothing to flip"
         )
-    model = _meta_model(config, tokenizer)
+    model = run_structure(config, tokenizer)
     find_block_class(model, config.model.block_name)
     show_scope(model, config.model.scope, config.model.block_name)
     if config.adapter.name == "lora":
@@ -165,45 +143,6 @@ def _checked_mask(config: Config, tokenizer: Any) -> Mask | None:
         raise ValueError(
             f"mask_path={config.mask_path}, protect_masks={config.protect_masks}: {error}"
         ) from error
-
-
-def _meta_model(config: Config, tokenizer: Any) -> nn.Module:
-    """Names and shapes of the model that will train, its vocabulary as large as it will be."""
-    archive = config.model.archive
-    if archive is not None and not Path(archive).expanduser().exists():
-        raise ValueError(f"model.archive={archive} does not exist: give a Hugging Face folder or a policy.pt")
-    from_policy = archive is not None and is_policy(archive)
-    try:
-        model = meta_model(config.model.name_or_path if archive is None or from_policy else archive)
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"model.name_or_path={config.model.name_or_path}: no model there: {error}"
-        ) from error
-    _check_positions(model, config)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if from_policy:
-        rows = _policy_rows(model, archive)
-    if config.model.pad_token is not None:
-        rows = max(rows, len(tokenizer))
-    if rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return model
-
-
-def _policy_rows(model: nn.Module, archive: str) -> int:
-    """Rows of the token embedding in a policy.pt."""
-    name = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
-    return open_weights(archive, model).shape(name)[0]
-
-
-def _check_positions(model: nn.Module, config: Config) -> None:
-    """Raise ValueError when a model with a table of positions has fewer of them than max_length."""
-    for name, module in model.named_modules():
-        table = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-        if table and re.search(r"wpe|position", name) and module.num_embeddings < config.max_length:
-            raise ValueError(
-                f"max_length={config.max_length}: the model has {module.num_embeddings} positions; lower it"
-            )
 
 
 def show_adapted(model: nn.Module, config: Config) -> None:

@@ -22,12 +22,15 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 
 @dataclass(frozen=True)
 class ScopedTensor:
-    """A parameter of the scope. layer: index of its block, None outside; role: attention, mlp or other."""
+    """A parameter of the scope. layer: index of its block, None outside; role: attention, mlp or other;
+    transposed: matrices are stored (in, out) instead of (out, in).
+    """
 
     shape: tuple[int, ...]
     role: str
     layer: int | None
     module_type: str
+    transposed: bool = False
 
 
 def meta_model(name_or_path: str | Path, trust_remote_code: bool = False) -> nn.Module:
@@ -91,7 +94,9 @@ def find_scope(
         role = _role(name, parameter, block, modules, model)
         if (role != "other") if regex is None else regex.search(name):
             owner = modules[name.rpartition(".")[0]]
-            scope[name] = ScopedTensor(tuple(parameter.shape), role, layers.get(block), type(owner).__name__)
+            scope[name] = ScopedTensor(
+                tuple(parameter.shape), role, layers.get(block), type(owner).__name__, _is_transposed(owner)
+            )
     if not scope:
         raise ValueError(f"scope={pattern!r} matches no parameter of {type(model).__name__}")
     return scope
@@ -116,6 +121,22 @@ def _is_matrix(owner: nn.Module, parameter: torch.Tensor) -> bool:
     if isinstance(owner, nn.Linear) or kind == "Conv1D" or kind.endswith("Linear"):
         return parameter.ndim == 2
     return parameter.ndim == 3 and "expert" in kind.lower()  # (experts, out, in)
+
+
+def _is_transposed(owner: nn.Module) -> bool:
+    """Whether a module stores its matrices as (in, out): GPT-2's Conv1D, the experts of gpt-oss and Llama 4.
+
+    transformers says so of most experts; of the others the shapes tell: gate_up_proj has twice the inner
+    width among its outputs, which are down_proj's inputs.
+    """
+    if type(owner).__name__ == "Conv1D":
+        return True
+    if isinstance(getattr(owner, "is_transposed", None), bool):
+        return owner.is_transposed
+    up, down = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
+    if not (isinstance(up, torch.Tensor) and isinstance(down, torch.Tensor) and up.ndim == down.ndim == 3):
+        return False
+    return up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
 
 
 def _is_router(below: list[str], path: list[nn.Module], model: nn.Module) -> bool:

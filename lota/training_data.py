@@ -45,6 +45,16 @@ def plan(
         epoch, batch = epoch + 1, 0
 
 
+def with_options(find_task: Callable[[str], Any], name: str, config: Config) -> Any:
+    """The task, with the settings of its own that the run gives; one that it does not have is told."""
+    task = find_task(name)
+    given = {key: getattr(config, key) for key in ("num_turns", "prefs_path")}
+    for key, value in given.items():
+        if key not in task.options and value != Config.__dataclass_fields__[key].default:
+            logger.info("not used here: %s=%s (task %s)", key, value, name)
+    return task.with_options(**{key: value for key, value in given.items() if key in task.options})
+
+
 def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Prompter) -> list[Example]:
     """Examples of all tasks, in order, of each a seeded sample of `data_fraction`."""
     examples = []

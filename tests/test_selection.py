@@ -16,7 +16,8 @@ from lota import streaming, topk
 from lota.masks import Mask, kept_count
 from lota.pairing import open_pair
 from lota.scope import find_scope
-from lota.selection import Rule, ScoreStream, select
+from lota.scores import ScoreStream
+from lota.selection import Rule, select
 from lota.weights import content_hash, open_weights
 from tests.test_weights import TINY, save_tiny
 
@@ -288,7 +289,7 @@ def test_pairs_that_do_not_belong_together(tmp_path):
         ({"sparsities": ["many"]}, "'many' is not a number"),
         ({"sparsities": []}, "no sparsity"),
         ({"score": "task_vectr"}, "did you mean task_vector"),
-        ({"per": "layer"}, "global or tensor"),
+        ({"per": "layers"}, "global, tensor, layer .*mean layer"),
         ({"tuned": None}, "--tuned"),
         ({"tuned": "/nowhere/policy.pt"}, "does not exist"),
     ],
@@ -322,7 +323,7 @@ def test_the_files_are_read_at_most_twice(passes, tmp_path, monkeypatch):
 
 def test_random_scores_are_positive_and_uniform(tmp_path):
     base_path, _tuned_path, _, _ = make_pair(tmp_path)
-    stream = ScoreStream(open_pair(base_path, needs=()), Rule("random", seed=7))
+    stream = ScoreStream(open_pair(base_path, needs=()), "random", seed=7)
     name = "model.layers.0.mlp.up_proj.weight"
     whole = stream(streaming.Span(name, 0, 100_003)).view(np.float32)
     assert np.array_equal(stream(streaming.Span(name, 808, 1001)).view(np.float32), whole[808:1001])

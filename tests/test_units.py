@@ -1,0 +1,214 @@
+"""Rows and columns against sums and sorts of dense matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import lota
+from lota import streaming
+from lota.masks import kept_count
+from lota.scope import find_scope
+from lota.units import Units, choose
+from tests.test_selection import make_pair, scores_of
+
+OUTPUT_AXIS = {"Conv1D": 1}  # of a two-dimensional weight as stored
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK", 512)
+
+
+def unit_sums(score: torch.Tensor, output_axis: int, granularity: str) -> torch.Tensor:
+    """Sums over what a row (one output neuron) or column holds, kept as dimensions of size 1."""
+    axes = (score.ndim - 2, score.ndim - 1)
+    outputs = axes[output_axis]
+    inputs = axes[1 - output_axis]
+    return score.double().sum(dim=inputs if granularity == "row" else outputs, keepdim=True)
+
+
+def expected_mask(scores, axis, granularity, k, smallest=False):
+    """A loop over all units in the order of their sums, each taken while it fits."""
+    sums = {name: unit_sums(value, axis[name], granularity) for name, value in scores.items()}
+    ranked = [
+        (total if smallest else -total, position, index, name)
+        for position, (name, value) in enumerate(sums.items())
+        for index, total in enumerate(value.flatten().tolist())
+        if total > 0
+    ]
+    kept = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in sums.items()}
+    left = k
+    for _, _, index, name in sorted(ranked):
+        length = scores[name].numel() // sums[name].numel()
+        if length <= left:
+            kept[name].view(-1)[index] = True
+            left -= length
+    return {name: flags.expand_as(scores[name]) for name, flags in kept.items()}, left
+
+
+def axes_of(model) -> dict[str, int]:
+    modules = dict(model.named_modules())
+    return {n: OUTPUT_AXIS.get(type(modules[n.rpartition(".")[0]]).__name__, 0) for n in find_scope(model)}
+
+
+@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_whole_units_of_every_architecture(kind, granularity, tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, kind)
+    scores, axis = scores_of(base, changed, find_scope(base)), axes_of(base)
+    masks = lota.extract(base_path, tuned_path, [0.5, 0.9], granularity=granularity)
+    for sparsity, mask in masks.items():
+        k = kept_count(sparsity, mask.n_total)
+        expected, left = expected_mask(scores, axis, granularity, k)
+        for name, flags in expected.items():
+            assert torch.equal(mask.dense(name), flags), name
+        assert mask.meta["shortfall"] == left == k - mask.n_kept
+        shortest = min(v.numel() // unit_sums(v, axis[n], granularity).numel() for n, v in scores.items())
+        assert 0 <= left < shortest
+        assert mask.meta["granularity"] == granularity and mask.meta["kept"] == mask.n_kept
+        sums = {n: unit_sums(v, axis[n], granularity).expand_as(v) for n, v in scores.items()}
+        kept = torch.cat([sums[n][mask.dense(n)] for n in scores])
+        assert mask.meta["threshold"] == pytest.approx(kept.min().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("per", ["tensor", "layer"])
+def test_per_tensor_and_layer(per, tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, "gpt2")
+    scores, axis = scores_of(base, changed, find_scope(base)), axes_of(base)
+    for granularity in ("element", "row"):
+        mask = lota.extract(base_path, tuned_path, [0.8], per=per, granularity=granularity)[0.8]
+        label = {"tensor": lambda name: name, "layer": lambda name: name.split(".")[2]}[per]
+        groups = {label(name): [n for n in scores if label(n) == label(name)] for name in scores}
+        assert set(mask.meta["threshold"]) == set(groups)
+        for names in groups.values():
+            part = {name: scores[name] for name in names}
+            k = kept_count(0.8, sum(value.numel() for value in part.values()))
+            if granularity == "row":
+                expected, left = expected_mask(part, axis, "row", k)
+                assert sum(mask.kept(name) for name in names) == k - left
+                assert all(torch.equal(mask.dense(name), expected[name]) for name in names)
+            else:
+                assert sum(mask.kept(name) for name in names) == k
+                lowest = min(part[n][mask.dense(n)].min() for n in names if mask.kept(n))
+                highest = max(part[n][~mask.dense(n)].max() for n in names)
+                assert lowest >= highest
+
+
+def test_smallest_random_and_protected_rows(tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, ties=False)
+    scores = scores_of(base, changed, find_scope(base))
+    axis = dict.fromkeys(scores, 0)
+    common = {"granularity": "row", "sparsities": [0.7]}
+    mask = lota.extract(base_path, tuned_path, smallest=True, **common)[0.7]
+    expected, _ = expected_mask(scores, axis, "row", kept_count(0.7, mask.n_total), smallest=True)
+    assert all(torch.equal(mask.dense(name), flags) for name, flags in expected.items())
+
+    first = lota.extract(base_path, score="random", seed=1, **common)[0.7]
+    other = lota.extract(base_path, score="random", seed=2, **common)[0.7]
+    again = lota.extract(base_path, score="random", seed=1, **common)[0.7]
+    assert all(torch.equal(first.bits[n], again.bits[n]) for n in first.names)
+    assert first.overlap(other) < 0.6 * first.n_kept
+    for name in first.names:  # no preference for long rows: 0.3 of each tensor's, by chance
+        rows = first.shapes[name][0]
+        assert abs(first.kept(name) / first.numel(name) - 0.3) < 4.5 * (0.21 / rows) ** 0.5
+
+    second = lota.extract(base_path, tuned_path, protect=[first], **common)[0.7]
+    assert second.overlap(first) == 0
+    assert kept_count(0.7, second.n_total) - second.n_kept < 32
+    scattered = lota.extract(base_path, score="random", sparsities=[0.9])[0.9]
+    with pytest.raises(ValueError, match=r"protected masks leave .* free"):
+        lota.extract(base_path, tuned_path, protect=[scattered], **common)
+
+
+def test_a_row_without_change_is_never_kept(tmp_path, caplog):
+    base_path, _, base, _ = make_pair(tmp_path)
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "few.pt")
+    mask = lota.extract(base_path, tmp_path / "few.pt", [0.9], granularity="row")[0.9]
+    assert mask.positions("model.layers.1.mlp.up_proj.weight").tolist() == list(range(96, 128))
+    assert mask.n_kept == 32 and mask.meta["threshold"] == 0.0
+    assert mask.meta["shortfall"] == kept_count(0.9, mask.n_total) - 32
+    assert "score is 0" in caplog.text
+
+
+def test_vectors_have_no_rows(tmp_path):
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    with pytest.raises(ValueError, match=r"granularity=row .*norm\.weight has the shape \(32,\)"):
+        lota.extract(base_path, tuned_path, [0.5], granularity="row", scope="norm")
+    with pytest.raises(ValueError, match=r"granularity='rows'.*mean row"):
+        lota.extract(base_path, tuned_path, [0.5], granularity="rows")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_sums_do_not_depend_on_chunks(runs, chunk):
+    units = Units(stacks=3, height=5, width=8, runs=runs)
+    scores = np.random.default_rng(0).integers(0, 9, 120).astype(np.float32)
+    sums = np.zeros(units.count)
+    for start in range(0, 120, chunk):
+        first, found = units.sums(start, scores[start : start + chunk])
+        sums[first : first + len(found)] += found
+    assert np.array_equal(sums, scores.reshape(3, 5, 8).sum(axis=2 if runs else 1).reshape(-1))
+
+
+def test_a_unit_that_does_not_fit_is_passed_over():
+    scores, lengths = np.array([5.0, 4.0, 3.0, 3.0, 0.0]), np.array([6, 6, 2, 2, 1])
+    for budget, kept in [
+        (6, [0]),
+        (7, [0]),
+        (8, [0, 2]),
+        (11, [0, 2, 3]),
+        (12, [0, 1]),
+        (13, [0, 1]),
+        (99, range(4)),
+    ]:
+        chosen, cut = choose(scores, lengths, budget, smallest=False)
+        assert np.flatnonzero(chosen).tolist() == list(kept)
+        assert cut.shortfall == budget - lengths[chosen].sum()
+        assert cut.by_size == (budget != 99 and cut.shortfall > 0)
+    assert choose(scores, lengths, 0, smallest=False)[1].threshold is None
+
+
+@pytest.mark.parametrize(
+    "config, transposed",
+    [
+        (transformers.MixtralConfig, False),
+        (transformers.Qwen3MoeConfig, False),
+        (transformers.GptOssConfig, True),
+        (transformers.Llama4TextConfig, True),
+    ],
+)
+def test_outputs_of_expert_matrices(config, transposed):
+    """gate_up_proj has 2 x 24 outputs, down_proj has 32, on the axis that the flag says."""
+    made = config(
+        hidden_size=32, intermediate_size=24, moe_intermediate_size=24, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts=4, vocab_size=61,
+        intermediate_size_mlp=24, interleave_moe_layer_step=1, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    stacks = {name: t for name, t in find_scope(model).items() if len(t.shape) == 3}
+    assert {name.rpartition(".")[2] for name in stacks} == {"gate_up_proj", "down_proj"}
+    for name, tensor in stacks.items():
+        assert tensor.transposed is transposed
+        outputs = 48 if "gate_up" in name else 32
+        assert tensor.shape[1 if not transposed else 2] == outputs
+    assert not any(t.transposed for t in find_scope(model).values() if len(t.shape) == 2)
+
+
+def test_one_row_of_gpt2_is_one_output(tmp_path):
+    """Changing what feeds one output of a Conv1D keeps exactly that output's weights."""
+    base_path, _, base, _ = make_pair(tmp_path, "gpt2")
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    name = "transformer.h.0.mlp.c_fc.weight"  # (32 inputs, 128 outputs)
+    state[name][:, 17] += 1
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "few.pt")
+    mask = lota.extract(base_path, tmp_path / "few.pt", [0.9], granularity="row")[0.9]
+    assert mask.positions(name).tolist() == [128 * i + 17 for i in range(32)] and mask.n_kept == 32
+    x = torch.randn(5, 32)
+    before, after = base.transformer.h[0].mlp.c_fc(x), x @ state[name] + base.transformer.h[0].mlp.c_fc.bias
+    assert (before != after).any(0).nonzero().flatten().tolist() == [17]
