@@ -1,4 +1,4 @@
-"""Masks: which entries of which parameters may change.
+"""Masks: which entries of which parameters may change. `python -m lota.masks` works on files of them.
 
 A mask lists, per parameter name, the *kept* positions (those that train). A parameter that a mask does
 not list is frozen; the names it lists are its scope, also those with nothing kept. Bits are packed eight to
@@ -9,20 +9,17 @@ on disk.
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lota.atomic import atomic_path, save_tensors
+from lota import mask_files
+from lota.mask_files import first, pack, unpack
 
-FORMAT = "lota-mask"
-FORMAT_VERSION = 1
-SHOWN_DIFFERENCES = 5
+ORIGIN = ("scope", "base", "base_hash", "score", "flipped")  # metadata of where a mask comes from
 
 
 def kept_count(sparsity: float, n_entries: int) -> int:
@@ -64,10 +61,7 @@ class Mask:
     @classmethod
     def from_dense(cls, kept: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> Mask:
         """From name -> bool tensor of the parameter's shape, True = kept."""
-        bits = {
-            name: torch.from_numpy(np.packbits(value.detach().cpu().bool().reshape(-1).numpy()))
-            for name, value in kept.items()
-        }
+        bits = {name: pack(value) for name, value in kept.items()}
         return cls(bits, {name: value.shape for name, value in kept.items()}, meta)
 
     @classmethod
@@ -111,15 +105,14 @@ class Mask:
 
     def dense(self, name: str) -> Tensor:
         """Bool tensor of the parameter's shape, True = kept."""
-        flat = np.unpackbits(self.bits[name].numpy(), count=self.numel(name))
+        flat = unpack(self.bits[name], self.numel(name))
         return torch.from_numpy(flat).bool().reshape(self.shapes[name])
 
     def positions(self, name: str) -> Tensor:
         """Flat kept positions, ascending, int64; empty for a name that is not listed."""
         if name not in self.bits:
             return torch.empty(0, dtype=torch.int64)
-        flat = np.unpackbits(self.bits[name].numpy(), count=self.numel(name))
-        return torch.from_numpy(np.flatnonzero(flat))
+        return torch.from_numpy(np.flatnonzero(unpack(self.bits[name], self.numel(name))))
 
     @property
     def n_kept(self) -> int:
@@ -153,10 +146,10 @@ class Mask:
         problems = ["the mask does not belong to this model:"]
         if unknown:
             unlisted = [name for name in shapes if name not in self.bits]
-            problems.append(f"  {len(unknown)} names of the mask are not in the model: {_first(unknown)}")
-            problems.append(f"  {len(unlisted)} names of the model are not in the mask: {_first(unlisted)}")
+            problems.append(f"  {len(unknown)} names of the mask are not in the model: {first(unknown)}")
+            problems.append(f"  {len(unlisted)} names of the model are not in the mask: {first(unlisted)}")
         if wrong:
-            problems.append(f"  {len(wrong)} shapes differ: {_first(wrong)}")
+            problems.append(f"  {len(wrong)} shapes differ: {first(wrong)}")
         problems.append("  extract a mask from this model, or name the model that the mask came from")
         raise ValueError("\n".join(problems))
 
@@ -173,13 +166,20 @@ class Mask:
                 "(lota.scope.find_scope(model))"
             )
         names = set(self.bits) if scope is None else set(scope)
-        kept = {name: ~self.dense(name) for name in self.bits if name in names}
-        return Mask.from_dense(kept, {**self.meta, "flipped": not self.meta.get("flipped", False)})
+        bits = {}
+        for name in (name for name in self.bits if name in names):
+            bits[name] = ~self.bits[name]
+            if self.numel(name) % 8:
+                bits[name][-1] &= 0xFF << (8 - self.numel(name) % 8) & 0xFF  # unused bits stay 0
+        flipped = {"flipped": not self.meta.get("flipped", False)}
+        return Mask(bits, self.shapes, self._meta_of_result() | flipped)
 
     def only(self, names: Iterable[str]) -> Mask:
         """The mask of these parameters; all others are frozen."""
         chosen = [name for name in names if name in self.bits]
-        return Mask({name: self.bits[name] for name in chosen}, self.shapes, self.meta)
+        bits = {name: self.bits[name] for name in chosen}
+        whole = len(chosen) == len(self.bits)
+        return Mask(bits, self.shapes, self.meta if whole else self._meta_of_result() | {"scope": None})
 
     def minus(self, other: Mask) -> Mask:
         """Kept here and not kept there."""
@@ -198,19 +198,52 @@ class Mask:
         """Number of entries kept in both."""
         return self.intersect(other).n_kept
 
+    def check_same_model(self, other: Mask) -> None:
+        """Raise ValueError when the two cannot be masks of one model.
+
+        Shapes of shared names must agree. Masks of the same scope list the same names, the older layout lists
+        all names that there are, and masks that do not record a scope share some.
+        """
+        wrong = [n for n in self.bits if n in other.bits and self.shapes[n] != other.shapes[n]]
+        if wrong:
+            raise ValueError(
+                f"masks of different models: {wrong[0]} has shape {self.shapes[wrong[0]]} in one "
+                f"and {other.shapes[wrong[0]]} in the other"
+            )
+        mine, theirs = set(self.bits), set(other.bits)
+        scopes = (self.meta["scope"], other.meta["scope"])
+        lists_all = [mask.meta.get("layout") == "dense" for mask in (self, other)]
+        same_names = all(lists_all) or (None not in scopes and scopes[0] == scopes[1])
+        strange = set()
+        if same_names or lists_all[1] or (None in scopes and not mine & theirs):
+            strange |= mine - theirs
+        if same_names or lists_all[0]:
+            strange |= theirs - mine
+        if strange:
+            raise ValueError(
+                "masks of different models: only one of them lists "
+                f"{first([name for name in [*self.bits, *other.bits] if name in strange])}"
+            )
+
     def _combine(self, other: Mask, operation, names: list[str], invert: bool = False) -> Mask:
-        for name in names:
-            if name in self.bits and name in other.bits and self.shapes[name] != other.shapes[name]:
-                raise ValueError(
-                    f"masks of different models: {name} has shape {self.shapes[name]} in one "
-                    f"and {other.shapes[name]} in the other"
-                )
+        self.check_same_model(other)
         shapes = {**other.shapes, **self.shapes}
         bits = {}
         for name in names:
             mine, theirs = self._bytes(name, shapes[name]), other._bytes(name, shapes[name])
             bits[name] = torch.from_numpy(operation(mine, ~theirs if invert else theirs))
-        return Mask(bits, {name: shapes[name] for name in names}, self.meta)
+        meta = self._meta_of_result(other)
+        if any(m.meta.get("layout") == "dense" and set(m.bits) <= set(names) for m in (self, other)):
+            meta["layout"] = "dense"  # norms and embeddings are listed too
+        return Mask(bits, {name: shapes[name] for name in names}, meta)
+
+    def _meta_of_result(self, *others: Mask) -> dict[str, Any]:
+        """What stays true of a mask made of these: the origin that all of them share."""
+        return {
+            key: self.meta[key]
+            for key in ORIGIN
+            if key in self.meta and all(other.meta.get(key) == self.meta[key] for other in others)
+        }
 
     def _bytes(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name in self.bits:
@@ -230,58 +263,24 @@ class Mask:
         for every parameter of the model, whose shapes `all_shapes` gives; names that the mask does not list
         are all True.
         """
+        content = mask_files.Content(self.bits, self.shapes, self.meta)
         if format == "packed":
-            content: dict[str, Any] = {
-                "format": FORMAT,
-                "version": FORMAT_VERSION,
-                "bits": self.bits,
-                "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-                "meta": self.meta,
-            }
+            mask_files.write_packed(path, content)
         elif format == "dense":
-            shapes = {**(all_shapes or {}), **self.shapes}
-            order = list(all_shapes) if all_shapes else self.names
-            content = {
-                name: ~self.dense(name)
-                if name in self.bits
-                else torch.ones(tuple(shapes[name]), dtype=torch.bool)
-                for name in order
-            }
+            mask_files.write_dense(path, content, {**(all_shapes or {}), **self.shapes})
         else:
             raise ValueError(f"format={format!r}: choose packed or dense")
-        with atomic_path(path) as temporary:
-            save_tensors(content, temporary)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Mask:
-        """Read a mask file of either layout (see masks/README.md). Raises ValueError for anything else."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"mask file {path} does not exist")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no readable mask (truncated, or not plain tensors): {error}"
-            ) from error
-        if not isinstance(content, dict) or not content:
-            raise ValueError(f"{path} is not a mask file: expected a dict of tensors")
-        if content.get("format") == FORMAT:
-            if content.get("version", 0) > FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has mask format version {content['version']}; "
-                    f"this version reads up to {FORMAT_VERSION}: update lota"
-                )
-            missing = [key for key in ("bits", "shapes", "meta") if key not in content]
-            if missing:
-                raise ValueError(f"{path} is not a whole mask file: {', '.join(missing)} missing")
-            return cls(content["bits"], content["shapes"], content["meta"])
-        bad = [name for name, value in content.items() if not isinstance(value, Tensor)]
-        if bad:
-            raise ValueError(f"{path} is not a mask file: {_first(bad)} hold no tensors")
-        return cls.from_dense({name: value == 0 for name, value in content.items()}, {"layout": "dense"})
+    def load(cls, path: str | os.PathLike, mapped: bool = False) -> Mask:
+        """Read a mask file of either layout (see masks/README.md). Raises ValueError for anything else.
+
+        mapped: leave the bits on disk until they are looked at; the file must not change meanwhile.
+        """
+        return cls(*mask_files.read(path, mapped))
 
 
-def _first(items: list[str]) -> str:
-    more = f" ... and {len(items) - SHOWN_DIFFERENCES} more" if len(items) > SHOWN_DIFFERENCES else ""
-    return ", ".join(str(item) for item in items[:SHOWN_DIFFERENCES]) + more
+if __name__ == "__main__":
+    from lota.mask_tools import main
+
+    main()

@@ -33,7 +33,7 @@ LINES = ("-", "--", "-.", ":")
 CHARACTER = 0.075  # inches that a character of the small print takes
 WIDTH = 5.6  # inches of a figure of curves
 WIDEST, HIGHEST = 11.0, 9.0  # inches that the cells of a heat map may take together
-NAMED = 5.0  # inches of cells that are made wide enough for the column's name
+NAMED = 6.5  # inches of cells that are made wide enough for the column's name
 _STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.dpi": 100, "savefig.dpi": 200, "axes.axisbelow": True}
 
 

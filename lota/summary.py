@@ -9,6 +9,7 @@ from typing import Any
 from lota.atomic import write_json
 from lota.estimates import Estimate, mean_of
 from lota.results import Result
+from lota.tables import aligned
 
 Differences = Mapping[str, Mapping[str, Estimate]]  # task -> metric -> difference
 
@@ -77,14 +78,7 @@ def table(content: Mapping[str, Any]) -> str:
     for entry in content["means"]:
         name = f"{entry['group']} (mean of {entry['n_tasks']})"
         lines.append([name, entry["metric"], *_numbers(entry), "", "", *([""] * 2 if compared else [])])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = [
-        "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    shown = aligned(lines, left=2)
     shown.insert(1, "-" * max(map(len, shown)))
     shown += [
         f"{entry['task']}: {len(entry['runs'])} runs, {', '.join(f'{run:.4f}' for run in entry['runs'])}; "

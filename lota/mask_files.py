@@ -1,0 +1,103 @@
+"""Mask files: the packed layout and the older, dense one (masks/README.md describes both)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lota.atomic import atomic_path, save_tensors
+
+FORMAT = "lota-mask"
+FORMAT_VERSION = 1
+SHOWN = 5  # names in a message
+
+
+class Content(NamedTuple):
+    """What a mask file holds. bits: name -> packed bits; meta: `layout` is "dense" for the older one."""
+
+    bits: dict[str, Tensor]
+    shapes: dict[str, Iterable[int]]
+    meta: dict[str, Any]
+
+
+def pack(kept: Tensor) -> Tensor:
+    """Bool tensor of any shape -> uint8, eight entries to a byte, the first in the highest bit."""
+    return torch.from_numpy(np.packbits(kept.detach().cpu().bool().reshape(-1).numpy()))
+
+
+def unpack(bits: Tensor, n: int) -> np.ndarray:
+    """The first n entries as uint8 zeros and ones."""
+    return np.unpackbits(bits.numpy(), count=n)
+
+
+def read(path: str | os.PathLike, mapped: bool = False) -> Content:
+    """The content of a file of either layout. Raises ValueError for anything else.
+
+    mapped: leave the bits on disk and let the system read them when they are looked at, so that many masks
+    take little memory; the file must not change meanwhile.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"mask file {path} does not exist")
+    mapped = mapped and zipfile.is_zipfile(path)  # else torch's oldest format, which cannot be mapped
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no readable mask (truncated, or not plain tensors): {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} is not a mask file: expected a dict of tensors")
+    if content.get("format") == FORMAT:
+        return _packed(path, content)
+    bad = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if bad:
+        raise ValueError(f"{path} is not a mask file: {first(bad)} hold no tensors")
+    bits = {name: pack(value == 0) for name, value in content.items()}
+    return Content(bits, {name: value.shape for name, value in content.items()}, {"layout": "dense"})
+
+
+def _packed(path: Path, content: Mapping[str, Any]) -> Content:
+    if content.get("version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has mask format version {content['version']}; "
+            f"this version reads up to {FORMAT_VERSION}: update lota"
+        )
+    missing = [key for key in Content._fields if key not in content]
+    if missing:
+        raise ValueError(f"{path} is not a whole mask file: {', '.join(missing)} missing")
+    return Content(content["bits"], content["shapes"], content["meta"])
+
+
+def write_packed(path: str | os.PathLike, content: Content) -> None:
+    """Bits and metadata, atomically."""
+    shapes = {name: list(shape) for name, shape in content.shapes.items()}
+    whole = {"format": FORMAT, "version": FORMAT_VERSION, **content._asdict(), "shapes": shapes}
+    with atomic_path(path) as temporary:
+        save_tensors(whole, temporary)
+
+
+def write_dense(path: str | os.PathLike, content: Content, all_shapes: Mapping[str, Iterable[int]]) -> None:
+    """The older layout, atomically: name -> bool tensor, True = frozen, for every name of all_shapes, in its
+    order; names that the mask does not list are all True.
+    """
+    frozen = {}
+    for name, shape in all_shapes.items():
+        frozen[name] = torch.ones(tuple(shape), dtype=torch.bool)
+        if name in content.bits:
+            kept = torch.from_numpy(unpack(content.bits[name], frozen[name].numel())).bool()
+            frozen[name] = ~kept.reshape(tuple(shape))
+    with atomic_path(path) as temporary:
+        save_tensors(frozen, temporary)
+
+
+def first(items: list[Any]) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" ... and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(str(item) for item in items[:SHOWN]) + more
