@@ -29,6 +29,7 @@ from lota.models import dtype_of, enable_activation_checkpointing, load_model
 from lota.objectives import OBJECTIVES
 from lota.optim import OPTIMIZERS
 from lota.preflight import Prepared, prepare
+from lota.reference import Start
 from lota.run_folder import OpenRun
 from lota.runlog import Meter, RunLog, peak_memory_bytes, reset_peak_memory, write_versions
 from lota.schedule import learning_rate
@@ -125,6 +126,18 @@ class Trainer:
             set_random_state(resumable.content["random"])
         objective = OBJECTIVES[config.loss.name]
         self.objective = objective(config, self.data.tokenizer, self.model, self.precision)
+        self.objective.start(
+            Start(
+                config=config,
+                data=self.data,
+                optimizer=self.optimizer,
+                device=self.device,
+                precision=self.precision,
+                base=self.base,
+                resumed=resumable is not None,
+                check=self.stop.check,
+            )
+        )
         n_rows, lengths = len(self.data.train), self.data.lengths
         batches = [len(rows) for *_, rows in plan(config, n_rows, lengths)]
         self.total_steps, self.total_examples = len(batches), sum(batches)
@@ -240,7 +253,7 @@ class Trainer:
                 self.stop.check()
         metrics = self.objective.metrics(meter, "eval")
         self.write(metrics)
-        told = ", ".join(f"{key.removesuffix('/eval')} {value:.4f}" for key, value in metrics.items())
+        told = ", ".join(f"{key} {metrics[key]:.4f}" for key in self.objective.headline)
         logger.info("held-out after %d examples: %s", self.progress.examples, told)
         if self.config.sample_during_eval:
             self.sample()
@@ -249,7 +262,7 @@ class Trainer:
     def sample(self) -> None:
         """Greedy completions of held-out prompts into samples.jsonl."""
         examples = self.data.held_out[: self.config.n_eval_model_samples]
-        encoded = [self.objective.encode(example) for example in examples]
+        encoded = [self.objective.rows(example)[0] for example in examples]
         completions = generate(
             self.model,
             self.data.tokenizer,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lota.config_checks import OPTIMIZER_KEYS, problems_of
+from lota.loss_checks import LOSS_KEYS
 
 MISSING = "???"
 
@@ -25,6 +26,8 @@ class ModelConfig:
     block_name: str | None = None  # class name
     policy_dtype: str = "float32"
     fsdp_policy_mp: str | None = None  # dtype
+    reference: str | None = None
+    reference_archive: str | None = None  # folder or policy.pt
     reference_dtype: str = "bfloat16"
     pad_token: str | None = None
     scope: str | None = None  # regular expression
@@ -32,8 +35,29 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
+    """Settings of all losses. None: not given; those of the chosen loss then get their default, the others
+    stay.
+    """
+
     name: str = "sft"
-    average_log_prob: bool = False
+    average_log_prob: bool | None = None
+    beta: float | None = None
+    reference_free: bool | None = None
+    sft_reg: float | None = None
+    importance_correction: bool | None = None
+    ipo: bool | None = None
+    ipo_sum: bool | None = None
+    robust_eps: float | None = None
+
+    def fill(self) -> None:
+        for key, default in LOSS_KEYS[self.name].items():
+            if getattr(self, key) is None:
+                setattr(self, key, default)
+
+    @property
+    def paired(self) -> bool:
+        """Whether it is a loss on preference pairs."""
+        return self.name == "dpo"
 
 
 @dataclass
@@ -121,6 +145,7 @@ class Config:
         problems = list(problems_of(self))
         if problems:
             raise ValueError("\n".join(["these settings cannot be honoured:", *(f"  {p}" for p in problems)]))
+        self.loss.fill()
 
     def resolve_paths(self) -> None:
         """Make local paths that exist absolute, so that a run can be continued from another folder."""
@@ -163,7 +188,7 @@ class Config:
         return {"lr": self.lr, **settings, **clipping}
 
 
-_MODEL_PATHS = ("name_or_path", "tokenizer_name_or_path", "archive")
+_MODEL_PATHS = ("name_or_path", "tokenizer_name_or_path", "archive", "reference_archive")
 
 
 def _absolute(path: str | None) -> str | None:

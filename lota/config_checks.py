@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from lota.loss_checks import LOSS_KEYS, REFERENCES, loss_problems, unused_loss_keys
 from lota.masked_optimizer import GRAD_NORM_STRATEGIES
 from lota.optim import OPTIMIZERS
 from lota.schedule import SCHEDULERS
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from lota.config import Config
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
-LOSSES = ("sft",)
 TRAINERS = ("BasicTrainer", "FSDPTrainer")
 ADAPTERS = ("none", "lora")
 RESUME = ("auto", "never")
@@ -88,17 +88,19 @@ def problems_of(c: Config) -> Iterator[str]:
     yield from _choice("optimizer", c.optimizer, tuple(OPTIMIZERS))
     yield from _choice("lr_scheduler", c.lr_scheduler, SCHEDULERS)
     yield from _choice("grad_norm_strategy", c.grad_norm_strategy, GRAD_NORM_STRATEGIES)
-    yield from _choice("loss.name", c.loss.name, LOSSES)
+    yield from _choice("loss.name", c.loss.name, tuple(LOSS_KEYS))
     yield from _choice("trainer.name", c.trainer.name, TRAINERS)
     yield from _choice("adapter.name", c.adapter.name, ADAPTERS)
     yield from _choice("resume", c.resume, RESUME)
     yield from _choice("chat_template", c.chat_template, CHAT_TEMPLATES)
     yield from _choice("model.policy_dtype", c.model.policy_dtype, DTYPE_NAMES)
+    yield from _choice("model.reference", c.model.reference, REFERENCES)
     yield from _choice("model.reference_dtype", c.model.reference_dtype, DTYPE_NAMES)
     yield from _choice("model.fsdp_policy_mp", c.model.fsdp_policy_mp, (None, "bfloat16"))
     yield from _choice("wandb.mode", c.wandb.mode, ("online", "offline"))
     yield from _number_problems(c)
     yield from _combination_problems(c)
+    yield from loss_problems(c)
 
 
 def _number_problems(c: Config) -> Iterator[str]:
@@ -194,8 +196,7 @@ def _unused_keys(c: Config) -> dict[str, str]:
         reasons["max_grad_norm"] = "grad_norm_strategy=none"
     if not c.sample_during_eval:
         reasons["n_eval_model_samples"] = "sample_during_eval=false"
-    if c.loss.name == "sft":
-        reasons["model.reference_dtype"] = "loss=sft has no reference model"
+    reasons |= unused_loss_keys(c)
     if not c.flip_mask and c.adapter.name == "none":
         reasons["model.scope"] = "flip_mask=false, adapter=none; a mask file has its own scope"
     if c.adapter.name == "none":
@@ -214,13 +215,14 @@ def _unused_keys(c: Config) -> dict[str, str]:
 def _changed_keys(node: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value for every setting that differs from the schema's default."""
     changed: dict[str, Any] = {}
+    own = LOSS_KEYS[node.name] if prefix == "loss." else {}
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
             changed |= _changed_keys(value, f"{prefix}{f.name}.")
             continue
         default = f.default_factory() if callable(f.default_factory) else f.default
-        if value != default:
+        if value != own.get(f.name, default):
             changed[prefix + f.name] = value
     return changed
 

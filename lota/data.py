@@ -21,7 +21,8 @@ class Example:
     """A training example as text. closing: the prompt's last words, kept whenever the prompt is cut.
 
     keep_end: a prompt that is too long keeps its last tokens (a chat) instead of its first ones. templated: a
-    chat template wrote the prompt, special tokens and all.
+    chat template wrote the prompt, special tokens and all. rejected: of a preference pair the answer that
+    people like less than `response`.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class Example:
     closing: str = ""
     keep_end: bool = False
     templated: bool = False
+    rejected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,21 @@ class Encoded:
 class Batch:
     """input_ids, attention_mask, labels: int64 tensors of shape (rows, longest row), padded on the right.
 
-    n_tokens: tokens that are not padding.
+    n_tokens: tokens that are not padding. examples: what the rows were made of, where that is known.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     n_tokens: int
+    examples: Sequence[Example] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device) -> Batch:
         tensors = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
-        return Batch(*tensors, self.n_tokens)
+        return Batch(*tensors, self.n_tokens, self.examples)
 
 
 def encode_prompt(
@@ -104,12 +107,31 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, max_prompt_leng
     When the whole is too long the prompt is cut first, to max_prompt_length tokens, then the response; a cut
     response has no end-of-sequence token. Raises ValueError for a tokenizer without one.
     """
+    (encoded,) = _encode(tokenizer, example, [example.response], max_length, max_prompt_length)
+    return encoded
+
+
+def encode_pair(
+    tokenizer: Any, example: Example, *, max_length: int, max_prompt_length: int
+) -> tuple[Encoded, Encoded]:
+    """A preference pair, (preferred, rejected), cut as by `encode`; both have the same prompt tokens."""
+    responses = [example.response, example.rejected]
+    chosen, rejected = _encode(tokenizer, example, responses, max_length, max_prompt_length)
+    return chosen, rejected
+
+
+def _encode(
+    tokenizer: Any, example: Example, responses: Sequence[str], max_length: int, max_prompt_length: int
+) -> list[Encoded]:
+    """The example's prompt, cut when the longest response asks for it, before each of the responses."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token, which ends every training response")
     special = not example.templated
     prompt = encode_prompt(tokenizer, example.prompt, special_tokens=special)
-    response = [*tokenizer(example.response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    if len(prompt) + len(response) > max_length:
+    endings = [
+        [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in responses
+    ]
+    if len(prompt) + max(map(len, endings)) > max_length:
         prompt = encode_prompt(
             tokenizer,
             example.prompt,
@@ -118,7 +140,7 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, max_prompt_leng
             keep_end=example.keep_end,
             special_tokens=special,
         )
-    return Encoded((prompt + response)[:max_length], len(prompt))
+    return [Encoded((prompt + ending)[:max_length], len(prompt)) for ending in endings]
 
 
 def _with_special_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

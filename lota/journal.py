@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -120,15 +120,20 @@ def weights_key(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def config_key(config: PreTrainedConfig) -> str:
+    """sha256 of a model's config, but for what does not decide what it computes."""
+    content = config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):  # a folder may move, a library may be updated
+        content.pop(name, None)
+    return content_key(content)
+
+
 def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What of a model and its tokenizer decides a completion: weights, config, tokenizer, each as a hash."""
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):  # a folder may move, a library may be updated
-        config.pop(name, None)
     ends = getattr(model.generation_config, "eos_token_id", None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return {
         "weights": weights_key(model),
-        "config": content_key([config, ends]),
+        "config": content_key([config_key(model.config), ends]),
         "tokenizer": content_key([type(tokenizer).__name__, tokenizer.get_vocab(), special]),
     }

@@ -1,14 +1,15 @@
-"""Losses as pure functions: tensors in, tensors out."""
+"""Log-probabilities of responses and the SFT loss, as pure functions: tensors in, tensors out."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lota.data import IGNORED
+from lota.data import IGNORED, Batch
 
 CHUNK_ENTRIES = 1 << 24  # logits handled at a time: 64 MiB in fp32
 
@@ -76,6 +77,18 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets[:, :-1] = labels[:, 1:]
     logps = TokenLogProbs.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
     return logps.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
+
+
+def response_logps(
+    model: nn.Module, batch: Batch, precision: contextlib.AbstractContextManager
+) -> tuple[Tensor, Tensor]:
+    """(log-probability of each row's response in nats, its number of tokens), both (rows,) and fp32.
+
+    precision: context of the forward pass (autocast or nothing).
+    """
+    with precision:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return sequence_logps(logits, batch.labels)
 
 
 def sft_loss(logps: Tensor, n_tokens: Tensor, average_log_prob: bool = False) -> Tensor:

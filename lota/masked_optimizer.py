@@ -78,7 +78,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             dtype = torch.int32 if p.numel() <= _INT32_MAX else torch.int64
             state["positions"] = positions.to(device=p.device, dtype=dtype)
         if p.dtype != torch.float32:
-            state["master"] = self._values(p).float()
+            state["master"] = self.working_values(p).float()
         n = state["positions"].numel() if "positions" in state else p.numel()
         group = self._group_of(p)
         for name in self._buffer_names(group):
@@ -115,7 +115,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """(name, flat positions or None where all are kept, fp32 values) of every trained parameter."""
         for p, name in self.names.items():
             state = self.state[p]
-            values = state["master"] if "master" in state else self._values(p)
+            values = state["master"] if "master" in state else self.working_values(p)
             yield name, state.get("positions"), values
 
     def state_bytes(self) -> int:
@@ -186,10 +186,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         state, group = self.state[p], self._group_of(p)
         state["step"] += 1
         in_place = "positions" not in state and p.dtype == torch.float32
-        values = state["master"] if "master" in state else self._values(p)
+        values = state["master"] if "master" in state else self.working_values(p)
         self._update(values, grad, state, group)
         if not in_place:
-            self._write(p, values)
+            self.write(p, values)
 
     def _tensor_limit(self) -> float | None:
         if self.grad_norm_strategy == "even":
@@ -212,12 +212,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     # Kept entries of a parameter
 
-    def _values(self, p: nn.Parameter) -> Tensor:
+    def working_values(self, p: nn.Parameter) -> Tensor:
+        """Kept entries of the parameter itself, (kept,); a view where all are kept."""
         flat = p.detach().view(-1)
         positions = self.state[p].get("positions")
         return flat if positions is None else flat.index_select(0, positions)
 
-    def _write(self, p: nn.Parameter, values: Tensor) -> None:
+    def write(self, p: nn.Parameter, values: Tensor) -> None:
+        """Set the parameter's kept entries, rounding to its dtype; a master stays as it is."""
         positions = self.state[p].get("positions")
         flat = p.detach().view(-1)
         if positions is None:

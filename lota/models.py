@@ -160,7 +160,12 @@ def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             for tensor in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
                 if tensor is not None and rows > old:
-                    tensor[old:] = tensor[:old].mean(dim=0, dtype=torch.float64).to(tensor.dtype)
+                    tensor[old:] = mean_row(tensor[:old])
+
+
+def mean_row(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over rows, (1, ...): what a row added to the vocabulary starts from."""
+    return tensor.mean(dim=0, keepdim=True, dtype=torch.float64).to(tensor.dtype)
 
 
 def turn_dropout_off(model: nn.Module) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lota.config import Config
-from lota.data import Batch, Encoded, Example, collate
-from lota.losses import sequence_logps, sft_loss
+from lota.data import Batch, Example, collate
+from lota.losses import response_logps, sft_loss
 from lota.models import choose_pad_token_id
+from lota.preference_losses import Pairs, log_ratios, preference_loss, reward_sums
+from lota.reference import Reference, Start, make_reference
 from lota.runlog import Meter
 from lota.training_data import encoder
 
@@ -24,7 +27,10 @@ class Objective:
     """A loss with all that the training loop needs of it; the loop itself calls `backward()`.
 
     precision: gives the context that the model's forward pass runs in (autocast or nothing).
+    headline: the metrics that the console shows of an evaluation.
     """
+
+    headline: tuple[str, ...]
 
     def __init__(
         self,
@@ -35,11 +41,15 @@ class Objective:
     ):
         self.config, self.tokenizer, self.model, self.precision = config, tokenizer, model, precision
         self.pad_token_id = choose_pad_token_id(tokenizer, model.config)
-        self.encode: Callable[[Example], Encoded] = encoder(config, tokenizer)
+        self.rows = encoder(config, tokenizer)
+
+    def start(self, start: Start) -> None:
+        """Called once, when model and optimizer are as training starts or continues from them."""
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """The examples as tensors on the model's device."""
-        return collate([self.encode(e) for e in examples], self.pad_token_id).to(self.model.device)
+        """The examples as tensors on the model's device: the first row of each, then the second of each."""
+        rows = [row for rank in zip(*map(self.rows, examples), strict=True) for row in rank]
+        return replace(collate(rows, self.pad_token_id).to(self.model.device), examples=examples)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Sums]:
         """(loss per example, (examples,), with its gradient; what the meter adds up)."""
@@ -51,15 +61,13 @@ class Objective:
 
     def logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(log-probability of each row's response in nats, its number of tokens), both (rows,)."""
-        with self.precision():
-            logits = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
-        return sequence_logps(logits, batch.labels)
+        return response_logps(self.model, batch, self.precision())
 
 
 class SFTObjective(Objective):
     """Negative log-likelihood of the response."""
+
+    headline = ("loss/eval", "nats_per_token/eval")
 
     def losses(self, batch: Batch) -> tuple[Tensor, Sums]:
         logps, counted = self.logps(batch)
@@ -72,4 +80,54 @@ class SFTObjective(Objective):
         return {f"loss/{split}": meter.mean("loss"), **perplexity, f"nats_per_token/{split}": nats}
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"sft": SFTObjective}
+class PreferenceObjective(Objective):
+    """DPO and its relatives on preference pairs, both responses in one forward pass."""
+
+    headline = ("loss/eval", "rewards_eval/margins", "rewards_eval/accuracies")
+    reference: Reference | None = None  # before `start` the policy itself, at its start
+
+    def start(self, start: Start) -> None:
+        if not self.config.loss.reference_free:
+            self.reference = make_reference(start, self)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Sums]:
+        loss = self.config.loss
+        # the reference first: what it needs is free again before the policy's activations are there
+        of_reference = None if self.reference is None else self.reference(batch)
+        of_policy, counted = self.logps(batch)
+        if of_reference is None and not loss.reference_free:
+            of_reference = of_policy.detach()
+        policy, n_tokens = Pairs.split(of_policy), Pairs.split(counted)
+        reference = None if of_reference is None else Pairs.split(of_reference)
+        losses = preference_loss(
+            policy,
+            reference,
+            n_tokens,
+            beta=loss.beta,
+            sft_reg=loss.sft_reg,
+            importance_correction=loss.importance_correction,
+            ipo=loss.ipo,
+            ipo_sum=loss.ipo_sum,
+            robust_eps=loss.robust_eps,
+        )
+        rewards = reward_sums(log_ratios(policy, reference), loss.beta)
+        sums = {"loss": losses.detach().sum(), **_named("rewards", rewards)}
+        for group, logps in (("logps", policy), ("logps_ref", reference)):
+            if logps is not None:
+                sums |= _named(group, {which: v.detach().sum() for which, v in logps._asdict().items()})
+        return losses, sums
+
+    def metrics(self, meter: Meter, split: str) -> dict[str, float]:
+        means = {f"loss/{split}": meter.mean("loss")}
+        for name in meter.sums:
+            group, _, which = name.partition("/")
+            if which:
+                means[f"{group}_{split}/{which}"] = meter.mean(name)
+        return means
+
+
+def _named(group: str, sums: Sums) -> Sums:
+    return {f"{group}/{name}": value for name, value in sums.items()}
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"sft": SFTObjective, "dpo": PreferenceObjective}

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,14 +19,14 @@ from lota.config import Config
 from lota.data import Example
 from lota.masks import Mask
 from lota.models import find_block_class
-from lota.problems import Problems
 from lota.prompting import Prompter
 from lota.run_folder import Resumable, find_resumable, refuse_other
-from lota.run_model import run_structure, run_tokenizer
+from lota.run_model import check_reference, run_structure, run_tokenizer
 from lota.scope import find_scope
 from lota.trainable import fingerprint, mask_or_dense, trainable_mask
 from lota.training_data import encoder, load_examples, load_held_out, plan, with_options
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -51,14 +51,24 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
 
     find_task: gives the task object of a name. Raises one ValueError with all the problems found.
     """
-    problems = Problems()
-    attempt = problems.attempt
+    problems: list[str] = []
+
+    def attempt(check: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return check(*arguments)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
     resumable = attempt(find_resumable, config)
     tasks = [attempt(with_options, find_task, name, config) for name in config.datasets]
     tokenizer = attempt(run_tokenizer, config)
     mask = attempt(_checked_mask, config, tokenizer) if tokenizer is not None else None
+    if tokenizer is not None and config.loss.paired and not config.loss.reference_free:
+        attempt(check_reference, config, tokenizer)
     data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
-    problems.refuse()
+    if problems or data is None:
+        raise ValueError("\n".join(problems))
     train, held_out = data
     seen = {"mask": fingerprint(mask), "data": _content_hash(train)}
     refuse_other(resumable, str(config.run_dir), seen)
@@ -93,15 +103,16 @@ def _examples(config: Config, tasks: Sequence[Any], tokenizer: Any) -> tuple[lis
 
 
 def _lengths(config: Config, tokenizer: Any, examples: Sequence[Example]) -> list[int]:
-    """Tokens of every example, cut as in training."""
-    return [len(encoded) for encoded in map(encoder(config, tokenizer), examples)]
+    """Tokens of every example's longest row, cut as in training."""
+    return [max(map(len, rows)) for rows in map(encoder(config, tokenizer), examples)]
 
 
 def _content_hash(examples: Sequence[Example]) -> str:
     """SHA-256 of the texts: a continued run must see the rows that it started with."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.response]).encode())
+        texts = [example.prompt, example.response]
+        digest.update(json.dumps(texts if example.rejected is None else [*texts, example.rejected]).encode())
     return digest.hexdigest()
 
 

@@ -25,11 +25,38 @@ def run_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def run_structure(config: Config, tokenizer: Any) -> nn.Module:
-    """Names and shapes of the model that will train, its vocabulary as large as it will be."""
-    archive = config.model.archive
+def check_reference(config: Config, tokenizer: Any) -> None:
+    """Raise ValueError for a reference model that is not there, or whose token ids are not the policy's."""
+    archive = config.model.reference_archive
+    if archive is None:
+        return
+    structures = (run_structure(config, tokenizer, key) for key in ("reference_archive", "archive"))
+    rows, own_rows = (model.get_input_embeddings().weight.shape[0] for model in structures)
+    try:
+        theirs = None if is_policy(archive) else _vocabulary(load_tokenizer(archive), config)
+    except ValueError:  # it has no tokenizer of its own
+        theirs = None
+    differs = rows != own_rows if theirs is None else theirs != _vocabulary(tokenizer, config)
+    if differs:
+        raise ValueError(
+            f"model.reference_archive={archive} has another vocabulary ({rows} rows) than the policy "
+            f"({own_rows} rows): give a reference that shares the policy's tokenizer"
+        )
+
+
+def _vocabulary(tokenizer: Any, config: Config) -> dict[str, int]:
+    """Token -> id, without the pad token that the run may add."""
+    return {token: i for token, i in tokenizer.get_vocab().items() if token != config.model.pad_token}
+
+
+def run_structure(config: Config, tokenizer: Any, key: str = "archive") -> nn.Module:
+    """Names and shapes of the model that will train, its vocabulary as large as it will be.
+
+    key: `archive`, or `reference_archive` for those of the reference that is given.
+    """
+    archive = getattr(config.model, key)
     if archive is not None and not Path(archive).expanduser().exists():
-        raise ValueError(f"model.archive={archive} does not exist: give a Hugging Face folder or a policy.pt")
+        raise ValueError(f"model.{key}={archive} does not exist: give a Hugging Face folder or a policy.pt")
     from_policy = archive is not None and is_policy(archive)
     try:
         model = meta_model(config.model.name_or_path if archive is None or from_policy else archive)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lota.config import Config
-from lota.data import Encoded, Example, encode, epoch_batches, fraction_of, seeded_sample
+from lota.data import Encoded, Example, encode, encode_pair, epoch_batches, fraction_of, seeded_sample
 from lota.prompting import Prompter
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,14 @@ def with_options(find_task: Callable[[str], Any], name: str, config: Config) -> 
     for key, value in given.items():
         if key not in task.options and value != Config.__dataclass_fields__[key].default:
             logger.info("not used here: %s=%s (task %s)", key, value, name)
-    return task.with_options(**{key: value for key, value in given.items() if key in task.options})
+    task = task.with_options(**{key: value for key, value in given.items() if key in task.options})
+    if config.loss.paired and not task.paired:
+        how = "give prefs_path=FILE" if "prefs_path" in task.options else "name tasks that have, such as hh"
+        raise ValueError(
+            f"loss={config.loss.name} learns from preference pairs, and task {name} has none: {how} "
+            "(docs/TASKS.md lists them), or choose loss=sft"
+        )
+    return task
 
 
 def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Prompter) -> list[Example]:
@@ -62,7 +69,7 @@ def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Pr
         rows = task.load(split, config.data_folder)
         kept = fraction_of(rows, config.data_fraction, config.seed)
         logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
-        examples += [_example(prompter, task, row) for row in kept]
+        examples += [_example(prompter, task, row, config.loss.paired) for row in kept]
     return examples
 
 
@@ -78,15 +85,21 @@ def load_held_out(tasks: Sequence[Any], config: Config, prompter: Prompter) -> l
         )
     rows = [(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
     chosen = seeded_sample(rows, config.n_eval_examples, config.seed)
-    return [_example(prompter, task, row) for task, row in chosen]
+    return [_example(prompter, task, row, config.loss.paired) for task, row in chosen]
 
 
-def _example(prompter: Prompter, task: Any, row: dict[str, Any]) -> Example:
+def _example(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool) -> Example:
     prompt = prompter.prompt(task, row)
-    return Example(prompt.text, task.target(row), prompt.closing, prompt.keep_end, prompt.templated)
+    how = (prompt.closing, prompt.keep_end, prompt.templated)
+    if not paired:
+        return Example(prompt.text, task.target(row), *how)
+    pair = task.pair(row)
+    return Example(prompt.text, pair.chosen, *how, rejected=pair.rejected)
 
 
-def encoder(config: Config, tokenizer: Any) -> Callable[[Example], Encoded]:
-    """Turns an example into tokens, cut as the run asks."""
+def encoder(config: Config, tokenizer: Any) -> Callable[[Example], tuple[Encoded, ...]]:
+    """Turns an example into its rows, cut as the run asks: one, or of a pair the preferred, the rejected."""
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    return partial(encode, tokenizer, **limits)
+    if config.loss.paired:
+        return partial(encode_pair, tokenizer, **limits)
+    return lambda example: (encode(tokenizer, example, **limits),)

@@ -55,6 +55,7 @@ def test_every_key_of_the_schema_has_a_commented_line():
     documented = commented_keys(CONFIG / "config.yaml")
     documented |= commented_keys(CONFIG / "model" / "blank_model.yaml", "model.")
     documented |= commented_keys(CONFIG / "loss" / "sft.yaml", "loss.")
+    documented |= commented_keys(CONFIG / "loss" / "dpo.yaml", "loss.")
     documented |= commented_keys(CONFIG / "trainer" / "BasicTrainer.yaml", "trainer.")
     documented |= commented_keys(CONFIG / "adapter" / "none.yaml", "adapter.")
     assert set(documented) == set(keys_of(settings()))

@@ -19,7 +19,8 @@ FOLDERS_OF_YAML = (
 )
 ONE_FOLDER_ONE_CLAUSE = ("tests/", "assets/", *FOLDERS_OF_YAML)
 FIRST_OF_GROUP = (
-    ("model", "blank_model"), ("loss", "sft"), ("trainer", "BasicTrainer"), ("adapter", "none"),
+    ("model", "blank_model"), ("loss", "sft"), ("loss", "dpo"), ("trainer", "BasicTrainer"),
+    ("adapter", "none"),
 )  # fmt: skip
 
 

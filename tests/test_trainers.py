@@ -173,10 +173,10 @@ def test_bf16_under_a_mask_saves_the_base_exactly_and_kept_entries_in_fp32(mask,
 @pytest.fixture
 def seen(monkeypatch):
     """What the trainer computes with: dtypes of logits, lengths of the rows of each batch."""
-    from lota import objectives
+    from lota import losses, objectives
 
     record = {"dtypes": [], "lengths": []}
-    logps, gather = objectives.sequence_logps, objectives.collate
+    logps, gather = losses.sequence_logps, objectives.collate
 
     def watched_logps(logits, labels):
         record["dtypes"].append(logits.dtype)
@@ -186,7 +186,7 @@ def seen(monkeypatch):
         record["lengths"].append([len(row) for row in rows])
         return gather(rows, pad_token_id)
 
-    monkeypatch.setattr(objectives, "sequence_logps", watched_logps)
+    monkeypatch.setattr(losses, "sequence_logps", watched_logps)
     monkeypatch.setattr(objectives, "collate", watched_collate)
     return record
 
@@ -225,7 +225,7 @@ def test_average_log_prob_is_the_mean_over_tokens(workplace):
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     means = []
     for number in epoch_batches(40, 8, seed=0, epoch=0)[0]:
-        row = trainer.objective.encode(trainer.data.train[number])
+        (row,) = trainer.objective.rows(trainer.data.train[number])
         ids = torch.tensor([row.input_ids])
         labels = ids.clone()
         labels[0, : row.prompt_length] = -100

@@ -1,0 +1,247 @@
+"""Log-probabilities under the reference of a preference loss, had in one of three ways that give the same.
+
+swap: the policy itself, its trained entries at their starting values for the time of a forward pass; it costs
+a compact copy of those values (with LoRA nothing: its matrices are left out).
+model: a second model.
+precomputed: log-probabilities that were computed before the first step and are stored on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lota import adapter
+from lota.config import Config
+from lota.data import Batch, Encoded, Example
+from lota.journal import config_key
+from lota.losses import response_logps
+from lota.masked_optimizer import MaskedOptimizer
+from lota.models import dtype_of, load_config, load_model, mean_row
+from lota.policy_file import is_policy
+from lota.preflight import Prepared
+from lota.stored_logps import FOLDER, LogpsFile, hash_and_lengths
+from lota.training_data import plan
+from lota.weights import WeightSource, content_hash, open_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Reference(Protocol):
+    """Log-probability of each row's response, (rows,) in nats, without a graph."""
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+
+class Policy(Protocol):
+    """What a reference needs of the objective: rows and batches of examples, log-probabilities of now."""
+
+    def rows(self, example: Example) -> Sequence[Encoded]: ...
+
+    def batch(self, examples: Sequence[Example]) -> Batch: ...
+
+    def logps(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run at its start or where it continues. base: the weights that it started from, on disk.
+
+    precision: gives the context of a forward pass. check: raises when the run has been asked to stop.
+    """
+
+    config: Config
+    data: Prepared
+    optimizer: MaskedOptimizer
+    device: torch.device
+    precision: Callable[[], contextlib.AbstractContextManager]
+    base: Callable[[], WeightSource]
+    resumed: bool
+    check: Callable[[], None]
+
+
+def make_reference(start: Start, policy: Policy) -> Reference:
+    """What `model.reference` asks for; where it is null, swap with a mask or LoRA, else model."""
+    settings = start.config.model
+    compact = start.data.mask is not None or start.config.adapter.name == "lora"
+    own = settings.reference_archive is None
+    kind = settings.reference or ("swap" if own and compact else "model")
+    logger.info("reference of the loss: %s", kind)
+    return REFERENCES[kind](start, policy)
+
+
+class SwappedReference:
+    """The policy set back to its start for the time of a forward pass: trained entries swapped, LoRA off."""
+
+    def __init__(self, start: Start, policy: Policy):
+        self.policy = policy
+        if start.config.adapter.name == "lora":
+            self.set_back = partial(adapter.disabled, start.optimizer.model)
+        else:
+            starts = starting_values(start.optimizer, start.base() if start.resumed else None)
+            self.set_back = partial(swapped, start.optimizer, starts)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        with self.set_back():
+            return self.policy.logps(batch)[0]
+
+
+@contextlib.contextmanager
+def swapped(optimizer: MaskedOptimizer, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Other values in the trained entries inside the block, and afterwards, whatever happens, the very bits
+    of before.
+
+    values: (kept,) per parameter, in its dtype. Parameters are swapped, not fp32 masters. Only a compact copy
+    of what was there is held.
+    """
+    present: dict[nn.Parameter, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for p, other in values.items():
+                present[p] = _copy_of_kept(optimizer, p)
+                optimizer.write(p, other)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, before in present.items():
+                optimizer.write(p, before)
+
+
+class ModelReference:
+    """A second model, in model.reference_dtype."""
+
+    def __init__(self, start: Start, policy: Policy):
+        settings = start.config.model
+        self.precision = start.precision
+        self.model = load_model(
+            settings.name_or_path,
+            archive=settings.reference_archive or settings.archive,
+            dtype=dtype_of(settings.reference_dtype),
+            device=start.device,
+            pad_token=settings.pad_token,
+            tokenizer=start.data.tokenizer,
+        ).requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        return response_logps(self.model, batch, self.precision())[0]
+
+
+class PrecomputedReference:
+    """Log-probabilities of every pair that the run sees, from disk or computed before the first step.
+
+    They are computed by the policy as it was at its start, or, with model.reference_archive, by a model that
+    is loaded for that and then gone.
+    """
+
+    def __init__(self, start: Start, policy: Policy):
+        self.start, self.policy = start, policy
+        self.by: Reference | None = None
+        config, data = start.config, start.data
+        planned = {i for *_, rows in plan(config, len(data.train), data.lengths) for i in rows}
+        model = self._model_key()
+        self.logps: dict[Example, list[float]] = {}
+        for what, examples in (
+            ("training", [data.train[i] for i in sorted(planned)]),
+            ("held-out", data.held_out),
+        ):
+            values = self._read_or_compute(what, examples, model) if examples else torch.empty(0)
+            self.logps |= zip(examples, values.tolist(), strict=True)
+        self.by = None  # a model that was loaded for it can go
+
+    def __call__(self, batch: Batch) -> Tensor:
+        values = torch.tensor([self.logps[example] for example in batch.examples])
+        return values.t().flatten().to(batch.input_ids.device)
+
+    def _model_key(self) -> dict[str, Any]:
+        """Weights and config on disk, rows of the vocabulary, and what the forward pass computes in."""
+        settings, model = self.start.config.model, self.start.optimizer.model
+        own = settings.reference_archive is None
+        archive = settings.archive if own else settings.reference_archive
+        source = self.start.base() if own else open_weights(archive)
+        folder = settings.name_or_path if archive is None or is_policy(archive) else archive
+        return {
+            "model": content_hash(source),
+            "model_config": config_key(load_config(folder)),
+            "vocabulary": model.get_input_embeddings().weight.shape[0],
+            "dtype": str(model.dtype) if own else settings.reference_dtype,
+            "mixed_precision": settings.fsdp_policy_mp,
+        }
+
+    def _read_or_compute(self, what: str, examples: Sequence[Example], model: dict[str, Any]) -> Tensor:
+        config = self.start.config
+        data, lengths = hash_and_lengths(map(self.policy.rows, examples))
+        cut = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+        file = LogpsFile(config.cache_dir / FOLDER, {"data": data, **cut, **model})
+        logps = file.read(len(examples))
+        if logps is not None:
+            logger.info("reference: %d %s pairs read from %s", len(examples), what, file.path)
+            return logps
+        logps = self._compute(what, examples, lengths)
+        file.write(logps)
+        logger.info("reference: %d %s pairs stored in %s", len(examples), what, file.path)
+        return logps
+
+    def _compute(self, what: str, examples: Sequence[Example], lengths: Sequence[int]) -> Tensor:
+        self.by = self.by or self._computed_by()
+        size = self.start.config.eval_batch_size
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i])  # similar lengths: little padding
+        logps = torch.empty(len(examples), 2)
+        with tqdm(total=len(examples), unit="pair", desc=f"reference, {what}", dynamic_ncols=True) as bar:
+            for first in range(0, len(order), size):
+                chosen = order[first : first + size]
+                values = self.by(self.policy.batch([examples[i] for i in chosen]))
+                logps[chosen] = values.float().cpu().view(2, -1).t()
+                bar.update(len(chosen))
+                self.start.check()
+        return logps
+
+    def _computed_by(self) -> Reference:
+        if self.start.config.model.reference_archive is not None:
+            return ModelReference(self.start, self.policy)
+        if self.start.resumed:
+            return SwappedReference(self.start, self.policy)
+        return torch.no_grad()(lambda batch: self.policy.logps(batch)[0])
+
+
+REFERENCES: dict[str, Callable[[Start, Policy], Reference]] = {
+    "swap": SwappedReference,
+    "model": ModelReference,
+    "precomputed": PrecomputedReference,
+}
+
+
+@torch.no_grad()
+def starting_values(
+    optimizer: MaskedOptimizer, base: WeightSource | None = None
+) -> dict[nn.Parameter, Tensor]:
+    """Values that each parameter's trained entries started from, (kept,) in the parameter's dtype.
+
+    base: where they are read for a run that is continued; without it they are those of now.
+    """
+    if base is None:
+        return {p: _copy_of_kept(optimizer, p) for p in optimizer.names}
+    starts = {}
+    for p, name in optimizer.names.items():
+        whole = base.read(name).to(p.dtype)
+        if whole.shape[0] < p.shape[0]:  # a vocabulary grown by a pad token
+            added = mean_row(whole).expand(p.shape[0] - whole.shape[0], *whole.shape[1:])
+            whole = torch.cat([whole, added])
+        whole = whole.flatten().to(p.device)
+        positions = optimizer.positions(p)
+        starts[p] = whole if positions is None else whole.index_select(0, positions)
+    return starts
+
+
+def _copy_of_kept(optimizer: MaskedOptimizer, p: nn.Parameter) -> Tensor:
+    values = optimizer.working_values(p)
+    return values.clone() if optimizer.positions(p) is None else values

@@ -1,0 +1,66 @@
+"""Reference log-probabilities kept on disk, for runs on the same pairs and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lota.atomic import atomic_path, save_tensors
+from lota.data import Encoded
+from lota.journal import content_key, set_aside
+
+FOLDER = "reference_logps"  # of the cache folder
+logger = logging.getLogger(__name__)
+
+
+class LogpsFile:
+    """Log-probabilities of pairs in a file that is read only under the key that it was written with.
+
+    It lies in `folder` under a name made from the key. Values: (pairs, 2) fp32, chosen and rejected.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]):
+        self.key = dict(key)
+        self.path = folder / f"{content_key(self.key)[:24]}.pt"
+
+    def read(self, pairs: int) -> Tensor | None:
+        """What is stored, or None. A file that was made under another key, or is broken, is set aside."""
+        if not self.path.is_file():
+            return None
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            return self._checked(content, pairs)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+            moved = set_aside(self.path)
+            logger.warning("%s is not reused: %s. It is now %s", self.path, str(error)[:200], moved.name)
+            return None
+
+    def _checked(self, content: Any, pairs: int) -> Tensor:
+        logps = content["logps"]
+        differ = [name for name, value in self.key.items() if content["key"].get(name) != value]
+        if differ:
+            raise ValueError(f"made with another {', '.join(differ)}")
+        if logps.shape != (pairs, 2) or not logps.isfinite().all():
+            raise ValueError(f"it does not hold two finite numbers for each of {pairs} pairs")
+        return logps
+
+    def write(self, logps: Tensor) -> None:
+        with atomic_path(self.path) as temporary:
+            save_tensors({"key": self.key, "logps": logps}, temporary)
+
+
+def hash_and_lengths(pairs: Iterable[Sequence[Encoded]]) -> tuple[str, list[int]]:
+    """SHA-256 over all token ids (so over text, tokenizer, template, cuts); each pair's longest row."""
+    digest, lengths = hashlib.sha256(), []
+    for pair in pairs:
+        digest.update(json.dumps([[row.prompt_length, row.input_ids] for row in pair]).encode())
+        lengths.append(max(map(len, pair)))
+    return digest.hexdigest(), lengths

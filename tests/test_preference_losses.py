@@ -1,0 +1,180 @@
+"""Losses on pairs against TRL on the same batch and weights, and against their formulas written out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+
+import pytest
+import torch
+from chars import char_model, char_tokenizer
+
+from lota.data import IGNORED, Batch
+from lota.losses import response_logps
+from lota.preference_losses import (
+    Pairs,
+    dpo_loss,
+    importance_weight,
+    ipo_loss,
+    log_ratios,
+    preference_loss,
+    reward_sums,
+)
+
+POLICY = Pairs(torch.tensor([-7.0, -3.5, -40.0]), torch.tensor([-9.0, -3.0, -20.0]))
+REFERENCE = Pairs(torch.tensor([-8.0, -3.0, -42.0]), torch.tensor([-8.5, -4.0, -21.5]))
+LENGTHS = Pairs(torch.tensor([4.0, 2.0, 10.0]), torch.tensor([5.0, 1.0, 8.0]))
+ROWS = [
+    {"prompt": "Human: hi there", "chosen": " good day to you", "rejected": " no"},
+    {"prompt": "ab", "chosen": "x", "rejected": "a much longer answer"},
+    {"prompt": "What is it?", "chosen": "It is a box.", "rejected": "It is a cat."},
+    {"prompt": "Go on", "chosen": "!" * 30, "rejected": "?"},
+]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def written_out(
+    i: int, b: float, *, r=0.0, weighed=False, ipo=False, ipo_sum=False, e=0.0, free=False
+) -> float:
+    """The i-th pair's loss in plain Python, from the formulas of the design."""
+    w, lost = POLICY.chosen[i].item(), POLICY.rejected[i].item()
+    ref_w, ref_l = (0.0, 0.0) if free else (REFERENCE.chosen[i].item(), REFERENCE.rejected[i].item())
+    n_w, n_l = (1, 1) if ipo_sum else (LENGTHS.chosen[i].item(), LENGTHS.rejected[i].item())
+    difference = (w - lost) - (ref_w - ref_l)
+    if ipo:
+        loss = ((w - ref_w) / n_w - (lost - ref_l) / n_l - 1 / (2 * b)) ** 2
+    else:
+        loss = -(1 - e) * math.log(sigmoid(b * difference)) - e * math.log(sigmoid(-b * difference))
+    if weighed:
+        loss *= math.exp(lost - ref_l)
+    return loss - r * w
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+@pytest.mark.parametrize(
+    ("settings", "formula"),
+    [
+        ({}, {}),
+        ({"robust_eps": 0.2}, {"e": 0.2}),
+        ({"sft_reg": 0.5}, {"r": 0.5}),
+        ({"importance_correction": True}, {"weighed": True}),
+        ({"ipo": True}, {"ipo": True}),
+        ({"ipo": True, "ipo_sum": True}, {"ipo": True, "ipo_sum": True}),
+        (
+            {"importance_correction": True, "sft_reg": 2.0, "robust_eps": 0.1},
+            {"weighed": True, "r": 2.0, "e": 0.1},
+        ),
+        ({"ipo": True, "importance_correction": True}, {"ipo": True, "weighed": True}),
+    ],
+)
+def test_closed_forms(beta, settings, formula):
+    losses = preference_loss(POLICY, REFERENCE, LENGTHS, beta=beta, **settings)
+    expected = [written_out(i, beta, **formula) for i in range(3)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ipo", [False, True])
+def test_without_a_reference(ipo):
+    losses = preference_loss(POLICY, None, LENGTHS, beta=0.3, ipo=ipo, sft_reg=0.1)
+    assert losses.tolist() == pytest.approx(
+        [written_out(i, 0.3, free=True, ipo=ipo, r=0.1) for i in range(3)]
+    )
+
+
+def test_conservative_dpo_has_its_minimum_where_the_labels_are_right_that_often():
+    """The gradient of the margin is 0 at sigmoid(b D) = 1 - e, and of plain DPO nowhere."""
+    margin = torch.tensor([math.log(0.8 / 0.2) / 0.5], requires_grad=True)
+    zero = torch.zeros(1)
+    dpo_loss(Pairs(margin, zero), beta=0.5, robust_eps=0.2).sum().backward()
+    assert margin.grad.abs().item() < 1e-6
+    margin.grad = None
+    dpo_loss(Pairs(margin, zero), beta=0.5).sum().backward()
+    assert margin.grad.item() < -0.05
+
+
+def test_the_importance_weight_has_no_gradient():
+    ratios = log_ratios(POLICY, REFERENCE)
+    assert importance_weight(ratios).tolist() == pytest.approx([math.exp(-0.5), math.exp(1.0), math.exp(1.5)])
+    policy = Pairs(*(value.clone().requires_grad_() for value in POLICY))
+    losses = preference_loss(policy, REFERENCE, LENGTHS, beta=0.3, importance_correction=True)
+    got = torch.autograd.grad(losses.sum(), policy)
+    policy = Pairs(*(value.clone().requires_grad_() for value in POLICY))
+    plain = torch.autograd.grad(preference_loss(policy, REFERENCE, LENGTHS, beta=0.3).sum(), policy)
+    for weighed, grad in zip(got, plain, strict=True):
+        torch.testing.assert_close(weighed, grad * importance_weight(ratios))
+
+
+def test_ipo_of_an_empty_response_is_finite():
+    zero = torch.zeros(1)
+    assert ipo_loss(Pairs(zero, zero), beta=0.5, n_tokens=Pairs(zero, zero)).tolist() == [1.0]
+
+
+def test_reward_sums():
+    sums = reward_sums(log_ratios(POLICY, REFERENCE), beta=0.5)
+    assert sums["chosen"].item() == pytest.approx(0.5 * (1.0 - 0.5 + 2.0))
+    assert sums["rejected"].item() == pytest.approx(0.5 * (-0.5 + 1.0 + 1.5))
+    assert sums["margins"].item() == pytest.approx(0.5 * (1.5 - 1.5 + 0.5))
+    assert sums["accuracies"].item() == 2.0
+
+
+@pytest.fixture(scope="module")
+def trl_batch(tmp_path_factory):
+    """(batch as TRL collates it, function: loss type, beta -> its loss, its metrics, its gradients)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TRL and what it imports
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        tokenizer, reference = char_tokenizer(), char_model(1)
+        tokenizer.pad_token = "</s>"
+        out = str(tmp_path_factory.mktemp("trl"))
+
+        def trainer(policy, kind: str, beta: float):
+            args = DPOConfig(
+                output_dir=out, per_device_train_batch_size=len(ROWS), loss_type=[kind], beta=beta,
+                report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+            )  # fmt: skip
+            data = Dataset.from_list(ROWS)
+            return DPOTrainer(policy, reference, args=args, train_dataset=data, processing_class=tokenizer)
+
+        def computed(kind: str, beta: float):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                policy = char_model(0).train()
+                made = trainer(policy, kind, beta)
+                loss = made.compute_loss(policy, batch)
+                loss.backward()
+            metrics = {
+                name: sum(values) / len(values) for name, values in made._metrics["train"].items() if values
+            }
+            return loss.item(), metrics, [p.grad for p in policy.parameters()]
+
+        batch = next(iter(trainer(char_model(0), "sigmoid", 0.1).get_train_dataloader()))
+    return batch, computed
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("sigmoid", 0.1), ("sigmoid", 0.7), ("ipo", 0.1), ("ipo", 0.7)])
+def test_losses_rewards_and_gradients_are_those_of_trl(trl_batch, kind, beta):
+    batch, computed = trl_batch
+    theirs, metrics, gradients = computed(kind, beta)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+    rows = Batch(batch["input_ids"], batch["attention_mask"], labels, int(batch["attention_mask"].sum()))
+    policy, reference = char_model(0).train(), char_model(1)
+    logps, counted = response_logps(policy, rows, contextlib.nullcontext())
+    with torch.no_grad():
+        of_reference = Pairs.split(response_logps(reference, rows, contextlib.nullcontext())[0])
+    of_policy = Pairs.split(logps)
+    losses = preference_loss(of_policy, of_reference, Pairs.split(counted), beta=beta, ipo=kind == "ipo")
+    losses.mean().backward()
+    assert losses.mean().item() == pytest.approx(theirs, rel=1e-5)
+    rewards = reward_sums(log_ratios(of_policy, of_reference), beta)
+    for name, value in rewards.items():
+        assert value.item() / len(ROWS) == pytest.approx(metrics[f"rewards/{name}"], rel=1e-5), name
+    for which, value in of_policy._asdict().items():
+        assert value.mean().item() == pytest.approx(metrics[f"logps/{which}"], rel=1e-5)
+    for p, gradient in zip(policy.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5)
