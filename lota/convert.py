@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.hf_folder import (
@@ -26,6 +25,7 @@ from lota.hf_folder import (
 )
 from lota.models import add_pad_token, load_config, load_tokenizer, resize_vocabulary
 from lota.policy_file import model_from_policy, policy_path, read_policy_record
+from lota.run_settings import run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def convert_policy(
     file, folder = policy_path(policy), Path(save_path).expanduser().resolve()
     _check_arguments(vocab, pad_token, max_shard_size)
     check_replaceable(folder, model_path)
-    run = _run_config(file)
+    run = run_settings(file)
     tokenizer_path = tokenizer_path or run.tokenizer or model_path
     config, tokenizer = load_config(model_path), load_tokenizer(tokenizer_path)
     base_rows, base_pad = config.get_text_config().vocab_size, config.pad_token_id
@@ -96,35 +96,6 @@ def _check_arguments(vocab: str, pad_token: str | None, max_shard_size: str) -> 
     if vocab == "base" and pad_token is not None:
         raise ValueError(f"--vocab base keeps the base's tokenizer: drop --pad_token {pad_token}, or --vocab")
     check_shard_size(max_shard_size)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What RUN/config.yaml, beside RUN/epoch-1/policy.pt, says about vocabulary, data and prompts."""
-
-    pad_token: str | None = None
-    tokenizer: str | None = None
-    datasets: tuple[str, ...] = ()
-    chat_template: str | None = None
-
-
-def _run_config(policy: Path) -> _Run:
-    """The run's settings; empty for a policy.pt that lies outside a run folder."""
-    file = policy.resolve().parent.parent / "config.yaml"
-    if not file.is_file():
-        return _Run()
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        model = content["model"]
-        return _Run(
-            model["pad_token"],
-            model["tokenizer_name_or_path"],
-            tuple(content["datasets"]),
-            content.get("chat_template"),
-        )
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        logger.warning("%s is not a run's config (%s): not used", file, " ".join(str(error).split()))
-        return _Run()
 
 
 def _cut(model: PreTrainedModel, base_rows: int, base_pad: int | None) -> None:

@@ -162,18 +162,18 @@ def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
     model.config.save_pretrained(folder)
 
 
-def check_replaceable(folder: Path, base: str | Path) -> None:
+def check_replaceable(folder: Path, base: str | Path, option: str = "--save_path") -> None:
     """Raise ValueError when `folder` is the base, or holds a model that no conversion wrote."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--save_path {folder} is a file: name a folder")
+        raise ValueError(f"{option} {folder} is a file: name a folder")
     if folder == Path(base).expanduser().resolve():
         raise ValueError(
-            f"--save_path {folder} is the base itself and would be overwritten: name another folder"
+            f"{option} {folder} is the base itself and would be overwritten: name another folder"
         )
     models = [*folder.glob("*.safetensors"), *folder.glob("config.json")]
     if models and not (folder / RECORD).is_file():
         raise ValueError(
-            f"--save_path {folder} holds a model ({models[0].name}) that no conversion wrote, and it would be"
+            f"{option} {folder} holds a model ({models[0].name}) that no conversion wrote, and it would be"
             " overwritten: name another folder"
         )
 

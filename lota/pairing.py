@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lota.masks import Mask
+from lota.run_settings import run_settings
 from lota.scope import ScopedTensor, find_scope, meta_model
 from lota.stored import checkpoint_files
 from lota.weights import WeightSource, open_weights
@@ -120,26 +121,13 @@ def _structure(
         if folder is not None and (folder / "config.json").is_file():
             return meta_model(folder)
     for path in sides.values():
-        name = _base_of_run(Path(path))
+        name = run_settings(Path(path)).base
         if name is not None:
             return meta_model(name)
     raise ValueError(
         f"{' and '.join(str(path) for path in sides.values())} do not say which model they are of: "
         "give a Hugging Face folder with its config (--model)"
     )
-
-
-def _base_of_run(path: Path) -> str | None:
-    """`model.name_or_path` from the config.yaml of the run that a policy.pt belongs to."""
-    import yaml
-
-    for folder in path.resolve().parents[:2] if path.is_file() else (path, path.resolve().parent):
-        try:
-            content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            return str(content["model"]["name_or_path"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
-            continue
-    return None
 
 
 def _in_scope(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from delta_models import bits, change, save_model
 from tiny import random_mask
 
 from lota.delta import Delta, extract
@@ -18,33 +19,12 @@ from lota.masks import Mask
 from lota.weights import content_hash, open_weights
 
 
-def save_model(folder, kind="llama", dtype=torch.bfloat16, **settings):
-    model = hf_models.new_model(kind).to(dtype)
-    model.save_pretrained(folder, **settings)
-    return model
-
-
-def change(model, seed=0, density=0.1, mask=None):
-    """Add noise to a share of the entries, or to those that a mask keeps; the model is changed in place."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        chosen = torch.rand(p.shape, generator=generator) < density
-        if mask is not None:
-            chosen = mask.dense(name) if name in mask else torch.zeros_like(chosen)
-        p.data += (torch.randn(p.shape, generator=generator) * 0.01 * chosen).to(p.dtype)
-    return model
-
-
 @pytest.fixture
 def pair(tmp_path):
     """(base, tuned) folders of bf16 Llamas."""
     model = save_model(tmp_path / "base")
     change(model).save_pretrained(tmp_path / "tuned")
     return tmp_path / "base", tmp_path / "tuned"
-
-
-def bits(tensor):
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

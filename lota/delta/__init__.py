@@ -9,7 +9,23 @@
 The command line is `python -m lota.delta`; loaded models switch tasks with `lota.attach`.
 """
 
-from lota.delta.extraction import extract
-from lota.delta.reader import Delta
+from __future__ import annotations
 
-__all__ = ["Delta", "extract"]
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Delta": "lota.delta.reader",
+    "apply": "lota.delta.applying",
+    "extract": "lota.delta.extraction",
+    "revert": "lota.delta.applying",
+    "verify": "lota.delta.applying",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lota.delta' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

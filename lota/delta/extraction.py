@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from lota.delta.codec import Row, encode
 from lota.delta.layout import SEGMENT, Parameter, Segment, segments
 from lota.masks import Mask
 from lota.pairing import open_whole
+from lota.prompting import recorded_choice
+from lota.run_settings import run_settings
 from lota.streaming import in_order, worker_count
 from lota.weights import StreamingHash, WeightSource
 
@@ -56,13 +59,20 @@ def extract(
 
     base, tuned: Hugging Face folders, hub ids or policy.pt files. The tuned model is taken as the converter
     would write it, in the dtypes of the base's files. mask: nothing may have changed outside of it. task: a
-    name for the metadata. model: folder whose config gives the structure, where neither side has one.
+    name for the metadata, by default the data sets of its run. model: folder whose config gives the names,
+    where neither side has one.
     Raises ValueError for models that do not belong together, a grown vocabulary, or changes outside the mask.
     """
     mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else mask
     before, after = open_whole(base, tuned, model)
     encoder = _Encoder(before, after, mask)
-    meta = {"base": before.id, "tuned": after.id, "task": task}
+    run = run_settings(Path(tuned))
+    meta = {
+        "base": before.id,
+        "tuned": after.id,
+        "task": task or ",".join(run.datasets) or None,
+        "chat_template": run.chat_template or recorded_choice(str(tuned)),
+    }
     return container.write(out, encoder.parameters, encoder.coded(), lambda: encoder.finish(meta))
 
 

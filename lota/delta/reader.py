@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lota.delta import container
 from lota.delta.codec import decode
-from lota.delta.layout import UNSIGNED, Piece, segments
+from lota.delta.layout import SEGMENT, UNSIGNED, Piece, segments
 
 
 class Delta:
@@ -100,8 +100,15 @@ class Delta:
         """The tuned parameter, bit for bit, in memory of its own. base: the base's, in its file's dtype."""
         self.check_fits(name, base)
         result = base.detach().cpu().contiguous().clone()
-        xor_(result, *self.changes(name))
+        self.flip_(name, result)
         return result
+
+    def flip_(self, name: str, value: Tensor) -> None:
+        """Turn a contiguous CPU tensor from the base's into the tuned parameter in place, or back."""
+        flat = value.view(-1)
+        for start in range(0, flat.numel(), SEGMENT):
+            part = flat[start : start + SEGMENT]
+            xor_(part, *self.changes(name, start, start + part.numel()))
 
     def differences(self, name: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """(positions, tuned - base there in fp32): the task vector's entries that are not 0."""

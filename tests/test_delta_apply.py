@@ -1,0 +1,274 @@
+"""apply and revert give the tuned model and the base again, bit for bit, or leave nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import hf_models
+import pytest
+import torch
+from delta_models import change, same_files, save_model, tensors
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from lota.delta import Delta, apply, extract, revert, verify
+from lota.delta.__main__ import main
+from lota.delta.applying import Changed
+from lota.delta.report import entropy_bytes
+from lota.masks import Mask
+from lota.weights import content_hash, open_weights
+
+
+def make(tmp_path, kind="llama", dtype=torch.bfloat16, **settings):
+    """Folders base and tuned, and the delta between them."""
+    model = save_model(tmp_path / "base", kind, dtype, **settings)
+    change(model).save_pretrained(tmp_path / "tuned", **settings)
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.safetensors")
+    return tmp_path / "base", tmp_path / "tuned", tmp_path / "d.safetensors"
+
+
+@pytest.mark.parametrize("kind", list(hf_models.CONFIGS))
+def test_there_and_back_for_every_architecture(tmp_path, kind):
+    base, tuned, delta = make(tmp_path, kind)
+    apply(base, delta, tmp_path / "there")
+    assert same_files(tmp_path / "there", tuned) and not same_files(tmp_path / "there", base)
+    revert(tmp_path / "there", delta, tmp_path / "back")
+    assert same_files(tmp_path / "back", base)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype="auto")
+    expected = AutoModelForCausalLM.from_pretrained(tuned, dtype="auto")
+    assert torch.equal(hf_models.logits(again), hf_models.logits(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_there_and_back_in_shards(tmp_path, dtype):
+    base, tuned, delta = make(tmp_path, dtype=dtype, max_shard_size="15KB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    apply(base, delta, tmp_path / "there", max_shard_size="13KB")
+    assert same_files(tmp_path / "there", tuned) and len(list((tmp_path / "there").glob("*.safetensors"))) > 1
+    revert(tmp_path / "there", delta, tmp_path / "back")
+    assert same_files(tmp_path / "back", base)
+
+
+def test_dtypes_may_be_mixed(tmp_path):
+    model = hf_models.new_model("llama").bfloat16()
+    for name, p in model.named_parameters():
+        if "norm" in name or "down_proj" in name:
+            p.data = p.data.float()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "tuned").mkdir()
+    model.config.save_pretrained(tmp_path / "base")
+    model.config.save_pretrained(tmp_path / "tuned")
+    save_file(
+        {n: p.detach().clone() for n, p in model.named_parameters()}, tmp_path / "base" / "model.safetensors"
+    )
+    change(model)
+    save_file(
+        {n: p.detach().clone() for n, p in model.named_parameters()}, tmp_path / "tuned" / "model.safetensors"
+    )
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.safetensors")
+    apply(tmp_path / "base", tmp_path / "d.safetensors", tmp_path / "there")
+    assert same_files(tmp_path / "there", tmp_path / "tuned")
+    revert(tmp_path / "tuned", tmp_path / "d.safetensors", tmp_path / "back")
+    assert same_files(tmp_path / "back", tmp_path / "base")
+
+
+def test_apply_writes_what_the_converter_writes(tmp_path):
+    from lota.convert import convert_policy
+
+    model = save_model(tmp_path / "base")
+    hf_models.word_tokenizer(hf_models.ROWS).save_pretrained(tmp_path / "base")
+    state = change(model.float()).state_dict()
+    policy = hf_models.save_policy(tmp_path / "policy.pt", state)
+    convert_policy(tmp_path / "base", policy, tmp_path / "converted")
+    extract(tmp_path / "base", policy, tmp_path / "d.safetensors")
+    apply(tmp_path / "base", tmp_path / "d.safetensors", tmp_path / "there")
+    assert same_files(tmp_path / "there", tmp_path / "converted")
+    assert (tmp_path / "there" / "tokenizer.json").read_bytes() == (
+        tmp_path / "base" / "tokenizer.json"
+    ).read_bytes()
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_only_the_right_model_is_changed(tmp_path):
+    base, tuned, delta = make(tmp_path)
+    hf_models.new_model("llama", seed=3).bfloat16().save_pretrained(tmp_path / "other")
+    almost = tensors(base)
+    almost["model.norm.weight"][3] = 7.0  # a weight that the delta would not overwrite
+    change_file = tmp_path / "almost"
+    change_file.mkdir()
+    (change_file / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file(almost, change_file / "model.safetensors")
+    before = listing(tmp_path)
+    for wrong in (tmp_path / "other", change_file):
+        with pytest.raises(ValueError, match=r"is not the base model of .*d\.safetensors: its weights have"):
+            apply(wrong, delta, tmp_path / "out")
+        with pytest.raises(ValueError, match="is not the tuned model"):
+            revert(wrong, delta, tmp_path / "out")
+        with pytest.raises(ValueError, match="is not the base model"):
+            verify(wrong, delta)
+    with pytest.raises(ValueError, match="is not the base but the tuned model"):
+        apply(tuned, delta, tmp_path / "out")
+    with pytest.raises(ValueError, match="is not the tuned but the base model"):
+        revert(base, delta, tmp_path / "out")
+    assert listing(tmp_path) == before
+    assert verify(base, delta)["tuned_hash"] == content_hash(open_weights(tuned))
+
+
+def test_damage_is_found_before_anything_is_written(tmp_path):
+    base, tuned, delta = make(tmp_path)
+    whole = delta.read_bytes()
+    before = listing(tmp_path)
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:5000] + b"\0" + whole[5001:], b""):
+        assert damaged != whole
+        delta.write_bytes(damaged)
+        for write, model in ((apply, base), (revert, tuned)):
+            with pytest.raises(ValueError, match=r"d\.safetensors"):
+                write(model, delta, tmp_path / "out")
+    assert listing(tmp_path) == before
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    base, _, delta = make(tmp_path)
+    before = listing(tmp_path)
+    flips = iter([None] * 7)
+
+    def fail(self, name, value):
+        if next(flips, "last") == "last":
+            raise OSError("disk full")
+
+    monkeypatch.setattr(Delta, "flip_", fail)
+    with pytest.raises(OSError, match="disk full"):
+        apply(base, delta, tmp_path / "out")
+    monkeypatch.setattr(Delta, "flip_", lambda self, name, value: None)
+    with pytest.raises(ValueError, match="was not written"):  # what came out is checked
+        apply(base, delta, tmp_path / "out")
+    assert listing(tmp_path) == before
+
+
+def test_folders_that_must_not_be_replaced(tmp_path):
+    base, tuned, delta = make(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out in (base, tuned, delta):
+        with pytest.raises(ValueError, match=r"--out .*name"):
+            apply(base, delta, out)
+    with pytest.raises(ValueError, match="is no Hugging Face folder"):
+        apply(hf_models.save_policy(tmp_path / "policy.pt", {"w": torch.zeros(1)}), delta, tmp_path / "out")
+    with pytest.raises(ValueError, match="max_shard_size"):
+        apply(base, delta, tmp_path / "out", max_shard_size="much")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (tmp_path / "out").exists()
+    for _ in range(2):  # our own folders may be
+        apply(base, delta, tmp_path / "out")
+    assert same_files(tmp_path / "out", tuned)
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["delta"] == str(delta)
+
+
+def test_disjoint_deltas_commute(tmp_path):
+    model = save_model(tmp_path / "base")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    first = {name: torch.rand(p.shape, generator=generator) < 0.3 for name, p in start.items()}
+    deltas = []
+    for i, kept in enumerate((first, {name: ~bits for name, bits in first.items()})):
+        model.load_state_dict(start, strict=False)
+        change(model, seed=i, mask=Mask.from_dense(kept)).save_pretrained(tmp_path / f"t{i}")
+        extract(tmp_path / "base", tmp_path / f"t{i}", tmp_path / f"{i}.safetensors")
+        deltas.append(Delta.open(tmp_path / f"{i}.safetensors"))
+    base, *tuned = (open_weights(tmp_path / name) for name in ("base", "t0", "t1"))
+    one = Changed(Changed(base, deltas[0]), deltas[1])
+    other = Changed(Changed(base, deltas[1]), deltas[0])
+    for name in base.names():
+        value = one.read(name)
+        assert torch.equal(value, other.read(name))
+        assert torch.equal(value, torch.where(first[name], tuned[0].read(name), tuned[1].read(name)))
+    assert content_hash(one) == content_hash(other)
+    assert content_hash(Changed(one, deltas[0])) == content_hash(tuned[1])
+
+
+def test_the_command_line(tmp_path, capsys):
+    model = save_model(tmp_path / "base")
+    change(model).save_pretrained(tmp_path / "tuned")
+    base, tuned, delta = (str(tmp_path / name) for name in ("base", "tuned", "sql.safetensors"))
+    assert main(["extract", "--base", base, "--tuned", tuned, "--out", delta, "--task", "sql"]) == 0
+    found = Delta.open(delta)
+    assert main(["show", delta]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f"{found.n_changed:,} of {found.meta['entries']:,} entries changed") == 2
+    assert found.meta["base_hash"] in shown and "task          sql" in shown
+    assert f"{(tmp_path / 'sql.safetensors').stat().st_size:,} bytes" in shown
+    assert main(["verify", "--base", base, "--delta", delta]) == 0
+    assert "ok" in capsys.readouterr().out
+    assert main(["apply", "--model", base, "--delta", delta, "--out", str(tmp_path / "there")]) == 0
+    assert (
+        main(
+            ["revert", "--model", str(tmp_path / "there"), "--delta", delta, "--out", str(tmp_path / "back")]
+        )
+        == 0
+    )
+    assert same_files(tmp_path / "there", tmp_path / "tuned")
+    assert same_files(tmp_path / "back", tmp_path / "base")
+    capsys.readouterr()
+    assert main(["apply", "--model", tuned, "--delta", delta, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_module_runs_without_a_warning(tmp_path):
+    delta = make(tmp_path)[2]
+    command = [sys.executable, "-W", "error", "-m", "lota.delta", "show", str(delta)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and "entries changed" in done.stdout
+
+
+def test_entropy_of_what_changed(tmp_path):
+    n = 100_000
+    base, tuned = torch.zeros(n).half(), torch.zeros(n).half()
+    tuned[torch.randperm(n)[:1000]] = 1.0
+    for name, value in (("b", base), ("t", tuned)):
+        hf_models.save_policy(tmp_path / f"{name}.pt", {"w": value, "untouched": base.clone()})
+    extract(tmp_path / "b.pt", tmp_path / "t.pt", tmp_path / "d.safetensors")
+    assert entropy_bytes(Delta.open(tmp_path / "d.safetensors")) == pytest.approx(
+        1000 * (8.079 + 16) / 8, rel=1e-3
+    )
+
+
+PEAK = """
+import re, sys
+from lota.delta import apply, extract, verify
+from lota.scope import meta_model
+
+def memory(field):  # MiB
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+def peak(work, *paths):
+    open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+    before = memory("VmRSS")
+    work(*paths)
+    return memory("VmHWM") - before
+
+base, tuned, delta, out = sys.argv[1:]
+meta_model(base)
+print(peak(extract, base, tuned, delta), peak(apply, base, delta, out), peak(verify, base, delta))
+"""
+
+
+def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path):
+    config = hf_models.LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model = hf_models.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    for p in model.parameters():
+        p.data.view(-1)[::10] += 1
+    model.save_pretrained(tmp_path / "tuned")
+    size = sum(2 * p.numel() for p in model.parameters()) / 2**20
+    paths = [str(tmp_path / name) for name in ("base", "tuned", "d.safetensors", "out")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert size > 90  # MiB; the largest tensor has 2
+    assert max(map(float, done.stdout.split())) < 45
