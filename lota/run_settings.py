@@ -36,7 +36,7 @@ def run_settings(path: Path) -> RunSettings:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         model = content["model"]
         return RunSettings(
-            str(model["name_or_path"]),
+            model.get("name_or_path"),
             model.get("pad_token"),
             model.get("tokenizer_name_or_path"),
             tuple(content.get("datasets") or ()),
