@@ -10,14 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lota.config import default_cache
-from lota.config_checks import CHAT_TEMPLATES
+from lota.arguments import add_shared, prompter_of
 from lota.evaluation import Evaluator, Result, load_pair, results_folder
-from lota.evaluation_plan import Plan, Wanted, plan_of
-from lota.models import load_tokenizer
-from lota.prompting import Prompter, recorded_choice
-from lota.results import paired_differences
-from lota.scoring import SCORERS
+from lota.evaluation_plan import Plan, Wanted, plans_of
+from lota.prompting import recorded_limits
+from lota.results import compared
 from lota.summary import summary, table, write_summary
 from tasks import EVALUATED_ON, evaluation_names, get_task
 
@@ -29,25 +26,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder or hub id")
-    add("--tokenizer_path", help="where the tokenizer is, if not with the model")
-    add(
-        "--datasets",
-        required=True,
-        help="task names, separated by commas; commonsense: its eight, mathinstruct: gsm8k, purebad: hexphi",
-    )
-    add("--data_dir", help="holds tasks/<task>/<split>.*; default $PROJECT_CACHE, else ~/.cache/lota")
-    add(
-        "--out",
-        help="results go to OUT/metrics; default: the model's folder; $PROJECT_CACHE/results/ID for a hub id",
-    )
+    names = "task names, separated by commas; commonsense: its eight, mathinstruct: gsm8k, purebad: hexphi"
+    add("--datasets", required=True, help=names)
+    add_shared(add)
     add("--n_examples", type=int, default=0, help="a seeded sample of that many per task; 0: all (default)")
     add("--bs", type=int, default=64, help="prompts per batch (64); halves itself when memory runs out")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the examples chosen, those of --num_fewshot, and, with --sample, of the completions (0)",
-    )
+    seed = "of the examples chosen, those of --num_fewshot, and, with --sample, of the completions (0)"
+    add("--seed", type=int, default=0, help=seed)
     add(
         "--num_runs",
         type=int,
@@ -55,21 +40,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="runs over the same examples, with seeds seed, seed+1, ... (1)",
     )
     add("--num_fewshot", type=int, default=0, help="solved training examples in front of each prompt (0)")
-    add(
-        "--scoring",
-        choices=tuple(SCORINGS),
-        help="by completions or, for multiple choice, by the choices' log-likelihoods; default: generate; "
-        "texts (wikitext) are always scored by perplexity",
-    )
-    add(
-        "--chat_template",
-        choices=CHAT_TEMPLATES,
-        help="prompts in the tokenizer's chat template; default: as the model's run had it, else never",
-    )
+    scoring = "by completions or, for multiple choice, by the choices' log-likelihoods; default: generate; "
+    add("--scoring", choices=SCORINGS, help=f"{scoring}texts (wikitext) are always scored by perplexity")
+    whole = "do not cut prompts as the model's training run did (max_length, max_prompt_length)"
+    add("--whole_prompts", action="store_true", help=whole)
     add("--compare", metavar="OTHER", help="a model, or its --out, that was evaluated on the same examples")
     add("--max_new_tokens", type=int, help="tokens per completion at most; default: each task's own")
-    add("--dtype", help="float32, bfloat16 or float16; default: the model's own")
-    add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     add("--sample", action="store_true", help="draw each token instead of taking the likeliest")
     for name, value in SAMPLING.items():
         add(f"--{name}", type=type(value), help=f"with --sample; default {value}")
@@ -83,11 +59,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def plans_of(args: argparse.Namespace) -> list[Plan]:
-    """A plan per task; one ValueError with the problems of all."""
+def wanted(args: argparse.Namespace) -> Wanted:
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    wanted = Wanted(
-        data_dir=args.data_dir or default_cache(),
+    return Wanted(
+        data_dir=args.data_dir,
         n_examples=args.n_examples,
         seed=args.seed,
         scoring=SCORINGS.get(args.scoring),
@@ -96,45 +71,34 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         max_new_tokens=args.max_new_tokens,
         compare=results_folder(args.compare) if args.compare else None,
     )
-    plans, problems = [], []
-    for name in evaluation_names(args.datasets):
-        try:
-            plans.append(plan_of(get_task(name), wanted))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    if not plans:
-        raise ValueError("--datasets names no task")
-    return plans
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The summary of all tasks; what can be refused is refused before the model loads."""
-    plans = plans_of(args)
-    tokenizer = load_tokenizer(args.tokenizer_path or args.model)
-    prompter = Prompter(tokenizer, args.chat_template or recorded_choice(args.model))
-    model, _ = load_pair(args.model, tokenizer=tokenizer, dtype=args.dtype, device=args.device)
-    out_dir = results_folder(args.model, args.out)
-    evaluator = Evaluator(
-        model, tokenizer, model_name=args.model, out_dir=out_dir, batch_size=args.bs, prompter=prompter
+    plans = plans_of(evaluation_names(args.datasets), get_task, wanted(args))
+    prompter = prompter_of(args, args.model, None if args.whole_prompts else recorded_limits(args.model))
+    model, tokenizer = load_pair(
+        args.model, tokenizer=prompter.tokenizer, dtype=args.dtype, device=args.device
     )
+    out_dir = results_folder(args.model, args.out)
+    more = {"model_name": args.model, "out_dir": out_dir, "batch_size": args.bs, "prompter": prompter}
+    evaluator = Evaluator(model, tokenizer, **more)
     results = [run(evaluator, plan, args) for plan in plans]
     given = [name.strip() for name in args.datasets.split(",")]
-    pairs = list(zip(plans, results, strict=True))
+    pairs = zip(plans, results, strict=True)
     content = summary(
         results,
         groups={name: EVALUATED_ON[name] for name in given if name in EVALUATED_ON},
         compared_with=args.compare,
-        differences={p.task.name: paired_differences(p.task, r, p.other) for p, r in pairs if p.other},
-        differing={p.task.name: p.other.differing(r) for p, r in pairs if p.other},
+        comparisons={p.task.name: compared(p.task, result, p.other) for p, result in pairs if p.other},
     )
     write_summary(out_dir, content)
     return content
 
 
 def run(evaluator: Evaluator, plan: Plan, args: argparse.Namespace) -> Result:
-    total = len(plan.chosen) * (args.num_runs if SCORERS[plan.scoring].draws else 1)
+    """Score one task under a progress bar."""
+    total = len(plan.chosen) * (args.num_runs if plan.draws else 1)
     with tqdm(total=total, desc=plan.task.name, unit="example", disable=args.verbose) as bar:
 
         def show(prediction: dict) -> None:

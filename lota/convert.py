@@ -78,7 +78,7 @@ def convert_policy(
         added = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
     rows = model.get_input_embeddings().weight.shape[0]
     origin = {"base": str(model_path), "policy": str(file), "step_idx": record["step_idx"], "rows": rows}
-    origin["chat_template"] = run.chat_template  # evaluation renders prompts as the run did
+    origin |= run.prompts  # evaluation renders and cuts prompts as the run did
     with new_model_files(folder, origin) as staged:
         write_weights(model, staged, most, dtypes, max_shard_size)
         write_config(model, staged, most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,41 +140,39 @@ class Evaluator:
         )
         n_cut = scorer.prepare(chosen)
         if n_cut:
-            logger.warning(
-                "%s: %d of %d prompts cut to fit the model's context", task.name, n_cut, len(chosen)
-            )
+            logger.warning("%s: %d of %d prompts cut to fit", task.name, n_cut, len(chosen))
         key = self._key(scorer)
         runs, stem = [], task.name + kind.suffix
         for run in range(num_runs if kind.draws else 1):
             seed = decoding.seed + run
             runs.append(self._run(scorer, chosen, run, seed, key, on_done))
             self._append_line(stem, scorer, runs[-1], seed)
-        shared = {
-            name: value
-            for name, value in key.items()
-            if name not in ("task", "version", "settings", "few_shot")
-        }
-        estimates = kind.estimates(task, runs)
+        result = self._result(scorer, runs, key, n_cut)
+        write_result(self.folder / f"{stem}.json", result)
+        return result
+
+    def _result(self, scorer: Scorer, runs: Sequence[Records], key: Mapping[str, Any], n_cut: int) -> Result:
+        task = scorer.task
+        estimates = scorer.estimates(task, runs)
         metric = next(iter(estimates))
-        result = Result(
+        more = {name: value for name, value in key.items() if name not in ("task", "version", "settings")}
+        return Result(
             task=task.name,
             version=task.version,
             metric=metric,
             score=estimates[metric].value,
             stderr=estimates[metric].stderr,
-            n=len(chosen),
-            seed=decoding.seed,
-            settings={**key["settings"], **shared, "batch_size": self.batch_size},
+            n=len(runs[0]),
+            seed=scorer.decoding.seed,
+            settings={**key["settings"], **more, "batch_size": self.batch_size},
             model=self.model_name,
             date=now(),
-            runs=tuple(kind.estimates(task, [records])[metric].value for records in runs),
-            scoring=kind.name,
+            runs=tuple(scorer.estimates(task, [records])[metric].value for records in runs),
+            scoring=scorer.name,
             n_cut=n_cut,
             estimates=estimates,
             predictions=runs,
         )
-        write_result(self.folder / f"{stem}.json", result)
-        return result
 
     def _key(self, scorer: Scorer) -> dict[str, Any]:
         """What decides the predictions, but for the seed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from lota.data import seeded_sample
 from lota.decoding import Decoding
 from lota.prompting import FewShot
 from lota.results import Stored, stored_runs
-from lota.scoring import scorer_of
+from lota.scoring import SCORERS, scorer_of
 
 Row = dict[str, Any]
 
@@ -45,6 +45,26 @@ class Plan:
     decoding: Decoding
     few_shot: FewShot | None
     other: Stored | None
+
+    @property
+    def draws(self) -> bool:
+        """Whether its predictions depend on a seed, so that several runs differ."""
+        return SCORERS[self.scoring].draws
+
+
+def plans_of(names: Iterable[str], find: Callable[[str], Any], wanted: Wanted) -> list[Plan]:
+    """A plan per task that `find` has by that name. Errors: one ValueError with the problems of all."""
+    plans, problems = [], []
+    for name in names:
+        try:
+            plans.append(plan_of(find(name), wanted))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not plans:
+        raise ValueError("--datasets names no task")
+    return plans
 
 
 def plan_of(task: Any, wanted: Wanted) -> Plan:

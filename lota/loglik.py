@@ -141,24 +141,25 @@ def _sum_of(logits: Tensor, continuation: list[int]) -> float:
 
 
 def choice_requests(
-    tokenizer: Any, prompt: Prompt, choices: Sequence[str], context: int | None
+    tokenizer: Any, prompt: Prompt, choices: Sequence[str], context: int | None, limit: int | None = None
 ) -> tuple[list[Request], bool]:
     """A request per choice, tokenised as lm-evaluation-harness does; whether the prompt had to be cut.
 
     Prompt and choice are tokenised together, so that a choice gets the tokens it has in running text, and
-    blanks at the prompt's end count as the choice's first ones.
+    blanks at the prompt's end count as the choice's first ones. limit: the most tokens of the prompt, where
+    there is one besides the model's context.
     """
     stripped = prompt.stripped()
     before = stripped.ids(tokenizer)
     texts = [Prompt(prompt.text + choice, templated=prompt.templated) for choice in choices]
     after = [text.ids(tokenizer)[len(before) :] for text in texts]
-    room = None if context is None else context + 1 - max(map(len, after))  # the last token is no input
-    if room is None or len(before) <= room:
+    longest = max(map(len, after))
+    if context is not None and longest > context:
+        raise ValueError(f"a choice of {longest} tokens does not fit the model's context, {context}")
+    rooms = [] if context is None else [context + 1 - longest]  # the last token is no input
+    room = min([*rooms, *([] if limit is None else [limit])], default=len(before))
+    if len(before) <= room:
         return [(before, ids) for ids in after], False
-    if room < 1:
-        raise ValueError(
-            f"a choice of {context + 1 - room} tokens does not fit the model's context, {context}"
-        )
     return [(stripped.ids(tokenizer, room), ids) for ids in after], True
 
 

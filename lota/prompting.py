@@ -54,13 +54,33 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How a training run cut its examples: its max_length and max_prompt_length, in tokens."""
+
+    max_length: int
+    max_prompt_length: int
+
+    def of(self, n_tokens: int) -> int | None:
+        """The most tokens of a prompt that has so many; None: as many as it has.
+
+        Training cut a prompt where it and its response did not fit into max_length together. The response is
+        not known here, and must not be; so a prompt is cut where none would have fitted after it.
+        """
+        return self.max_prompt_length if n_tokens >= self.max_length else None
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """A prompt, its token ids within a bound, how many examples it lost for that, and whether it was cut."""
+    """A prompt, its token ids within a bound, how many examples it lost for that, and whether it was cut.
+
+    limit: the most tokens that the run's limits leave it; None: they do not touch it.
+    """
 
     prompt: Prompt
     ids: list[int]
     lost: int
     cut: bool
+    limit: int | None = None
 
     @property
     def shortened(self) -> bool:
@@ -92,31 +112,41 @@ class FewShot:
 
 def recorded_choice(model: str) -> str:
     """The chat_template setting of the run that a converted folder comes from; never where none is known."""
+    return _recorded(model).get("chat_template") or NO_CHAT_TEMPLATE
+
+
+def recorded_limits(model: str) -> Limits | None:
+    """max_length and max_prompt_length of that run; None where they are not known."""
+    found = [_recorded(model).get(name) for name in ("max_length", "max_prompt_length")]
+    return Limits(*found) if all(isinstance(n, int) for n in found) else None
+
+
+def _recorded(model: str) -> dict[str, Any]:
+    """What the conversion wrote down of the run; {} for any other model."""
     file = Path(model).expanduser() / RECORD
     if not file.is_file():
-        return NO_CHAT_TEMPLATE
+        return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("chat_template") or NO_CHAT_TEMPLATE
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}): convert the model anew, or give --chat_template"
-        ) from error
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): convert the model anew") from error
 
 
 class Prompter:
     """Prompts with or without the tokenizer's chat template.
 
     choice: never; always (ValueError for a tokenizer without a template); auto: where the tokenizer has one.
+    limits: of the run that trained the model, for `fit`.
     """
 
-    def __init__(self, tokenizer: Any, choice: str = NO_CHAT_TEMPLATE) -> None:
+    def __init__(self, tokenizer: Any, choice: str = NO_CHAT_TEMPLATE, limits: Limits | None = None) -> None:
         if choice not in CHAT_TEMPLATES:
             raise ValueError(f"chat_template={choice}: choose one of {', '.join(CHAT_TEMPLATES)}")
         template = tokenizer.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if choice == "always" and template is None:
             raise ValueError("chat_template=always, but the tokenizer has none: choose auto or never")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.limits = tokenizer, limits
         self.template = None if choice == NO_CHAT_TEMPLATE else template
 
     @property
@@ -144,13 +174,18 @@ class Prompter:
         return Prompt(text, closing if before else "", task.chat, templated=True)
 
     def fit(self, task: Any, row: Row, examples: Sequence[Row], bound: int | None) -> Fitted:
-        """The prompt in at most `bound` tokens: it loses whole examples, the first ones, before it is cut."""
+        """The prompt in at most `bound` tokens: it loses whole examples, the first ones, before it is cut.
+
+        A prompt without examples is also cut as in training; no run trains on prompts with examples.
+        """
         for start in range(len(examples) + 1):
             prompt = self.prompt(task, row, examples[start:])
             ids = prompt.ids(self.tokenizer)
-            if bound is None or len(ids) <= bound:
+            limit = self.limits.of(len(ids)) if self.limits and not examples else None
+            most = min((n for n in (bound, limit) if n is not None), default=len(ids))
+            if len(ids) <= most:
                 return Fitted(prompt, ids, start, False)
-        return Fitted(prompt, prompt.ids(self.tokenizer, bound), len(examples), True)
+        return Fitted(prompt, prompt.ids(self.tokenizer, most), len(examples), True, limit)
 
 
 def _solved(task: Any, row: Row) -> list[dict[str, str]]:

@@ -140,7 +140,8 @@ def stored_runs(
     shared = [i for i in chosen if all(i in records for records in runs)]
     if not shared:
         raise ValueError(f"--compare: {folder} has none of the chosen examples of {task.name}")
-    made_with = {**key["settings"], "template": key["template"]}
+    made_with = {**key["settings"], "template": key["template"], "few_shot": key.get("few_shot")}
+    made_with.setdefault("prompt_limits", None)
     return Stored([{i: records[i] for i in shared} for records in runs], made_with)
 
 
@@ -159,9 +160,20 @@ def _comparable(path: Path, task: ScoredTask, rows: Sequence[Row]) -> tuple[dict
     return key, records
 
 
-def paired_differences(task: ScoredTask, result: Result, other: Stored) -> dict[str, Estimate]:
-    """Every metric of a result minus that of another model, over the examples that both have."""
+@dataclass(frozen=True)
+class Comparison:
+    """Every metric minus that of another model, over the examples that both have, and the names of settings
+    that the other was evaluated with otherwise.
+    """
+
+    differences: Mapping[str, Estimate]
+    differing: list[str]
+
+
+def compared(task: ScoredTask, result: Result, other: Stored) -> Comparison:
+    """A result against the predictions of another model."""
     kind = SCORERS[result.scoring]
     ours = kind.estimates(task, [{i: records[i] for i in other.runs[0]} for records in result.predictions])
     theirs = kind.estimates(task, other.runs)
-    return {name: ours[name].minus(theirs[name]) for name in ours if name in theirs}
+    differences = {name: ours[name].minus(theirs[name]) for name in ours if name in theirs}
+    return Comparison(differences, other.differing(result))

@@ -20,6 +20,13 @@ class RunSettings:
     tokenizer: str | None = None
     datasets: tuple[str, ...] = ()
     chat_template: str | None = None
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+
+    @property
+    def prompts(self) -> dict[str, str | int | None]:
+        """What decides how prompts are written and cut, for evaluation to do the same."""
+        return {name: getattr(self, name) for name in ("chat_template", "max_length", "max_prompt_length")}
 
 
 def run_settings(path: Path) -> RunSettings:
@@ -40,7 +47,7 @@ def run_settings(path: Path) -> RunSettings:
             model.get("pad_token"),
             model.get("tokenizer_name_or_path"),
             tuple(content.get("datasets") or ()),
-            content.get("chat_template"),
+            *(content.get(name) for name in ("chat_template", "max_length", "max_prompt_length")),
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is not a run's config (%s): not used", file, " ".join(str(error).split()))

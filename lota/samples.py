@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,28 @@ from lota.journal import Journal, content_key, model_key
 from lota.prompting import Prompt, Prompter
 
 logger = logging.getLogger(__name__)
+
+
+def decodings(args: Namespace, stop: Sequence[str]) -> list[Decoding]:
+    """One per temperature of generate_samples.py's arguments; ValueError with all that is wrong with them."""
+    problems, found = [], []
+    if not 0 < args.max_prompt_length < args.max_length:
+        problems.append(f"--max_prompt_length {args.max_prompt_length}: must lie between 0 and --max_length")
+    if args.chunk_size < 1 or args.ff < 0 or args.n_examples < 0:
+        problems.append("--chunk_size must be >= 1, --ff and --n_examples >= 0")
+    if args.num_samples_per_prefix < 1:
+        problems.append(f"--num_samples_per_prefix {args.num_samples_per_prefix}: must be at least 1")
+    most = max(1, args.max_length - args.max_prompt_length)
+    for text in args.temperatures.split(","):
+        try:
+            found.append(Decoding(most, float(text), args.top_p, args.top_k, args.seed, tuple(stop)))
+        except ValueError as error:
+            problems.append(f"--temperatures {text}: {error}")
+    if args.num_samples_per_prefix > 1 and any(decoding.temperature == 0 for decoding in found):
+        problems.append("--temperatures 0: greedy samples of a prompt are all the same; ask for one")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
 
 
 class Sampler:

@@ -45,7 +45,14 @@ class Scorer:
     @property
     def settings(self) -> dict[str, Any]:
         """What predictions depend on, beside model, data, template and seed."""
-        return {"scoring": self.name, "num_fewshot": self.few_shot.n if self.few_shot else 0}
+        found = {"scoring": self.name, "num_fewshot": self.few_shot.n if self.few_shot else 0}
+        limits = self.prompter.limits if self.prompts_alone else None
+        return {**found, "prompt_limits": asdict(limits)} if limits else found
+
+    @property
+    def prompts_alone(self) -> bool:
+        """Whether the model reads prompts as in training: without examples in front."""
+        return self.few_shot is None
 
     def prepare(self, chosen: Sequence[int]) -> int:
         """Make the prompts of the chosen rows; how many of them lost something to fit the context."""
@@ -155,7 +162,9 @@ class Loglik(Scorer):
             bound = None if context is None else context - longest
             fitted = self.prompter.fit(self.task, self.rows[i], self._examples(i), bound)
             self.prompts[i] = fitted.prompt
-            self.requests[i], cut = choice_requests(self.tokenizer, fitted.prompt, choices, context)
+            self.requests[i], cut = choice_requests(
+                self.tokenizer, fitted.prompt, choices, context, fitted.limit
+            )
             n_cut += cut or fitted.lost > 0
         return n_cut
 
@@ -195,6 +204,7 @@ class Perplexity(Scorer):
     """Perplexity of the rows' texts over all of them, per word or token; a row's own is no mean's part."""
 
     name = "perplexity"
+    prompts_alone = False  # it reads texts
     counts: ClassVar[dict[str, str]] = {"word_perplexity": "words", "token_perplexity": "tokens"}
 
     def prepare(self, chosen: Sequence[int]) -> int:

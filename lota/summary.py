@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lota.atomic import write_json
-from lota.estimates import Estimate, mean_of
-from lota.results import Result
+from lota.estimates import mean_of
+from lota.results import Comparison, Result
 from lota.tables import aligned
-
-Differences = Mapping[str, Mapping[str, Estimate]]  # task -> metric -> difference
 
 
 def summary(
@@ -19,13 +17,12 @@ def summary(
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
     compared_with: str | None = None,
-    differences: Differences | None = None,
-    differing: Mapping[str, Sequence[str]] | None = None,
+    comparisons: Mapping[str, Comparison] | None = None,
 ) -> dict[str, Any]:
     """Plain values: one entry per task, with every metric, the number of prompts cut, and the differences.
 
     groups: names of tasks whose mean is wanted -> those tasks; a task counts the same whatever its size.
-    differing: task -> settings that the other model was evaluated with otherwise.
+    comparisons: by task, with the model compared_with.
     """
     tasks = []
     for result in results:
@@ -34,9 +31,10 @@ def summary(
         entry |= {"seed": result.seed, "runs": list(result.runs)}
         entry |= {"runs_stderr": result.runs_stderr, "n_cut": result.n_cut}
         entry["metrics"] = {name: found.to_dict() for name, found in result.estimates.items()}
-        if differences:
-            entry["difference"] = {name: found.to_dict() for name, found in differences[result.task].items()}
-            entry["differing_settings"] = list((differing or {}).get(result.task, ()))
+        if comparisons:
+            found = comparisons[result.task]
+            entry["difference"] = {name: value.to_dict() for name, value in found.differences.items()}
+            entry["differing_settings"] = found.differing
         tasks.append(entry)
     content: dict[str, Any] = {"model": results[0].model, "date": results[-1].date, "tasks": tasks}
     content["means"] = _means(results, groups or {})

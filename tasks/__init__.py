@@ -78,7 +78,7 @@ EVALUATED_ON = {
 }
 
 # Files of this folder that hold no task of their name: what tasks share, and families listed above.
-_NO_TASKS = {"__init__", "base", "chat", "choices", "hub", "rouge", "rows", "sqlite"}
+_NO_TASKS = {"__init__", "base", "chat", "choices", "hub", "prompts", "rouge", "rows", "sqlite"}
 
 
 def evaluation_names(names: str | Iterable[str]) -> list[str]:

@@ -102,6 +102,11 @@ class ChatTask(Task):
     def target(self, row: Row) -> str:
         return row["response"]
 
+    def instruction(self, row: Row) -> str:
+        """The user's words of a chat of one message; of a longer one all turns, headings included."""
+        messages = self.messages(row)
+        return messages[0]["content"] if len(messages) == 1 else self.prompt(row).removesuffix(self.closing)
+
 
 class PairTask(ChatTask):
     """Rows {messages, chosen, rejected}; the preferred answer is the target for SFT."""

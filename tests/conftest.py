@@ -37,3 +37,20 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run folders of a test go to its own temporary folder."""
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model may be loaded, and there is no hub: for commands that should refuse before either."""
+    import datasets
+
+    import lota.evaluation
+
+    def offline(**arguments):
+        raise ConnectionError("no network")
+
+    def loaded(*arguments, **more):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(lota.evaluation, "load_model", loaded)

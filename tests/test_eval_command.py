@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 import eval_model_all
-import lota.evaluation as evaluation
 from lota.convert import convert_policy
 from lota.prompting import recorded_choice
 from tasks import evaluation_names
@@ -157,7 +156,7 @@ def test_comparison_is_paired(run, folder, other, tmp_path, capsys):
     assert f"{found['score']:+.4f}" in output
     assert gsm8k["differing_settings"] == wikitext["differing_settings"] == []
     content = run("gsm8k", "--compare", tmp_path / "other", "--num_fewshot", 1, "--sample")
-    names = ["temperature", "top_p", "top_k", "num_fewshot"]
+    names = ["temperature", "top_p", "top_k", "num_fewshot", "few_shot"]
     assert content["tasks"][0]["differing_settings"] == names
     assert f"gsm8k: not the same {', '.join(names)} there" in capsys.readouterr().out
 
@@ -177,27 +176,71 @@ def test_comparison_with_oneself_is_zero(run, folder, tmp_path):
     assert content["tasks"][0]["difference"] == {"accuracy_loglik": zero, "accuracy_loglik_norm": zero}
 
 
-def test_the_runs_template_is_picked_up(run, tmp_path):
-    """Base with a template -> run with chat_template=auto -> converted folder -> evaluation."""
-    base = tmp_path / "base"
+@pytest.fixture
+def convert(tmp_path):
+    """Base with a template -> run with these settings -> converted folder."""
+    base, epoch = tmp_path / "base", tmp_path / "run/epoch-1"
     char_model().save_pretrained(base)
     tokenizer = char_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(base)
-    epoch = tmp_path / "run/epoch-1"
     epoch.mkdir(parents=True)
     save_policy(epoch / "policy.pt", char_model(seed=2).state_dict())
-    config = {"model": {"pad_token": None, "tokenizer_name_or_path": None}, "datasets": ["gsm8k"]}
-    for choice, start in ((None, "Question: "), ("never", "Question: "), ("auto", "[user]Question: ")):
-        config |= {} if choice is None else {"chat_template": choice}
-        (epoch.parent / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def convert(**settings):
+        config = {"model": {"pad_token": None, "tokenizer_name_or_path": None}, "datasets": ["gsm8k"]}
+        (epoch.parent / "config.yaml").write_text(yaml.safe_dump({**config, **settings}))
         convert_policy(base, epoch / "policy.pt", tmp_path / "elsewhere")
+
+    return convert
+
+
+def test_the_runs_template_is_picked_up(run, convert, tmp_path):
+    for choice, start in ((None, "Question: "), ("never", "Question: "), ("auto", "[user]Question: ")):
+        convert(**({} if choice is None else {"chat_template": choice}))
         assert recorded_choice(str(tmp_path / "elsewhere")) == (choice or "never")
         run("gsm8k", model=tmp_path / "elsewhere")
         assert predictions(tmp_path / "out", "gsm8k")[0]["prompt"].startswith(start)
     run("gsm8k", "--chat_template", "never", model=tmp_path / "elsewhere")
     assert predictions(tmp_path / "out", "gsm8k")[0]["prompt"].startswith("Question: ")
-    assert recorded_choice("org/name") == recorded_choice(str(base)) == "never"
+    assert recorded_choice("org/name") == recorded_choice(str(tmp_path / "base")) == "never"
+
+
+@pytest.mark.parametrize("scoring", ["generate", "loglik"])
+def test_prompts_are_cut_as_the_run_cut_them(run, convert, tmp_path, scoring):
+    """Counted in the summary; a comparison with whole prompts names the difference."""
+    convert(max_length=50, max_prompt_length=40)
+    task, model = ("gsm8k" if scoring == "generate" else "ARC-Easy"), tmp_path / "elsewhere"
+    stem = task if scoring == "generate" else f"{task}_loglik"
+    write(tmp_path, "gsm8k", "test", [{"question": "x" * n, "answer": "#### 1"} for n in (9, 30, 31, 99)])
+    more = ["--scoring", scoring, *(["--data_dir", tmp_path] if scoring == "generate" else [])]
+    (entry,) = run(task, *more, model=model)["tasks"]
+    n_long = sum(len(prediction["prompt"]) >= 50 for prediction in predictions(tmp_path / "out", stem))
+    assert entry["n_cut"] == n_long == (2 if scoring == "generate" else 6)
+    (whole,) = run(task, *more, "--whole_prompts", "--compare", tmp_path / "out", model=model, out="whole")[
+        "tasks"
+    ]
+    assert whole["n_cut"] == 0
+    assert whole["differing_settings"] == ["prompt_limits"]
+    cut, kept = (
+        json.loads((tmp_path / out / f"metrics/{stem}.json").read_text())["settings"]
+        for out in ("out", "whole")
+    )
+    assert cut["prompt_limits"] == {"max_length": 50, "max_prompt_length": 40}
+    assert "prompt_limits" not in kept
+    if scoring == "loglik":  # what the model read differs
+        logliks = [
+            [prediction["logliks"] for prediction in predictions(tmp_path / out, stem)]
+            for out in ("out", "whole")
+        ]
+        assert logliks[0] != logliks[1]
+
+
+def test_another_draw_of_examples_is_named(run, tmp_path):
+    run("gsm8k", "--num_fewshot", 2)
+    for seed, names in ((0, []), (1, ["few_shot"])):
+        content = run("gsm8k", "--num_fewshot", 2, "--seed", seed, "--compare", tmp_path / "out", out="other")
+        assert content["tasks"][0]["differing_settings"] == names
 
 
 @pytest.mark.parametrize(
@@ -212,53 +255,41 @@ def test_the_runs_template_is_picked_up(run, tmp_path):
         ("sharegpt", [], "task sharegpt has no score"),
     ],
 )
-def test_refused_before_the_model_loads(run, monkeypatch, capsys, datasets, more, words):
-    refuse_loading(monkeypatch)
+def test_refused_before_the_model_loads(run, nothing_loads, capsys, datasets, more, words):
     run(datasets, *more, code=1)
     assert words in capsys.readouterr().err
 
 
-def test_all_problems_at_once(run, monkeypatch, capsys):
-    refuse_loading(monkeypatch)
+def test_all_problems_at_once(run, nothing_loads, capsys):
     run("gsm9k,gsm8k,alpaca_eval", "--scoring", "loglik", code=1)
     error = capsys.readouterr().err
     assert all(word in error for word in ("'gsm9k'", "alpaca_eval has no score", "gsm8k cannot be scored"))
 
 
-def refuse_loading(monkeypatch):
-    def loaded(*arguments, **more):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(evaluation, "load_model", loaded)
-
-
-def test_a_task_without_training_rows_has_no_examples(run, data, monkeypatch, capsys):
-    refuse_loading(monkeypatch)
+def test_a_task_without_training_rows_has_no_examples(run, data, nothing_loads, capsys):
     write(data, "hexphi", "test", [{"instruction": "Say no."}])
     run("purebad", "--num_fewshot", 1, code=1)
     assert "task hexphi has no train split to take examples from" in capsys.readouterr().err
 
 
-def test_a_malformed_row_is_named(run, tmp_path, monkeypatch, capsys):
-    refuse_loading(monkeypatch)
+def test_a_malformed_row_is_named(run, tmp_path, nothing_loads, capsys):
     write(tmp_path, "gsm8k", "test", [{"question": "fine?", "answer": "#### 1"}, {"question": "no answer?"}])
     run("gsm8k", "--data_dir", tmp_path, code=1)
     error = capsys.readouterr().err
     assert all(word in error for word in ("test.jsonl", "2", "'answer'"))
 
 
-def test_a_model_folder_without_tokenizer(run, tmp_path, monkeypatch, capsys):
+def test_a_model_folder_without_tokenizer(run, tmp_path, nothing_loads, capsys):
     char_model().save_pretrained(tmp_path / "bare")
-    refuse_loading(monkeypatch)
     run("gsm8k", model=tmp_path / "bare", code=1)
     error = capsys.readouterr().err
     assert f"no tokenizer at {tmp_path / 'bare'}" in error
     assert "--tokenizer_path" in error
 
 
-def test_other_rows_cannot_be_compared(run, data, tmp_path, monkeypatch, capsys):
+def test_other_rows_cannot_be_compared(run, tmp_path, request, capsys):
     run("gsm8k", "--n_examples", 2, out="other")
-    refuse_loading(monkeypatch)
+    request.getfixturevalue("nothing_loads")
     write(tmp_path, "gsm8k", "test", [{"question": "another?", "answer": "#### 1"}])
     run("gsm8k", "--data_dir", tmp_path, "--compare", tmp_path / "other", code=1)
     assert "of other rows or another version of task gsm8k" in capsys.readouterr().err

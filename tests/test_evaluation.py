@@ -7,16 +7,13 @@ import math
 import statistics
 
 import pytest
-import torch
 
 import eval_model_all
-import lota.evaluation as evaluation
 import lota.scoring as scoring
 from lota.decoding import Decoding
 from lota.evaluation import Evaluator, evaluate_task, mean_and_stderr, results_folder
 from lota.evaluation_plan import held_out_rows
 from lota.generation import prompt_bound
-from lota.journal import Journal, content_key, model_key, weights_key
 from lota.prompting import Prompter
 from tasks import get_task
 from tasks.base import Task
@@ -196,40 +193,6 @@ def test_a_larger_sample_goes_on_from_a_smaller_one(pair, tmp_path, scripted):
     assert [p["gold"] for p in lines(tmp_path / "metrics/gsm8k_predictions.jsonl")] == list("1246")
 
 
-@pytest.mark.parametrize("content", ["", "junk\n", '{"key": 5}\n', '{"index": 1, "record": 2}\n'])
-def test_a_damaged_journal_is_set_aside(tmp_path, content: str):
-    path = tmp_path / "a.journal"
-    path.write_text(content)
-    with Journal(path, {"seed": 1}) as journal:
-        assert journal.records == {}
-        journal.add(3, "x")
-    assert (tmp_path / "a.1.journal").read_text() == content
-    with Journal(path, {"seed": 1}) as journal:
-        assert journal.records == {3: "x"}
-
-
-def test_results_of_unknown_origin_are_not_overwritten(tmp_path):
-    old = tmp_path / "a.jsonl"
-    old.write_text("precious")
-    Journal(tmp_path / "a.journal", {}, made_from_it=[old])
-    assert (tmp_path / "a.1.jsonl").read_text() == "precious"
-
-
-def test_keys_see_what_matters():
-    model, tokenizer = char_model(), char_tokenizer()
-    assert weights_key(model) == weights_key(char_model())
-    assert weights_key(model) != weights_key(char_model(seed=1))
-    assert weights_key(model) != weights_key(char_model().to(torch.bfloat16))
-    before = model_key(model, tokenizer)
-    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
-    assert {name for name, value in model_key(model, tokenizer).items() if value != before[name]} == {
-        "config"
-    }
-    tokenizer.add_tokens(["new"])
-    assert model_key(model, tokenizer)["tokenizer"] != before["tokenizer"]
-    assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1}) != content_key({"a": 2, "b": 1})
-
-
 def test_long_prompts_keep_what_the_task_says(pair):
     model, tokenizer = pair
     task = get_task("gsm8k")
@@ -304,17 +267,7 @@ def test_command(folder, data_dir, tmp_path, capsys):
         (["--tokenizer_path", "/nowhere"], "tokenizer"),
     ],
 )
-def test_command_refuses_before_the_model_loads(folder, data_dir, capsys, monkeypatch, change, words):
-    import datasets
-
-    def offline(**arguments):
-        raise ConnectionError("no network")
-
-    def loaded(*arguments, **more):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    monkeypatch.setattr(evaluation, "load_model", loaded)
+def test_command_refuses_before_the_model_loads(folder, data_dir, capsys, nothing_loads, change, words):
     arguments = ["--model", str(folder), "--datasets", "gsm8k", "--data_dir", str(data_dir)]
     assert eval_model_all.main([*arguments, *change]) == 1
     assert words in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lota.data import Example, encode
-from lota.prompting import FewShot, Prompt, Prompter
+from lota.prompting import FewShot, Limits, Prompt, Prompter
 from lota.training_data import load_examples, load_held_out
 from tasks import get_task
 from tests.chars import char_tokenizer
@@ -145,3 +145,22 @@ def test_runs_render_prompts_as_asked(tmp_path, monkeypatch):
         train("chat_template=always")
     with pytest.raises(ValueError, match="chat_template=often: choose one of auto, never, always"):
         settings("chat_template=often")
+
+
+def test_prompts_are_cut_as_training_cut_them():
+    """The ids of evaluation against `encode`'s, for prompts around the run's limits."""
+    tokenizer = char_tokenizer()
+    limits = Limits(max_length=60, max_prompt_length=40)
+    prompter = Prompter(tokenizer, limits=limits)
+    for n in (10, 40, 41, 80):  # the prompt is 19 tokens longer
+        row = {"question": "x" * n, "answer": "#### 1"}
+        found = prompter.fit(GSM8K, row, [], bound=200)
+        example = Example(GSM8K.prompt(row), "", GSM8K.closing)  # the shortest response: its end
+        trained = encode(tokenizer, example, max_length=60, max_prompt_length=40)
+        seen = trained.input_ids[: trained.prompt_length]
+        assert found.ids == seen
+        assert (found.cut, found.limit) == ((False, None) if len(seen) == n + 19 else (True, 40))
+    assert found.ids == Prompter(tokenizer).fit(GSM8K, row, [], bound=40).ids
+    assert len(prompter.fit(GSM8K, row, [], bound=30).ids) == 30  # the model's context comes first
+    shot = prompter.fit(GSM8K, row, ROWS[:1], bound=200)  # no run trained on such prompts
+    assert not shot.cut and len(shot.ids) > 60

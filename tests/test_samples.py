@@ -10,7 +10,6 @@ import torch
 from transformers import AutoTokenizer
 
 import generate_samples
-import lota.evaluation as evaluation
 import lota.samples as samples
 from lota.decoding import Decoding
 from lota.samples import Sampler
@@ -109,7 +108,9 @@ def test_a_new_name_does_not_cost_new_samples(pair, tmp_path, monkeypatch):
 
 def prompts_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in INSTRUCTIONS))
+    fields = ("instruction", "prompt", "prompt", "instruction", "prompt")
+    rows = [{field: text} for field, text in zip(fields, INSTRUCTIONS, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -193,7 +194,7 @@ def test_prompt_sets_of_chats(folder, tmp_path):
 def test_the_instruction_of_a_longer_chat_is_all_of_it():
     row = {"messages": chat("Who?", "I.", "Why?"), "response": "So."}
     whole = "Human:\nWho?\n\nAssistant:\nI.\n\nHuman:\nWhy?"
-    assert generate_samples.instruction_of(get_task("sharegpt"), row) == whole
+    assert get_task("sharegpt").instruction(row) == whole
 
 
 def test_archive_puts_other_weights_on_top(folder, tmp_path):
@@ -228,26 +229,17 @@ def test_archive_puts_other_weights_on_top(folder, tmp_path):
         (["--prompt_set", "alpaca_eval", "--data_dir", "/nowhere"], "no data for split 'eval'"),
     ],
 )
-def test_command_refuses_before_the_model_loads(folder, tmp_path, capsys, monkeypatch, change, words):
-    import datasets
-
-    def offline(**arguments):
-        raise ConnectionError("no network")
-
-    def loaded(*arguments, **more):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    monkeypatch.setattr(evaluation, "load_model", loaded)
+def test_command_refuses_before_the_model_loads(folder, tmp_path, capsys, nothing_loads, change, words):
     assert run(folder, tmp_path, *change) == 1
     assert words in capsys.readouterr().err
 
 
-def test_prompts_without_an_instruction_name_their_line(folder, tmp_path, capsys):
+def test_a_malformed_prompt_is_refused(folder, tmp_path, capsys, nothing_loads):
     path = tmp_path / "bad.json"
-    path.write_text('[\n {"instruction": "fine"},\n {"prompt": "what?"}\n]')
+    path.write_text('[\n {"instruction": "fine"},\n {"question": "what?"}\n]')
     assert run(folder, tmp_path, "--prompt_set", str(path)) == 1
-    assert "bad.json, line 3: field 'instruction' is missing" in capsys.readouterr().err
+    assert "bad.json, line 3: none of the fields 'instruction'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("bad_temp*"))
 
 
 def test_a_folder_without_tokenizer(tmp_path, capsys):

@@ -217,7 +217,9 @@ def test_names_on_the_evaluation_command():
     assert all(get_task(name).held_out is None for name in EVALUATED_ON)
 
 
-@pytest.mark.parametrize("name", ["chat", "choices", "hub", "rows", "math_word", "preferences", "safety"])
+@pytest.mark.parametrize(
+    "name", ["chat", "choices", "hub", "rows", "math_word", "preferences", "prompts", "safety"]
+)
 def test_shared_files_are_no_tasks(name: str):
     with pytest.raises(ValueError, match=f"unknown task '{name}'"):
         get_task(name)
