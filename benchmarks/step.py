@@ -2,6 +2,7 @@
 SHiRA.
 
     python benchmarks/step.py                         # CPU, 124M-parameter Llama shape, 4 x 128 tokens
+    python benchmarks/step.py --contestants lota lota_rows lota_columns   # whole neurons against entries
     python benchmarks/step.py --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
 
 Contestants take turns within one process, so that drift of the machine hits all alike; a line of JSON per
@@ -19,10 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,6 +35,7 @@ from lota.masks import Mask
 from lota.models import enable_activation_checkpointing, turn_dropout_off
 from lota.runlog import peak_memory_bytes
 from lota.scope import find_scope
+from lota.units import units_of
 
 Step = Callable[[torch.Tensor], None]  # one training step on a batch of token ids
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -71,15 +75,31 @@ def random_mask(model: torch.nn.Module, sparsity: float) -> Mask:
     )
 
 
+def line_mask(model: torch.nn.Module, sparsity: float, granularity: str) -> Mask:
+    """Whole rows or columns at random, the same share of every weight."""
+    rng = np.random.default_rng(0)
+    kept = {}
+    for name, tensor in find_scope(model).items():
+        units = units_of(name, tensor, granularity)
+        chosen = np.zeros(units.count, np.bool_)
+        chosen[rng.permutation(units.count)[: round((1 - sparsity) * units.count)]] = True
+        flags = np.unpackbits(units.packed(chosen), count=units.count * units.length)
+        kept[name] = torch.from_numpy(flags).bool().reshape(tensor.shape)
+    return Mask.from_dense(kept)
+
+
 def backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
     logps, _ = sequence_logps(model(input_ids=ids).logits, ids)
     (-logps.mean()).backward()
 
 
-def ours(args: argparse.Namespace) -> Step:
+def ours(args: argparse.Namespace, granularity: str = "element") -> Step:
     """LoTA: compact state, fused into the backward pass."""
     model = build_model(args)
-    mask = random_mask(model, args.sparsity)
+    if granularity == "element":
+        mask = random_mask(model, args.sparsity)
+    else:
+        mask = line_mask(model, args.sparsity, granularity)
     optimizer = lota.MaskedRMSprop(model, mask, lr=1e-5, grad_norm_strategy="even", max_grad_norm=10.0)
     lota.fuse_in_backward(optimizer)
 
@@ -152,7 +172,10 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "dense_masked_rmsprop": dense_masked,
     "peft_lora_r64": adapter(lora_config),
     "peft_shira_r64": adapter(shira_config),
+    "lota_rows": partial(ours, granularity="row"),
+    "lota_columns": partial(ours, granularity="column"),
 }
+DEFAULT = ["lota", "dense_masked_rmsprop", "peft_lora_r64", "peft_shira_r64"]
 
 
 def token_batch(args: argparse.Namespace) -> torch.Tensor:
@@ -219,7 +242,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps per contestant")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT)
     parser.add_argument("--peak-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:

@@ -22,8 +22,9 @@ def fuse_in_backward(
     gradient_accumulation_steps: backward passes per update; their compact gradients are *summed*, as `p.grad`
     would be, so divide the loss as in any PyTorch loop. Call `optimizer.step()` once per update all the
     same (a scheduler or a Hugging Face trainer does): it finishes `global` clipping and sets `grad_norm`.
-    compact_linear: linear layers on a CPU hand over the gradient of their kept entries themselves
-    (lota/kept_linear.py); False for a model that runs a layer twice in one pass.
+    compact_linear: linear layers hand over the gradient of their kept entries themselves, on a CPU, or where
+    whole rows or columns are kept (lota/kept_linear.py); False for a model that runs a layer twice in one
+    pass.
     Needs non-reentrant activation checkpointing (`use_reentrant=False`): the reentrant kind runs the hook
     of a shared parameter more than once.
     Returns a function that removes what it attached. Raises ValueError for an optimizer that is fused

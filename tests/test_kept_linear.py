@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 import lota
-from lota.kept_linear import _KeptGradientLinear, _products
+from lota.kept_linear import _KeptGradientLinear, _Lines, _products
 from lota.masks import Mask
 from lota.models import enable_activation_checkpointing
+from lota.scope import find_scope
+from lota.units import units_of
 
 
 def run(model, mask, *, compact, accumulation=1, strategy="even", checkpointing=False):
@@ -42,7 +45,7 @@ def test_equal_to_autograd(architecture, options, density):
     expected, none, norm = run(model, mask, compact=False, **options)
     got, layers, compact_norm = run(model, mask, compact=True, **options)
     assert none == 0
-    assert (layers > 0) == (architecture != "gpt2")  # GPT-2 has Conv1D instead of nn.Linear
+    assert layers > 0  # mixtral's attention; its experts are no linear layers
     assert compact_norm == pytest.approx(norm, rel=1e-4)
     moved = 0
     for (name, a), b in zip(got.named_parameters(), expected.parameters(), strict=True):
@@ -54,12 +57,80 @@ def test_equal_to_autograd(architecture, options, density):
     assert moved > 0.9 * mask.n_kept
 
 
-def test_gradients_of_inputs_are_exact():
+def line_mask(model, granularity, density=0.3):
+    """Whole rows or columns of every matrix in the scope."""
+    generator = torch.Generator().manual_seed(0)
+    kept = {}
+    for name, tensor in find_scope(model).items():
+        units = units_of(name, tensor, granularity)
+        chosen = torch.rand(units.count, generator=generator) < density
+        bits = np.unpackbits(units.packed(chosen.numpy()), count=np.prod(tensor.shape))
+        kept[name] = torch.from_numpy(bits).bool().reshape(tensor.shape)
+    return Mask.from_dense(kept)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2_tied", "gpt_neox", "mixtral"])
+def test_whole_lines_equal_autograd(architecture, granularity, monkeypatch):
+    model = tiny.make(architecture)
+    mask = line_mask(model, granularity)
+    expected, _, norm = run(model, mask, compact=False)
+    monkeypatch.setattr("lota.kept_linear._Gathered.__init__", None)  # no other product is made
+    for options in ({}, {"checkpointing": True}):
+        got, layers, compact_norm = run(model, mask, compact=True, **options)
+        assert layers >= 8 and compact_norm == pytest.approx(norm, rel=1e-4)
+        for (name, a), b in zip(got.named_parameters(), expected.named_parameters(), strict=True):
+            torch.testing.assert_close(a, b[1], rtol=1e-5, atol=1e-6)
+            start = dict(model.named_parameters())[name]
+            frozen = ~mask.dense(name) if name in mask else torch.ones_like(a, dtype=torch.bool)
+            assert torch.equal(a[frozen], start[frozen])
+
+
+@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_gradients_of_lines_are_the_dense_ones_gathered(architecture, dtype, granularity):
+    model = tiny.make(architecture, dtype=dtype)
+    mask = line_mask(model, granularity)
+    ids = tiny.batches(1)[0]
+    model(input_ids=ids, labels=ids).loss.backward()
+    dense = {name: p.grad.float() for name, p in model.named_parameters()}
+    model.zero_grad()
+    optimizer = lota.MaskedSGD(model, mask, lr=1e-3)
+    got = {}
+    optimizer.accumulate = lambda p, grad: got.update({optimizer.names[p]: grad})
+    lota.fuse_in_backward(optimizer)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert set(got) == {name for name in mask.names if mask.kept(name)}
+    for name, grad in got.items():
+        assert grad.dtype == torch.float32
+        tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
+        torch.testing.assert_close(grad, dense[name].flatten()[mask.positions(name)], **tolerance)
+
+
+def test_lines_are_recognized():
+    shape = torch.Size((4, 6))
+    flags = torch.zeros(4, 6, dtype=torch.bool)
+    flags[[1, 3]] = True
+    lines = _Lines.of(flags.flatten().nonzero().view(-1), shape)
+    assert lines.axis == 0 and lines.lines.tolist() == [1, 3]
+    flags[:] = False
+    flags[:, [0, 5]] = True
+    lines = _Lines.of(flags.flatten().nonzero().view(-1), shape)
+    assert lines.axis == 1 and lines.lines.tolist() == [0, 5]
+    flags[2, 0] = False
+    assert _Lines.of(flags.flatten().nonzero().view(-1), shape) is None
+    assert _Lines.of(torch.arange(3, 9), shape) is None  # six entries, of two rows
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_inputs_are_exact(transposed):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    weight = weight.t().contiguous() if transposed else weight
     assert torch.autograd.gradcheck(
-        lambda x: _KeptGradientLinear.apply(x, weight, bias, lambda g, x: None), (x,)
+        lambda x: _KeptGradientLinear.apply(x, weight, bias, lambda a, b: None, transposed), (x,)
     )
 
 
