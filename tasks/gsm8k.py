@@ -69,7 +69,21 @@ def find_answer(text: str) -> str | None:
     return None
 
 
-class GSM8K(Task):
+class NumberTask(Task):
+    """Rows with a `question`, answered by a solution that comes to a number; all such tasks share the prompt."""
+
+    closing = "\nAnswer:\n"
+    max_new_tokens = 400
+    stop = ("\nQuestion:",)
+
+    def prompt(self, row: Row) -> str:
+        return f"Question: {row['question'].strip()}{self.closing}"
+
+    def extract(self, completion: str) -> str | None:
+        return find_answer(completion)
+
+
+class GSM8K(NumberTask):
     name = "gsm8k"
     version = 1
     hub = HubSet(
@@ -79,21 +93,12 @@ class GSM8K(Task):
         splits={"train": "train", "test": "test"},
     )
     fields = ("question", "answer")
-    closing = "\nAnswer:\n"
-    max_new_tokens = 400
-    stop = ("\nQuestion:",)
-
-    def prompt(self, row: Row) -> str:
-        return f"Question: {row['question'].strip()}{self.closing}"
 
     def target(self, row: Row) -> str:
         return re.sub(r"<<[^<>]*>>", "", row["answer"])
 
     def gold(self, row: Row) -> str | None:
         return find_answer(MARKER + row["answer"].rpartition(MARKER)[2])
-
-    def extract(self, completion: str) -> str | None:
-        return find_answer(completion)
 
     def check(self, row: Row) -> None:
         super().check(row)

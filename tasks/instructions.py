@@ -35,29 +35,29 @@ class UltraChat(ChatTask):
         yield from examples_of(turns_of(entry, "messages"), self.options["num_turns"])
 
 
-class Alpaca(ChatTask):
-    name = "alpaca"
-    hub = HubSet(
-        path="tatsu-lab/alpaca",
-        revision="dce01c9b08f87459cf36a430d809084718273017",
-        splits={"train": "train"},
-    )
+class Instructions(ChatTask):
+    """One-turn chats from three fields: the instruction, what it is about, and the answer."""
+
+    def __init__(self, name: str, hub: HubSet, fields: tuple[str, str, str]) -> None:
+        self.name, self.hub, self.columns = name, hub, fields
 
     def unpack(self, entry: Row) -> Iterator[Row]:
-        if entry.get("output") != "":  # some published answers are empty
-            yield instruction_row(entry, "instruction", "input", "output")
+        if entry.get(self.columns[-1]) != "":  # some of alpaca's published answers are empty
+            yield instruction_row(entry, *self.columns)
 
 
-class Dolly(ChatTask):
-    name = "dolly"
-    hub = HubSet(
-        path="databricks/databricks-dolly-15k",
-        revision="bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a",
-        splits={"train": "train"},
-    )
-
-    def unpack(self, entry: Row) -> Iterator[Row]:
-        yield instruction_row(entry, "instruction", "context", "response")
-
-
-TASKS = {task.name: task for task in (UltraChat(), Alpaca(), Dolly())}
+ALPACA = HubSet(
+    path="tatsu-lab/alpaca",
+    revision="dce01c9b08f87459cf36a430d809084718273017",
+    splits={"train": "train"},
+)
+DOLLY = HubSet(
+    path="databricks/databricks-dolly-15k",
+    revision="bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a",
+    splits={"train": "train"},
+)
+TASKS = {
+    "ultrachat": UltraChat(),
+    "alpaca": Instructions("alpaca", ALPACA, ("instruction", "input", "output")),
+    "dolly": Instructions("dolly", DOLLY, ("instruction", "context", "response")),
+}

@@ -22,26 +22,19 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 
-from tasks.base import HubSet, Row, Task, text_of
-from tasks.gsm8k import MARKER, find_answer
+from tasks.base import HubSet, Row, text_of
+from tasks.gsm8k import MARKER, NumberTask, find_answer
 
 LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters"
 LLM_ADAPTERS_COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
 
 
-class WordProblems(Task):
+class WordProblems(NumberTask):
     """Rows {question, solution, answer}, answer being a number in normal form."""
-
-    closing = "\nAnswer:\n"
-    max_new_tokens = 400
-    stop = ("\nQuestion:",)
 
     def __init__(self, name: str, hub: HubSet) -> None:
         self.name, self.hub = name, hub
         self.splits = tuple(hub.splits)
-
-    def prompt(self, row: Row) -> str:
-        return f"Question: {row['question']}{self.closing}"
 
     def target(self, row: Row) -> str:
         """The solution where it comes to the row's answer, and the answer."""
@@ -50,9 +43,6 @@ class WordProblems(Task):
 
     def gold(self, row: Row) -> str | None:
         return row["answer"]
-
-    def extract(self, completion: str) -> str | None:
-        return find_answer(completion)
 
     def unpack(self, entry: Row) -> Iterator[Row]:
         if "instruction" in entry:

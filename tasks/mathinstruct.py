@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import re
 
-from tasks.base import HubSet, Row, Task, text_of
-from tasks.gsm8k import find_answer
+from tasks.base import HubSet, Row, text_of
+from tasks.gsm8k import NumberTask
 
 _NO_NUMBER = re.compile(r"\bprint\(|\banswer is:? *\(?[A-E]\b")
 
 
-class MathInstruct(Task):
+class MathInstruct(NumberTask):
     name = "mathinstruct"
     splits = ("train",)
     held_out = None
@@ -28,12 +28,9 @@ class MathInstruct(Task):
         splits={"train": "train"},
     )
     fields = ("instruction", "output")
-    closing = "\nAnswer:\n"
-    max_new_tokens = 400
-    stop = ("\nQuestion:",)
 
     def prompt(self, row: Row) -> str:
-        return f"Question: {row['instruction'].strip()}{self.closing}"
+        return super().prompt({"question": row["instruction"]})
 
     def target(self, row: Row) -> str:
         return row["output"].strip()
@@ -43,7 +40,7 @@ class MathInstruct(Task):
 
     def extract(self, completion: str) -> str | None:
         """The number that a solution comes to; None for a choice, and for a program, which is not run."""
-        return None if _NO_NUMBER.search(completion) else find_answer(completion)
+        return None if _NO_NUMBER.search(completion) else super().extract(completion)
 
     def check(self, row: Row) -> None:
         for field in self.fields:
