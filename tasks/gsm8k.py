@@ -70,7 +70,7 @@ def find_answer(text: str) -> str | None:
 
 
 class NumberTask(Task):
-    """Rows with a `question`, answered by a solution that comes to a number; all such tasks share the prompt."""
+    """Rows with a `question`, answered by a solution that comes to a number; the tasks share the prompt."""
 
     closing = "\nAnswer:\n"
     max_new_tokens = 400
