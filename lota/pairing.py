@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ def open_whole(
     }
     sources = {role: open_weights(path, None if own[role] else structure) for role, path in sides.items()}
     expected, held = ({n: source.shape(n) for n in source.names()} for source in sources.values())
-    grown = [n for n in expected if held.get(n, ())[1:] == expected[n][1:] and held[n][:1] > expected[n][:1]]
+    held |= _further(sources["tuned"], expected)
+    both = [n for n in expected if n in held]
+    grown = [n for n in both if held[n][1:] == expected[n][1:] and held[n][:1] > expected[n][:1]]
     try:
         _check_same(expected, held, base, sources["tuned"])
     except ValueError as error:
@@ -140,9 +142,13 @@ def _in_scope(
     """
     own = find_scope(model, pattern)
     held = {name: source.shape(name) for name in source.names() if name in expected or name in own}
+    return held | _further(source, expected)
+
+
+def _further(source: WeightSource, expected: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """What a side stores besides under names such as the expected ones, of other layers: a deeper model's."""
     alike = {re.sub(r"\d+", "#", name) for name in expected}
-    held.update({name: shape for name, shape in source.unused.items() if re.sub(r"\d+", "#", name) in alike})
-    return held
+    return {name: shape for name, shape in source.unused.items() if re.sub(r"\d+", "#", name) in alike}
 
 
 def _check_same(

@@ -33,13 +33,13 @@ def write_like(
     """Write into `folder` (which exists and is empty) the base with `value_of(name)` for each parameter.
 
     base: Hugging Face folder or hub id; source: its opened weights; model: its structure, on the meta device.
-    value_of is called once for each of `source.names()`, neighbours in a conversion together. Values are cast
-    to the base's dtype; buffers are the base's. Raises ValueError, before any value is asked for, where
-    transformers cannot undo the conversion that it applies when it loads such a model.
+    value_of is called once for each of `source.names()`, in the order of their sorted names on disk. Values
+    are cast to the base's dtype; buffers are the base's. Raises ValueError, before any value is asked for,
+    where transformers cannot undo the conversion that it applies when it loads such a model.
     """
     check_writable(source, model)
     copied = [name for name in source.unused if name not in tied_names(model)]
-    groups = source.groups()
+    groups = sorted(source.groups(), key=lambda group: min(group.stored))
     order = [name for group in groups for name in group.stored] + copied
     shapes = {
         n: torch.empty(source.stored[n].shape, dtype=source.stored[n].dtype, device="meta") for n in order

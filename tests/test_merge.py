@@ -1,0 +1,191 @@
+"""Each merge rule against one written entry by entry in plain Python; sparse vectors against dense ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lota.merge import METHODS, keep_largest, keep_random, make_rule
+
+F = np.float32
+
+
+def vectors(count: int, numel: int, density: float = 1.0, seed: int = 0) -> list[torch.Tensor]:
+    """Random task vectors of one tensor, 1-D, each with nonzero entries of its own; some tie."""
+    g = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        value = (torch.randn(numel, generator=g) * 8).round() / 64 + torch.randn(
+            numel, generator=g
+        ).sign() / 256
+        found.append(value * (torch.rand(numel, generator=g) < density))
+    return found
+
+
+def plain_trim(vector: list[float], density: float) -> list[float]:
+    """The floor(d n) entries that are largest by magnitude, at least one, earlier ones first."""
+    count = max(1, math.floor(density * len(vector)))
+    order = sorted(range(len(vector)), key=lambda i: (-abs(vector[i]), i))
+    return [value if i in set(order[:count]) else 0.0 for i, value in enumerate(vector)]
+
+
+def plain_drop(vector: list[float], density: float, draws: list[bool]) -> list[F]:
+    return [F(value) * F(drawn) * F(1 / density) for value, drawn in zip(vector, draws, strict=True)]
+
+
+def plain_sum(columns: list[tuple], weights: list[float], normalize: bool) -> list[F]:
+    divisor = sum(F(w) for w in weights) if normalize else F(1)
+    return [
+        sum((F(v) * F(w) for v, w in zip(column, weights, strict=True)), start=F(0)) / divisor
+        for column in columns
+    ]
+
+
+def plain_ties(columns: list[tuple], weights: list[float], normalize: bool) -> list[F]:
+    """Elect the sign with the larger weighted mass; average the entries that have it."""
+    merged = []
+    for column in columns:
+        weighted = [F(v) * F(w) for v, w in zip(column, weights, strict=True)]
+        sign = 1 if sum(weighted, start=F(0)) >= 0 else -1
+        agreeing = [(v, w) for v, w in zip(weighted, weights, strict=True) if v * sign > 0]
+        total, mass = sum((v for v, _ in agreeing), start=F(0)), sum((F(w) for _, w in agreeing), start=F(0))
+        merged.append(total / mass if normalize and agreeing else total)
+    return merged
+
+
+def plain(method: str, found: list[torch.Tensor], weights, densities, normalize, seed) -> torch.Tensor:
+    rows, state = [v.tolist() for v in found], torch.Generator().manual_seed(seed)
+    if method in ("ties", "magnitude_prune"):
+        rows = [plain_trim(row, d) for row, d in zip(rows, densities, strict=True)]
+    elif method in ("dare", "dare_ties"):
+        draws = [
+            torch.bernoulli(torch.full_like(v, d), generator=state).bool().tolist()
+            for v, d in zip(found, densities, strict=True)
+        ]
+        rows = [plain_drop(row, d, one) for row, d, one in zip(rows, densities, draws, strict=True)]
+    add = plain_ties if method in ("ties", "dare_ties") else plain_sum
+    return torch.tensor(np.array(add(list(zip(*rows, strict=True)), weights, normalize), dtype=F))
+
+
+CASES = [
+    (method, normalize, weights)
+    for method in METHODS
+    if method != "sum"
+    for normalize in (False, True)
+    for weights in ([1.0, 1.0, 1.0], [0.7, 0.2, 1.5])
+] + [("sum", False, [1.0, 1.0, 1.0])]
+
+
+@pytest.mark.parametrize(("method", "normalize", "weights"), CASES)
+def test_rule_entry_by_entry(method, normalize, weights):
+    found = vectors(3, 400)
+    thin = METHODS[method].thin
+    densities = [0.5, 0.3, 0.8] if thin else [1.0] * 3
+    rule = make_rule(
+        method,
+        3,
+        weights=weights,
+        density=densities,
+        normalize=normalize,
+        seed=5 if thin == "random" else None,
+    )
+    merged = rule.merge(found, rule.generator())
+    assert torch.equal(merged, plain(method, found, weights, densities, normalize, 5))
+    assert merged.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_listed_entries_give_what_whole_tensors_give(method):
+    """The sparse path: only the entries that some vector changes, in a tensor of many more."""
+    numel = 5000
+    found = vectors(3, numel, density=0.05)
+    rule = make_rule(method, 3, density=[0.02] if METHODS[method].thin else None)
+    dense = rule.merge(found, rule.generator())
+    positions = torch.stack(found).ne(0).any(dim=0).nonzero().flatten()
+    assert len(positions) < numel / 5
+    sparse = rule.merge([v[positions] for v in found], rule.generator(), numel, positions)
+    rebuilt = torch.zeros(numel)
+    rebuilt[positions] = sparse
+    assert torch.equal(dense, rebuilt)
+
+
+def test_lambda_scales_the_merged_vector():
+    found = vectors(2, 50)
+    one, half = (make_rule("ties", 2, density=[0.5], scale=scale) for scale in (1.0, 0.5))
+    assert torch.equal(half.merge(found, half.generator()), 0.5 * one.merge(found, one.generator()))
+
+
+def test_weights_that_cancel_do_not_divide_by_zero():
+    found = vectors(2, 50)
+    rule = make_rule("task_arithmetic", 2, weights=[1.0, -1.0], normalize=True)
+    assert torch.equal(rule.merge(found, rule.generator()), found[0] - found[1])
+
+
+def test_negative_weight_takes_a_task_away():
+    found = vectors(1, 50)
+    rule = make_rule("task_arithmetic", 1, weights=[-1.0])
+    assert torch.equal(rule.merge(found, rule.generator()), -found[0])
+
+
+def test_largest_of_equal_magnitudes_are_the_earliest():
+    values = torch.tensor([1.0, -2.0, 2.0, 0.0, 2.0, -3.0])
+    assert keep_largest(values, 0.5).tolist() == [False, True, True, False, False, True]
+    assert keep_largest(values, 0.01).tolist() == [False] * 5 + [True]  # never none
+    assert keep_largest(values, 1.0).all()
+    assert keep_largest(values[[1, 2]], 0.5, numel=6).all()  # three of six stay, two are listed
+
+
+def test_draws_in_chunks_are_one_stream(monkeypatch):
+    monkeypatch.setattr("lota.merge.DRAW_CHUNK", 16)
+    whole = torch.bernoulli(torch.full((100,), 0.4), generator=torch.Generator().manual_seed(3)).bool()
+    assert torch.equal(keep_random(0.4, 100, torch.Generator().manual_seed(3)), whole)
+    positions = torch.tensor([0, 15, 16, 17, 50, 99])
+    assert torch.equal(keep_random(0.4, 100, torch.Generator().manual_seed(3), positions), whole[positions])
+
+
+def test_a_skipped_tensor_uses_its_draws_up():
+    found, rule = vectors(2, 40), make_rule("dare", 2, density=[0.5], seed=1)
+    used, skipped = rule.generator(), rule.generator()
+    rule.merge(found, used)
+    rule.skip(skipped, 40)
+    assert torch.equal(rule.merge(found, used), rule.merge(found, skipped))
+
+
+def test_dare_keeps_the_expectation():
+    found = [torch.ones(200_000)]
+    rule = make_rule("dare", 1, density=[0.1])
+    merged = rule.merge(found, rule.generator())
+    assert set(merged.tolist()) == {0.0, 10.0}
+    assert abs(merged.mean() - 1) < 5 * math.sqrt(0.9 / 0.1 / 200_000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "tie"}, ["--method tie", "did you mean ties?"]),
+        ({"method": "xyz"}, ["--method xyz", "task_arithmetic"]),
+        ({"method": "ties", "weights": [1.0]}, ["--weights has 1 numbers for 2"]),
+        ({"method": "ties", "density": [0.1, 0.2, 0.3]}, ["--density has 3 numbers for 2"]),
+        ({"method": "ties", "density": [0.0]}, ["--density 0", "above 0"]),
+        ({"method": "dare", "density": [1.5, 0.2]}, ["--density 1.5:", "at most 1"]),
+        ({"method": "dare", "density": [math.nan]}, ["--density nan"]),
+        ({"method": "task_arithmetic", "density": [0.5]}, ["--density 0.5", "keeps every entry"]),
+        (
+            {"method": "sum", "weights": [1.0, 2.0]},
+            ["sum adds every vector with weight 1", "task_arithmetic"],
+        ),
+        ({"method": "ties", "seed": 3}, ["--seed 3", "draws nothing"]),
+        ({"method": "ties", "weights": [1.0, math.inf]}, ["finite"]),
+        (
+            {"method": "ties", "weights": [1.0], "density": [2.0], "seed": 1},
+            ["--weights", "--density", "--seed"],
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_at_once(arguments, words):
+    with pytest.raises(ValueError) as error:
+        make_rule(count=2, **arguments)
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,310 @@
+"""merge_models.py on tiny models: deltas give what folders give, exact sums, statistics, refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import new_model, save_policy, word_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import merge_models
+from lota.delta import Delta, extract
+from lota.merge import METHODS
+from lota.weights import open_weights
+
+NAMES = ("a", "b", "c")
+
+
+def edit(model, kept, scale: float, seed: int) -> None:
+    """Move the entries that `kept(position)` picks, of every matrix of the blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and parameter.ndim > 1:
+                flat = parameter.view(-1)
+                chosen = kept(torch.arange(flat.numel()))
+                flat[chosen] += (scale * torch.randn(flat.numel(), generator=generator)[chosen]).to(
+                    flat.dtype
+                )
+
+
+def make(folder: Path, kind: str = "llama", dtype=torch.bfloat16, disjoint: bool = True) -> Path:
+    """base/, and a, b, c/ that changed disjoint or overlapping parts of its blocks, with their deltas."""
+    new_model(kind).to(dtype).save_pretrained(folder / "base")
+    word_tokenizer(64, eos_token="</s>").save_pretrained(folder / "base")
+    for i, name in enumerate(NAMES):
+        model = new_model(kind).to(dtype)
+        g = torch.Generator().manual_seed(10 + i)
+        if disjoint:
+            edit(model, lambda p, i=i: p % 10 == i, 0.5, i)
+        else:
+            edit(model, lambda p, g=g: torch.rand(p.shape, generator=g) < 0.2, 0.5, i)
+        model.save_pretrained(folder / name)
+        extract(folder / "base", folder / name, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def disjoint(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("disjoint"))
+
+
+@pytest.fixture(scope="module")
+def overlapping(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("overlapping"), disjoint=False)
+
+
+def files(folder: Path, kind: str) -> list[Path]:
+    return [folder / (f"{name}.safetensors" if kind == "delta" else name) for name in NAMES]
+
+
+def merge(
+    folder: Path, inputs: list[Path], out: Path, method: str, *more: object, base: Path | None = None
+) -> Path:
+    words = ["--base", base or folder / "base", "--deltas", *inputs, "--method", method, "--out", out, *more]
+    merge_models.main([str(word) for word in words])
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deltas_give_what_folders_give(overlapping, tmp_path, method):
+    more = ["--density", "0.05"] if METHODS[method].thin else []
+    outs = [
+        merge(overlapping, files(overlapping, kind), tmp_path / kind, method, *more)
+        for kind in ("delta", "model")
+    ]
+    merged, other = (weights(out) for out in outs)
+    assert same_bits(merged, other)
+    assert not same_bits(merged, weights(overlapping / "base"))
+    records = [json.loads((out / "merge.json").read_text()) for out in outs]
+    assert records[0]["pairs"] == records[1]["pairs"] and records[0]["rule"] == records[1]["rule"]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_against_whole_tensors_in_memory(overlapping, tmp_path, method):
+    """The command against stacked dense tensors; the rules themselves are checked in test_merge.py."""
+    merged = weights(
+        merge(overlapping, files(overlapping, "model"), tmp_path / "out", method, "--weights", 1, 0.5, 2)
+    )
+    base, tuned = weights(overlapping / "base"), [weights(overlapping / name) for name in NAMES]
+    factors = torch.tensor([1, 0.5, 2])[:, None]
+    for name, before in base.items():
+        delta = torch.stack([t[name].float() - before.float() for t in tuned]).reshape(3, -1) * factors
+        change = delta.sum(0)
+        if method == "ties":
+            agree = (delta.sign() == torch.where(change >= 0, 1.0, -1.0)) & (delta != 0)
+            mass = (agree * factors).sum(0)
+            change = (delta * agree).sum(0) / torch.where(mass == 0, 1, mass)
+        assert torch.equal(merged[name].flatten(), (before.float().flatten() + change).to(before.dtype)), name
+
+
+def apply_all(folder: Path) -> dict[str, torch.Tensor]:
+    """XOR every delta into the base, one after the other, by the delta reader alone."""
+    base = open_weights(folder / "base")
+    result = {}
+    for name in base.names():
+        value = base.read(name)
+        for file in files(folder, "delta"):
+            delta = Delta.open(file)
+            if name in delta.names:
+                positions, xors = delta.changes(name)
+                value.view(-1).view(torch.int16).numpy()[positions] ^= xors.view("i2")
+        result[name] = value
+    return result
+
+
+@pytest.mark.parametrize("kind", ["delta", "model"])
+def test_sum_of_disjoint_deltas_is_exact_and_says_so(disjoint, tmp_path, capsys, kind):
+    out = merge(disjoint, files(disjoint, kind), tmp_path / "out", "sum")
+    assert same_bits(weights(out), apply_all(disjoint))
+    shown = capsys.readouterr().out
+    assert "exact: no entry is changed by two" in shown
+    record = json.loads((out / "merge.json").read_text())
+    assert record["exact"] and record["shared"] == 0 and all(pair["overlap"] == 0 for pair in record["pairs"])
+
+
+def test_differences_alone_would_not_be_exact(tmp_path):
+    """1 -> 1e-20 in float32: 1 + (1e-20 - 1) is 0. The tuned value itself is taken instead."""
+    model = new_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, :2] = torch.tensor([1.0, -0.0])
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, :2] = torch.tensor([1e-20, 0.0])
+    model.save_pretrained(tmp_path / "a")
+    name = "model.layers.0.mlp.up_proj.weight"
+    out = weights(merge(tmp_path, [tmp_path / "a"], tmp_path / "sum", "sum"))
+    assert same_bits(out, weights(tmp_path / "a"))
+    added = weights(merge(tmp_path, [tmp_path / "a"], tmp_path / "added", "task_arithmetic"))
+    assert added[name][0, 0] == 0 and str(added[name][0, 1].item()) == "-0.0"
+
+
+def test_sum_of_overlapping_deltas_is_exact_where_one_alone_changes(overlapping, tmp_path, capsys):
+    merged = weights(merge(overlapping, files(overlapping, "delta"), tmp_path / "out", "sum"))
+    base, tuned = weights(overlapping / "base"), [weights(overlapping / name) for name in NAMES]
+    n_shared = 0
+    for name, before in base.items():
+        count = sum((t[name] != before).int() for t in tuned)
+        alone = torch.stack([torch.where(t[name] != before, t[name], 0) for t in tuned]).sum(0)
+        total = (before.float() + sum(t[name].float() - before.float() for t in tuned)).to(before.dtype)
+        n_shared += int((count > 1).sum())
+        expected = torch.where(count == 0, before, torch.where(count == 1, alone, total))
+        assert torch.equal(merged[name], expected), name
+    assert f"not exact: {n_shared:,} entries are changed by several" in capsys.readouterr().out
+
+
+def test_statistics(overlapping, tmp_path, capsys):
+    out = merge(overlapping, files(overlapping, "delta"), tmp_path / "out", "ties")
+    record = json.loads((out / "merge.json").read_text())
+    base = weights(overlapping / "base")
+    deltas = [
+        torch.cat([(weights(overlapping / n)[name].float() - base[name].float()).flatten() for name in base])
+        for n in NAMES
+    ]
+    assert record["entries"] == len(deltas[0])
+    assert [v["changed"] for v in record["vectors"]] == [int(d.count_nonzero()) for d in deltas]
+    assert [v["norm"] for v in record["vectors"]] == pytest.approx(
+        [d.norm().item() for d in deltas], rel=1e-5
+    )
+    for pair in record["pairs"]:
+        a, b = (deltas[i] for i in pair["vectors"])
+        both = (a != 0) & (b != 0)
+        assert pair["overlap"] == int(both.sum()) > 0
+        assert pair["overlap_share"] == pair["overlap"] / min(int(a.count_nonzero()), int(b.count_nonzero()))
+        assert pair["sign_conflicts"] == int((a * b < 0).sum()) > 0
+        assert pair["sign_conflict_share"] == pair["sign_conflicts"] / pair["overlap"]
+        assert pair["cosine"] == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-5)
+        assert pair["by_chance"] == pytest.approx(pair["overlap"], rel=0.2)  # independent draws
+    shown = capsys.readouterr().out
+    assert f"{record['pairs'][0]['overlap']:,}" in shown and "cosine" in shown
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_neox", "qwen2"])
+def test_architectures(tmp_path, kind):
+    """Experts that are stacked in memory, renamed heads, tied embeddings: transformers loads the result."""
+    make(tmp_path, kind, torch.float32)
+    expected = apply_all_by_loading(tmp_path)
+    out = merge(tmp_path, files(tmp_path, "delta"), tmp_path / "out", "sum")
+    assert same_bits(AutoModelForCausalLM.from_pretrained(out).state_dict(), expected)
+
+
+def apply_all_by_loading(folder: Path) -> dict[str, torch.Tensor]:
+    base, *tuned = (AutoModelForCausalLM.from_pretrained(folder / n).state_dict() for n in ("base", *NAMES))
+    result = {name: value.clone() for name, value in base.items()}
+    for state in tuned:
+        for name, value in state.items():
+            changed = value != base[name]
+            result[name][changed] = value[changed]
+    return result
+
+
+def test_folder_is_whole(overlapping, tmp_path):
+    out = merge(overlapping, files(overlapping, "delta"), tmp_path / "out", "ties", "--density", "0.5")
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / file).read_bytes() == (overlapping / "base" / file).read_bytes()
+    assert {value.dtype for value in weights(out).values()} == {torch.bfloat16}
+    assert not list(tmp_path.glob(".*"))
+    record = json.loads((out / "merge.json").read_text())
+    assert record["rule"]["densities"] == [0.5] * 3 and record["base_hash"] and record["versions"]
+
+
+def test_policy_and_mixed_inputs(disjoint, tmp_path):
+    """A run's fp32 policy.pt beside a delta and a folder: rounded to the base's dtype as in conversion."""
+    (tmp_path / "epoch-1").mkdir()
+    state = {
+        k: v.float() for k, v in AutoModelForCausalLM.from_pretrained(disjoint / "b").state_dict().items()
+    }
+    save_policy(tmp_path / "epoch-1" / "policy.pt", state)
+    inputs = [disjoint / "a.safetensors", tmp_path / "epoch-1", disjoint / "c"]
+    assert same_bits(weights(merge(disjoint, inputs, tmp_path / "out", "sum")), apply_all(disjoint))
+
+
+def refused(
+    capsys, folder: Path, inputs: list[Path], out: Path, method: str = "ties", *more, base=None
+) -> str:
+    before = sorted(path for path in out.parent.rglob("*"))
+    with pytest.raises(SystemExit) as error:
+        merge(folder, inputs, out, method, *more, base=base)
+    assert sorted(path for path in out.parent.rglob("*")) == before, "something was written"
+    return str(error.value)
+
+
+def test_deltas_of_different_bases(disjoint, tmp_path, capsys):
+    new_model("llama", seed=9).bfloat16().save_pretrained(tmp_path / "other")
+    new_model("llama", seed=8).bfloat16().save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "other", tmp_path / "tuned", tmp_path / "x.safetensors")
+    text = refused(
+        capsys, disjoint, [disjoint / "a.safetensors", tmp_path / "x.safetensors"], tmp_path / "out"
+    )
+    assert "different bases" in text
+    text = refused(capsys, disjoint, [tmp_path / "x.safetensors"], tmp_path / "out")
+    assert "is not what the deltas were taken from" in text
+
+
+def test_another_model_and_another_vocabulary(disjoint, tmp_path, capsys):
+    model = new_model("llama").bfloat16()
+    model.resize_token_embeddings(65)
+    model.save_pretrained(tmp_path / "grown")
+    assert "vocabulary" in refused(capsys, disjoint, [disjoint / "a", tmp_path / "grown"], tmp_path / "out")
+    new_model("gpt_neox").save_pretrained(tmp_path / "neox")
+    assert "does not belong to" in refused(capsys, disjoint, [tmp_path / "neox"], tmp_path / "out")
+    extract(tmp_path / "neox", tmp_path / "neox", tmp_path / "neox.safetensors")
+    text = refused(capsys, disjoint, [tmp_path / "neox.safetensors"], tmp_path / "out")
+    assert "was not taken from the base" in text
+    state = AutoModelForCausalLM.from_pretrained(disjoint / "a").state_dict()
+    state["model.layers.2.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"]
+    deeper = save_policy(tmp_path / "deeper.pt", state)
+    assert "model.layers.2" in refused(capsys, disjoint, [deeper], tmp_path / "out")
+
+
+def test_everything_is_refused_at_once_and_nothing_is_written(disjoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    text = refused(capsys, disjoint, [disjoint / "a", tmp_path / "absent", tmp_path / "gone"], out)
+    assert all(word in text for word in ("--out", "not empty", "absent", "gone"))
+    assert "--density" in refused(
+        capsys, disjoint, [disjoint / "a"], tmp_path / "new", "ties", "--density", 0
+    )
+    assert "--weights" in refused(
+        capsys, disjoint, [disjoint / "a"], tmp_path / "new", "ties", "--weights", 1, 2
+    )
+    assert "did you mean ties" in refused(capsys, disjoint, [disjoint / "a"], tmp_path / "new", "tiez")
+    policy = save_policy(tmp_path / "policy.pt", {"x": torch.ones(1)})
+    assert "config.json" in refused(capsys, disjoint, [disjoint / "a"], tmp_path / "new", base=policy)
+    assert "--max_shard_size" in refused(
+        capsys, disjoint, [disjoint / "a"], tmp_path / "new", "ties", "--max_shard_size", "big"
+    )
+
+
+def test_a_write_that_fails_leaves_nothing(disjoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lota.streamed_folder.os.pwrite", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        merge(disjoint, [disjoint / "a"], tmp_path / "out", "sum")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_method(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["merge_models.py", "--help"])
+    with pytest.raises(SystemExit):
+        merge_models.main()
+    shown = capsys.readouterr().out
+    assert all(method in shown for method in METHODS)
