@@ -1,0 +1,283 @@
+"""Training on preference pairs: against a loop written out, under every setting, continued, on real pairs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lota.data import Example, encode_pair, epoch_batches
+from lota.masks import Mask
+from lota.scope import find_scope, meta_model
+from tasks import get_task
+
+DPO = ("loss=dpo", "datasets=[pairs]")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    shutil.copy(Path(__file__).with_name("pair_task.py"), tmp_path / "tasks" / "pairs.py")
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+@pytest.fixture
+def mask(workplace):
+    return write_mask(workplace / "0.9_mask.pt")
+
+
+@pytest.fixture
+def masked(workplace, mask):
+    return (*DPO, f"mask_path={workplace}/0.9_mask.pt")
+
+
+def base() -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
+
+
+def logp(model, tokenizer, prompt: str, response: str) -> torch.Tensor:
+    """Of one response, by the model's own log-softmax, without padding."""
+    before = tokenizer(prompt).input_ids
+    after = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    logits = model(input_ids=torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(after)[:, None]).sum()
+
+
+def plain_run(mask: Mask, *, steps: int, beta: float) -> dict[str, torch.Tensor]:
+    """The same training written out: two models, pair by pair, torch.optim.RMSprop on masked gradients."""
+    model, reference = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
+    tokenizer, task = AutoTokenizer.from_pretrained(MODEL), get_task("pairs")
+    pairs = [task.pair(row) for row in task.load("train", None)]
+    trained = {name: p for name, p in model.named_parameters() if name in mask.names}
+    optimizer = torch.optim.RMSprop(trained.values(), lr=1e-3, alpha=0.99, eps=1e-8, foreach=False)
+    for step, numbers in enumerate(epoch_batches(len(pairs), 8, seed=0, epoch=0)[:steps]):
+        total = 0.0
+        for pair in (pairs[i] for i in numbers):
+            ratios = []
+            for response in (pair.chosen, pair.rejected):
+                with torch.no_grad():
+                    of_reference = logp(reference, tokenizer, pair.prompt, response)
+                ratios.append(logp(model, tokenizer, pair.prompt, response) - of_reference)
+            total = total + torch.log1p(torch.exp(-beta * (ratios[0] - ratios[1])))
+        model.zero_grad()
+        (total / len(numbers)).backward()
+        for name, p in trained.items():
+            p.grad *= mask.dense(name)
+            p.grad *= min(1.0, 10.0 / p.grad.norm().item())
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 2)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_weights_equal_a_plain_loop_with_two_models(mask, masked, accumulation):
+    _, folder = train(
+        *masked, f"gradient_accumulation_steps={accumulation}", "n_examples=24", "loss.beta=0.2"
+    )
+    expected, got, start = plain_run(mask, steps=3, beta=0.2), policy(folder), base()
+    for name, want in expected.items():
+        close = torch.isclose(got[name], want, rtol=1e-3, atol=5e-5)
+        assert close.float().mean() > 0.998, name
+        kept = mask.dense(name) if name in mask else torch.zeros_like(want, dtype=torch.bool)
+        assert torch.equal(got[name][~kept], start[name][~kept]), name
+
+
+KEYS = {
+    f"{group}_{split}/{name}"
+    for group, names in {
+        "rewards": ("chosen", "rejected", "margins", "accuracies"),
+        "logps": ("chosen", "rejected"),
+        "logps_ref": ("chosen", "rejected"),
+    }.items()
+    for name in names
+    for split in ("train", "eval")
+}
+
+
+def test_metrics(masked):
+    """The keys, and their values at the start: by hand, on held-out pairs."""
+    trainer, _ = train(*masked, "do_first_eval=true", "loss.beta=0.5")
+    lines = metrics(trainer)
+    found = {key for line in lines for key in line}
+    assert {key for key in found if key.startswith(("rewards", "logps"))} == KEYS
+    assert {"loss/train", "loss/eval", "grad_norm", "lr"} <= found
+    assert not {key for key in found if "nats" in key or key == "ppl"}
+    first, last = lines[0], lines[-1]
+    assert first["loss/eval"] == pytest.approx(math.log(2))
+    assert [first[f"rewards_eval/{name}"] for name in ("chosen", "rejected", "margins")] == [0.0, 0.0, 0.0]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    task = get_task("pairs")
+    pairs = [task.pair(row) for row in task.load("test", None)]
+    with torch.no_grad():
+        for which in ("chosen", "rejected"):
+            mean = sum(logp(model, tokenizer, p.prompt, getattr(p, which)).item() for p in pairs) / len(pairs)
+            assert first[f"logps_eval/{which}"] == pytest.approx(mean, rel=1e-4)
+            assert last[f"logps_ref_eval/{which}"] == pytest.approx(mean, rel=1e-4)
+    ratios = {w: last[f"logps_eval/{w}"] - last[f"logps_ref_eval/{w}"] for w in ("chosen", "rejected")}
+    assert last["rewards_eval/chosen"] == pytest.approx(0.5 * ratios["chosen"], rel=1e-3)
+    assert last["rewards_eval/margins"] == pytest.approx(
+        0.5 * (ratios["chosen"] - ratios["rejected"]), rel=1e-3
+    )
+    assert last["rewards_eval/accuracies"] > 0.8 > last["loss/eval"]
+
+
+def test_reference_free_logs_no_reference(masked):
+    trainer, _ = train(*masked, "loss.reference_free=true", "do_first_eval=true")
+    found = {key for line in metrics(trainer) for key in line}
+    assert {key for key in found if key.startswith(("rewards", "logps"))} == {
+        k for k in KEYS if "_ref_" not in k
+    }
+
+
+SETTINGS = [
+    "grad_norm_strategy=even",
+    "grad_norm_strategy=proportional",
+    "grad_norm_strategy=global gradient_accumulation_steps=2",
+    "grad_norm_strategy=none optimizer=AdamW",
+    "model.fsdp_policy_mp=bfloat16",
+    "model.fsdp_policy_mp=bfloat16 activation_checkpointing=true gradient_accumulation_steps=4",
+    "activation_checkpointing=true",
+    "group_by_length=true",
+    "loss.ipo=true",
+    "loss.ipo=true loss.ipo_sum=true loss.beta=0.01",
+    "loss.robust_eps=0.1",
+    "loss.sft_reg=0.1",
+    "loss.importance_correction=true",
+    "loss.reference_free=true",
+    "model.reference=precomputed",
+]
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+def test_margins_grow_and_frozen_entries_stay(mask, masked, how):
+    trainer, folder = train(*masked, "do_first_eval=true", "lr=3e-4", *how.split())
+    lines = [line for line in metrics(trainer) if "rewards_eval/margins" in line]
+    assert lines[-1]["rewards_eval/margins"] > lines[0]["rewards_eval/margins"] + 0.01
+    got, start = policy(folder), base()
+    moved = 0
+    for name, value in got.items():
+        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
+        assert torch.equal(value[~kept], start[name][~kept]), name
+        moved += (value[kept] != start[name][kept]).sum().item()
+    assert moved > 0.9 * mask.n_kept
+
+
+@pytest.mark.parametrize("reference", ["null", "swap", "precomputed"])
+@pytest.mark.parametrize("precision", ["null", "bfloat16"])
+def test_dense_training(reference, precision):
+    how = (
+        f"model.reference={reference}",
+        f"model.fsdp_policy_mp={precision}",
+        "lr=1e-4",
+        "do_first_eval=true",
+    )
+    trainer, _ = train(*DPO, *how)
+    lines = [line for line in metrics(trainer) if "rewards_eval/margins" in line]
+    assert lines[-1]["rewards_eval/margins"] > lines[0]["rewards_eval/margins"] + 0.5
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "model.reference=swap model.fsdp_policy_mp=bfloat16",
+        "model.reference=swap optimizer=AdamW gradient_accumulation_steps=2 grad_norm_strategy=global",
+        "model.reference=model",
+        "model.reference=precomputed",
+        "model.reference=precomputed lost",
+        "adapter=lora",
+        "dense",
+    ],
+)
+def test_a_continued_run_ends_with_the_same_bits(workplace, masked, monkeypatch, how):
+    """Stopped in the middle of an epoch; its reference is that of its start, not of where it was stopped."""
+    import trainers
+    from lota.interrupt import Interrupted
+
+    words = how.split()
+    options = [
+        "n_epochs=2",
+        *(DPO if words[0] in ("dense", "adapter=lora") else masked),
+        "n_examples=48",
+        "lr=3e-4",
+    ]
+    options += [word for word in words if "=" in word]
+    step = trainers.Trainer.step
+
+    def stopping(self, examples):
+        step(self, examples)
+        if self.progress.step == 3:
+            self.stop.received = signal.SIGINT
+
+    monkeypatch.setattr(trainers.Trainer, "step", stopping)
+    with pytest.raises(Interrupted):
+        train("exp_name=stopped", *options)
+    monkeypatch.setattr(trainers.Trainer, "step", step)
+    if words[-1] == "lost":  # computed again, from the starting values in the base
+        shutil.rmtree(settings(*options).cache_dir / "reference_logps")
+    trainer, folder = train("exp_name=stopped", *options)
+    whole, reference = train("exp_name=whole", *options)
+    assert same(policy(folder), policy(reference))
+    assert metrics(trainer)[-1]["rewards_train/margins"] == metrics(whole)[-1]["rewards_train/margins"]
+
+
+def test_sft_on_the_preferred_answer():
+    trainer, _ = train("datasets=[pairs]", "n_examples=8")
+    task = get_task("pairs")
+    rows = task.load("train", None)
+    assert [example.response for example in trainer.data.train] == [task.target(row) for row in rows]
+    assert {example.rejected for example in trainer.data.train} == {None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["datasets=[mini]"], r"task mini has none: name tasks that have, such as hh .*or choose loss=sft"),
+        (["datasets=[pairs,mini]"], "task mini has none"),
+        (["datasets=[sharegpt]"], "task sharegpt has none: give prefs_path=FILE"),
+    ],
+)
+def test_a_task_without_pairs_is_refused_before_loading(monkeypatch, overrides, message):
+    monkeypatch.setattr("trainers.load_model", None)
+    with pytest.raises(ValueError, match=message):
+        train("loss=dpo", *overrides)
+    assert not settings().run_dir.exists()
+
+
+@pytest.mark.parametrize(("max_length", "cut"), [(60, False), (20, True), (9, True)])
+def test_both_responses_follow_the_same_prompt(max_length, cut):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    example = Example("a b c d e f g h ->", " h g", " ->", rejected=" a b c d e f g h i j k l m n o p q r")
+    chosen, rejected = encode_pair(tokenizer, example, max_length=max_length, max_prompt_length=6)
+    prompt = tokenizer(example.prompt).input_ids
+    n = chosen.prompt_length
+    assert chosen.prompt_length == rejected.prompt_length == (6 if cut else len(prompt))
+    assert chosen.input_ids[:n] == rejected.input_ids[:n]
+    assert max(len(chosen), len(rejected)) <= max_length
+    assert min(len(chosen), len(rejected)) > n
+    assert tokenizer.decode(chosen.input_ids[:n]).endswith("->")
+
+
+def test_margins_grow_on_real_held_out_pairs(stories, shared, workplace):
+    """stories260K on hh under a random mask: frozen entries are bit for bit the base's."""
+    scope = find_scope(meta_model(stories))
+    generator = torch.Generator().manual_seed(0)
+    mask = Mask.from_dense({n: torch.rand(t.shape, generator=generator) < 0.1 for n, t in scope.items()})
+    mask.save(workplace / "0.9_mask.pt")
+    trainer, folder = train(
+        "loss=dpo", "datasets=[hh]", f"data_dir={shared}/data", f"model.name_or_path={stories}",
+        f"mask_path={workplace}/0.9_mask.pt", "max_length=160", "max_prompt_length=64", "lr=3e-4",
+        "n_examples=64", "n_eval_examples=20", "do_first_eval=true",
+    )  # fmt: skip
+    first, last = (line for line in metrics(trainer) if "loss/eval" in line)
+    assert last["rewards_eval/margins"] > first["rewards_eval/margins"] + 0.05
+    start = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).state_dict()
+    for name, value in policy(folder).items():
+        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
+        assert torch.equal(value[~kept], start[name][~kept]), name

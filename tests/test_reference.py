@@ -1,0 +1,263 @@
+"""The reference of a preference loss: swapped entries come back, three ways give the same, what is stored."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from runs import MODEL, policy, settings, train, with_mini_task, write_mask
+
+import lota
+from lota.models import load_model
+from lota.reference import starting_values, swapped
+
+DPO = ("loss=dpo", "datasets=[pairs]", "do_first_eval=true")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    shutil.copy(Path(__file__).with_name("pair_task.py"), tmp_path / "tasks" / "pairs.py")
+    torch.set_num_threads(1)
+    write_mask(tmp_path / "0.9_mask.pt")
+    return tmp_path
+
+
+def trained(architecture: str, dtype: torch.dtype, masked: bool = True):
+    """(model, optimizer, its starting values, the weights at its start) after three steps."""
+    model = tiny.make(architecture, dtype=dtype)
+    optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model) if masked else None, lr=1e-2)
+    lota.fuse_in_backward(optimizer)
+    starts = starting_values(optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for ids in tiny.batches(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model, optimizer, starts, before
+
+
+def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2_tied", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_start_inside_and_the_very_bits_afterwards(architecture, dtype):
+    model, optimizer, starts, before = trained(architecture, dtype)
+    now = bits(model)
+    masters = {p: state["master"].clone() for p, state in optimizer.state.items() if "master" in state}
+    assert not equal(now, before)
+    with swapped(optimizer, starts):
+        assert equal(bits(model), before)
+    assert equal(bits(model), now)
+    assert all(torch.equal(optimizer.state[p]["master"], master) for p, master in masters.items())
+    assert sum(values.numel() for values in starts.values()) == optimizer.n_trained
+
+
+def test_dense_weights_come_back_too():
+    model, optimizer, starts, before = trained("llama", torch.float32, masked=False)
+    now = bits(model)
+    with swapped(optimizer, starts):
+        assert equal(bits(model), before)
+    assert equal(bits(model), now)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("written", [0, 1, 4, None])
+def test_bits_come_back_when_something_falls_in_between(monkeypatch, error, written):
+    """In the midst of the swapping, right before or after a tensor is written, or in the forward pass."""
+    model, optimizer, starts, _ = trained("llama", torch.float32)
+    now, write, calls = bits(model), optimizer.write, []
+
+    def failing(p, values):
+        calls.append(p)
+        if written is not None and len(calls) == written + 1:
+            write(p, values)
+            raise error
+        write(p, values)
+
+    monkeypatch.setattr(optimizer, "write", failing)
+    with pytest.raises(error), swapped(optimizer, starts):
+        raise error
+    assert equal(bits(model), now)
+
+
+@pytest.mark.parametrize("precision", ["null", "bfloat16"])
+@pytest.mark.parametrize("pad_token", ["null", '"<PAD>"'])
+@pytest.mark.parametrize("from_archive", [False, True])
+def test_a_continued_run_reads_the_same_start_from_the_base(workplace, precision, pad_token, from_archive):
+    """All layers but the odd ones train, embeddings too, whose added row the base does not have."""
+    how = [f"model.fsdp_policy_mp={precision}", f"model.pad_token={pad_token}", "freeze_odd_layers=true"]
+    if from_archive:
+        _, folder = train("exp_name=first", "n_examples=8")
+        how.append(f"model.archive={folder}/policy.pt")
+    from trainers import TRAINERS
+
+    trainer = TRAINERS["BasicTrainer"](settings(*DPO, *how))
+    trainer.load()
+    now = trainer.objective.reference.set_back.args[1]
+    again = starting_values(trainer.optimizer, trainer.base())
+    assert now.keys() == again.keys()
+    assert all(torch.equal(now[p], again[p]) and now[p].dtype == again[p].dtype for p in now)
+
+
+def loss_of_held_out(trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """(reference's, policy's) log-probabilities of all held-out rows."""
+    batch = trainer.objective.batch(trainer.data.held_out)
+    with torch.no_grad():
+        return trainer.objective.reference(batch), trainer.objective.logps(batch)[0]
+
+
+def by_hand(trainer, model) -> torch.Tensor:
+    """The same from a model's own log-softmax, row by row, without padding."""
+    rows = [trainer.objective.rows(example) for example in trainer.data.held_out]
+    values = []
+    for row in [pair[0] for pair in rows] + [pair[1] for pair in rows]:
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+        places = range(row.prompt_length, len(row))
+        values.append(sum(logps[t - 1, row.input_ids[t]].item() for t in places))
+    return torch.tensor(values)
+
+
+def test_three_ways_give_the_same(workplace):
+    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt", "model.reference_dtype=float32")
+    found = {}
+    for kind in ("swap", "model", "precomputed", "null"):
+        trainer, folder = train(*options, f"model.reference={kind}", f"exp_name=ref_{kind}")
+        found[kind] = (*loss_of_held_out(trainer), policy(folder))
+    start = by_hand(trainer, load_model(MODEL))
+    for of_reference, of_policy, _ in found.values():
+        torch.testing.assert_close(of_reference, start, rtol=1e-5, atol=1e-4)
+        assert (of_policy - of_reference).abs().max() > 1
+    assert torch.equal(found["swap"][0], found["model"][0])
+    assert torch.equal(found["swap"][0], found["null"][0])
+    for name, weights in found["swap"][2].items():
+        assert torch.equal(weights, found["model"][2][name])
+        assert torch.equal(weights, found["null"][2][name])
+        assert (
+            torch.isclose(weights, found["precomputed"][2][name], rtol=1e-3, atol=1e-4).float().mean() > 0.999
+        )
+
+
+def test_lora_is_left_out_for_the_reference(workplace):
+    trainer, _ = train(*DPO, "adapter=lora", "lr=1e-2")
+    of_reference, of_policy = loss_of_held_out(trainer)
+    torch.testing.assert_close(of_reference, by_hand(trainer, load_model(MODEL)), rtol=1e-5, atol=1e-4)
+    assert (of_policy - of_reference).abs().max() > 1
+
+
+def stored(trainer) -> list[Path]:
+    return sorted((trainer.config.cache_dir / "reference_logps").glob("*.pt"))
+
+
+def test_stored_values_are_read_back_under_the_same_key_only(workplace, caplog):
+    caplog.set_level("INFO")
+    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt", "model.reference=precomputed")
+    first, _ = train(*options, "exp_name=first")
+    assert "40 training pairs stored" in caplog.text and "12 held-out pairs stored" in caplog.text
+    files = stored(first)
+    assert len(files) == 2
+    caplog.clear()
+    train(*options, "exp_name=second", "lr=1e-4", "n_eval_examples=5")  # of a new held-out sample anew
+    assert "40 training pairs read from" in caplog.text and "5 held-out pairs stored" in caplog.text
+    _, archive = train("exp_name=other", "n_examples=8", "loss=sft")
+    changes = [
+        "max_length=20 max_prompt_length=8",
+        "seed=1 data_fraction=0.5",
+        "model.fsdp_policy_mp=bfloat16",
+    ]
+    for change in (*changes, f"model.archive={archive}/policy.pt"):
+        caplog.clear()
+        train(*options, "exp_name=third", "overwrite=true", "do_first_eval=false", *change.split())
+        assert "training pairs stored" in caplog.text, change
+        assert "read from" not in caplog.text.replace("rows from", ""), change
+
+
+def tamper(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["key"]["model"] = "another"
+    torch.save(content, path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def lose(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "logps": content["logps"][:-1]}, path)
+
+
+@pytest.mark.parametrize("damage", [tamper, cut, lose])
+def test_what_does_not_fit_is_set_aside(workplace, caplog, damage):
+    options = (*DPO, "model.reference=precomputed", "n_examples=8", "do_first_eval=false")
+    trainer, folder = train(*options, "exp_name=first")
+    (path,) = stored(trainer)
+    whole = torch.load(path, weights_only=True)["logps"]
+    damage(path)
+    again, second = train(*options, "exp_name=second")
+    assert "is not reused" in caplog.text
+    assert sorted(stored(again)) == [path.with_name(f"{path.stem}.1.pt"), path]
+    assert torch.equal(torch.load(path, weights_only=True)["logps"], whole)
+    assert all(torch.equal(value, policy(second)[name]) for name, value in policy(folder).items())
+
+
+def test_only_pairs_that_the_run_sees_are_computed(workplace, caplog):
+    caplog.set_level("INFO")
+    train(*DPO, "model.reference=precomputed", "n_examples=16", "fast_forward=1")
+    assert "16 training pairs stored" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["model", "precomputed", "null"])
+def test_a_reference_that_is_given(workplace, kind):
+    _, archive = train("exp_name=sft", "loss=sft", "n_epochs=2")
+    how = [
+        f"model.reference={kind}",
+        f"model.reference_archive={archive}/policy.pt",
+        "model.reference_dtype=float32",
+    ]
+    trainer, _ = train(*DPO, *how, f"mask_path={workplace}/0.9_mask.pt")
+    expected = by_hand(trainer, load_model(MODEL, archive=archive / "policy.pt"))
+    torch.testing.assert_close(loss_of_held_out(trainer)[0], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_reference_of_another_vocabulary_is_refused_before_loading(workplace, monkeypatch):
+    from chars import save_pair
+
+    save_pair(workplace / "chars")
+    monkeypatch.setattr("trainers.load_model", None)
+    with pytest.raises(ValueError, match=r"reference_archive=.*chars has another vocabulary"):
+        train(*DPO, f"model.reference_archive={workplace}/chars")
+    (workplace / "chars" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"another vocabulary \(99 rows\)"):
+        train(*DPO, f"model.reference_archive={workplace}/chars")
+    with pytest.raises(ValueError, match=r"model.reference_archive=/nowhere does not exist"):
+        train(*DPO, "model.reference_archive=/nowhere")
+
+
+def test_a_reference_with_the_same_tokenizer_is_taken(workplace):
+    trainer, _ = train(*DPO, f"model.reference_archive={MODEL}", 'model.pad_token="<PAD>"', "n_examples=8")
+    of_reference, _ = loss_of_held_out(trainer)
+    assert of_reference.isfinite().all()
+
+
+def test_no_reference_is_loaded_without_one(workplace, monkeypatch):
+    monkeypatch.setattr("lota.reference.load_model", None)
+    trainer, _ = train(*DPO, "loss.reference_free=true")
+    assert trainer.objective.reference is None
+
+
+def test_the_reference_has_no_graph(workplace):
+    trainer, _ = train(*DPO, f"mask_path={workplace}/0.9_mask.pt", "n_examples=8")
+    batch = trainer.objective.batch(trainer.data.held_out)
+    assert not trainer.objective.reference(batch).requires_grad
+    assert trainer.objective.logps(batch)[0].requires_grad
