@@ -2,7 +2,9 @@
 
     python extract_masks.py --base BASE --tuned TUNED --sparsities 0.5 0.9 0.99 --name gsm8k
 
-writes masks/gsm8k/0.5_mask.pt, 0.9_mask.pt, 0.99_mask.pt and summary.json.
+writes masks/gsm8k/0.5_mask.pt, 0.9_mask.pt, 0.99_mask.pt and summary.json. Without a tuned model:
+
+    python extract_masks.py --base BASE --score snip --datasets gsm8k --sparsities 0.9 --name gsm8k_snip
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lota.atomic import write_json
+from lota.gradient_scores import Collected
 from lota.masks import Mask
 from lota.pairing import Pair, open_pair
-from lota.scores import SCORES
-from lota.selection import PER, Rule, check_sparsities, select
+from lota.problems import Problems
+from lota.score_data import ScoreData, ScoreSettings, collect, data_flags, load_score_data
+from lota.scores import DATA_DRIVEN, SCORES
+from lota.selection import PER, Plan, Rule, check_sparsities, select
 from lota.units import GRANULARITIES
+from tasks import get_task
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,20 +38,63 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", required=True, help="folder under --out, usually the task")
     add("--out", default="masks", help="where mask folders stand (default: masks)")
     add("--scope", help="regular expression over parameter names (default: attention and MLP weights)")
-    add("--per", choices=PER, default="global", help="one threshold, or one per tensor or layer")
-    add(
-        "--granularity",
-        choices=GRANULARITIES,
-        default="element",
-        help="keep single entries, or whole rows (output neurons) or columns (input neurons)",
-    )
-    add("--smallest", action="store_true", help="keep the smallest nonzero scores instead of the largest")
     add("--score", default="task_vector", help=f"what rates an entry: {', '.join(SCORES)}")
-    add("--seed", type=int, default=0, help="of --score random")
+    add("--smallest", action="store_true", help="keep the smallest nonzero scores instead of the largest")
+    add("--per", default="global", help=f"one threshold, or one for each: {', '.join(PER)}")
+    rows = "row: whole output neurons; column: whole input neurons"
+    add("--granularity", default="element", help=f"what is kept: {', '.join(GRANULARITIES)} ({rows})")
+    add("--seed", type=int, help="of --score random, and of the examples of a data-driven score (0)")
     add("--format", choices=["packed", "dense"], default="packed", help="dense: name -> bool, True = frozen")
     add("--protect", nargs="*", default=[], metavar="MASK", help="masks whose kept entries are left alone")
     add("--model", help="folder whose config gives the structure, where neither side is a folder")
+    group = parser.add_argument_group("data-driven scores", f"{', '.join(DATA_DRIVEN)}: no tuned model")
+    for flag, default, text in data_flags():
+        if isinstance(default, bool):
+            group.add_argument(f"--{flag}", action="store_const", const=True, help=text)
+        else:
+            shown = text if default is None else f"{text} ({default})"
+            group.add_argument(f"--{flag}", type=int if isinstance(default, int) else str, help=shown)
     return parser.parse_args(arguments)
+
+
+def unused_flags(args: argparse.Namespace) -> list[str]:
+    """Flags that were given and that this score does not read."""
+    data_driven = args.score in DATA_DRIVEN
+    readers = {flag: data_driven for flag, *_ in data_flags()}
+    readers |= {"tuned": args.score == "task_vector", "seed": data_driven or args.score == "random"}
+    return [f"--{flag}" for flag, reads in readers.items() if getattr(args, flag) is not None and not reads]
+
+
+def score_data(args: argparse.Namespace, pair: Pair) -> ScoreData:
+    """The examples of a data-driven score. Raises ValueError with all that is wrong with their settings."""
+    given = {flag: getattr(args, flag) for flag, *_ in data_flags() if getattr(args, flag) is not None}
+    settings = ScoreSettings(**given, seed=args.seed or 0)
+    return load_score_data(settings, get_task, args.base, pair.structure)
+
+
+def collected_gradients(args: argparse.Namespace, pair: Pair, data: ScoreData) -> Collected:
+    with tqdm(total=len(data.batches), unit=" batches", desc="gradients", disable=None) as bar:
+        return collect(data, pair.scope, SCORES[args.score].collects, progress=bar.update)
+
+
+def make_masks(args: argparse.Namespace) -> tuple[Pair, dict[float, Mask]]:
+    """Check everything, then collect and select. Raises one ValueError with all the problems found."""
+    problems = Problems()
+    attempt = problems.attempt
+    sparsities = attempt(check_sparsities, args.sparsities)
+    protect = [attempt(Mask.load, path) for path in args.protect]
+    kept = [mask for mask in protect if mask is not None]
+    rule = attempt(Rule, args.score, args.per, args.smallest, args.seed or 0, kept, args.granularity)
+    needs = SCORES[args.score].needs if args.score in SCORES else ("base",)
+    pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
+    if pair and sparsities and rule:
+        attempt(Plan, pair, sparsities, rule)
+    data = attempt(score_data, args, pair) if pair and args.score in DATA_DRIVEN else None
+    problems.refuse()
+    collected = collected_gradients(args, pair, data) if data else None
+    total = 2 * sum(pair.sources["base"].numel(name) for name in pair.scope)
+    with tqdm(total=total, unit=" entries", unit_scale=True, desc="extract", disable=None) as bar:
+        return pair, select(pair, sparsities, rule, progress=bar.update, collected=collected)
 
 
 def write_masks(args: argparse.Namespace, pair: Pair, masks: dict[float, Mask]) -> Path:
@@ -67,9 +116,8 @@ def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]
     for typed in dict.fromkeys(args.sparsities):
         mask = masks[float(typed)]
         threshold = mask.meta["threshold"]
-        shown = (
-            f"{threshold:.4g}" if isinstance(threshold, float) else f"per {args.per}" if threshold else "-"
-        )
+        several = f"per {args.per}" if threshold else "-"
+        shown = f"{threshold:.4g}" if isinstance(threshold, float) else several
         short = f"  ({mask.meta['shortfall']:,} fewer than asked for)" if mask.meta["shortfall"] else ""
         print(
             f"{typed:>9} {mask.n_kept:>15,} {mask.n_total:>15,} {shown:>12}  {folder}/{typed}_mask.pt{short}"
@@ -84,21 +132,11 @@ def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    unused = unused_flags(args)
+    if unused:
+        print(f"not used here: {', '.join(unused)} (--score {args.score})", file=sys.stderr)
     try:
-        sparsities = check_sparsities(args.sparsities)
-        rule = Rule(
-            args.score,
-            args.per,
-            args.smallest,
-            args.seed,
-            [Mask.load(path) for path in args.protect],
-            args.granularity,
-        )
-        needs = SCORES[args.score].needs
-        pair = open_pair(args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
-        total = 2 * sum(pair.sources["base"].numel(name) for name in pair.scope)
-        with tqdm(total=total, unit=" entries", unit_scale=True, desc="extract", disable=None) as bar:
-            masks = select(pair, sparsities, rule, progress=bar.update)
+        pair, masks = make_masks(args)
         folder = write_masks(args, pair, masks)
     except (ValueError, OSError) as error:
         sys.exit(f"extract_masks.py: {error}")

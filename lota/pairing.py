@@ -23,13 +23,14 @@ SHOWN = 4  # differences of each kind
 @dataclass
 class Pair:
     """sources: `base`, and `tuned` and `collected` (gradients) where the score reads them. shapes: every
-    parameter of the base.
+    parameter of the base. structure: folder or hub id whose config gives them.
     """
 
     sources: dict[str, Any]  # WeightSource, or lota.gradient_scores.Collected
     scope: dict[str, ScopedTensor]
     shapes: dict[str, tuple[int, ...]]
     pattern: str | None
+    structure: str
 
     def layer_label(self, name: str) -> str:
         """Index of a parameter's layer as text, or "outside" of the blocks."""
@@ -62,7 +63,8 @@ def open_pair(
         raise ValueError("this score compares two models: give the tuned one (--tuned)")
     sides = {"base": base, **({"tuned": tuned} if "tuned" in needs else {})}
     folders = {role: checkpoint_files(path)[1] for role, path in sides.items()}
-    structure = _structure(sides, folders, model)
+    structure_path = _structure(sides, folders, model)
+    structure = meta_model(structure_path)
     found = find_scope(structure, scope)
     expected = {name: tensor.shape for name, tensor in found.items()}
     sources = {}
@@ -74,7 +76,7 @@ def open_pair(
         partner = base if role != "base" else f"a {type(structure).__name__} of this configuration"
         _check_same(expected, _in_scope(sources[role], expected, own, scope), partner, sources[role])
     shapes = {name: tuple(parameter.shape) for name, parameter in structure.named_parameters()}
-    return Pair(sources, found, shapes, scope)
+    return Pair(sources, found, shapes, scope, structure_path)
 
 
 def open_whole(
@@ -88,7 +90,7 @@ def open_whole(
     sides = {"base": base, "tuned": tuned}
     folders = {role: checkpoint_files(path)[1] for role, path in sides.items()}
     try:
-        structure = _structure(sides, folders, model)
+        structure = meta_model(_structure(sides, folders, model))
     except ValueError:
         structure = None  # two policy.pt files: their own names
     own = {
@@ -113,19 +115,19 @@ def open_whole(
 
 def _structure(
     sides: Mapping[str, Any], folders: Mapping[str, Path | None], model: str | os.PathLike | None
-) -> nn.Module:
-    """The model that gives names and roles: `model`, else a side that is a folder, else a run's base
-    model.
+) -> str:
+    """Folder or hub id of the model that gives names and roles: `model`, else a side that is a folder, else
+    a run's base model.
     """
     if model is not None:
-        return meta_model(model)
-    for folder in folders.values():
+        return str(model)
+    for role, folder in folders.items():
         if folder is not None and (folder / "config.json").is_file():
-            return meta_model(folder)
+            return str(sides[role])
     for path in sides.values():
         name = run_settings(Path(path)).base
         if name is not None:
-            return meta_model(name)
+            return name
     raise ValueError(
         f"{' and '.join(str(path) for path in sides.values())} do not say which model they are of: "
         "give a Hugging Face folder with its config (--model)"

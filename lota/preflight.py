@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from lota.config import Config
 from lota.data import Example
 from lota.masks import Mask
 from lota.models import find_block_class
+from lota.problems import Problems
 from lota.prompting import Prompter
 from lota.run_folder import Resumable, find_resumable, refuse_other
 from lota.run_model import check_reference, run_structure, run_tokenizer
@@ -26,7 +27,6 @@ from lota.scope import find_scope
 from lota.trainable import fingerprint, mask_or_dense, trainable_mask
 from lota.training_data import encoder, load_examples, load_held_out, plan, with_options
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -51,15 +51,8 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
 
     find_task: gives the task object of a name. Raises one ValueError with all the problems found.
     """
-    problems: list[str] = []
-
-    def attempt(check: Callable[..., T], *arguments: Any) -> T | None:
-        try:
-            return check(*arguments)
-        except ValueError as error:
-            problems.append(str(error))
-            return None
-
+    problems = Problems()
+    attempt = problems.attempt
     resumable = attempt(find_resumable, config)
     tasks = [attempt(with_options, find_task, name, config) for name in config.datasets]
     tokenizer = attempt(run_tokenizer, config)
@@ -67,8 +60,7 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
     if tokenizer is not None and config.loss.paired and not config.loss.reference_free:
         attempt(check_reference, config, tokenizer)
     data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
-    if problems or data is None:
-        raise ValueError("\n".join(problems))
+    problems.refuse()
     train, held_out = data
     seen = {"mask": fingerprint(mask), "data": _content_hash(train)}
     refuse_other(resumable, str(config.run_dir), seen)

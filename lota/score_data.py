@@ -7,32 +7,105 @@ gradients does not depend on how the examples are cut into batches.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from lota.config import Config
+from lota.config import Config, ModelConfig
+from lota.config_checks import CHAT_TEMPLATES
 from lota.data import Example, epoch_batches
 from lota.gradient_scores import Collected, collect_gradients
 from lota.journal import content_key
 from lota.models import dtype_of, enable_activation_checkpointing, load_model
 from lota.objectives import OBJECTIVES
+from lota.problems import Problems
 from lota.prompting import Prompter
 from lota.run_model import run_structure, run_tokenizer
 from lota.training_data import load_examples, with_options
 
 logger = logging.getLogger(__name__)
+SUM_DTYPES = ("float32", "bfloat16")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ScoreSettings:
+    """What data-driven scores look at, and how; extract_masks.py has a flag of each."""
+
+    datasets: str | None = _setting(None, "task names, separated by commas, whose training examples are read")
+    score_batches: int = _setting(64, "batches, at most one pass over the examples")
+    batch_size: int = _setting(
+        8, "examples per batch; fisher squares a batch's gradient: 1 for each example's"
+    )
+    data_dir: str | None = _setting(None, "has tasks/<task>/<split>.*; default $PROJECT_CACHE, ~/.cache/lota")
+    max_length: int = _setting(512, "tokens of prompt + response")
+    max_prompt_length: int = _setting(256, "tokens of the prompt that stay when the whole is longer")
+    chat_template: str = _setting("never", f"of the prompts: {', '.join(CHAT_TEMPLATES)}")
+    tokenizer_path: str | None = _setting(None, "where the tokenizer is, if not with the model")
+    dtype: str = _setting("float32", "of weights and gradients: float32, bfloat16 or float16")
+    score_dtype: str = _setting("float32", "of the sums: float32 (4 bytes per entry) or bfloat16 (2, coarse)")
+    device: str | None = _setting(None, "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    activation_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
+    seed: int = 0
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong, besides what `Config` checks."""
+        if not self.tasks:
+            yield "a data-driven score looks at examples: name tasks with --datasets"
+        if self.score_batches < 1:
+            yield f"--score_batches {self.score_batches}: must be at least 1"
+        if self.score_dtype not in SUM_DTYPES:
+            yield f"--score_dtype {self.score_dtype}: choose one of {', '.join(SUM_DTYPES)}"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            yield f"--device {self.device}: {str(error).splitlines()[0]}"
+
+    @property
+    def tasks(self) -> list[str]:
+        return [name.strip() for name in (self.datasets or "").split(",") if name.strip()]
+
+    def config(self, base: str | os.PathLike, structure: str) -> Config:
+        """The settings of a training run that would see the same batches. structure: see lota/pairing.py."""
+        keys = ("batch_size", "data_dir", "max_length", "max_prompt_length", "chat_template", "seed")
+        model = ModelConfig(
+            name_or_path=structure,
+            tokenizer_name_or_path=self.tokenizer_path,
+            archive=None if str(base) == structure else str(base),
+            policy_dtype=self.dtype,
+        )
+        return Config(
+            exp_name="masks",
+            model=model,
+            datasets=self.tasks or ["none"],
+            activation_checkpointing=self.activation_checkpointing,
+            **{key: getattr(self, key) for key in keys},
+        )
+
+
+def data_flags() -> list[tuple[str, Any, str]]:
+    """(name, default, meaning) of every setting that is of data-driven scores only."""
+    return [(f.name, f.default, f.metadata["help"]) for f in fields(ScoreSettings) if f.metadata]
 
 
 @dataclass
 class ScoreData:
-    """The first batches of an epoch, in its order. config: names model, lengths and loss."""
+    """The first batches of an epoch, in its order. config: names model, lengths and loss.
+
+    dtype: of the sums; device: of weights and sums, None for a GPU if there is one.
+    """
 
     config: Config
     tokenizer: Any
     batches: list[list[Example]]
+    dtype: str = "float32"
+    device: str | None = None
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -49,6 +122,7 @@ class ScoreData:
             "max_prompt_length": config.max_prompt_length,
             "loss": asdict(config.loss),
             "dtype": config.model.policy_dtype,
+            "score_dtype": self.dtype,
         }
 
 
@@ -62,48 +136,42 @@ def first_batches(
     return ScoreData(config, tokenizer, [[examples[i] for i in rows] for rows in order])
 
 
-def load_score_data(config: Config, find_task: Callable[[str], Any], n_batches: int) -> ScoreData:
-    """Training examples of the config's tasks. Raises one ValueError with all problems, before a model loads.
+def load_score_data(
+    settings: ScoreSettings, find_task: Callable[[str], Any], base: str | os.PathLike, structure: str
+) -> ScoreData:
+    """Training examples of the tasks. Raises one ValueError with all problems, before a model loads.
 
-    find_task: gives the task object of a name.
+    find_task: gives the task object of a name. base, structure: the model and whose config it has.
     """
-    problems = [] if n_batches >= 1 else [f"score_batches={n_batches}: must be at least 1"]
-    tokenizer, tasks = None, []
-    for name in config.datasets:
-        try:
-            tasks.append(with_options(find_task, name, config))
-        except ValueError as error:
-            problems.append(str(error))
-    try:
-        tokenizer = run_tokenizer(config)
-        run_structure(config, tokenizer)
-        examples = load_examples(tasks, "train", config, Prompter(tokenizer, config.chat_template))
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return first_batches(config, tokenizer, examples, n_batches, config.batch_size)
+    problems = Problems()
+    attempt = problems.attempt
+    problems.found += settings.problems()
+    config = attempt(settings.config, base, structure)
+    if config is not None:
+        tasks = [attempt(with_options, find_task, name, config) for name in settings.tasks]
+        tokenizer = attempt(run_tokenizer, config)
+        if tokenizer is not None:
+            attempt(run_structure, config, tokenizer)
+    problems.refuse()
+    examples = load_examples(tasks, "train", config, Prompter(tokenizer, config.chat_template))
+    data = first_batches(config, tokenizer, examples, settings.score_batches, config.batch_size)
+    data.dtype, data.device = settings.score_dtype, settings.device
+    return data
 
 
 def collect(
-    data: ScoreData,
-    names: Iterable[str],
-    kind: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    progress: Callable[[int], object] | None = None,
+    data: ScoreData, names: Iterable[str], kind: str, progress: Callable[[int], object] | None = None
 ) -> Collected:
     """Load the base in the config's model.policy_dtype, sum its gradients for `names`, and let it go.
 
-    dtype: of the sums, on `device` as the weights are. progress: called with 1 after each batch.
+    progress: called with 1 for each batch.
     """
     config = data.config
     model = load_model(
         config.model.name_or_path,
         archive=config.model.archive,
         dtype=dtype_of(config.model.policy_dtype),
-        device=device,
+        device=data.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         pad_token=config.model.pad_token,
         tokenizer=data.tokenizer,
     )
@@ -118,5 +186,5 @@ def collect(
             progress(1)
         return loss
 
-    meta = {**data.meta, "sums": str(dtype).removeprefix("torch.")}
-    return collect_gradients(model, loss_of, data.batches, names=names, kind=kind, dtype=dtype, meta=meta)
+    sums = dtype_of(data.dtype)
+    return collect_gradients(model, loss_of, data.batches, names=names, kind=kind, dtype=sums, meta=data.meta)
