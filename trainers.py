@@ -21,6 +21,7 @@ from lota.checkpoint import Progress, fill_masters, policy_state, save_checkpoin
 from lota.config import Config
 from lota.config_checks import unused_settings
 from lota.data import Example
+from lota.delta.saving import save_delta
 from lota.fused import fuse_in_backward
 from lota.generation import generate
 from lota.interrupt import Interrupted, StopBetweenSteps
@@ -345,11 +346,17 @@ class Trainer:
             progress=progress,
             metrics=self.metrics,
             seen=self.data.seen,
-            more=partial(adapter.save, self.lora),
+            more=partial(self.save_more, folder),
         )
         self.folder.keep()
         self.stop.saving = False
         return folder
+
+    def save_more(self, name: Path, folder: Path) -> None:
+        """What lies beside policy.pt in `folder`, which will be called `name`."""
+        adapter.save(self.lora, folder)
+        if self.config.save_delta:
+            save_delta(self.config, self.data.mask, folder, name)
 
 
 class BasicTrainer(Trainer):

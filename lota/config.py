@@ -134,6 +134,7 @@ class Config:
 
     local_dirs: list[str] | None = None
     save_every: str | int = "epoch_1"
+    save_delta: bool = False
     resume: str = "auto"
     overwrite: bool = False
     debug: bool = False

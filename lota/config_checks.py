@@ -60,6 +60,7 @@ WEIGHT_NEUTRAL = frozenset(
         "wandb",
         "minimum_log_interval_secs",
         "save_every",
+        "save_delta",
         "do_first_eval",
         "eval_every",
         "eval_batch_size",
@@ -204,7 +205,9 @@ def _unused_keys(c: Config) -> dict[str, str]:
     if c.overwrite:
         reasons["resume"] = "overwrite=true"
     if c.debug:
-        reasons |= dict.fromkeys(("save_every", "resume", "overwrite"), "debug=true writes no checkpoint")
+        reasons |= dict.fromkeys(
+            ("save_every", "save_delta", "resume", "overwrite"), "debug=true writes no checkpoint"
+        )
     if not c.wandb.enabled or c.debug:
         why = "debug=true" if c.debug else "wandb.enabled=false"
         reasons |= dict.fromkeys(("wandb.entity", "wandb.project", "wandb.mode"), why)

@@ -17,6 +17,7 @@ from torch import nn
 from lota.adapter import lora_targets
 from lota.config import Config
 from lota.data import Example
+from lota.delta import saving
 from lota.masks import Mask
 from lota.models import find_block_class
 from lota.problems import Problems
@@ -57,6 +58,8 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
     tasks = [attempt(with_options, find_task, name, config) for name in config.datasets]
     tokenizer = attempt(run_tokenizer, config)
     mask = attempt(_checked_mask, config, tokenizer) if tokenizer is not None else None
+    if tokenizer is not None and config.save_delta and not config.debug:
+        attempt(_check_delta, config, tokenizer)
     if tokenizer is not None and config.loss.paired and not config.loss.reference_free:
         attempt(check_reference, config, tokenizer)
     data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
@@ -97,6 +100,10 @@ def _examples(config: Config, tasks: Sequence[Any], tokenizer: Any) -> tuple[lis
 def _lengths(config: Config, tokenizer: Any, examples: Sequence[Example]) -> list[int]:
     """Tokens of every example's longest row, cut as in training."""
     return [max(map(len, rows)) for rows in map(encoder(config, tokenizer), examples)]
+
+
+def _check_delta(config: Config, tokenizer: Any) -> None:
+    saving.check_run(config, run_structure(config, tokenizer))
 
 
 def _content_hash(examples: Sequence[Example]) -> str:

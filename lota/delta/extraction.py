@@ -54,13 +54,14 @@ def extract(
     mask: Mask | str | os.PathLike | None = None,
     task: str | None = None,
     model: str | os.PathLike | None = None,
+    tuned_id: str | None = None,
 ) -> dict[str, Any]:
     """Write the changes from base to tuned as a delta file; returns its metadata.
 
     base, tuned: Hugging Face folders, hub ids or policy.pt files. The tuned model is taken as the converter
     would write it, in the dtypes of the base's files. mask: nothing may have changed outside of it. task: a
     name for the metadata, by default the data sets of its run. model: folder whose config gives the names,
-    where neither side has one.
+    where neither side has one. tuned_id: what the metadata call the tuned model, by default its path.
     Raises ValueError for models that do not belong together, a grown vocabulary, or changes outside the mask.
     """
     mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else mask
@@ -69,7 +70,7 @@ def extract(
     run = run_settings(Path(tuned))
     meta = {
         "base": before.id,
-        "tuned": after.id,
+        "tuned": tuned_id or after.id,
         "task": task or ",".join(run.datasets) or None,
         "chat_template": run.chat_template or recorded_choice(str(tuned)),
     }

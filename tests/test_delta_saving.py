@@ -1,0 +1,117 @@
+"""save_delta=true: a run's delta gives what the converter gives; what cannot be is refused first."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from delta_models import same_files, tensors
+from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
+from transformers import AutoModelForCausalLM
+
+from lota.config_checks import differences, unused_settings
+from lota.convert import convert_policy
+from lota.delta import Delta, apply, verify
+
+
+@pytest.fixture(autouse=True)
+def mini(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_mini_task(tmp_path))
+
+
+def bf16_base(folder):
+    """The embedded model with bf16 files."""
+    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in MODEL.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return f"model.name_or_path={folder}"
+
+
+@pytest.mark.parametrize("precision", ["null", "bfloat16"])
+def test_base_and_delta_are_what_the_converter_writes(tmp_path, precision):
+    mask = write_mask(tmp_path / "mask.pt")
+    base = bf16_base(tmp_path / "base")
+    options = (base, f"mask_path={tmp_path / 'mask.pt'}", f"model.fsdp_policy_mp={precision}")
+    trainer, folder = train("save_delta=true", *options)
+    delta = Delta.open(folder / "delta.safetensors")
+    assert 0 < delta.n_changed <= mask.n_kept == delta.meta["kept"]
+    assert delta.meta["task"] == "mini" and delta.meta["sparsity"] == pytest.approx(1 - mask.density)
+    assert delta.meta["tuned"] == str(folder / "policy.pt") and delta.meta["chat_template"] == "never"
+    verify(tmp_path / "base", folder / "delta.safetensors")
+    convert_policy(tmp_path / "base", folder, tmp_path / "converted")
+    apply(tmp_path / "base", folder / "delta.safetensors", tmp_path / "applied")
+    assert same_files(tmp_path / "applied", tmp_path / "converted")
+    assert metrics(trainer)[-1]["step"] > 0
+
+
+def test_it_changes_nothing_else_and_a_run_continues_with_or_without(tmp_path):
+    write_mask(tmp_path / "mask.pt")
+    options = ("n_epochs=2", f"mask_path={tmp_path / 'mask.pt'}")
+    plain = train("exp_name=plain", *options)[1]
+    _, folder = train("exp_name=with", "save_delta=true", *options)
+    assert same(policy(plain), policy(folder))
+    for epoch in ("epoch-1", "epoch-2"):  # each is a delta of the base, not of the epoch before
+        delta = Delta.open(folder.parent / epoch / "delta.safetensors")
+        state, base = policy(folder.parent / epoch), tensors(MODEL)
+        for name in delta.names:
+            assert torch.equal(delta.tuned(name, base[name]), state[name])
+    old = settings("exp_name=with", *options)
+    assert not differences(asdict(old), settings("exp_name=with", "save_delta=true", *options))
+
+
+def test_from_an_archive_the_delta_is_of_the_archive(tmp_path):
+    write_mask(tmp_path / "a.pt", seed=1)
+    write_mask(tmp_path / "b.pt", seed=2)
+    _, first = train("exp_name=first", f"mask_path={tmp_path / 'a.pt'}")
+    archive = f"model.archive={first / 'policy.pt'}"
+    _, second = train("exp_name=second", f"mask_path={tmp_path / 'b.pt'}", archive, "save_delta=true")
+    delta = Delta.open(second / "delta.safetensors")
+    before, after = policy(first), policy(second)
+    changed = 0
+    for name, parameter in delta.parameters.items():
+        assert torch.equal(delta.tuned(name, before[name]), after[name])
+        changed += parameter.changed
+    assert changed == delta.n_changed > 0 and delta.meta["base"] == str(first / "policy.pt")
+
+
+def test_what_cannot_be_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"policy_dtype=bfloat16 cannot hold the torch\.float32 weights"):
+        train("save_delta=true", "model.policy_dtype=bfloat16")
+    with pytest.raises(ValueError, match=r"pad_token=<PAD> gives .* use model\.pad_token=null"):
+        train("save_delta=true", 'model.pad_token="<PAD>"')
+
+
+def test_a_checkpoint_is_saved_even_where_the_delta_cannot_be(tmp_path, caplog):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    write_mask(tmp_path / "mask.pt")
+    settings_of_run = (f"model.name_or_path={base}", f"mask_path={tmp_path / 'mask.pt'}", "save_delta=true")
+
+    import trainers
+
+    trainer = trainers.TRAINERS["BasicTrainer"](settings(*settings_of_run))
+    other = AutoModelForCausalLM.from_pretrained(MODEL)
+    other.model.embed_tokens.weight.data += 1
+    other.save_pretrained(base)  # after the checks: frozen entries come from elsewhere
+    start = trainer.load
+
+    def load_then_restore():
+        start()
+        shutil.rmtree(base)
+        shutil.copytree(MODEL, base)
+
+    trainer.load = load_then_restore
+    folder = trainer.train()
+    assert (folder / "policy.pt").is_file() and not (folder / "delta.safetensors").exists()
+    assert "entries changed outside the mask" in caplog.text
+
+
+def test_under_debug_it_is_not_used():
+    assert any(
+        "save_delta=True (debug=true" in line
+        for line in unused_settings(settings("save_delta=true", "debug=true"))
+    )
