@@ -38,7 +38,7 @@ def check_run(config: Config, structure: nn.Module) -> None:
     if lossy:
         raise ValueError(
             f"save_delta=true: model.policy_dtype={config.model.policy_dtype} cannot hold the {lossy[0]} "
-            f"weights of {base}, all of which would change; use model.policy_dtype=float32, or save_delta=false"
+            f"weights of {base}, which would all change; use model.policy_dtype=float32, or save_delta=false"
         )
 
 
