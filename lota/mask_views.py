@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 Overlaps = Mapping[tuple[int, int], Overlap]  # numbers of two masks, the smaller first
 
 
-def density_text(table: Density) -> list[str]:
-    """Kept entries in per cent, a line per layer, with totals."""
+def density_table(table: Density) -> list[list[str]]:
+    """Kept entries in per cent, a line per layer, with totals; the header first."""
     table = table.with_totals()
     lines = [["layer", *table.modules]]
     for layer, shares in zip(table.layers, table.shares, strict=True):
         lines.append([layer, *("-" if np.isnan(share) else f"{100 * share:.2f}" for share in shares)])
-    return ["kept entries (%) by layer and module:", *aligned(lines)]
+    return lines
+
+
+def density_text(table: Density) -> list[str]:
+    return ["kept entries (%) by layer and module:", *aligned(density_table(table))]
 
 
 def draw_density(table: Density, path: str | os.PathLike | None, title: str) -> Figure:
@@ -43,18 +47,20 @@ def draw_density(table: Density, path: str | os.PathLike | None, title: str) -> 
     )
 
 
-def overlap_text(names: Sequence[str], found: Overlaps) -> list[str]:
-    """A line per pair of masks: entries shared and IoU, each with what chance would give."""
+def overlap_table(names: Sequence[str], found: Overlaps) -> list[list[str]]:
+    """A line per pair of masks: entries shared and IoU, each with what chance would give; a header first."""
     lines = [["first", "second", "shared", "by chance", "+-", "IoU", "by chance"]]
     for (i, j), pair in found.items():
         chance = [f"{pair.expected:,.1f}", f"{pair.deviation:,.1f}"]
-        lines.append(
-            [names[i], names[j], f"{pair.both:,}", *chance, f"{pair.iou:.4f}", f"{pair.expected_iou:.4f}"]
-        )
-    note = "shared: entries that both keep; by chance: random masks that keep as many entries of each tensor,"
+        shares = [f"{pair.iou:.4f}", f"{pair.expected_iou:.4f}"]
+        lines.append([names[i], names[j], f"{pair.both:,}", *chance, *shares])
+    return lines
+
+
+def overlap_text(names: Sequence[str], found: Overlaps) -> list[str]:
     return [
-        *aligned(lines, left=2),
-        note,
+        *aligned(overlap_table(names, found), left=2),
+        "shared: entries that both keep; by chance: random masks that keep as many entries of each tensor,",
         "+- standard deviation; IoU: shared entries over those that either keeps",
     ]
 

@@ -9,32 +9,34 @@ as they are.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
-import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lota.atomic import atomic_path
+from lota.figures import (
+    CHARACTER,
+    LINES,
+    WIDTH,
+    add_legend,
+    finish,
+    legend_height,
+    looks,
+    new_figure,
+    set_title,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = (".png", ".pdf", ".svg")
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINES = ("-", "--", "-.", ":")
-CHARACTER = 0.075  # inches that a character of the small print takes
-WIDTH = 5.6  # inches of a figure of curves
+LOWEST = 1.2  # inches of a heat map's cells together
 WIDEST, HIGHEST = 11.0, 9.0  # inches that the cells of a heat map may take together
 NAMED = 6.5  # inches of cells that are made wide enough for the column's name
-_STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.dpi": 100, "savefig.dpi": 200, "axes.axisbelow": True}
 
 
 def heatmap(
@@ -60,25 +62,28 @@ def heatmap(
     from matplotlib.colors import Normalize
 
     matrix = _matrix(values, len(rows), len(columns))
+    if not np.isfinite(matrix).any():
+        raise ValueError("a heat map without any number")
     texts = _cell_texts(matrix, None if errors is None else _matrix(errors, *matrix.shape), fmt)
     cell, written = _cell_size(texts, columns)
-    with _figure(*_heatmap_size(cell, rows, columns)) as figure:
+    with new_figure(*_heatmap_size(cell, rows, columns)) as figure:
         axes = figure.subplots()
         low = np.nanmin(matrix) if limits[0] is None else limits[0]
         high = np.nanmax(matrix) if limits[1] is None else limits[1]
         norm = Normalize(low, high if high > low else low + 1.0)
         axes.set_facecolor("#e6e6e6")  # blank cells
         image = axes.imshow(matrix, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
-        figure.colorbar(image, ax=axes, label=label, pad=0.02, aspect=max(8.0, cell[1] * len(rows) / 0.15))
+        height = max(cell[1] * len(rows), LOWEST)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=height / 0.15)
+        bar.set_label(wrapped(label, height))
         if written:
-            for (row, column), value in np.ndenumerate(matrix):
-                colour = "black" if np.isfinite(value) and norm(value) > 0.6 else "white"
+            for (row, column), colour in np.ndenumerate(_readable(image.to_rgba(matrix))):
                 axes.text(column, row, texts[row][column], ha="center", va="center", color=colour, fontsize=8)
         _name_cells(axes, rows, columns, cell)
-        axes.set_ylabel(row_label)
+        axes.set_ylabel(wrapped(row_label, height))
         axes.set_xlabel(column_label)
-        _title(figure, title)
-    return _finish(figure, path)
+        set_title(figure, title)
+    return finish(figure, path)
 
 
 def against_sparsity(
@@ -103,9 +108,9 @@ def against_sparsity(
         raise ValueError(f"sparsity={wrong[0]}: must be at least 0 and below 1")
     if not sparsities:
         raise ValueError("no curve to draw: no method has a value at a sparsity")
-    styles = _styles([*curves, *(levels or {})])
+    styles = looks([*curves, *(levels or {})])
     dashes = itertools.cycle(LINES[1:])
-    with _figure(WIDTH, 3.6 + _legend_height(styles, WIDTH)) as figure:
+    with new_figure(WIDTH, 3.6 + legend_height(styles, WIDTH)) as figure:
         axes = figure.subplots()
         for method, points in curves.items():
             points = sorted(points, key=lambda point: point[0])
@@ -120,11 +125,11 @@ def against_sparsity(
                 axes.axhspan(mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
         _sparsity_axis(axes, sparsities)
         axes.set_ylim(*_with_margin(limits))
-        axes.set_ylabel(label)
+        axes.set_ylabel(wrapped(label, 2.9))
         axes.grid(alpha=0.3)
-        _title(figure, title)
-        _legend(figure, axes, styles)
-    return _finish(figure, path)
+        set_title(figure, title)
+        add_legend(figure, styles)
+    return finish(figure, path)
 
 
 def _sparsity_axis(axes: Axes, sparsities: Sequence[float]) -> None:
@@ -143,15 +148,20 @@ def _sparsity_axis(axes: Axes, sparsities: Sequence[float]) -> None:
     axes.set_xlabel("sparsity s (in brackets: share of the scope that trains; log scale)")
 
 
+def _with_margin(limits: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
+    """Ends of an axis a little further out, so that a marker at a limit is whole."""
+    low, high = limits
+    if low is None or high is None:
+        return limits
+    return low - 0.03 * (high - low), high + 0.03 * (high - low)
+
+
 def _matrix(values: Sequence[Sequence[float | None]], n_rows: int, n_columns: int) -> np.ndarray:
     """float64 with nan for what is absent."""
     lines = [[math.nan if value is None else float(value) for value in line] for line in values]
     if len(lines) != n_rows or any(len(line) != n_columns for line in lines):
         raise ValueError(f"a heat map of {n_rows} rows and {n_columns} columns needs a value for each cell")
-    matrix = np.array(lines, dtype=np.float64).reshape(n_rows, n_columns)
-    if not np.isfinite(matrix).any():
-        raise ValueError("a heat map without any number")
-    return matrix
+    return np.array(lines, dtype=np.float64).reshape(n_rows, n_columns)
 
 
 def _cell_texts(matrix: np.ndarray, errors: np.ndarray | None, fmt: str) -> list[list[str]]:
@@ -181,8 +191,14 @@ def _heatmap_size(
     """(width, height) of the figure in inches: cells, names, colour bar and title."""
     longest = max(map(len, columns))
     below = CHARACTER * longest if _turned(columns, cell) else 0.2
-    width = cell[0] * len(columns) + CHARACTER * max(map(len, rows)) + 1.6
-    return max(width, 3.6), max(cell[1] * len(rows), 1.2) + below + 1.0
+    width = cell[0] * len(columns) + CHARACTER * max(map(len, rows)) + 1.8
+    return max(width, 3.6), max(cell[1] * len(rows), LOWEST) + below + 1.0
+
+
+def _readable(colours: np.ndarray) -> np.ndarray:
+    """Black or white for text on each colour (..., 4), by its relative luminance (WCAG 2)."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    return np.where(linear[..., :3] @ [0.2126, 0.7152, 0.0722] > 0.18, "black", "white")
 
 
 def _turned(columns: Sequence[str], cell: tuple[float, float]) -> bool:
@@ -199,79 +215,3 @@ def _name_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], cell: t
         axis.set_ticks(places, [names[at] for at in places])
     axes.tick_params(length=0)
     axes.tick_params(axis="x", rotation=90 if turned else 0)
-
-
-def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line style of each method: all differ up to the palette's size."""
-    found = {}
-    for at, name in enumerate(dict.fromkeys(names)):
-        turn = at // len(PALETTE)
-        style = {"color": PALETTE[at % len(PALETTE)], "marker": MARKERS[(at + turn) % len(MARKERS)]}
-        found[name] = style | {"linestyle": LINES[(at + turn) % len(LINES)]}
-    return found
-
-
-def _with_margin(limits: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
-    """Ends of an axis a little further out, so that a marker at a limit is whole."""
-    low, high = limits
-    if low is None or high is None:
-        return limits
-    return low - 0.03 * (high - low), high + 0.03 * (high - low)
-
-
-def _title(figure: Figure, title: str) -> None:
-    """Above the axes, broken into lines; the figure grows by those after the first."""
-    if title:
-        width, height = figure.get_size_inches()
-        lines = textwrap.wrap(title, int(width / 0.085))
-        figure.set_size_inches(width, height + 0.17 * (len(lines) - 1))
-        figure.suptitle("\n".join(lines), fontsize=10)
-
-
-def _legend_columns(names: Collection[str], width: float) -> int:
-    """How many names, with their samples of a line, fit beside each other."""
-    room = int(width / (CHARACTER * max(map(len, names)) + 0.6))
-    return max(1, min(len(names), room))
-
-
-def _legend_height(names: Collection[str], width: float) -> float:
-    return 0.1 + 0.2 * math.ceil(len(names) / _legend_columns(names, width))
-
-
-def _legend(figure: Figure, axes: Axes, names: Collection[str]) -> None:
-    """Below the axes, in this order."""
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        [handles[name] for name in names],
-        names,
-        loc="outside lower center",
-        ncols=_legend_columns(names, figure.get_size_inches()[0]),
-        frameon=False,
-        handlelength=3,
-    )
-
-
-@contextlib.contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of this size in inches, outside pyplot's list: nothing stays open."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-
-
-def _finish(figure: Figure, path: str | os.PathLike | None) -> Figure:
-    if path is None:
-        return figure
-    ending = Path(path).suffix.lower()
-    if ending not in FORMATS:
-        raise ValueError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE), atomic_path(path) as temporary:
-        figure.savefig(temporary, format=ending[1:])
-    return figure

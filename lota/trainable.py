@@ -14,14 +14,17 @@ from lota.masks import Mask
 from lota.scope import find_scope, transformer_blocks
 
 
-def mask_or_dense(path: str | Path | None) -> Mask | None:
-    """The mask at `path`; None (train densely) for null, or for `0.0_mask.pt` where no such file exists."""
+def mask_or_dense(path: str | Path | None, mapped: bool = False) -> Mask | None:
+    """The mask at `path`; None (train densely) for null, or for `0.0_mask.pt` where no such file exists.
+
+    mapped: see `Mask.load`.
+    """
     if path is None:
         return None
     path = Path(path).expanduser()
     if not path.exists() and re.fullmatch(r"0(\.0*)?_mask\.pt", path.name):
         return None
-    return Mask.load(path)
+    return Mask.load(path, mapped)
 
 
 def trainable_mask(

@@ -37,7 +37,7 @@ def ticks(axes) -> list:
     found = []
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())
-        labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)  # shared ones stand elsewhere
         found += [label for place, label in labels if low <= place <= high]
     return found
 

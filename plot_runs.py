@@ -1,0 +1,72 @@
+"""Figures and one HTML page of any number of runs.
+
+    python plot_runs.py $PROJECT_CACHE/gsm8k_dense $PROJECT_CACHE/gsm8k_lota_* --out figures
+
+writes figures/index.html, which needs no other file, and its pictures as PNG: losses, scores against
+sparsity, masks by layer and module and their overlap, forgetting matrices of sequences, rewards of preference
+losses, memory and speed. What a folder does not have is left out, and said on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lota.mask_sections import mask_sections
+from lota.report import Section, write_report
+from lota.run_groups import groups
+from lota.run_reading import Run, Score, read_base, read_runs
+from lota.run_sections import curves, memory_and_speed, overview
+from lota.score_sections import score_sections
+from lota.sequence_sections import sequence_sections
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, of a training or of lotto.py")
+    parser.add_argument(
+        "--out", default="figures", metavar="FOLDER", help="where to write (default: figures)"
+    )
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="folder of the base model's evaluation: a level to compare with"
+    )
+    parser.add_argument("--title", default="Runs", help="of the page")
+    return parser.parse_args(arguments)
+
+
+def sections_of(runs: Sequence[Run], base: Sequence[Score] = ()) -> list[Section]:
+    """All that the runs have; the last section says what they have not."""
+    trained = [run for run in runs if not run.stages]
+    grouped = groups(trained)
+    trained = [run for group in grouped for run in group.runs]
+    notes: list[str] = []
+    sections = [overview(grouped)] if trained else []
+    sections += [*curves(grouped), *score_sections(grouped, base), *mask_sections(trained, notes)]
+    sections += [section for run in runs if run.stages for section in sequence_sections(run)]
+    sections += memory_and_speed(grouped)
+    notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
+    if notes:
+        sections.append(Section("Left out", items=notes))
+    return sections
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        base = read_base(args.base) if args.base else []
+        runs = read_runs(args.runs)
+        sections = sections_of(runs, base)
+        files = write_report(Path(args.out), args.title, sections)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot_runs.py: {error}")
+    for note in sections[-1].items:
+        print(f"left out: {note}")
+    print(f"{len(runs)} runs, {len(files) - 1} pictures: {files[0]}")
+
+
+if __name__ == "__main__":
+    main()
