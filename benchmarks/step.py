@@ -167,7 +167,8 @@ def shira_config() -> object:
     return ShiraConfig(r=64, target_modules=LINEAR, task_type="CAUSAL_LM")
 
 
-CONTESTANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
+Contestants = dict[str, Callable[[argparse.Namespace], Step]]
+CONTESTANTS: Contestants = {
     "lota": ours,
     "dense_masked_rmsprop": dense_masked,
     "peft_lora_r64": adapter(lora_config),
@@ -198,31 +199,31 @@ def timed(step: Step, ids: torch.Tensor, device: str) -> float:
     return time.perf_counter() - start
 
 
-def times(args: argparse.Namespace, names: list[str]) -> dict[str, list[float]]:
+def times(args: argparse.Namespace, contestants: Contestants) -> dict[str, list[float]]:
     """Seconds of each of args.rounds steps per contestant, taken in turns, after a step to warm up."""
-    steps = {name: CONTESTANTS[name](args) for name in names}
+    steps = {name: contestants[name](args) for name in args.contestants}
     ids = token_batch(args)
     for step in steps.values():
         step(ids)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in args.contestants}
     for _ in range(args.rounds):
         for name, step in steps.items():
             seconds[name].append(timed(step, ids, args.device))
     return seconds
 
 
-def own_process_peak(args: argparse.Namespace, name: str) -> int:
+def own_process_peak(args: argparse.Namespace, name: str, script: str) -> int:
     """Peak bytes of a process that builds one contestant and makes three steps."""
     options = [
         f"--{key}={getattr(args, key)}" for key in ("shape", "sparsity", "batch", "length", "dtype", "device")
     ]
     flags = ["--checkpointing"] if args.checkpointing else []
-    command = [sys.executable, "-W", "ignore", __file__, "--peak-of", name, *options, *flags]
+    command = [sys.executable, "-W", "ignore", script, "--peak-of", name, *options, *flags]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def print_peak(args: argparse.Namespace) -> None:
-    step, ids = CONTESTANTS[args.peak_of](args), token_batch(args)
+def print_peak(args: argparse.Namespace, contestants: Contestants) -> None:
+    step, ids = contestants[args.peak_of](args), token_batch(args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
@@ -230,25 +231,32 @@ def print_peak(args: argparse.Namespace) -> None:
     print(peak_memory_bytes(torch.device(args.device)))
 
 
-def main() -> None:
+def main(
+    contestants: Contestants = CONTESTANTS,
+    default: list[str] = DEFAULT,
+    batch: int = 4,
+    description: str = __doc__,
+    script: str = __file__,
+) -> None:
+    """Compare contestants; ratios are those of the first one. script: the file that has them all."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="124m")
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--batch", type=int, default=batch, help="rows")
     parser.add_argument("--length", type=int, default=128, help="tokens per row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps per contestant")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT)
-    parser.add_argument("--peak-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--contestants", nargs="+", choices=contestants, default=default)
+    parser.add_argument("--peak-of", choices=contestants, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
-        print_peak(args)
+        print_peak(args, contestants)
         return
-    seconds = times(args, args.contestants)
+    seconds = times(args, contestants)
     setting = {key: getattr(args, key) for key in SETTING}
     machine = {
         "torch": torch.__version__,
@@ -257,14 +265,15 @@ def main() -> None:
     }
     rows = []
     for name in args.contestants:
-        peak = own_process_peak(args, name)
+        peak = own_process_peak(args, name, script)
         rows.append((name, statistics.median(seconds[name]), peak))
         print(
             json.dumps(
                 {"contestant": name, **setting, **machine, "seconds": seconds[name], "peak_bytes": peak}
             )
         )
-    print(f"\n{'contestant':22} {'median s':>9} {'lota / it':>10} {'peak MiB':>9} {'lota / it':>10}")
+    ratio = f"{rows[0][0][:5]} / it"
+    print(f"\n{'contestant':22} {'median s':>9} {ratio:>10} {'peak MiB':>9} {ratio:>10}")
     for name, median, peak in rows:
         ratios = rows[0][1] / median, rows[0][2] / peak
         print(f"{name:22} {median:9.3f} {ratios[0]:10.2f} {peak / 2**20:9.0f} {ratios[1]:10.2f}")

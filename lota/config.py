@@ -28,7 +28,7 @@ class ModelConfig:
     fsdp_policy_mp: str | None = None  # dtype
     reference: str | None = None
     reference_archive: str | None = None  # folder or policy.pt
-    reference_dtype: str = "bfloat16"
+    reference_dtype: str | None = None
     pad_token: str | None = None
     scope: str | None = None  # regular expression
 

@@ -96,7 +96,7 @@ def problems_of(c: Config) -> Iterator[str]:
     yield from _choice("chat_template", c.chat_template, CHAT_TEMPLATES)
     yield from _choice("model.policy_dtype", c.model.policy_dtype, DTYPE_NAMES)
     yield from _choice("model.reference", c.model.reference, REFERENCES)
-    yield from _choice("model.reference_dtype", c.model.reference_dtype, DTYPE_NAMES)
+    yield from _choice("model.reference_dtype", c.model.reference_dtype, (None, *DTYPE_NAMES))
     yield from _choice("model.fsdp_policy_mp", c.model.fsdp_policy_mp, (None, "bfloat16"))
     yield from _choice("wandb.mode", c.wandb.mode, ("online", "offline"))
     yield from _number_problems(c)

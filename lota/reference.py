@@ -75,6 +75,10 @@ def make_reference(start: Start, policy: Policy) -> Reference:
     own = settings.reference_archive is None
     kind = settings.reference or ("swap" if own and compact else "model")
     logger.info("reference of the loss: %s", kind)
+    if kind == "swap" and settings.reference is None and settings.reference_dtype is not None:
+        logger.info(
+            "not used here: model.reference_dtype=%s (the reference is the policy)", settings.reference_dtype
+        )
     return REFERENCES[kind](start, policy)
 
 
@@ -117,7 +121,7 @@ def swapped(optimizer: MaskedOptimizer, values: Mapping[nn.Parameter, Tensor]) -
 
 
 class ModelReference:
-    """A second model, in model.reference_dtype."""
+    """A second model, by default in the dtype of the policy: in a narrower one its rounding is a reward."""
 
     def __init__(self, start: Start, policy: Policy):
         settings = start.config.model
@@ -125,7 +129,7 @@ class ModelReference:
         self.model = load_model(
             settings.name_or_path,
             archive=settings.reference_archive or settings.archive,
-            dtype=dtype_of(settings.reference_dtype),
+            dtype=_model_dtype(start),
             device=start.device,
             pad_token=settings.pad_token,
             tokenizer=start.data.tokenizer,
@@ -173,7 +177,7 @@ class PrecomputedReference:
             "model": content_hash(source),
             "model_config": config_key(load_config(folder)),
             "vocabulary": model.get_input_embeddings().weight.shape[0],
-            "dtype": str(model.dtype) if own else settings.reference_dtype,
+            "dtype": str(model.dtype if own else _model_dtype(self.start)),
             "mixed_precision": settings.fsdp_policy_mp,
         }
 
@@ -218,6 +222,12 @@ REFERENCES: dict[str, Callable[[Start, Policy], Reference]] = {
     "model": ModelReference,
     "precomputed": PrecomputedReference,
 }
+
+
+def _model_dtype(start: Start) -> torch.dtype:
+    """Of a reference that is a model of its own."""
+    name = start.config.model.reference_dtype
+    return start.optimizer.model.dtype if name is None else dtype_of(name)
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def by_hand(trainer, model) -> torch.Tensor:
 
 
 def test_three_ways_give_the_same(workplace):
-    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt", "model.reference_dtype=float32")
+    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt")
     found = {}
     for kind in ("swap", "model", "precomputed", "null"):
         trainer, folder = train(*options, f"model.reference={kind}", f"exp_name=ref_{kind}")
@@ -261,3 +261,19 @@ def test_the_reference_has_no_graph(workplace):
     batch = trainer.objective.batch(trainer.data.held_out)
     assert not trainer.objective.reference(batch).requires_grad
     assert trainer.objective.logps(batch)[0].requires_grad
+
+
+def test_a_second_model_has_the_dtype_of_the_policy_or_its_own(workplace, caplog):
+    caplog.set_level("INFO")
+    mask = f"mask_path={workplace}/0.9_mask.pt"
+    short = ("n_examples=8", "overwrite=true", "do_first_eval=false")
+    for how, dtype in (
+        ("", "float32"),
+        ("model.fsdp_policy_mp=bfloat16", "bfloat16"),
+        ("model.reference_dtype=float16", "float16"),
+    ):
+        trainer, _ = train(*DPO, mask, "model.reference=model", *short, *how.split())
+        assert str(trainer.objective.reference.model.dtype) == f"torch.{dtype}"
+    assert "not used here" not in caplog.text
+    train(*DPO, mask, *short, "model.reference_dtype=float16")
+    assert "not used here: model.reference_dtype=float16" in caplog.text
