@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "FusedCallback": "lota.callback",
     "Mask": "lota.masks",
     "MaskedAdamW": "lota.optim",
     "MaskedRMSprop": "lota.optim",

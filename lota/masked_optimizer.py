@@ -101,6 +101,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return sum(self._n_kept(p) for p in self.names)
 
     @property
+    def gradient_accumulation_steps(self) -> int:
+        """Backward passes per update when fused; 1 otherwise: then the caller's loop decides."""
+        return self._accumulation
+
+    @property
     def grad_norm(self) -> float:
         """Global norm of the trained entries' gradient before clipping, as of the last `step()`; nan
         before it.

@@ -1,0 +1,48 @@
+"""LoTA in Hugging Face's Trainer: python examples/hf_trainer.py [--fused] [--steps N] [--resume]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a clone that is not installed
+
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+import lota
+from examples.common import arguments, load, rows, trainer_settings
+
+
+def encode(tokenizer, row):
+    """Token ids and labels; the prompt's labels are -100."""
+    prompt = tokenizer(row["prompt"]).input_ids
+    answer = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False).input_ids
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def main(argv: Sequence[str] | None = None):
+    args = arguments(__doc__, argv)
+    model, tokenizer, mask = load(args)
+    optimizer = lota.MaskedRMSprop(model, mask, lr=args.lr, grad_norm_strategy="even", max_grad_norm=1.0)
+    if args.fused:
+        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
+    settings = TrainingArguments(
+        **trainer_settings(args),
+        gradient_accumulation_steps=args.accumulation,
+        max_grad_norm=0,  # the optimizer clips
+    )
+    trainer = Trainer(
+        model,
+        args=settings,
+        train_dataset=[encode(tokenizer, row) for row in rows(200)],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        optimizers=(optimizer, None),
+        callbacks=[lota.FusedCallback()],
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""LoTA in a loop of your own: python examples/plain_pytorch.py [--fused] [--steps N] [--resume]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a clone that is not installed
+
+import torch
+
+import lota
+from examples.common import arguments, load, rows
+
+BATCH = 4
+
+
+def batch_loss(model, tokenizer, batch):
+    """Mean loss per token of prompt and completion."""
+    texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in batch]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
+    return model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, labels=labels).loss
+
+
+def main(argv: Sequence[str] | None = None):
+    args = arguments(__doc__, argv)
+    model, tokenizer, mask = load(args)
+    optimizer = lota.MaskedRMSprop(model, mask, lr=args.lr, grad_norm_strategy="even", max_grad_norm=1.0)
+    if args.fused:
+        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
+    file, start = Path(args.out) / "checkpoint.pt", 0
+    if args.resume:
+        saved = torch.load(file, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    data = rows(args.steps * args.accumulation * BATCH)
+    for step in range(start, args.steps):
+        for part in range(args.accumulation):
+            first = (step * args.accumulation + part) * BATCH
+            loss = batch_loss(model, tokenizer, data[first : first + BATCH]) / args.accumulation
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % max(1, args.steps // 2) == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, file)
+            print(f"step {step + 1}: loss {loss.item() * args.accumulation:.3f}")
+    return model, optimizer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""LoTA in TRL's SFTTrainer: python examples/trl_sft.py [--fused] [--steps N] [--resume]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a clone that is not installed
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+import lota
+from examples.common import arguments, load, rows, trainer_settings
+
+
+def main(argv: Sequence[str] | None = None):
+    args = arguments(__doc__, argv)
+    model, tokenizer, mask = load(args)
+    optimizer = lota.MaskedRMSprop(model, mask, lr=args.lr, grad_norm_strategy="even", max_grad_norm=1.0)
+    if args.fused:
+        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
+    settings = SFTConfig(
+        **trainer_settings(args),
+        gradient_accumulation_steps=args.accumulation,
+        max_grad_norm=0,  # the optimizer clips
+        bf16=False,  # TRL's default is mixed precision; either will do
+    )
+    trainer = SFTTrainer(
+        model,
+        args=settings,
+        train_dataset=Dataset.from_list(rows(200)).select_columns(["prompt", "completion"]),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[lota.FusedCallback()],
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
