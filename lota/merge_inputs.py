@@ -56,12 +56,13 @@ class DeltaVector:
         self.delta, self.id = delta, str(delta.path)
 
     def entries(self, name: str, base: Tensor) -> Entries | None:
-        if name not in self.delta.names:
+        if name not in self.delta.shapes:
             return None
-        positions = self.delta.positions(name)
-        tuned = self.delta.tuned(name, base).reshape(-1)[positions]
-        values = tuned.float() - base.reshape(-1)[positions].float()
-        return Entries(positions, values, tuned, torch.ones_like(positions, dtype=torch.bool))
+        positions, xors = self.delta.changes(name)
+        before = base.reshape(-1)[torch.from_numpy(positions)]
+        tuned = (bits(before) ^ torch.from_numpy(xors.view(f"i{xors.itemsize}"))).view(base.dtype)
+        changed = torch.ones(len(positions), dtype=torch.bool)
+        return Entries(torch.from_numpy(positions), tuned.float() - before.float(), tuned, changed)
 
 
 class ModelVector:

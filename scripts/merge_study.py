@@ -1,0 +1,266 @@
+"""Merging dense task vectors against sparse ones: three toy tasks, the embedded model, several seeds.
+
+    python scripts/merge_study.py --out study --seeds 0 1 2
+
+Each task is learnt alone by full fine-tuning (FFT), by LoTA under a mask of its own, and by LoTA under masks
+that share no entry; then the three are merged by each method, and every merged model is scored on every task.
+Finished stages are not run again. Writes study/results.json, table.md, merging.png and commands.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import shlex
+import sys
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from lota.atomic import write_json  # noqa: E402
+from lota.data import Example, encode  # noqa: E402
+from lota.decoding import Decoding  # noqa: E402
+from lota.estimates import mean_and_stderr  # noqa: E402
+from lota.evaluation import evaluate_task, load_pair  # noqa: E402
+from lota.loglik import logliks  # noqa: E402
+from lota.plots import heatmap  # noqa: E402
+from lota.prompting import Prompter  # noqa: E402
+from tasks import get_task  # noqa: E402
+
+BASE = ROOT / "assets" / "tiny-llama"
+TASKS = ("toy_sort", "toy_shift", "toy_reverse")
+LR = {"FFT": 1e-3, "LoTA": 1e-2, "LoTA, disjoint": 1e-2}
+SPARSITY = "0.9"
+METHODS = {
+    "sum": "--method sum",
+    "half the sum": "--method task_arithmetic --lambda 0.5",
+    "TIES, 20 %": "--method ties --density 0.2",
+    "DARE, 50 %": "--method dare --density 0.5",
+    "DARE + TIES, 50 %": "--method dare_ties --density 0.5",
+    "largest 10 %": "--method magnitude_prune --density 0.1",
+}
+
+
+class Study:
+    """Stages in one folder, each a command of the project; those whose result is there are not run again."""
+
+    def __init__(self, out: Path, data_fraction: float, n_examples: int):
+        self.out, self.data_fraction, self.n_examples = out, data_fraction, n_examples
+        self.commands: list[str] = []
+
+    def run(self, line: str, result: Path) -> None:
+        """A command, unless it has been run; ends the study when it fails."""
+        self.commands.append(f"python {line}")
+        if result.exists():
+            return
+        log = self.out / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # a fork has torch and transformers loaded, which takes longer than most of these commands
+        child = get_context("fork").Process(target=as_command, args=(shlex.split(line), log))
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit(f"study stopped with exit code {child.exitcode}, see {log}:\n  python {line}")
+
+    def learn(self, kind: str, task: str, seed: int) -> Path:
+        """A task learnt alone: the folder with its policy.pt."""
+        mask = "null" if kind == "FFT" else self.mask(kind, task, seed)
+        folder = self.out / str(seed) / f"{kind.replace(', ', '_')}_{task}"
+        epoch = folder / "epoch-1"
+        self.run(
+            f"train_single_gpu.py exp_name={folder.name} 'local_dirs=[{folder.parent}]' model=tiny "
+            f"'datasets=[{task}]' mask_path={mask} lr={LR[kind]:g} seed={seed} batch_size=16 "
+            f"data_fraction={self.data_fraction:g} lr_scheduler=linear warmup_steps=20 do_first_eval=false "
+            "eval_every=100000",
+            epoch / "policy.pt",
+        )
+        return epoch
+
+    def mask(self, kind: str, task: str, seed: int) -> Path:
+        """Where FFT changed most; of disjoint masks, among what earlier tasks left."""
+        folder = self.out / str(seed) / "masks" / kind.replace(", ", "_")
+        earlier = TASKS[: TASKS.index(task)] if kind == "LoTA, disjoint" else ()
+        protect = " ".join(str(self.mask(kind, name, seed)) for name in earlier)
+        tuned = self.learn("FFT", task, seed)
+        self.run(
+            f"extract_masks.py --base {BASE} --tuned {tuned} --sparsities {SPARSITY} --name {task}"
+            f" --out {folder}" + (f" --protect {protect}" if protect else ""),
+            folder / task / f"{SPARSITY}_mask.pt",
+        )
+        return folder / task / f"{SPARSITY}_mask.pt"
+
+    def merge(self, kind: str, method: str, seed: int) -> Path:
+        """The three tasks of one kind and seed, merged."""
+        inputs = " ".join(str(self.learn(kind, task, seed)) for task in TASKS)
+        out = self.out / str(seed) / "merged" / f"{kind.replace(', ', '_')}_{list(METHODS).index(method)}"
+        draws = f" --seed {seed}" if "dare" in METHODS[method] else ""
+        self.run(
+            f"merge_models.py --base {BASE} --deltas {inputs} {METHODS[method]}{draws} --out {out}",
+            out / "merge.json",
+        )
+        return out
+
+    def score(self, model: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """task -> accuracy and held-out nats per token, on `n_examples` seeded test rows."""
+        file = model / "scores.json"
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        if set(names) <= set(found):
+            return {name: found[name] for name in names}
+        archive = str(model) if (model / "policy.pt").is_file() else None
+        policy, tokenizer = load_pair(str(BASE if archive else model), archive=archive, dtype="float32")
+        for name in names:
+            task = get_task(name)
+            rows = task.load("test")[: self.n_examples]
+            settings = Decoding(max_new_tokens=task.max_new_tokens, stop=task.stop)
+            result = evaluate_task(
+                policy,
+                tokenizer,
+                task,
+                rows,
+                settings=settings,
+                out_dir=model,
+                model_name=str(model),
+                batch_size=200,
+            )
+            found[name] = {"accuracy": result.score, "nats": held_out_nats(policy, tokenizer, task, rows)}
+        write_json(file, found)
+        return found
+
+
+def as_command(words: list[str], log: Path) -> None:
+    """Run a script of the project as `python` does, its output appended to `log`."""
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    sys.argv = words
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def held_out_nats(model, tokenizer, task, rows) -> float:
+    """Mean loss per response token, in nats."""
+    requests, prompter = [], Prompter(tokenizer)
+    for row in rows:
+        prompt = prompter.prompt(task, row)
+        example = Example(prompt.text, task.target(row), prompt.closing, prompt.keep_end, prompt.templated)
+        coded = encode(tokenizer, example, max_length=256, max_prompt_length=128)
+        n = coded.prompt_length
+        requests.append((coded.input_ids[:n], coded.input_ids[n:]))
+    return -sum(logliks(model, requests, batch_size=100)) / sum(len(after) for _, after in requests)
+
+
+def collect(study: Study, seeds: list[int]) -> list[dict]:
+    """A record per kind, method ("alone": before merging) and seed: scores by task, overlaps of pairs."""
+    records = []
+    cases = list(product(seeds, LR, ["alone", *METHODS]))
+    for seed, kind, method in tqdm(cases, desc="study", disable=None):
+        record = {"seed": seed, "kind": kind, "method": method}
+        if method == "alone":
+            record["scores"] = {t: study.score(study.learn(kind, t, seed), (t,))[t] for t in TASKS}
+        else:
+            folder = study.merge(kind, method, seed)
+            record["scores"] = study.score(folder, TASKS)
+            merged = json.loads((folder / "merge.json").read_text())
+            record |= {"pairs": merged["pairs"], "exact": merged["exact"]}
+        records.append(record)
+    return records
+
+
+def summarize(records: list[dict]) -> list[dict]:
+    """Means over seeds with standard errors, per kind and method: by task, and over the tasks."""
+    rows = []
+    for kind, method in dict.fromkeys((record["kind"], record["method"]) for record in records):
+        own = [record["scores"] for record in records if (record["kind"], record["method"]) == (kind, method)]
+        row: dict = {"kind": kind, "method": method, "seeds": len(own)}
+        for metric in ("accuracy", "nats"):
+            row[metric] = {task: mean_and_stderr([scores[task][metric] for scores in own]) for task in TASKS}
+            means = [sum(scores[task][metric] for task in TASKS) / len(TASKS) for scores in own]
+            row[metric]["mean"] = mean_and_stderr(means)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: accuracy in per cent by task and on average, held-out nats per token on average."""
+    lines = [
+        f"| vectors | merged by | {' | '.join(TASKS)} | mean accuracy (%) | held-out nats per token |",
+        "|---|---|" + "---|" * (len(TASKS) + 2),
+    ]
+    for row in rows:
+        cells = [_number(row["accuracy"][name], 100, 1) for name in (*TASKS, "mean")]
+        method = "(each task's own model)" if row["method"] == "alone" else row["method"]
+        lines.append(
+            f"| {row['kind']} | {method} | {' | '.join(cells)} | {_number(row['nats']['mean'], 1, 3)} |"
+        )
+    return "\n".join(lines)
+
+
+def _number(estimate: tuple[float, float | None], factor: float, digits: int) -> str:
+    mean, error = estimate
+    shown = f"{factor * mean:.{digits}f}"
+    return shown if error is None else f"{shown} ± {factor * error:.{digits}f}"
+
+
+def overlaps(records: list[dict]) -> str:
+    """Per kind: what two tasks' vectors share, averaged over pairs and seeds."""
+    lines = [
+        "| vectors | entries of the smaller in both | signs differ there | cosine |",
+        "|---|---|---|---|",
+    ]
+    for kind in LR:
+        pairs = [pair for r in records if (r["kind"], r["method"]) == (kind, "sum") for pair in r["pairs"]]
+        shared = mean_and_stderr([pair["overlap_share"] for pair in pairs])
+        signs = [pair["sign_conflict_share"] for pair in pairs if pair["sign_conflict_share"] is not None]
+        conflicts = _number(mean_and_stderr(signs), 100, 1) + " %" if signs else "-"
+        cosine = _number(mean_and_stderr([pair["cosine"] for pair in pairs]), 1, 3)
+        lines.append(f"| {kind} | {_number(shared, 100, 1)} % | {conflicts} | {cosine} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Accuracy by task, a block of methods per kind of vector."""
+    names = (*TASKS, "mean")
+    heatmap(
+        [[100 * row["accuracy"][name][0] for name in names] for row in rows],
+        [f"{row['kind']}: {'own models' if row['method'] == 'alone' else row['method']}" for row in rows],
+        list(names),
+        path,
+        title=f"Three tasks merged into one model, {rows[0]['seeds']} seeds",
+        label="accuracy on the test split (%)",
+        errors=[[100 * (row["accuracy"][name][1] or 0) for name in names] for row in rows],
+        limits=(0, 100),
+        fmt=".0f",
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "study", help="folder for everything (default: study)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order and samples")
+    parser.add_argument("--data_fraction", type=float, default=0.5, help="of each task's 6400 training rows")
+    parser.add_argument("--n_examples", type=int, default=200, help="test rows per task")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    study = Study(args.out.resolve(), args.data_fraction, args.n_examples)
+    records = collect(study, args.seeds)
+    rows = summarize(records)
+    write_json(args.out / "results.json", {"records": records, "rows": rows})
+    (args.out / "commands.txt").write_text("\n".join(dict.fromkeys(study.commands)) + "\n", encoding="utf-8")
+    (args.out / "table.md").write_text(f"{table(rows)}\n\n{overlaps(records)}\n", encoding="utf-8")
+    plot(rows, args.out / "merging.png")
+    print(f"{table(rows)}\n\n{overlaps(records)}")
+
+
+if __name__ == "__main__":
+    main()
