@@ -20,7 +20,7 @@ from lota.run_groups import groups
 from lota.run_reading import Run, Score, read_base, read_runs
 from lota.run_sections import curves, memory_and_speed, overview
 from lota.score_sections import score_sections
-from lota.sequence_sections import sequence_sections
+from lota.sequence_sections import compared, sequence_sections
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +46,7 @@ def sections_of(runs: Sequence[Run], base: Sequence[Score] = ()) -> list[Section
     notes: list[str] = []
     sections = [overview(grouped)] if trained else []
     sections += [*curves(grouped), *score_sections(grouped, base), *mask_sections(trained, notes)]
+    sections += compared([run for run in runs if run.stages])
     sections += [section for run in runs if run.stages for section in sequence_sections(run)]
     sections += memory_and_speed(grouped)
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lota.masks import ORIGIN, Mask
-from lota.selection import SCORES
+from lota.scores import uniform
 from lota.topk import top_bits
 
 
@@ -30,13 +30,9 @@ def _random_keys(seed: int):
     """The keys of `extract_masks.py --score random`."""
 
     def keys(span):
-        return SCORES["random"].compute(_no_weights, span, seed).view(np.int32)
+        return uniform(span, seed).view(np.int32)
 
     return keys
-
-
-def _no_weights(role: str) -> np.ndarray:
-    raise AssertionError(f"random scores read {role}")
 
 
 def made_of(tool: str, masks: Sequence[Mask], names: Sequence[str], seed: int = 0) -> Mask:

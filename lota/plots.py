@@ -75,7 +75,7 @@ def heatmap(
         image = axes.imshow(matrix, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
         height = max(cell[1] * len(rows), LOWEST)
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=height / 0.15)
-        bar.set_label(wrapped(label, height))
+        bar.set_label(wrapped(label, height + 0.4))
         if written:
             for (row, column), colour in np.ndenumerate(_readable(image.to_rgba(matrix))):
                 axes.text(column, row, texts[row][column], ha="center", va="center", color=colour, fontsize=8)

@@ -11,7 +11,14 @@ from typing import Any
 from lota.estimates import mean_and_stderr
 from lota.run_reading import Run, weight_settings
 
-SCORE_NAMES = {"task_vector": "LoTA", "random": "random mask"}  # what rated the entries of a mask -> method
+SCORE_NAMES = {  # what rated the entries of a mask -> method
+    "task_vector": "LoTA",
+    "random": "random mask",
+    "magnitude": "magnitude mask",
+    "gradient": "gradient mask",
+    "fisher": "Fisher mask",
+    "snip": "SNIP mask",
+}
 IDENTITY = ("model.name_or_path", "datasets", "loss.name")  # runs that differ in these are never one curve
 FREE = ("seed", "mask_path", *IDENTITY)  # may differ between the runs of one group
 LONGEST = 48  # characters of the settings in a name
@@ -73,12 +80,21 @@ def method(run: Run) -> str:
     if run.lost_mask:
         name = "mask (file lost)"
     elif run.mask is not None:
-        score = run.mask.meta.get("score")
-        name = SCORE_NAMES.get(score, f"mask by {score}" if score else "mask")
+        name = _mask_name(run.mask.meta)
     flipped = (run.mask is not None and run.mask.meta.get("flipped", False)) != settings["flip_mask"]
     frozen = [f"{which} layers frozen" for which in ("odd", "even") if settings[f"freeze_{which}_layers"]]
     protected = ["others' entries frozen"] if settings["protect_masks"] else []
     return ", ".join([name, *(["flipped"] if flipped else []), *frozen, *protected])
+
+
+def _mask_name(meta: dict[str, Any]) -> str:
+    """The method of a mask, with what is unusual about its choice."""
+    score = meta.get("score")
+    words = [SCORE_NAMES.get(score, f"mask by {score}" if score else "mask")]
+    words += ["smallest"] if meta.get("smallest") else []
+    words += [f"{meta['granularity']}s"] if meta.get("granularity", "element") != "element" else []
+    words += [f"per {meta['per']}"] if meta.get("per", "global") != "global" and score != "random" else []
+    return ", ".join(words)
 
 
 def _telling_keys(members: Sequence[Run]) -> list[str]:

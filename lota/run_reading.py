@@ -95,7 +95,7 @@ def read_run(path: Path) -> Run:
     run = Run(path, _settings(path))
     if (path / LEDGER).is_file():
         run.stages = _stages(path / LEDGER, run.notes)
-        run.forgetting = _json(path / FORGETTING, run.notes) or {}
+        run.forgetting = _forgetting(path / FORGETTING, run.notes)
     else:
         run.log = _log(path / "metrics.jsonl", run.notes)
         run.scores = _scores(path, run.notes)
@@ -217,6 +217,22 @@ def _mask(run: Run) -> Mask | None:
         run.lost_mask = True
         run.notes.append(f"its mask {path} {where}: its density, overlap and sparsity are left out")
         return None
+
+
+def _forgetting(file: Path, notes: list[str]) -> dict[str, Any]:
+    content = _json(file, notes)
+    if content is None:
+        return {}
+    try:
+        n = len(content["tasks"])
+        for part in (content[key] for key in ("score", "loss") if key in content):
+            lines = [*part["stderr"], *(part[key] for key in ("base", "base_stderr") if key in part)]
+            if any(len(line) != n for line in lines) or ("base" in part) != ("base_stderr" in part):
+                raise ValueError("rows of another length than its tasks")
+        return content
+    except (KeyError, TypeError, ValueError):
+        notes.append(f"{file} holds no forgetting matrix: no standard errors of it")
+        return {}
 
 
 def _stages(file: Path, notes: list[str]) -> list[dict[str, Any]]:

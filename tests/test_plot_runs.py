@@ -52,7 +52,8 @@ def write_sequence(folder):
         {"name": "b", **stage, **second, "scores": {"a": 0.85, "b": 0.95}, "losses": {"a": 0.6, "b": 0.4}},
     ]
     (folder / "ledger.json").write_text(json.dumps({"tasks": tasks}))
-    part = {"matrix": [[0.9, 0.1], [0.85, 0.95]], "stderr": [[0.03, None], [0.04, 0.02]]}
+    part = {"stderr": [[0.03, None], [0.04, 0.02]], "base": [0.05, 0.1], "base_stderr": [0.01, 0.01]}
+    part |= {"average": {"value": 0.9, "stderr": 0.02}, "forgetting": {"value": 0.05, "stderr": None}}
     forgetting = {"tasks": ["a", "b"], "metrics": {"a": "exact_match", "b": "exact_match"}, "score": part}
     (folder / "forgetting.json").write_text(json.dumps(forgetting))
     return folder
@@ -186,19 +187,32 @@ def test_density_and_overlap_are_brute_force(folders, tmp_path):
 def test_forgetting_is_the_ledger_with_standard_errors(folders):
     found = sections(folders)
     axes, bar = found["Scores of two_tasks"].figure.axes
-    assert axes.images[0].get_array().tolist() == [[0.9, 0.1], [0.85, 0.95]]
-    assert [text.get_text() for text in axes.texts] == [
-        "0.90\n± 0.03",
-        "0.10",
-        "0.85\n± 0.04",
-        "0.95\n± 0.02",
-    ]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["after a", "after b"]
+    assert axes.images[0].get_array().tolist() == [[0.05, 0.1], [0.9, 0.1], [0.85, 0.95]]
+    assert [text.get_text() for text in axes.texts[2:]] == [
+        "0.90\n± 0.03", "0.10", "0.85\n± 0.04", "0.95\n± 0.02",
+    ]  # fmt: skip
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["base model", "after a", "after b"]
     assert bar.get_ylabel() == "exact match"
-    assert found["Scores of two_tasks"].table[2] == ["after b", "0.8500 ± 0.0400", "0.9500 ± 0.0200"]
+    assert found["Scores of two_tasks"].table[3] == ["after b", "0.8500 ± 0.0400", "0.9500 ± 0.0200"]
     assert found["Held-out losses of two_tasks"].table[1] == ["after a", "0.5000", "2.0000"]
     ledger = found["Ledger of two_tasks"].table
     assert ledger[2] == ["b", "1,000", "9,000", "1_a/0.9_mask.pt", "a", "0", "abababababab", "abababababab"]
+
+
+def test_several_sequences_are_compared(tmp_path):
+    folders = [write_sequence(tmp_path / name) for name in ("first", "second")]
+    assert "Sequences compared by scores" not in sections(folders[:1])
+    found = sections(folders)["Sequences compared by scores"]
+    assert [row[0] for row in found.table[1:]] == ["first", "second"]
+    assert found.table[1][-3:] == ["0.9000 ± 0.0200", "-", "0.0500"]
+
+
+def test_a_sequence_without_its_matrix_has_no_standard_errors(tmp_path):
+    folder = write_sequence(tmp_path / "two_tasks")
+    (folder / "forgetting.json").write_text('{"tasks": ["a"], "score": {"stderr": [[1, 2]]}}')
+    found = sections([folder])
+    assert found["Scores of two_tasks"].table[1] == ["after a", "0.9000", "0.1000"]
+    assert any("holds no forgetting matrix" in note for note in found["Left out"].items)
 
 
 def test_memory_and_speed_are_means_over_seeds(folders):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import run_folders
 
+from lota.masks import Mask
 from lota.run_groups import groups
 from lota.run_reading import read_runs
 
@@ -57,8 +58,8 @@ def test_methods_have_the_names_of_the_field(tmp_path):
     assert set(found) == {
         "LoRA r = 16",
         "full fine-tuning, odd layers frozen",
-        "mask by magnitude, flipped, s = 0.1",
-        "mask by magnitude, even layers frozen, s = 0.9",
+        "magnitude mask, flipped, s = 0.1",
+        "magnitude mask, even layers frozen, s = 0.9",
         "full fine-tuning, others' entries frozen",
     }
 
@@ -66,3 +67,17 @@ def test_methods_have_the_names_of_the_field(tmp_path):
 def test_too_many_settings_give_way_to_the_name(tmp_path):
     found = names(tmp_path, "lr=1e-3 eps=1e-7 alpha=0.9 batch_size=16 momentum=0.5", "")
     assert found == {"full fine-tuning, r0": 1, "full fine-tuning, r1": 1}
+
+
+def test_how_a_mask_was_chosen_is_in_its_name(tmp_path):
+    path = tmp_path / "0.9_mask.pt"
+    setting = run_folders.rated_mask(path, 0.1, "fisher")
+    for meta, name in (
+        ({"granularity": "row", "per": "layer"}, "Fisher mask, rows, per layer, s = 0.9"),
+        ({"granularity": "element", "per": "global", "smallest": True}, "Fisher mask, smallest, s = 0.9"),
+        ({"score": "mine", "smallest": False}, "mask by mine, s = 0.9"),
+    ):
+        mask = Mask.load(path)
+        mask.meta |= meta
+        mask.save(tmp_path / "new.pt")
+        assert names(tmp_path / name, setting.replace("0.9_mask", "new")) == {name: 1}
