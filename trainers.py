@@ -29,7 +29,7 @@ from lota.masked_optimizer import MaskedOptimizer
 from lota.models import dtype_of, enable_activation_checkpointing, load_model
 from lota.objectives import OBJECTIVES
 from lota.optim import OPTIMIZERS
-from lota.preflight import Prepared, prepare
+from lota.preflight import Prepared, add_snip_mask, prepare
 from lota.reference import Start
 from lota.run_folder import OpenRun
 from lota.runlog import Meter, RunLog, peak_memory_bytes, reset_peak_memory, write_versions
@@ -163,6 +163,8 @@ class Trainer:
             return resumable.folder
         with self.stop, OpenRun(self.config, resuming=resumable is not None) as self.folder:
             reset_peak_memory(self.device)
+            if self.data.snip is not None:
+                add_snip_mask(self.data, self.config, self.device, self.stop.check)
             self.load()
             write_versions(self.folder.path, self.device)
             if resumable is not None:

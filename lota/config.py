@@ -101,6 +101,10 @@ class Config:
     protect_masks: list[str] = field(default_factory=list)
     freeze_odd_layers: bool = False
     freeze_even_layers: bool = False
+    snip: bool = False
+    snip_sparsity: float = 0.9
+    snip_batches: int = 64
+    save_snip_mask_path: str | None = None
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
@@ -154,6 +158,9 @@ class Config:
             for key in keys:
                 setattr(owner, key, _absolute(getattr(owner, key)))
         self.protect_masks = [_absolute(path) for path in self.protect_masks]
+        if self.save_snip_mask_path is not None:  # which need not exist yet
+            path = Path(os.path.expandvars(self.save_snip_mask_path)).expanduser()
+            self.save_snip_mask_path = str(path.resolve())
 
     @property
     def save_interval(self) -> tuple[str, int]:
@@ -172,6 +179,13 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return self.cache_dir / self.exp_name
+
+    @property
+    def snip_mask_file(self) -> Path | None:
+        """Where the mask of snip=true is stored; None for a debug run that names no file."""
+        if self.save_snip_mask_path is not None:
+            return Path(os.path.expandvars(self.save_snip_mask_path)).expanduser()
+        return None if self.debug else self.run_dir / "snip_mask.pt"
 
     @property
     def data_folder(self) -> Path:

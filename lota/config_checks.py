@@ -22,6 +22,7 @@ TRAINERS = ("BasicTrainer", "FSDPTrainer")
 ADAPTERS = ("none", "lora")
 RESUME = ("auto", "never")
 CHAT_TEMPLATES = ("auto", "never", "always")
+MASK_KEYS = ("mask_path", "snip", "flip_mask", "protect_masks", "freeze_odd_layers", "freeze_even_layers")
 OPTIMIZER_KEYS = {
     "RMSprop": ("alpha", "eps", "weight_decay", "momentum"),
     "AdamW": ("betas", "eps", "weight_decay"),
@@ -39,6 +40,7 @@ AT_LEAST_1 = (
     "n_eval_model_samples",
     "num_turns",
     "lora_rank",
+    "snip_batches",
 )
 AT_LEAST_0 = (
     "lr",
@@ -68,6 +70,7 @@ WEIGHT_NEUTRAL = frozenset(
         "sample_during_eval",
         "n_eval_model_samples",
         "fsdp_port",
+        "save_snip_mask_path",
     }
 )
 
@@ -151,12 +154,13 @@ def _combination_problems(c: Config) -> Iterator[str]:
         )
     if c.n_epochs is None and c.n_examples is None:
         yield "n_epochs and n_examples are both null: the run would never end"
-    if c.flip_mask and c.mask_path is None:
+    yield from _snip_problems(c)
+    if c.flip_mask and c.mask_path is None and not c.snip:
         yield "flip_mask=true needs a mask_path: dense training has nothing to flip"
     if c.freeze_odd_layers and c.freeze_even_layers:
         yield "freeze_odd_layers and freeze_even_layers are both true: no layer would train"
     if c.adapter.name == "lora":
-        for key in ("mask_path", "flip_mask", "protect_masks", "freeze_odd_layers", "freeze_even_layers"):
+        for key in MASK_KEYS:
             if getattr(c, key):
                 yield (
                     f"{key}={getattr(c, key)} with adapter=lora: LoRA freezes every weight of the model and "
@@ -164,6 +168,25 @@ def _combination_problems(c: Config) -> Iterator[str]:
                 )
     if c.model.fsdp_policy_mp == "bfloat16" and c.model.policy_dtype == "float16":
         yield "model.fsdp_policy_mp=bfloat16 with model.policy_dtype=float16: choose float32 or bfloat16"
+
+
+def _snip_problems(c: Config) -> Iterator[str]:
+    if not 0 <= c.snip_sparsity < 1:
+        yield f"snip_sparsity={c.snip_sparsity}: must be at least 0 and below 1"
+    if not c.snip:
+        return
+    if c.mask_path is not None:
+        yield f"snip=true with mask_path={c.mask_path}: snip computes the mask itself; drop one of them"
+    if c.flip_mask:
+        yield (
+            "flip_mask=true with snip=true: store the mask with save_snip_mask_path in a run of its own, and "
+            "flip it by mask_path=FILE flip_mask=true without snip"
+        )
+    if c.model.reference_archive is not None and c.loss.paired and not c.loss.reference_free:
+        yield (
+            f"snip=true with model.reference_archive={c.model.reference_archive}: the mask's gradients are "
+            "those against the run's own start; compute the mask without it, and give it by mask_path"
+        )
 
 
 def unknown_keys(given: dict[str, Any], schema: type, prefix: str = "") -> list[str]:
@@ -198,8 +221,10 @@ def _unused_keys(c: Config) -> dict[str, str]:
     if not c.sample_during_eval:
         reasons["n_eval_model_samples"] = "sample_during_eval=false"
     reasons |= unused_loss_keys(c)
-    if not c.flip_mask and c.adapter.name == "none":
-        reasons["model.scope"] = "flip_mask=false, adapter=none; a mask file has its own scope"
+    if not (c.flip_mask or c.snip) and c.adapter.name == "none":
+        reasons["model.scope"] = "flip_mask=false, snip=false, adapter=none; a mask file has its own scope"
+    if not c.snip:
+        reasons |= dict.fromkeys(("snip_sparsity", "snip_batches", "save_snip_mask_path"), "snip=false")
     if c.adapter.name == "none":
         reasons |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), "adapter=none")
     if c.overwrite:

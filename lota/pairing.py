@@ -54,10 +54,12 @@ def open_pair(
     scope: str | None = None,
     model: str | os.PathLike | None = None,
     needs: Sequence[str] = ("base", "tuned"),
+    block_name: str | None = None,
 ) -> Pair:
     """Index both sides and check that the scope's names and shapes are the same on either.
 
-    needs: what the score reads. Raises ValueError naming the first few differences both ways.
+    needs: what the score reads. block_name: class of the transformer blocks; None finds them.
+    Raises ValueError naming the first few differences both ways.
     """
     if "tuned" in needs and tuned is None:
         raise ValueError("this score compares two models: give the tuned one (--tuned)")
@@ -65,7 +67,7 @@ def open_pair(
     folders = {role: checkpoint_files(path)[1] for role, path in sides.items()}
     structure_path = _structure(sides, folders, model)
     structure = meta_model(structure_path)
-    found = find_scope(structure, scope)
+    found = find_scope(structure, scope, block_name)
     expected = {name: tensor.shape for name, tensor in found.items()}
     sources = {}
     for role, path in sides.items():

@@ -25,6 +25,7 @@ from lota.prompting import Prompter
 from lota.run_folder import Resumable, find_resumable, refuse_other
 from lota.run_model import check_reference, run_structure, run_tokenizer
 from lota.scope import find_scope
+from lota.snip import SnipMask, plan_snip
 from lota.trainable import fingerprint, mask_or_dense, trainable_mask
 from lota.training_data import encoder, load_examples, load_held_out, plan, with_options
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Prepared:
     """What a trainer starts from. mask: None for dense training; lengths: tokens per row when grouping by
-    it.
+    it. snip: the mask that is to be computed before training.
     """
 
     train: list[Example]
@@ -45,6 +46,7 @@ class Prepared:
     lengths: list[int] | None
     stop: tuple[str, ...]
     resumable: Resumable | None
+    snip: SnipMask | None = None
 
 
 def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
@@ -57,16 +59,19 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
     resumable = attempt(find_resumable, config)
     tasks = [attempt(with_options, find_task, name, config) for name in config.datasets]
     tokenizer = attempt(run_tokenizer, config)
-    mask = attempt(_checked_mask, config, tokenizer) if tokenizer is not None else None
+    model = attempt(_checked_structure, config, tokenizer) if tokenizer is not None else None
     if tokenizer is not None and config.save_delta and not config.debug:
         attempt(_check_delta, config, tokenizer)
     if tokenizer is not None and config.loss.paired and not config.loss.reference_free:
         attempt(check_reference, config, tokenizer)
     data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
+    snip = attempt(plan_snip, config, tokenizer, data[0]) if config.snip and data is not None else None
+    mask = attempt(_mask, config, model, snip) if model is not None else None
     problems.refuse()
+    pending = config.snip and mask is None
     train, held_out = data
     seen = {"mask": fingerprint(mask), "data": _content_hash(train)}
-    refuse_other(resumable, str(config.run_dir), seen)
+    refuse_other(resumable, str(config.run_dir), {"data": seen["data"]} if pending else seen)
     return Prepared(
         train=train,
         held_out=held_out,
@@ -76,7 +81,20 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
         lengths=_lengths(config, tokenizer, train) if config.group_by_length else None,
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
+        snip=snip if pending else None,
     )
+
+
+def add_snip_mask(data: Prepared, config: Config, device: torch.device, check: Callable[[], object]) -> None:
+    """Compute the mask that `prepare` has planned, and let the run train with it.
+
+    Raises ValueError when a run that is continued was trained with another one. check: see
+    `SnipMask.compute`.
+    """
+    model = run_structure(config, data.tokenizer)
+    data.mask = _checked_mask(config, model, data.snip.compute(device, check))
+    data.seen["mask"], data.snip = fingerprint(data.mask), None
+    refuse_other(data.resumable, str(config.run_dir), data.seen)
 
 
 def _examples(config: Config, tasks: Sequence[Any], tokenizer: Any) -> tuple[list[Example], list[Example]]:
@@ -115,19 +133,33 @@ def _content_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _checked_mask(config: Config, tokenizer: Any) -> Mask | None:
-    """The mask to train with, checked against the model's names and shapes; shows the scope."""
-    mask = mask_or_dense(config.mask_path)
-    protect = [Mask.load(path) for path in config.protect_masks]
-    if config.flip_mask and mask is None:
-        raise ValueError(
-            f"flip_mask=true with mask_path={config.mask_path}: dense training has nothing to flip"
-        )
+def _checked_structure(config: Config, tokenizer: Any) -> nn.Module:
+    """Names and shapes of the model that will train; shows the scope."""
     model = run_structure(config, tokenizer)
     find_block_class(model, config.model.block_name)
     show_scope(model, config.model.scope, config.model.block_name)
     if config.adapter.name == "lora":
         show_adapted(model, config)
+    return model
+
+
+def _mask(config: Config, model: nn.Module, snip: SnipMask | None) -> Mask | None:
+    """The mask of the run's file, or the stored one of snip; None for dense training and where snip has none
+    yet.
+    """
+    if not config.snip:
+        return _checked_mask(config, model, mask_or_dense(config.mask_path))
+    stored = snip.stored() if snip is not None else None
+    return None if stored is None else _checked_mask(config, model, stored)
+
+
+def _checked_mask(config: Config, model: nn.Module, mask: Mask | None) -> Mask | None:
+    """The mask to train with, checked against the model's names and shapes."""
+    protect = [Mask.load(path) for path in config.protect_masks]
+    if config.flip_mask and mask is None:
+        raise ValueError(
+            f"flip_mask=true with mask_path={config.mask_path}: dense training has nothing to flip"
+        )
     try:
         mask = trainable_mask(
             model,

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ from lota.losses import response_logps
 from lota.masked_optimizer import MaskedOptimizer
 from lota.models import dtype_of, load_config, load_model, mean_row
 from lota.policy_file import is_policy
-from lota.preflight import Prepared
 from lota.stored_logps import FOLDER, LogpsFile, hash_and_lengths
 from lota.training_data import plan
 from lota.weights import WeightSource, content_hash, open_weights
+
+if TYPE_CHECKING:  # which plans masks by an objective's gradients, and so imports this
+    from lota.preflight import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from lota.config import Config, ModelConfig
 from lota.config_checks import CHAT_TEMPLATES
 from lota.data import Example, epoch_batches
 from lota.gradient_scores import Collected, collect_gradients
-from lota.journal import content_key
 from lota.models import dtype_of, enable_activation_checkpointing, load_model
 from lota.objectives import OBJECTIVES
 from lota.problems import Problems
 from lota.prompting import Prompter
 from lota.run_model import run_structure, run_tokenizer
-from lota.training_data import load_examples, with_options
+from lota.stored_logps import hash_and_lengths
+from lota.training_data import encoder, load_examples, with_options
 
 logger = logging.getLogger(__name__)
 SUM_DTYPES = ("float32", "bfloat16")
@@ -98,31 +99,30 @@ def data_flags() -> list[tuple[str, Any, str]]:
 class ScoreData:
     """The first batches of an epoch, in its order. config: names model, lengths and loss.
 
-    dtype: of the sums; device: of weights and sums, None for a GPU if there is one.
+    dtype: of weights and gradients; score_dtype: of their sums; device: of both, None for a GPU if there is
+    one.
     """
 
     config: Config
     tokenizer: Any
     batches: list[list[Example]]
     dtype: str = "float32"
+    score_dtype: str = "float32"
     device: str | None = None
 
     @property
     def meta(self) -> dict[str, Any]:
         """What decides the gradients besides the weights, as a mask made of them records it."""
-        config, tokenizer = self.config, self.tokenizer
-        special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        config = self.config
+        rows = map(encoder(config, self.tokenizer), chain.from_iterable(self.batches))
         return {
             "datasets": list(config.datasets),
             "batches": len(self.batches),
             "examples": sum(len(batch) for batch in self.batches),
-            "examples_hash": content_key([[asdict(example) for example in batch] for batch in self.batches]),
-            "tokenizer_hash": content_key([type(tokenizer).__name__, tokenizer.get_vocab(), special]),
-            "max_length": config.max_length,
-            "max_prompt_length": config.max_prompt_length,
+            "data_hash": hash_and_lengths(rows)[0],
             "loss": asdict(config.loss),
-            "dtype": config.model.policy_dtype,
-            "score_dtype": self.dtype,
+            "dtype": self.dtype,
+            "score_dtype": self.score_dtype,
         }
 
 
@@ -155,14 +155,14 @@ def load_score_data(
     problems.refuse()
     examples = load_examples(tasks, "train", config, Prompter(tokenizer, config.chat_template))
     data = first_batches(config, tokenizer, examples, settings.score_batches, config.batch_size)
-    data.dtype, data.device = settings.score_dtype, settings.device
+    data.dtype, data.score_dtype, data.device = settings.dtype, settings.score_dtype, settings.device
     return data
 
 
 def collect(
     data: ScoreData, names: Iterable[str], kind: str, progress: Callable[[int], object] | None = None
 ) -> Collected:
-    """Load the base in the config's model.policy_dtype, sum its gradients for `names`, and let it go.
+    """Load the base, sum its gradients for `names`, and let it go.
 
     progress: called with 1 for each batch.
     """
@@ -170,7 +170,7 @@ def collect(
     model = load_model(
         config.model.name_or_path,
         archive=config.model.archive,
-        dtype=dtype_of(config.model.policy_dtype),
+        dtype=dtype_of(data.dtype),
         device=data.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         pad_token=config.model.pad_token,
         tokenizer=data.tokenizer,
@@ -186,5 +186,5 @@ def collect(
             progress(1)
         return loss
 
-    sums = dtype_of(data.dtype)
+    sums = dtype_of(data.score_dtype)
     return collect_gradients(model, loss_of, data.batches, names=names, kind=kind, dtype=sums, meta=data.meta)

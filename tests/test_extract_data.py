@@ -79,7 +79,7 @@ def test_what_is_looked_at_is_recorded(folder):
 
     first, mask = data_of("--batch_size 2")
     assert data_of("--batch_size 2")[0] == first
-    assert data_of("--batch_size 2 --seed 1")[0]["examples_hash"] != first["examples_hash"]
+    assert data_of("--batch_size 2 --seed 1")[0]["data_hash"] != first["data_hash"]
     longer, _ = data_of("--batch_size 100")
     assert (longer["batches"], longer["examples"]) == (1, 40)  # at most one pass
     coarse, other = data_of(
