@@ -16,10 +16,15 @@ _HOMES = {
     "MaskedAdamW": "lota.optim",
     "MaskedRMSprop": "lota.optim",
     "MaskedSGD": "lota.optim",
+    "Delta": "lota.delta.reader",
     "apply_mask_in_backward": "lota.fused",
     "collect_gradients": "lota.gradient_scores",
+    "attach": "lota.delta.attaching",
+    "attached": "lota.delta.attaching",
+    "detach": "lota.delta.attaching",
     "extract": "lota.selection",
     "find_scope": "lota.scope",
+    "switch": "lota.delta.attaching",
     "fuse_in_backward": "lota.fused",
 }
 

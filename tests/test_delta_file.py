@@ -99,7 +99,7 @@ def test_parts_of_a_tensor_over_several_segments(tmp_path):
     expected = (base["w"] != tuned["w"]).flatten().nonzero().flatten().numpy()
     for start, stop in ((0, 10), (SEGMENT - 7, SEGMENT + 900), (5, base["w"].numel()), (100, 100)):
         positions, xors = delta.changes("w", start, stop)
-        assert np.array_equal(positions + start, expected[(expected >= start) & (expected < stop)])
+        assert np.array_equal(positions.numpy() + start, expected[(expected >= start) & (expected < stop)])
         assert len(xors) == len(positions)
 
 

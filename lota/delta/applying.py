@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lota.delta.reader import Delta, xor_
+from lota.delta.bits import xor_
+from lota.delta.reader import Delta
 from lota.hf_folder import check_replaceable, check_shard_size, new_model_files
 from lota.scope import meta_model
 from lota.stored import checkpoint_files

@@ -34,6 +34,7 @@ _BLOCK = 1 << 20  # bytes
 class Content:
     """What a delta file says of itself. starts: byte of each segment, and of the end of the last one."""
 
+    checksum: str
     meta: dict[str, Any]
     parameters: list[Parameter]
     rows: list[Row]
@@ -61,7 +62,7 @@ def read(path: Path) -> Content:
             raise ValueError("its index does not describe its data")
     except (KeyError, ValueError, TypeError, AttributeError, zstandard.ZstdError) as error:
         raise ValueError(f"{path} is no whole delta file: {error}") from error
-    return Content(meta, parameters, index["segments"], starts)
+    return Content(raw["checksum"], meta, parameters, index["segments"], starts)
 
 
 def write(

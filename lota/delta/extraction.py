@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lota.delta import container
+from lota.delta.bits import as_hex, fingerprint, weight
 from lota.delta.codec import Row, encode
-from lota.delta.layout import SEGMENT, Parameter, Segment, segments
+from lota.delta.layout import SEGMENT, Parameter, Piece, Segment, segments
 from lota.masks import Mask
 from lota.pairing import open_whole
 from lota.prompting import recorded_choice
@@ -38,12 +39,15 @@ class InDtypesOf:
 
 
 class Coded(NamedTuple):
-    """A coded segment. changed: entries by parameter; outside: those of them that the mask does not keep."""
+    """A coded segment. changed: entries by parameter; outside: those of them that the mask does not keep;
+    sums: fingerprints (lota/delta/bits.py) of the changed entries in base and tuned model.
+    """
 
     row: Row
     data: bytes
     changed: dict[str, int]
     outside: dict[str, int]
+    sums: tuple[int, int]
 
 
 def extract(
@@ -88,8 +92,10 @@ class _Encoder:
         names = sorted(base.names())
         self.parameters = [Parameter(name, base.dtype(name), base.shape(name)) for name in names]
         self.hashes = [StreamingHash(source, names, SEGMENT) for source in (self.base, self.tuned)]
+        self._order = {name: i for i, name in enumerate(names)}
         self.changed: Counter[str] = Counter()
         self.outside: Counter[str] = Counter()
+        self.sums = (0, 0)
 
     def coded(self) -> Iterator[tuple[Row, bytes]]:
         """A pair per segment, a few of them worked on at a time."""
@@ -97,28 +103,37 @@ class _Encoder:
             for _, done in in_order(pool, self._code, segments(self.parameters)):
                 self.changed.update(done.changed)
                 self.outside.update(done.outside)
+                self.sums = (self.sums[0] + done.sums[0], self.sums[1] + done.sums[1])
                 yield done.row, done.data
 
     def _code(self, segment: Segment) -> Coded:
-        xors = np.empty(segment.n, segment.unsigned)
+        sides = np.empty((2, segment.n), segment.unsigned)
         for piece in segment.pieces:
-            sides = []
-            for source, digest in zip((self.base, self.tuned), self.hashes, strict=True):
+            for bits, source, digest in zip(sides, (self.base, self.tuned), self.hashes, strict=True):
                 part = source.read_flat(*piece[:3])
                 digest.put(*piece[:3], part)
-                sides.append(part.view(torch.uint8).numpy().view(segment.unsigned))
-            np.bitwise_xor(*sides, out=xors[piece.offset :][: len(sides[0])])
-        positions = np.flatnonzero(xors != 0)
-        row, data = encode(segment.n, positions, xors[positions])
-        changed, outside = {}, {}
+                values = part.view(torch.uint8).numpy().view(segment.unsigned)
+                bits[piece.offset : piece.offset + len(values)] = values
+        positions = np.flatnonzero(sides[0] != sides[1])
+        listed = sides[:, positions]
+        row, data = encode(segment.n, positions, listed[0] ^ listed[1])
+        changed, outside, sums = {}, {}, [0, 0]
         for piece in segment.pieces:
             low, high = np.searchsorted(positions, [piece.offset, piece.offset + piece.stop - piece.start])
             changed[piece.name] = int(high - low)
+            own = positions[low:high] - piece.offset
+            for i, bits in enumerate(listed[:, low:high]):
+                sums[i] += self._fingerprint(piece, own, bits)
             if self.mask is not None:
-                outside[piece.name] = self._outside(piece, positions[low:high] - piece.offset)
-        return Coded(row, data, changed, outside)
+                outside[piece.name] = self._outside(piece, own)
+        return Coded(row, data, changed, outside, tuple(sums))
 
-    def _outside(self, piece, positions: np.ndarray) -> int:
+    def _fingerprint(self, piece: Piece, positions: np.ndarray, bits: np.ndarray) -> int:
+        signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
+        place = torch.from_numpy(positions + piece.start)
+        return weight(self._order[piece.name]) * fingerprint(place, signed)
+
+    def _outside(self, piece: Piece, positions: np.ndarray) -> int:
         if piece.name not in self.mask:
             return len(positions)
         packed = self.mask.bits[piece.name].numpy()[piece.start // 8 : (piece.stop + 7) // 8]
@@ -139,6 +154,8 @@ class _Encoder:
             **meta,
             "base_hash": base_hash,
             "tuned_hash": tuned_hash,
+            "base_fingerprint": as_hex(self.sums[0]),
+            "tuned_fingerprint": as_hex(self.sums[1]),
             "dtype": entries.most_common(1)[0][0],
             "sparsity": round(sparsity, 12),
             "kept": kept,

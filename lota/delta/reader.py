@@ -6,14 +6,23 @@ import functools
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lota.delta import container
+from lota.delta.bits import as_integers, xor_
 from lota.delta.codec import decode
-from lota.delta.layout import SEGMENT, UNSIGNED, Piece, segments
+from lota.delta.layout import SEGMENT, Piece, segments
+
+
+class Changes(NamedTuple):
+    """Flat positions, int64, ascending, and XORs as signed integers of the parameter's width."""
+
+    positions: Tensor
+    xors: Tensor
 
 
 class Delta:
@@ -27,7 +36,7 @@ class Delta:
     """
 
     def __init__(self, path: Path, content: container.Content):
-        self.path, self.meta = path, dict(content.meta)
+        self.path, self.checksum, self.meta = path, content.checksum, dict(content.meta)
         self.parameters = {parameter.name: parameter for parameter in content.parameters}
         self.names = [p.name for p in content.parameters if p.changed]
         self.shapes = {name: self.parameters[name].shape for name in self.names}
@@ -37,6 +46,7 @@ class Delta:
         for i, segment in enumerate(self._segments):
             for piece in segment.pieces:
                 self._pieces.setdefault(piece.name, []).append((i, piece))
+        self._loaded: dict[tuple[str, str], Changes] = {}
         self._lock = threading.Lock()
         self._decoded = functools.lru_cache(maxsize=2)(self._decode)
 
@@ -51,6 +61,10 @@ class Delta:
         path = Path(path).expanduser()
         return cls(path, container.read(path))
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the parameter in the base's file."""
+        return self.parameters[name].dtype
+
     @property
     def n_changed(self) -> int:
         return self.meta["changed"]
@@ -59,27 +73,34 @@ class Delta:
         """Changed entries of the parameter; 0 for one that is not listed."""
         return self.parameters[name].changed if name in self.parameters else 0
 
-    def changes(self, name: str, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Changed entries in [start, stop) of the flattened parameter, and their XORs.
-
-        Positions int64, ascending, counted from `start`; XORs unsigned integers of the parameter's width.
-        """
-        if not self.changed(name):
-            width = self.parameters[name].dtype.itemsize if name in self.parameters else 1
-            return np.empty(0, np.int64), np.empty(0, UNSIGNED[width])
+    def changes(self, name: str, start: int = 0, stop: int | None = None) -> Changes:
+        """Changed entries in [start, stop) of the flattened parameter, positions counted from `start`."""
         stop = self.parameters[name].numel if stop is None else stop
-        overlapping = [(i, p) for i, p in self._pieces[name] if p.start < stop and p.stop > start]
+        overlapping = [(i, p) for i, p in self._pieces.get(name, ()) if p.start < stop and p.stop > start]
+        if not self.changed(name) or not overlapping:
+            return Changes(
+                torch.empty(0, dtype=torch.int64), as_integers(torch.empty(0, dtype=self.dtype(name)))
+            )
         found = [self._of_piece(i, piece, start, stop) for i, piece in overlapping]
-        positions, xors = zip(*found, strict=True)
-        return np.concatenate(positions), np.concatenate(xors)
+        positions, xors = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return Changes(torch.from_numpy(positions), torch.from_numpy(xors.view(f"i{xors.itemsize}")))
+
+    def on(self, device: torch.device | str, name: str) -> Changes:
+        """All changes of a parameter on a device, where they stay (positions as int32) for the next time."""
+        key = (str(device), name)
+        if key not in self._loaded:
+            positions, xors = (part.to(device) for part in self.changes(name))
+            small = self.parameters[name].numel <= 1 << 31
+            self._loaded[key] = Changes(positions.int() if small else positions, xors)
+        positions, xors = self._loaded[key]
+        return Changes(positions.long(), xors)
 
     def _of_piece(self, i: int, piece: Piece, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             positions, xors = self._decoded(i)
         shift = piece.offset - piece.start  # position in the segment minus position in the parameter
-        low, high = np.searchsorted(
-            positions, [max(start, piece.start) + shift, min(stop, piece.stop) + shift]
-        )
+        bounds = [max(start, piece.start) + shift, min(stop, piece.stop) + shift]
+        low, high = np.searchsorted(positions, bounds)
         return positions[low:high] - (shift + start), xors[low:high]
 
     def _decode(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +115,14 @@ class Delta:
 
     def positions(self, name: str) -> Tensor:
         """Flat positions of the changed entries, ascending, int64; empty for a name that is not listed."""
-        return torch.from_numpy(self.changes(name)[0])
+        return self.changes(name).positions if self.changed(name) else torch.empty(0, dtype=torch.int64)
+
+    def overlap(self, other: Delta) -> int:
+        """Entries that both change."""
+        names = [name for name in self.names if other.changed(name)]
+        return sum(
+            int(torch.isin(self.positions(n), other.positions(n), assume_unique=True).sum()) for n in names
+        )
 
     def tuned(self, name: str, base: Tensor) -> Tensor:
         """The tuned parameter, bit for bit, in memory of its own. base: the base's, in its file's dtype."""
@@ -114,11 +142,9 @@ class Delta:
         """(positions, tuned - base there in fp32): the task vector's entries that are not 0."""
         self.check_fits(name, base)
         positions, xors = self.changes(name)
-        index = torch.from_numpy(positions)
-        before = base.detach().cpu().reshape(-1)[index]
-        after = before.clone()
-        xor_(after, np.arange(len(positions)), xors)
-        return index, after.float() - before.float()
+        before = base.detach().cpu().reshape(-1)[positions]
+        after = (as_integers(before) ^ xors).view(before.dtype)
+        return positions, after.float() - before.float()
 
     def check_fits(self, name: str, base: Tensor) -> None:
         """Raise ValueError unless `base` has the shape and dtype of the parameter of the delta's base."""
@@ -130,9 +156,3 @@ class Delta:
                 f"{self.path} changes {name} as {known.dtype}{list(known.shape)}, not as "
                 f"{base.dtype}{list(base.shape)}: give the base in the dtype of its files (dtype='auto')"
             )
-
-
-def xor_(tensor: Tensor, positions: np.ndarray, xors: np.ndarray) -> None:
-    """XOR bit patterns of a contiguous CPU tensor at flat positions, in place; twice is nothing."""
-    bits = tensor.view(-1).view(torch.uint8).numpy().view(xors.dtype)
-    bits[positions] ^= xors

@@ -1,0 +1,209 @@
+"""Deltas on loaded models: the tuned weights, the base again, several at once; nothing else is touched."""
+
+from __future__ import annotations
+
+import copy
+
+import hf_models
+import pytest
+import torch
+from delta_models import bits, change, save_model
+from transformers import AutoModelForCausalLM
+
+import lota
+from lota.delta import Delta, extract
+from lota.delta.bits import as_hex, as_integers, fingerprint
+from lota.masks import Mask
+
+
+def load(folder, dtype="auto"):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(model, expected):
+    return all(torch.equal(bits(p), bits(expected[name])) for name, p in model.named_parameters())
+
+
+def make(tmp_path, kind="llama", dtype=torch.bfloat16, n=3):
+    """n deltas of one base that change different entries; (base values, tuned values, open deltas)."""
+    model = save_model(tmp_path / "base", kind, dtype)
+    base = values(model)
+    generator = torch.Generator().manual_seed(0)
+    owner = {name: torch.randint(n + 1, p.shape, generator=generator) for name, p in base.items()}
+    tuned, deltas = [], []
+    for i in range(n):
+        model.load_state_dict(base, strict=False)
+        change(model, seed=i, mask=Mask.from_dense({name: o == i for name, o in owner.items()}))
+        model.save_pretrained(tmp_path / f"t{i}")
+        tuned.append(values(model))
+        extract(tmp_path / "base", tmp_path / f"t{i}", tmp_path / f"{i}.safetensors")
+        deltas.append(Delta.open(tmp_path / f"{i}.safetensors"))
+    return base, tuned, deltas
+
+
+@pytest.mark.parametrize("kind", list(hf_models.CONFIGS))
+def test_attach_and_detach_for_every_architecture(tmp_path, kind):
+    base, tuned, deltas = make(tmp_path, kind, n=1)
+    model = load(tmp_path / "base")
+    lota.attach(model, deltas[0])
+    assert equal(model, tuned[0]) and not equal(model, base)
+    assert torch.equal(hf_models.logits(model), hf_models.logits(load(tmp_path / "t0")))
+    lota.detach(model)
+    assert equal(model, base) and lota.attached(model) == []
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_in_a_wider_dtype(tmp_path, stored):
+    base, tuned, deltas = make(tmp_path, dtype=stored, n=1)
+    for dtype in (torch.float32, torch.float64):
+        model = load(tmp_path / "base", dtype)
+        lota.attach(model, deltas[0])
+        assert equal(model, {name: value.to(dtype) for name, value in tuned[0].items()})
+        lota.detach(model)
+        assert equal(model, {name: value.to(dtype) for name, value in base.items()})
+
+
+def test_several_at_once_in_any_order(tmp_path):
+    base, tuned, (a, b, c) = make(tmp_path)
+    model = load(tmp_path / "base")
+    lota.attach(model, a, b)
+    lota.attach(model, c)
+    together = values(model)
+    for name, start in base.items():
+        expected = start.clone()
+        for state in tuned:
+            expected = torch.where(state[name] != start, state[name], expected)
+        assert torch.equal(together[name], expected)
+    assert lota.attached(model) == [a, b, c]
+    lota.detach(model, b)
+    assert lota.attached(model) == [a, c]
+    lota.detach(model, a)
+    assert equal(model, tuned[2])
+    lota.attach(model, b, a)
+    assert equal(model, together)
+    lota.detach(model)
+    assert equal(model, base)
+
+
+def test_switch(tmp_path):
+    base, tuned, deltas = make(tmp_path)
+    model = load(tmp_path / "base")
+    for i in (0, 2, 1, 1, 0):
+        lota.switch(model, deltas[i])
+        assert equal(model, tuned[i]) and lota.attached(model) == [deltas[i]]
+    lota.switch(model, tmp_path / "0.safetensors")  # the same delta from its file: it stays
+    assert equal(model, tuned[0]) and lota.attached(model) == [deltas[0]]
+    lota.switch(model, deltas[1], deltas[0])
+    assert lota.attached(model) == [deltas[0], deltas[1]]
+    lota.switch(model)
+    assert equal(model, base)
+
+
+def test_what_is_refused_leaves_the_model_as_it_was(tmp_path):
+    base, tuned, deltas = make(tmp_path)
+    model = load(tmp_path / "base")
+    overlapping = save_model(tmp_path / "base_again")
+    change(overlapping, seed=9, density=0.5).save_pretrained(tmp_path / "t9")
+    extract(tmp_path / "base", tmp_path / "t9", tmp_path / "9.safetensors")
+    other = Delta.open(tmp_path / "9.safetensors")
+    shared = sum(
+        int(((overlapping.get_parameter(n) != base[n]) & (tuned[0][n] != base[n])).sum()) for n in base
+    )
+    lota.attach(model, deltas[0])
+    for wanted, match in (
+        ((other,), rf"changes {shared:,} entries of .*0\.safetensors, which is attached"),
+        ((deltas[1], other), "entries of"),  # the first of the two is taken off again
+        ((deltas[0],), "attached already"),
+        ((deltas[1], deltas[1]), "attached already"),
+        ((tmp_path / "nowhere",), "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            lota.attach(model, *wanted)
+        assert equal(model, tuned[0]) and lota.attached(model) == [deltas[0]]
+    with pytest.raises(ValueError, match="entries of"):
+        lota.switch(model, deltas[1], other)
+    with pytest.raises(ValueError, match=r"1\.safetensors is not attached"):
+        lota.detach(model, deltas[1])
+    assert equal(model, tuned[0]) and lota.attached(model) == [deltas[0]]
+    lota.switch(model, other)
+    assert equal(model, values(overlapping))
+
+
+def test_another_model_or_dtype_is_refused(tmp_path):
+    _, _, (delta, *_) = make(tmp_path)
+    wrong = hf_models.new_model("llama", seed=4).bfloat16()
+    cut = load(tmp_path / "base").float()
+    name = delta.names[0]
+    position = int(delta.positions(name)[0])
+    cut.get_parameter(name).data.view(-1)[position] += 2**-20  # not a bf16 value
+    narrow = load(tmp_path / "base", torch.float16)
+    for model, match in (
+        (wrong, "is not the base of"),
+        (cut, "is not the base of"),
+        (narrow, r"in torch\.bfloat16, which the model's torch\.float16 cannot hold: load it with"),
+        (hf_models.new_model("gpt2").bfloat16(), "has no such parameter"),
+    ):
+        before = values(model)
+        with pytest.raises(ValueError, match=match):
+            lota.attach(model, delta)
+        assert equal(model, before) and lota.attached(model) == []
+
+
+def test_changes_made_since_cannot_be_undone(tmp_path):
+    _, tuned, (delta, *_) = make(tmp_path)
+    model = load(tmp_path / "base")
+    lota.attach(model, delta)
+    flat, positions = model.get_parameter(delta.names[0]).data.view(-1), delta.positions(delta.names[0])
+    flat[~torch.isin(torch.arange(len(flat)), positions)] = 0  # none of the delta's entries
+    flat[positions[0]] += 1
+    before = values(model)
+    with pytest.raises(ValueError, match="changed again since"):
+        lota.detach(model)
+    assert equal(model, before) and lota.attached(model) == [delta]
+    flat[positions[0]] = tuned[0][delta.names[0]].view(-1)[positions[0]]
+    lota.detach(model)
+    assert lota.attached(model) == []
+
+
+def test_a_delta_on_top_of_the_task_before(tmp_path):
+    """As tasks are learnt one after another: the second delta's base is the first one's tuned model."""
+    base, tuned, (first, *_) = make(tmp_path)
+    model = load(tmp_path / "t0")
+    kept = {name: (tuned[0][name] == value) & (torch.rand(value.shape) < 0.2) for name, value in base.items()}
+    change(model, seed=7, mask=Mask.from_dense(kept)).save_pretrained(tmp_path / "both")
+    extract(tmp_path / "t0", tmp_path / "both", tmp_path / "second.safetensors")
+    second = Delta.open(tmp_path / "second.safetensors")
+    one, other = load(tmp_path / "base"), load(tmp_path / "base")
+    lota.attach(one, first, second)
+    lota.attach(other, second, first)
+    assert equal(one, values(model)) and equal(other, values(model))
+
+
+def test_wrapped_and_copied_models(tmp_path):
+    _, tuned, deltas = make(tmp_path)
+    model = load(tmp_path / "base")
+    lota.attach(torch.nn.DataParallel(model), deltas[0])  # names with `module.` in front
+    assert equal(model, tuned[0])
+    twin = copy.deepcopy(load(tmp_path / "base"))
+    lota.attach(twin, deltas[1])
+    assert equal(twin, tuned[1]) and equal(model, tuned[0])
+
+
+def test_another_value_at_one_position_is_another_fingerprint():
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        numbers = torch.randn(50, generator=generator).to(dtype)
+        positions = torch.randint(10**11, (50,), generator=generator)
+        exact = sum(
+            int.from_bytes(value.reshape(1).view(torch.uint8).numpy().tobytes(), "little") * (2 * p + 1)
+            for value, p in zip(numbers, positions.tolist(), strict=True)
+        )
+        assert as_hex(fingerprint(positions, as_integers(numbers))) == f"{exact % 2**64:016x}"
+        for i in range(50):
+            changed = numbers.clone()
+            changed[i] = -changed[i]
+            assert as_hex(fingerprint(positions, as_integers(changed))) != f"{exact % 2**64:016x}"
