@@ -19,6 +19,7 @@ from lota.config_checks import CHAT_TEMPLATES
 from lota.data import encode_prompt
 from lota.hf_folder import RECORD
 from lota.journal import content_key
+from lota.run_settings import PROMPT_SETTINGS
 
 NO_CHAT_TEMPLATE = "never"  # prompts are the task's own text, with no chat template around it
 
@@ -112,22 +113,22 @@ class FewShot:
 
 def recorded_choice(model: str) -> str:
     """The chat_template setting of the run that a converted folder comes from; never where none is known."""
-    return _recorded(model).get("chat_template") or NO_CHAT_TEMPLATE
+    return recorded_prompts(model)["chat_template"] or NO_CHAT_TEMPLATE
 
 
 def recorded_limits(model: str) -> Limits | None:
     """max_length and max_prompt_length of that run; None where they are not known."""
-    found = [_recorded(model).get(name) for name in ("max_length", "max_prompt_length")]
-    return Limits(*found) if all(isinstance(n, int) for n in found) else None
+    found = recorded_prompts(model)
+    most = [found[name] for name in ("max_length", "max_prompt_length")]
+    return Limits(*most) if all(isinstance(n, int) for n in most) else None
 
 
-def _recorded(model: str) -> dict[str, Any]:
-    """What the conversion wrote down of the run; {} for any other model."""
+def recorded_prompts(model: str) -> dict[str, Any]:
+    """PROMPT_SETTINGS of the run that a converted folder comes from; each None where it is not known."""
     file = Path(model).expanduser() / RECORD
-    if not file.is_file():
-        return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        record = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        return {name: record.get(name) for name in PROMPT_SETTINGS}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): convert the model anew") from error
 

@@ -11,6 +11,10 @@ import yaml
 logger = logging.getLogger(__name__)
 
 
+# What decides how prompts are written and cut; it goes along with the weights, for evaluation to do the same.
+PROMPT_SETTINGS = ("chat_template", "max_length", "max_prompt_length")
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Settings that outlive training. base: model.name_or_path; None and () where there is no run."""
@@ -25,8 +29,7 @@ class RunSettings:
 
     @property
     def prompts(self) -> dict[str, str | int | None]:
-        """What decides how prompts are written and cut, for evaluation to do the same."""
-        return {name: getattr(self, name) for name in ("chat_template", "max_length", "max_prompt_length")}
+        return {name: getattr(self, name) for name in PROMPT_SETTINGS}
 
 
 def run_settings(path: Path) -> RunSettings:
@@ -47,7 +50,7 @@ def run_settings(path: Path) -> RunSettings:
             model.get("pad_token"),
             model.get("tokenizer_name_or_path"),
             tuple(content.get("datasets") or ()),
-            *(content.get(name) for name in ("chat_template", "max_length", "max_prompt_length")),
+            *(content.get(name) for name in PROMPT_SETTINGS),
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is not a run's config (%s): not used", file, " ".join(str(error).split()))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lota.config_checks import differences, unused_settings
 from lota.convert import convert_policy
 from lota.delta import Delta, apply, verify
+from lota.prompting import recorded_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,12 @@ def test_base_and_delta_are_what_the_converter_writes(tmp_path, precision):
     convert_policy(tmp_path / "base", folder, tmp_path / "converted")
     apply(tmp_path / "base", folder / "delta.safetensors", tmp_path / "applied")
     assert same_files(tmp_path / "applied", tmp_path / "converted")
+    for name in ("applied", "converted"):  # how the run wrote and cut its prompts goes along
+        assert recorded_prompts(str(tmp_path / name)) == {
+            "chat_template": "never",
+            "max_length": trainer.config.max_length,
+            "max_prompt_length": trainer.config.max_prompt_length,
+        }
     assert metrics(trainer)[-1]["step"] > 0
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lota.delta.bits import xor_
 from lota.delta.reader import Delta
 from lota.hf_folder import check_replaceable, check_shard_size, new_model_files
+from lota.run_settings import PROMPT_SETTINGS
 from lota.scope import meta_model
 from lota.stored import checkpoint_files
 from lota.streamed_folder import write_like
@@ -105,7 +106,8 @@ def _write(
     changed = Changed(source, delta)
     record = {roles[0]: str(model), "delta": str(delta.path), "task": delta.meta.get("task")}
     if roles[1] == "tuned":
-        record["chat_template"] = delta.meta.get("chat_template")  # evaluation renders prompts as the run did
+        # evaluation renders and cuts prompts as the run did
+        record |= {name: delta.meta.get(name) for name in PROMPT_SETTINGS}
     with new_model_files(folder, record) as staged:
         write_like(model, source, structure, staged, changed.read, max_shard_size)
         written = content_hash(open_weights(staged, structure))

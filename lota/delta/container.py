@@ -26,7 +26,8 @@ from lota.delta.layout import Parameter, segments
 
 FORMAT, VERSION = "lota-delta", 1
 _BLANK = "0" * 64
-_NUMBERS = {"version": int, "changed": int, "entries": int, "kept": int, "sparsity": float}
+_WHOLE = ("version", "changed", "entries", "kept", "max_length", "max_prompt_length")
+_NUMBERS = {**dict.fromkeys(_WHOLE, int), "sparsity": float}
 _BLOCK = 1 << 20  # bytes
 
 

@@ -19,7 +19,7 @@ from lota.delta.codec import Row, encode
 from lota.delta.layout import SEGMENT, Parameter, Piece, Segment, segments
 from lota.masks import Mask
 from lota.pairing import open_whole
-from lota.prompting import recorded_choice
+from lota.prompting import recorded_prompts
 from lota.run_settings import run_settings
 from lota.streaming import in_order, worker_count
 from lota.weights import StreamingHash, WeightSource
@@ -76,7 +76,7 @@ def extract(
         "base": before.id,
         "tuned": tuned_id or after.id,
         "task": task or ",".join(run.datasets) or None,
-        "chat_template": run.chat_template or recorded_choice(str(tuned)),
+        **(run.prompts if run.chat_template else recorded_prompts(str(tuned))),
     }
     return container.write(out, encoder.parameters, encoder.coded(), lambda: encoder.finish(meta))
 
