@@ -8,12 +8,15 @@ Settings: config/config.yaml. The run folder is $PROJECT_CACHE/<exp_name>/ (defa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 # On a CPU, bf16 kernels are cached per shape, in two caches of 1024: with batches of every length that grows
 # by gigabytes. The variables are read once, when torch is loaded.
@@ -32,17 +35,18 @@ from lota.interrupt import Interrupted
 from lota.runlog import to_console
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T", bound=Config)
 ConfigStore.instance().store(name="schema", node=Config)
 ROOT = Path(__file__).resolve().parent
 
 
-def resolve(cfg: DictConfig) -> Config:
+def resolve(cfg: DictConfig, schema: type[T] = Config) -> T:
     """The checked configuration. Raises ValueError with all its problems."""
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         given = ", ".join(f"{key}=..." for key in sorted(missing))
         raise ValueError(f"not given: {given} (config/config.yaml tells what each key means)")
-    unknown = unknown_keys(OmegaConf.to_container(cfg), Config)
+    unknown = unknown_keys(OmegaConf.to_container(cfg), schema)
     if unknown:
         raise ValueError("\n".join(unknown))
     config = OmegaConf.to_object(cfg)
@@ -89,15 +93,12 @@ def closing_words(trainer, folder: Path | None) -> str:
     return f"\ncheckpoint:      {folder}\n{trained}\nnext:            {step}"
 
 
-def run(cfg: DictConfig) -> None:
-    """Train, turning a user's mistake into one message and a stop into its exit code."""
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Log to the console, and turn a user's mistake into one message and a stop into its exit code."""
     to_console()
     try:
-        config = resolve(cfg)
-        from trainers import TRAINERS  # slow to import: settings are checked first
-
-        trainer = TRAINERS[config.trainer.name](config)
-        folder = trainer.train()
+        yield
     except (ValueError, OSError) as error:
         survives = "" if isinstance(error, ValueError) else "; checkpoints written before are whole"
         logger.error("error: %s%s", error, survives)
@@ -106,7 +107,15 @@ def run(cfg: DictConfig) -> None:
         sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
-    logger.info(closing_words(trainer, folder))
+
+
+def run(cfg: DictConfig) -> None:
+    with guarded():
+        config = resolve(cfg)
+        from trainers import TRAINERS  # slow to import: settings are checked first
+
+        trainer = TRAINERS[config.trainer.name](config)
+        logger.info(closing_words(trainer, trainer.train()))
 
 
 @hydra.main(version_base=None, config_path="config", config_name="config")

@@ -156,8 +156,8 @@ class Config:
         """Make local paths that exist absolute, so that a run can be continued from another folder."""
         for owner, keys in ((self.model, _MODEL_PATHS), (self, ("mask_path", "data_dir", "prefs_path"))):
             for key in keys:
-                setattr(owner, key, _absolute(getattr(owner, key)))
-        self.protect_masks = [_absolute(path) for path in self.protect_masks]
+                setattr(owner, key, absolute(getattr(owner, key)))
+        self.protect_masks = [absolute(path) for path in self.protect_masks]
         if self.save_snip_mask_path is not None:  # which need not exist yet
             path = Path(os.path.expandvars(self.save_snip_mask_path)).expanduser()
             self.save_snip_mask_path = str(path.resolve())
@@ -206,7 +206,7 @@ class Config:
 _MODEL_PATHS = ("name_or_path", "tokenizer_name_or_path", "archive", "reference_archive")
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute(path: str | None) -> str | None:
     if path is None:
         return None
     local = Path(os.path.expandvars(path)).expanduser()

@@ -61,12 +61,18 @@ def perplexity(nats: float, count: float) -> float:
         return math.inf
 
 
+def ratio(totals: Mapping[int, float], counts: Mapping[int, float]) -> Estimate:
+    """Total over total count, such as nats per token; errors by linearisation of the ratio (delta method)."""
+    rate = sum(totals.values()) / sum(counts.values())
+    mean_count = sum(counts.values()) / len(counts)
+    return Estimate(rate, {i: (totals[i] - rate * counts[i]) / mean_count for i in totals})
+
+
 def corpus_perplexity(nats: Mapping[int, float], counts: Mapping[int, float]) -> Estimate:
-    """exp(total nats / total count) over texts; errors by linearisation of the ratio (delta method)."""
-    total = sum(counts.values())
-    rate, mean_count = sum(nats.values()) / total, total / len(counts)
-    value = perplexity(rate, 1)
-    return Estimate(value, {i: value * (nats[i] - rate * counts[i]) / mean_count for i in nats})
+    """exp(total nats / total count) over texts; errors by the delta method."""
+    rate = ratio(nats, counts)
+    value = perplexity(rate.value, 1)
+    return Estimate(value, {i: value * pull for i, pull in rate.influence.items()})
 
 
 def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float | None]:

@@ -99,15 +99,14 @@ class OpenRun:
 
     def __enter__(self) -> OpenRun:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        self._handle = lock_folder(self.path)
         for item in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
             remove(item)
         if not self.resuming:
             aside = self.path / REPLACED
             remove(aside)
-            _move(_items(self.path), aside)
-        with atomic_path(self.path / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+            move(_items(self.path), aside)
+        write_settings(self.path, self.config)
         return self
 
     def __exit__(
@@ -123,19 +122,30 @@ class OpenRun:
         """The new run has a checkpoint: what it replaced can go."""
         remove(self.path / REPLACED)
 
-    def _lock(self) -> None:
-        """One process per folder; the lock goes with the process, however it ends."""
-        self._handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(self._handle, 32).decode().strip()
-            os.close(self._handle)
-            raise ValueError(
-                f"another process (pid {holder}) is training in {self.path}: wait, or use another exp_name"
-            ) from error
-        os.truncate(self._handle, 0)
-        os.write(self._handle, f"{os.getpid()}\n".encode())
+
+def write_settings(folder: Path, config: Config) -> None:
+    """config.yaml of a run."""
+    with atomic_path(folder / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def lock_folder(path: Path) -> int:
+    """A file handle that holds the folder for this process; the lock goes with it, however it ends.
+
+    Raises ValueError while another process holds it.
+    """
+    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(handle, 32).decode().strip()
+        os.close(handle)
+        raise ValueError(
+            f"another process (pid {holder}) is training in {path}: wait, or use another exp_name"
+        ) from error
+    os.truncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+    return handle
 
 
 def _items(run: Path) -> list[Path]:
@@ -144,7 +154,8 @@ def _items(run: Path) -> list[Path]:
     return [p for p in found if p.name in _ITEMS_OF_A_RUN or CHECKPOINT_NAME.fullmatch(p.name)]
 
 
-def _move(items: list[Path], folder: Path) -> None:
+def move(items: list[Path], folder: Path) -> None:
+    """Move the items into a new folder; no folder where there are none."""
     if items:
         folder.mkdir()
     for item in items:
@@ -152,14 +163,22 @@ def _move(items: list[Path], folder: Path) -> None:
 
 
 def _recover(run: Path) -> None:
-    """Undo a replacement that never got to a checkpoint; finish one that did."""
+    begun = any(CHECKPOINT_NAME.fullmatch(path.name) for path in _items(run))
+    recover(run, _items(run), begun)
+
+
+def recover(run: Path, items: list[Path], begun: bool) -> None:
+    """Undo a replacement that never got to a checkpoint; finish one that did.
+
+    items: what the new run wrote into its folder; begun: whether a checkpoint is among it.
+    """
     aside = run / REPLACED
     if not aside.is_dir():
         return
-    if any(CHECKPOINT_NAME.fullmatch(path.name) for path in _items(run)):
+    if begun:
         remove(aside)
         return
-    for item in _items(run):
+    for item in items:
         remove(item)
     for item in aside.iterdir():
         os.replace(item, run / item.name)

@@ -69,7 +69,7 @@ def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Pr
         rows = task.load(split, config.data_folder)
         kept = fraction_of(rows, config.data_fraction, config.seed)
         logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
-        examples += [_example(prompter, task, row, config.loss.paired) for row in kept]
+        examples += [example_of(prompter, task, row, config.loss.paired) for row in kept]
     return examples
 
 
@@ -85,10 +85,11 @@ def load_held_out(tasks: Sequence[Any], config: Config, prompter: Prompter) -> l
         )
     rows = [(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
     chosen = seeded_sample(rows, config.n_eval_examples, config.seed)
-    return [_example(prompter, task, row, config.loss.paired) for task, row in chosen]
+    return [example_of(prompter, task, row, config.loss.paired) for task, row in chosen]
 
 
-def _example(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool) -> Example:
+def example_of(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool = False) -> Example:
+    """A row as training reads it. paired: with its preferred and its rejected answer."""
     prompt = prompter.prompt(task, row)
     how = (prompt.closing, prompt.keep_end, prompt.templated)
     if not paired:

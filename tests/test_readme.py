@@ -65,6 +65,13 @@ def test_the_table_of_settings_is_the_comments_of_the_yaml_files():
     assert set(rows) == set(keys_of(settings()))
 
 
+def test_the_table_of_a_sequence_is_the_comments_of_its_yaml_file():
+    table = README.split("| key of a sequence |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| `.*?` \| (.*) \|$", table, re.MULTILINE))
+    comments = commented_keys(CONFIG / "lotto.yaml")
+    assert rows == {key: comment for key, comment in comments.items() if key != "datasets"}
+
+
 def test_the_library_example_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README.split("## As a library")[1], re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)

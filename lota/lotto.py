@@ -1,0 +1,230 @@
+"""Task after task into one model, each in weights that no earlier one keeps (LoTTO, arXiv 2406.16797).
+
+For each task: calibrate (dense, what earlier tasks keep frozen), extract a mask within what is free, adapt
+from the result of the task before, evaluate on all tasks. The other methods leave out what they do not have.
+
+    <run>/config.yaml            the settings            <run>/ledger.json, .txt        lota/ledger.py
+    <run>/base/                  results of the base     <run>/forgetting.json, ...     lota/continual.py
+    <run>/1_<task>/calibrate/    a training run          <run>/1_<task>/0.9_mask.pt     its mask
+    <run>/1_<task>/adapt/        a training run          <run>/1_<task>/held_out.json   results after it
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lota.checkpoint import POLICY, newest_checkpoint
+from lota.config import Config
+from lota.continual import report, table
+from lota.held_out import Measured, measure_all
+from lota.ledger import Entry, Ledger, values_hash
+from lota.lotto_check import Checked, check, union
+from lota.lotto_config import LottoConfig
+from lota.lotto_folder import OpenSequence
+from lota.masks import Mask
+from lota.models import dtype_of, load_model, load_tokenizer
+from lota.selection import extract
+from lota.weights import open_weights
+
+logger = logging.getLogger(__name__)
+
+CALIBRATE, ADAPT = "calibrate", "adapt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task of the sequence. number: from 1; name: of its folder."""
+
+    number: int
+    task: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.number}_{self.task}"
+
+
+class Lotto:
+    """A sequence of tasks: `Lotto(config, train, find_task).run()`.
+
+    train: runs a training to its end and returns its last checkpoint. find_task: the task of a name.
+    Raises ValueError, before anything is trained or written, for what cannot be honoured.
+    """
+
+    def __init__(
+        self, config: LottoConfig, train: Callable[[Config], Path | None], find_task: Callable[[str], Any]
+    ):
+        for line in config.unused():
+            logger.info("not used here: %s", line)
+        self.config, self.train = config, train
+        self.stages = [Stage(at, task) for at, task in enumerate(config.sequence, start=1)]
+        self.checked: Checked = check(config, find_task)
+        self.folder = config.run_dir.absolute()
+
+    def run(self) -> dict[str, Any]:
+        """Learn what is not learnt yet; returns the content of forgetting.json."""
+        with OpenSequence(self.config) as opened:
+            self.ledger = Ledger(self.folder)
+            base = self.measure(self.folder / "base", None)
+            results = []
+            for at, stage in enumerate(self.stages):
+                if at == len(self.ledger.entries):
+                    logger.info("\n%d of %d: %s", stage.number, len(self.stages), stage.task)
+                    self.learn(stage)
+                    opened.keep()
+                results.append(self.measure(self.folder / stage.name, self.weights(stage)))
+                self.ledger.measured(at, *_numbers(results[-1]))
+            content = report(self.folder, self.config.sequence, results, base)
+        logger.info("\n%s\n\n%s", self.ledger.table(), table(content))
+        return content
+
+    # One stage
+
+    def learn(self, stage: Stage) -> None:
+        """Calibrate, extract, adapt, evaluate; the ledger's new entry ends the stage."""
+        before = self.weights(self.stages[stage.number - 2]) if stage.number > 1 else None
+        mask_path = self.mask(stage, before)
+        where = {"mask_path": mask_path and str(mask_path), "protect_masks": self.protected(stage)}
+        self.start(self.config.adaptation(stage.task, **self.place(stage, ADAPT, before), **where))
+        after = self.weights(stage)
+        scores, losses = _numbers(self.measure(self.folder / stage.name, after))
+        self.ledger.add(self.entry(stage, mask_path, before, after, scores, losses))
+
+    def mask(self, stage: Stage, before: Path | None) -> Path | None:
+        """The task's mask file: yours, or extracted within what no other task keeps; None: no mask."""
+        config, how = self.config, self.config.how
+        if how.score is None:
+            return None
+        if stage.task in self.checked.custom:
+            return Path(config.own(stage.task, "mask_path"))
+        sparsity = config.own(stage.task, "sparsity")
+        path = self.folder / stage.name / f"{sparsity:g}_mask.pt"
+        if path.is_file():
+            return path
+        tuned = None
+        if how.calibrated:
+            protect = {"protect_masks": self.protected(stage)}
+            tuned = self.start(
+                config.calibration(stage.task, **self.place(stage, CALIBRATE, before), **protect)
+            )
+        start = before or config.model.archive or config.model.name_or_path
+        mask = extract(
+            start,
+            tuned and tuned / POLICY,
+            [sparsity],
+            scope=config.model.scope,
+            score=how.score,
+            seed=config.seed,
+            protect=self.protected(stage),
+            model=config.model.name_or_path,
+        )[sparsity]
+        mask.save(path)
+        logger.info("%s: %s of %s entries kept", path, f"{mask.n_kept:,}", f"{mask.n_total:,}")
+        return path
+
+    def start(self, config: Config) -> Path:
+        """A training run to its end; what it held in memory is given back."""
+        folder = self.train(config)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return folder
+
+    def place(self, stage: Stage, part: str, before: Path | None) -> dict[str, Any]:
+        """Settings of a stage's run: its folder, and the weights that it starts from."""
+        config = self.config
+        place = {"exp_name": f"{config.exp_name}/{stage.name}/{part}", "local_dirs": [str(config.cache_dir)]}
+        return place | ({"model": {"archive": str(before)}} if before else {})
+
+    def protected(self, stage: Stage) -> list[str]:
+        """Mask files whose entries a stage may not touch: yours, those of earlier tasks, and those given for
+        later ones.
+        """
+        found = list(self.config.protect_masks)
+        if self.config.how.protects:
+            found += [str(self.folder / entry.mask) for entry in self.ledger.entries]
+            found += [str(path) for task, path in self.checked.custom.items() if task != stage.task]
+        return list(dict.fromkeys(found))
+
+    # What stands in the ledger
+
+    def entry(
+        self,
+        stage: Stage,
+        mask_path: Path | None,
+        before: Path | None,
+        after: Path,
+        scores: dict[str, float],
+        losses: dict[str, float],
+    ) -> Entry:
+        mask = self.mask_of(mask_path)
+        earlier = {entry.name: self.mask_of(entry.mask) for entry in self.ledger.entries}
+        hash_before, hash_after = (
+            {task: values_hash(source, kept) for task, kept in earlier.items()} if earlier else {}
+            for source in (
+                before and open_weights(before, self.checked.model),
+                open_weights(after, self.checked.model),
+            )
+        )
+        used = union([mask, *earlier.values(), *map(Mask.load, self.config.protect_masks)])
+        return Entry(
+            name=stage.task,
+            mask=mask_path and _relative(mask_path, self.folder),
+            kept=mask.n_kept,
+            free_after=self.checked.n_entries - used.only(mask.names).n_kept,
+            overlap={task: mask.overlap(kept) for task, kept in earlier.items()},
+            hash_before=hash_before,
+            hash_after=hash_after,
+            scores=scores,
+            losses=losses,
+        )
+
+    def mask_of(self, path: Path | str | None) -> Mask:
+        """What a task may change; without a mask file, all that dense training may."""
+        return self.checked.everything if path is None else Mask.load(self.folder / path)
+
+    # Models
+
+    def weights(self, stage: Stage) -> Path:
+        """policy.pt of a stage's last checkpoint."""
+        run = self.folder / stage.name / ADAPT
+        found = newest_checkpoint(run)
+        if found is None:
+            raise ValueError(
+                f"{run} has no checkpoint any more, and the stages after it need one: put it back, or start "
+                "anew with overwrite=true"
+            )
+        return found[0] / POLICY
+
+    def measure(self, folder: Path, policy: Path | None) -> dict[str, Measured]:
+        """Results on every task of the model in a policy.pt; None: of the base."""
+        return measure_all(self.checked.held_out, lambda: self.load(policy), folder)
+
+    def load(self, policy: Path | None) -> tuple[Any, Any]:
+        model = self.config.model
+        tokenizer = load_tokenizer(model.tokenizer_name_or_path or model.name_or_path)
+        loaded = load_model(
+            model.name_or_path,
+            archive=policy or model.archive,
+            dtype=dtype_of(model.policy_dtype),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            pad_token=model.pad_token,
+            tokenizer=tokenizer,
+        )
+        return loaded, tokenizer
+
+
+def _numbers(results: dict[str, Measured]) -> tuple[dict[str, float], dict[str, float]]:
+    """(scores of the tasks that have one, losses) by task."""
+    scores = {task: found.score.value for task, found in results.items() if found.score is not None}
+    return scores, {task: found.loss.value for task, found in results.items()}
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

@@ -1,0 +1,131 @@
+"""What of a sequence of tasks can be refused before anything is trained: tasks, data, masks, capacity."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lota.held_out import HeldOut
+from lota.ledger import Ledger
+from lota.lotto_config import LottoConfig
+from lota.lotto_folder import check_folder
+from lota.masks import Mask
+from lota.preflight import prepare
+from lota.scope import find_scope, meta_model
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a sequence works on.
+
+    model: on the meta device; everything: the mask of all entries that dense training may change;
+    custom: task -> mask file that was given for it; held_out: rows of each task in the order of the sequence.
+    """
+
+    model: nn.Module
+    everything: Mask
+    custom: dict[str, Path]
+    held_out: list[HeldOut]
+
+    @property
+    def n_entries(self) -> int:
+        """Of the scope."""
+        return self.everything.n_total
+
+
+def check(config: LottoConfig, find_task: Callable[[str], Any]) -> Checked:
+    """Everything that a sequence starts from. Raises one ValueError with all the problems found."""
+    problems: list[str] = []
+
+    def attempt(step: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except ValueError as error:
+            problems.extend(str(error).splitlines())
+            return None
+
+    attempt(check_folder, config)
+    held_out = [attempt(_rows, config, task, find_task) for task in config.sequence]
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    model = meta_model(config.model.name_or_path)
+    scope = find_scope(model, config.model.scope, config.model.block_name)
+    full = Mask.from_dense({name: torch.ones(t.shape, dtype=torch.bool) for name, t in scope.items()})
+    protect = {f"protect_masks {path}": Mask.load(path) for path in config.protect_masks}
+    files = {task: Path(given) for task in config.sequence if (given := config.own(task, "mask_path"))}
+    custom = {f"task_overrides.{task}.mask_path {path}": Mask.load(path) for task, path in files.items()}
+    stages = _stage_masks(config)
+    _check_overlap(config, protect, {**stages, **custom}, custom)
+    _check_capacity(config, full, [*protect.values(), *custom.values(), *stages.values()], {*files})
+    return Checked(model, reduce(Mask.minus, protect.values(), full), files, held_out)
+
+
+def _rows(config: LottoConfig, name: str, find_task: Callable[[str], Any]) -> HeldOut:
+    """The task's held-out rows; its training run is checked as far as it can be before the ones before it."""
+    task = find_task(name)
+    prepare(replace(config.adaptation(name), debug=True), find_task)
+    return HeldOut(config, task)
+
+
+def _stage_masks(config: LottoConfig) -> dict[str, Mask]:
+    """Masks of the stages that are on disk already."""
+    if config.overwrite or config.how.score is None:
+        return {}
+    entries = Ledger(config.run_dir).entries
+    own = {str(config.own(entry.name, "mask_path")) for entry in entries}
+    return {f"{e.name}'s {e.mask}": Mask.load(config.run_dir / e.mask) for e in entries if e.mask not in own}
+
+
+def _check_overlap(
+    config: LottoConfig, protect: dict[str, Mask], tasks: dict[str, Mask], custom: dict[str, Mask]
+) -> None:
+    """Raise ValueError where a given mask keeps what another mask keeps that must not be touched."""
+    pairs = list(itertools.product(custom, protect))
+    if config.how.protects:
+        pairs += [(a, b) for a, b in itertools.combinations(tasks, 2) if a in custom or b in custom]
+    masks = {**protect, **tasks}
+    lines = [
+        f"{a} and {b} both keep {shared:,} entries, but what one task keeps is frozen for the others: give "
+        "masks that share nothing (extract_masks.py --protect)"
+        for a, b in pairs
+        if (shared := masks[a].overlap(masks[b]))
+    ]
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def _check_capacity(config: LottoConfig, full: Mask, taken: Iterable[Mask], with_mask: set[str]) -> None:
+    """Raise ValueError where the tasks that need a mask find too few free entries, saying what would fit."""
+    done = set() if config.overwrite else {entry.name for entry in Ledger(config.run_dir).entries}
+    open_tasks = [task for task in config.sequence if task not in with_mask | done]
+    if config.how.score is None or not open_tasks:
+        return
+    total, used = full.n_total, union(taken)
+    wanted = {task: config.kept_count(task, total) for task in open_tasks}
+    free = total - (used.intersect(full).n_kept if used else 0)
+    together = config.how.protects
+    needed = list(itertools.accumulate(wanted.values(), None if together else max))
+    if needed[-1] <= free:
+        return
+    share = free // len(open_tasks) if together else free
+    least = ceil((1 - share / total) * 1e6) / 1e6
+    counted = ", ".join(f"{task} {count:,}" for task, count in wanted.items())
+    raise ValueError(
+        f"sparsity={config.sparsity}: the tasks need {needed[-1]:,} entries ({counted}), but {free:,} of the "
+        f"scope's {total:,} are free, enough for {sum(n <= free for n in needed)} of {len(open_tasks)} "
+        f"tasks: all fit at sparsity={least:g} or more, or name fewer tasks"
+    )
+
+
+def union(masks: Iterable[Mask]) -> Mask | None:
+    """What any of the masks keeps; None of none."""
+    found = list(masks)
+    return reduce(Mask.union, found) if found else None

@@ -1,0 +1,182 @@
+"""Sequences of tasks: what settings reach which run, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+from lotto_runs import NAMES, Trainings, settings, with_tasks
+from runs import write_mask
+from test_config import CONFIG, commented_keys, keys_of
+
+from lota.config import Config, ModelConfig
+from lota.lotto import Lotto
+from lota.lotto_config import LottoConfig
+from lota.masks import Mask
+from lota.scope import find_scope, meta_model
+from tasks import get_task
+from tests.runs import MODEL
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_tasks(tmp_path))
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+class NoTraining(Trainings):
+    def __call__(self, config):
+        raise AssertionError("something was trained")
+
+
+def refused(*overrides: str) -> str:
+    """The message of a sequence that does not start; nothing is written."""
+    with pytest.raises(ValueError) as error:
+        Lotto(settings(*overrides), NoTraining(), get_task)
+    return str(error.value)
+
+
+def test_every_key_has_a_commented_line_and_the_schemas_default():
+    comments = commented_keys(CONFIG / "lotto.yaml")
+    own = {f.name for f in fields(LottoConfig)} - {f.name for f in fields(Config)}
+    plain = LottoConfig("x", ModelConfig("m"), tasks=["one", "two"])
+    keys = {key for key in keys_of(plain) if key.split(".")[0] in own}
+    assert set(comments) == keys | {"datasets"}
+    assert all(comments.values())
+    assert {key: asdict(settings())[key] for key in own} == {key: asdict(plain)[key] for key in own}
+
+
+def test_every_training_key_reaches_the_runs():
+    config = settings(
+        "optimizer=AdamW", "betas=[0.8,0.9]", "lr=3e-3", "model.policy_dtype=bfloat16", "seed=4"
+    )
+    for run in (config.adaptation("one"), config.calibration("one")):
+        assert (run.optimizer, run.betas, run.seed, run.model.policy_dtype) == (
+            "AdamW",
+            [0.8, 0.9],
+            4,
+            "bfloat16",
+        )
+        assert run.datasets == ["one"] and type(run) is Config
+    assert config.adaptation("one").lr == 3e-3
+    assert config.calibration("one").lr == pytest.approx(3e-4)
+    assert (
+        settings("calibrate.lr=1e-5", "calibrate.data_fraction=0.5").calibration("one").data_fraction == 0.5
+    )
+    assert settings("method=lora", "lora_rank=4").adaptation("one").adapter.name == "lora"
+
+
+BAD = [
+    (["tasks=[one,nine]"], ["unknown task 'nine'", "nearest: one"]),
+    (["tasks=[one,two,one]"], ["one is named twice"]),
+    (["tasks=[]"], ["tasks is empty"]),
+    (["sparsity=1"], ["sparsity=1.0", "below 1"]),
+    (["sparsity=-0.1", "method=lot", "order=up", "lr=-1"], ["sparsity=-0.1", "method=lot:", "order=up"]),
+    (["lr=-1", "batch_size=0"], ["lr=-1.0", "batch_size=0"]),
+    (["calibrate.data_fraction=2"], ["calibrate: data_fraction=2.0"]),
+    (["calibrate.n_steps=0"], ["calibrate.n_steps=0"]),
+    (["datasets=[one]"], ["datasets=['one']", "tasks=[...]"]),
+    (["mask_path=m.pt"], ["+task_overrides.TASK.mask_path"]),
+    (["flip_mask=true", "debug=true"], ["flip_mask=True", "debug=True"]),
+    (["+task_overrides.tow.lr=1"], ["task_overrides.tow", "did you mean two?"]),
+    (["+task_overrides.one.leaning_rate=1"], ["unknown key task_overrides.one.leaning_rate"]),
+    (["+task_overrides.one.lr=fast"], ["task_overrides.one", "'fast'", "Float"]),
+    (["+task_overrides.one.n_eval_examples=3"], ["one for all tasks"]),
+    (["+task_overrides.one.mask_path=m.pt", "method=fft"], ["method=fft trains without masks"]),
+    (["+task_overrides.one.mask_path=absent.pt"], ["absent.pt does not exist"]),
+    (["adapter=lora"], ["choose method=lora"]),
+    (["protect_masks=[absent.pt]"], ["absent.pt does not exist"]),
+    (["exp_name=../up"], ["exp_name=../up"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "expected"), BAD)
+def test_bad_settings_are_refused_before_anything_is_trained(workplace, overrides, expected):
+    text = refused(*overrides)
+    assert [part for part in expected if part not in text] == []
+    assert not (workplace / "cache").exists()
+
+
+def test_tasks_that_do_not_fit_are_refused_with_what_would():
+    text = refused("sparsity=0.4")
+    assert "enough for 1 of 2 tasks" in text and "sparsity=0.5 or more" in text
+    text = refused("tasks=[one,two,three]", "sparsity=0.5")
+    assert "1,069,056 entries" in text and "712,704" in text and "enough for 2 of 3 tasks" in text
+    least = float(text.split("all fit at sparsity=")[1].split()[0])
+    assert Lotto(settings("tasks=[one,two,three]", f"sparsity={least}"), NoTraining(), get_task)
+    assert "enough for 2 of 3" in refused("tasks=[one,two,three]", f"sparsity={least - 1e-5}")
+    assert Lotto(settings("sparsity=0.4", "method=lota"), NoTraining(), get_task)
+    assert Lotto(settings("sparsity=0.4", "+task_overrides.two.sparsity=0.6"), NoTraining(), get_task)
+
+
+def test_masks_count_against_the_capacity(workplace):
+    kept = write_mask(workplace / "m.pt", 0.25).n_kept
+    text = refused("sparsity=0.6", f"protect_masks=[{workplace}/m.pt]")
+    assert f"{712_704 - kept:,} of the scope's 712,704 are free" in text
+    text = refused("tasks=[one,two,three]", "sparsity=0.6", f"+task_overrides.two.mask_path={workplace}/m.pt")
+    assert "(one 285,082, three 285,082)" in text
+
+
+def test_masks_that_overlap_are_refused(workplace):
+    first, second = write_mask(workplace / "a.pt", seed=1), write_mask(workplace / "b.pt", seed=2)
+    shared = f"{first.overlap(second):,}"
+    text = refused(f"+task_overrides.one.mask_path={workplace}/a.pt", f"protect_masks=[{workplace}/b.pt]")
+    assert f"both keep {shared} entries" in text and "protect_masks" in text
+    both = [
+        f"+task_overrides.{task}.mask_path={workplace}/{name}.pt"
+        for task, name in (("one", "a"), ("two", "b"))
+    ]
+    assert f"both keep {shared} entries" in refused(*both)
+    assert Lotto(settings("method=lota", *both), NoTraining(), get_task)
+
+
+def test_a_mask_of_another_model_is_refused(workplace):
+    other = Mask.from_dense({"model.layers.0.mlp.up_proj.weight": torch.ones(3, 5, dtype=torch.bool)})
+    other.save(workplace / "other.pt")
+    assert "does not belong to this model" in refused(f"+task_overrides.one.mask_path={workplace}/other.pt")
+    assert "does not belong to this model" in refused(f"protect_masks=[{workplace}/other.pt]")
+
+
+def test_a_folder_of_another_run_is_refused(workplace, monkeypatch):
+    from lota.lotto_folder import OpenSequence
+
+    config = settings()
+    with OpenSequence(config), pytest.raises(ValueError, match="another process"):
+        OpenSequence(config).__enter__()
+    text = refused(f"model.name_or_path={with_other_model(workplace)}", "lr=1e-3")
+    assert "model.name_or_path: " in text and "lr: 0.01 -> 0.001" in text and "overwrite=true" in text
+    assert "tasks: ['one', 'two'] -> ['two']" in refused("tasks=[two]")
+    assert "holds a run" in refused("resume=never")
+    assert Lotto(settings("n_eval_examples=3", "eval_every=5"), NoTraining(), get_task)
+    (config.run_dir / "1_one").mkdir()
+    (config.run_dir / "config.yaml").unlink()
+    assert "config.yaml is missing" in refused()
+    assert Lotto(settings("overwrite=true"), NoTraining(), get_task)
+
+
+def with_other_model(folder):
+    import shutil
+
+    return shutil.copytree(MODEL, folder / "other")
+
+
+def test_a_training_run_of_that_name_is_refused():
+    from runs import train
+
+    train("exp_name=sequence", "n_examples=8", "datasets=[one]")
+    assert "tasks: None -> ['one', 'two']" in refused()
+
+
+def test_unused_settings_are_told():
+    assert settings().unused() == []
+    told = settings("method=fft", "sparsity=0.5", "calibrate.n_steps=3").unused()
+    assert told == ["calibrate.n_steps=3 (method=fft)", "sparsity=0.5 (method=fft)"]
+
+
+def test_names_are_all_of_the_scope():
+    checked = Lotto(settings(), NoTraining(), get_task).checked
+    assert checked.n_entries == 712_704 == checked.everything.n_kept
+    assert checked.everything.names == list(find_scope(meta_model(MODEL)))
+    assert [h.task.name for h in checked.held_out] == list(NAMES[:2])
