@@ -156,7 +156,8 @@ def _is_suitable(module: nn.Module, uses: dict[nn.Parameter, int], optimizer: Ma
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and module.bias is not None
+    """GPT-2's linear layer, by name: transformers need not be there for other models."""
+    return type(module).__name__ == "Conv1D" and module.weight.ndim == 2 and module.bias is not None
 
 
 def _products(weights: list[nn.Parameter], optimizer: MaskedOptimizer) -> dict[nn.Parameter, _Product]:

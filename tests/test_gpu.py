@@ -47,6 +47,37 @@ def test_fused_equals_deferred_and_frozen_entries_stay(architecture, strategy, d
     assert optimizer.grad_norm > 0
 
 
+@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_whole_lines_have_their_own_gradients(architecture, granularity):
+    model = tiny.make(architecture)
+    mask = tiny.line_mask(model, granularity)
+    fused, _ = train(model, mask, fused=True, strategy="even", dtype=torch.float32)
+    layers = [m for m in fused.modules() if "forward" in vars(m)]
+    assert len(layers) >= 8
+    deferred, _ = train(model, mask, fused=False, strategy="even", dtype=torch.float32)
+    for a, b in zip(fused.parameters(), deferred.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sum", "squares"])
+def test_gradients_are_summed_on_the_device(kind, tmp_path):
+    model = tiny.make("llama")
+    model.save_pretrained(tmp_path)
+    collected = []
+    for device in ("cpu", "cuda"):
+        moved = copy.deepcopy(model).to(device)
+        found = lota.collect_gradients(
+            moved, lambda ids, m=moved: m(input_ids=ids, labels=ids).loss,
+            [ids.to(device) for ids in tiny.batches(2)], kind=kind,
+        )  # fmt: skip
+        assert {value.device.type for value in found.values.values()} == {device}
+        collected.append(found)
+    score = "snip" if kind == "sum" else "fisher"
+    masks = [lota.extract(tmp_path, sparsities=[0.9], score=score, collected=c)[0.9] for c in collected]
+    assert masks[0].overlap(masks[1]) > 0.99 * masks[0].n_kept
+
+
 def test_the_cpu_and_the_gpu_agree():
     model = tiny.make("llama")
     mask = tiny.random_mask(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,8 +12,6 @@ import lota
 from lota.kept_linear import _KeptGradientLinear, _Lines, _products
 from lota.masks import Mask
 from lota.models import enable_activation_checkpointing
-from lota.scope import find_scope
-from lota.units import units_of
 
 
 def run(model, mask, *, compact, accumulation=1, strategy="even", checkpointing=False):
@@ -57,23 +54,11 @@ def test_equal_to_autograd(architecture, options, density):
     assert moved > 0.9 * mask.n_kept
 
 
-def line_mask(model, granularity, density=0.3):
-    """Whole rows or columns of every matrix in the scope."""
-    generator = torch.Generator().manual_seed(0)
-    kept = {}
-    for name, tensor in find_scope(model).items():
-        units = units_of(name, tensor, granularity)
-        chosen = torch.rand(units.count, generator=generator) < density
-        bits = np.unpackbits(units.packed(chosen.numpy()), count=np.prod(tensor.shape))
-        kept[name] = torch.from_numpy(bits).bool().reshape(tensor.shape)
-    return Mask.from_dense(kept)
-
-
 @pytest.mark.parametrize("granularity", ["row", "column"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2_tied", "gpt_neox", "mixtral"])
 def test_whole_lines_equal_autograd(architecture, granularity, monkeypatch):
     model = tiny.make(architecture)
-    mask = line_mask(model, granularity)
+    mask = tiny.line_mask(model, granularity)
     expected, _, norm = run(model, mask, compact=False)
     monkeypatch.setattr("lota.kept_linear._Gathered.__init__", None)  # no other product is made
     for options in ({}, {"checkpointing": True}):
@@ -91,7 +76,7 @@ def test_whole_lines_equal_autograd(architecture, granularity, monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_gradients_of_lines_are_the_dense_ones_gathered(architecture, dtype, granularity):
     model = tiny.make(architecture, dtype=dtype)
-    mask = line_mask(model, granularity)
+    mask = tiny.line_mask(model, granularity)
     ids = tiny.batches(1)[0]
     model(input_ids=ids, labels=ids).loss.backward()
     dense = {name: p.grad.float() for name, p in model.named_parameters()}

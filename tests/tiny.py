@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from lota.masks import Mask
 from lota.scope import find_scope
+from lota.units import units_of
 
 VOCAB = 61
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -56,6 +58,18 @@ def random_mask(model: nn.Module, density: float = 0.3, seed: int = 0) -> Mask:
     names = list(kept)
     kept[names[1]] = torch.zeros_like(kept[names[1]])
     kept[names[2]] = torch.ones_like(kept[names[2]])
+    return Mask.from_dense(kept)
+
+
+def line_mask(model: nn.Module, granularity: str, density: float = 0.3) -> Mask:
+    """Whole rows or columns of every matrix in the scope."""
+    generator = torch.Generator().manual_seed(0)
+    kept = {}
+    for name, tensor in find_scope(model).items():
+        units = units_of(name, tensor, granularity)
+        chosen = torch.rand(units.count, generator=generator) < density
+        bits = np.unpackbits(units.packed(chosen.numpy()), count=np.prod(tensor.shape))
+        kept[name] = torch.from_numpy(bits).bool().reshape(tensor.shape)
     return Mask.from_dense(kept)
 
 
