@@ -31,9 +31,10 @@ def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespac
 
 
 def load(args: argparse.Namespace):
-    """(model, tokenizer, mask)"""
+    """(model, tokenizer, mask); the model is where it will train before an optimizer sees it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.mask:

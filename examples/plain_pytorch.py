@@ -19,7 +19,7 @@ BATCH = 4
 def batch_loss(model, tokenizer, batch):
     """Mean loss per token of prompt and completion."""
     texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in batch]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(model.device)
     labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
     return model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, labels=labels).loss
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None):
         lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
     file, start = Path(args.out) / "checkpoint.pt", 0
     if args.resume:
-        saved = torch.load(file, weights_only=True)
+        saved = torch.load(file, weights_only=True, map_location="cpu")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]

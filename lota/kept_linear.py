@@ -191,7 +191,7 @@ def _density(weight: nn.Parameter, optimizer: MaskedOptimizer) -> float:
 
 def _forward(module: nn.Module, optimizer: MaskedOptimizer, product: _Product) -> Callable[[Tensor], Tensor]:
     weight, transposed = module.weight, _is_conv1d(module)
-    usual = module.forward
+    usual, home = module.forward, module.weight.device
     last_pass = -1
 
     def receive(a: Tensor, b: Tensor) -> None:
@@ -206,7 +206,8 @@ def _forward(module: nn.Module, optimizer: MaskedOptimizer, product: _Product) -
         optimizer.accumulate(weight, product(a, b))
 
     def forward(x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype:
+        moved = module.weight.device != home  # the product stayed behind
+        if moved or torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype:
             return usual(x)
         return _KeptGradientLinear.apply(x, weight, module.bias, receive, transposed)
 

@@ -156,3 +156,14 @@ def test_a_layer_that_runs_twice_is_refused():
     unfuse()
     lota.fuse_in_backward(optimizer, compact_linear=False)
     model(torch.randn(3, 50)).sum().backward()
+
+
+def test_a_model_that_is_moved_afterwards_forms_gradients_as_usual():
+    """As a Hugging Face trainer moves it to its GPU."""
+    model = torch.nn.Sequential(torch.nn.Linear(50, 40, bias=False))
+    mask = Mask.from_positions({"0.weight": torch.tensor([3, 70])}, {"0.weight": (40, 50)})
+    lota.fuse_in_backward(lota.MaskedSGD(model, mask, lr=0.1))
+    x = torch.randn(3, 50)
+    assert "_KeptGradientLinear" in type(model(x).grad_fn).__name__
+    model.to("meta")
+    assert "_KeptGradientLinear" not in type(model(x.to("meta")).grad_fn).__name__
