@@ -51,10 +51,22 @@ class Units:
             edges = np.arange(first * self.width, start + len(scores), self.width) - start
             edges[0] = 0
             return first, np.add.reduceat(scores, edges, dtype=np.float64)
-        entries = np.arange(start, start + len(scores))
-        numbers = entries // (self.height * self.width) * self.width + entries % self.width
-        first = int(numbers[0]) // self.width * self.width
-        return first, np.bincount(numbers - first, weights=scores)
+        matrix = self.height * self.width
+        first, last = start // matrix, (start + len(scores) - 1) // matrix
+        sums = np.zeros((last + 1 - first, self.width))
+        for i, total in enumerate(sums):
+            low = max((first + i) * matrix - start, 0)
+            self._add_lines(total, (start + low) % self.width, scores[low : (first + i + 1) * matrix - start])
+        return first * self.width, sums.reshape(-1)
+
+    def _add_lines(self, total: np.ndarray, column: int, scores: np.ndarray) -> None:
+        """Add entries of one matrix that begin in `column` to their columns' sums (width,)."""
+        head = min(-column % self.width, len(scores))
+        whole = (len(scores) - head) // self.width * self.width
+        total[column : column + head] += scores[:head]
+        total += scores[head : head + whole].reshape(-1, self.width).sum(axis=0, dtype=np.float64)
+        rest = scores[head + whole :]
+        total[: len(rest)] += rest
 
     def packed(self, chosen: np.ndarray) -> np.ndarray:
         """Bits of the parameter's entries, those of the chosen units set. chosen: bool (count,)."""
@@ -69,10 +81,11 @@ class Units:
 
 def units_of(name: str, tensor: ScopedTensor, granularity: str) -> Units:
     """The rows or columns of a parameter. Raises ValueError for one that is no matrix or stack of them."""
-    if len(tensor.shape) not in (2, 3):
+    stacked = len(tensor.shape) == 3 and "expert" in tensor.module_type.lower()
+    if len(tensor.shape) != 2 and not stacked:
         raise ValueError(
-            f"granularity={granularity} needs weight matrices, but {name} has the shape {tensor.shape}: "
-            "leave it out of the scope"
+            f"granularity={granularity} needs weight matrices or experts' stacks of them, but {name} has the "
+            f"shape {tensor.shape}: leave it out of the scope"
         )
     *stacks, height, width = tensor.shape
     return Units(stacks[0] if stacks else 1, height, width, (granularity == "row") != tensor.transposed)

@@ -10,8 +10,8 @@ import transformers
 import lota
 from lota import streaming
 from lota.masks import kept_count
-from lota.scope import find_scope
-from lota.units import Units, choose
+from lota.scope import ScopedTensor, find_scope
+from lota.units import Units, choose, units_of
 from tests.test_selection import make_pair, scores_of
 
 OUTPUT_AXIS = {"Conv1D": 1}  # of a two-dimensional weight as stored
@@ -139,12 +139,14 @@ def test_vectors_have_no_rows(tmp_path):
     base_path, tuned_path, _, _ = make_pair(tmp_path)
     with pytest.raises(ValueError, match=r"granularity=row .*norm\.weight has the shape \(32,\)"):
         lota.extract(base_path, tuned_path, [0.5], granularity="row", scope="norm")
+    with pytest.raises(ValueError, match=r"conv1d\.weight has the shape \(8, 1, 4\)"):
+        units_of("conv1d.weight", ScopedTensor((8, 1, 4), "other", 0, "Conv1d"), "row")
     with pytest.raises(ValueError, match=r"granularity='rows'.*mean row"):
         lota.extract(base_path, tuned_path, [0.5], granularity="rows")
 
 
 @pytest.mark.parametrize("runs", [True, False])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 8, 43, 64, 1000])
 def test_sums_do_not_depend_on_chunks(runs, chunk):
     units = Units(stacks=3, height=5, width=8, runs=runs)
     scores = np.random.default_rng(0).integers(0, 9, 120).astype(np.float32)
