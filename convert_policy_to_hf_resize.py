@@ -1,4 +1,4 @@
-"""Turn a run's policy.pt into a folder that transformers loads (AutoModelForCausalLM, AutoTokenizer).
+"""Turn a run's policy.pt, or a delta, into a folder that transformers loads (AutoModelForCausalLM, AutoTokenizer).
 
 python convert_policy_to_hf_resize.py --model_path BASE --policy_path RUN/epoch-1/policy.pt --save_path RUN/epoch-1/
 """  # noqa: E501
@@ -11,6 +11,7 @@ import shlex
 import sys
 
 from lota.convert import VOCABULARIES, convert_policy
+from lota.delta import apply
 from lota.models import DTYPES, dtype_of
 
 
@@ -20,7 +21,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model_path", required=True, help="the base: folder or hub id (config, names, dtypes)"
     )
-    parser.add_argument("--policy_path", required=True, help="policy.pt, or the folder that holds it")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--policy_path", help="policy.pt, or the folder that holds it")
+    what.add_argument("--delta", help="delta file of the base, instead of a policy.pt")
     parser.add_argument("--save_path", required=True, help="folder to write; may be the one with policy.pt")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of every weight (default: as in the base's files)"
@@ -34,7 +37,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="embedding rows to write: the checkpoint's (default), or cut back to the base's",
     )
     parser.add_argument("--pad_token", help="token that training added (default: the run's model.pad_token)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = [f"--{name}" for name in ("dtype", "tokenizer_path", "pad_token") if getattr(args, name)]
+    if args.delta and given:
+        parser.error(
+            f"{', '.join(given)}: a delta keeps the base's dtypes and tokenizer; drop it, or --delta"
+        )
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        if args.delta:
+            print(f"wrote {apply(args.model_path, args.delta, args.save_path, args.max_shard_size)}")
+            return
         done = convert_policy(
             args.model_path,
             args.policy_path,

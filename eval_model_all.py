@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lota.arguments import add_shared, prompter_of
-from lota.evaluation import Evaluator, Result, load_pair, results_folder
+from lota.arguments import add_shared, loaded, named, prompter_of, results_of, trained_as
+from lota.evaluation import Evaluator, Result, results_folder
 from lota.evaluation_plan import Plan, Wanted, plans_of
 from lota.prompting import recorded_limits
 from lota.results import compared
@@ -76,12 +76,16 @@ def wanted(args: argparse.Namespace) -> Wanted:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The summary of all tasks; what can be refused is refused before the model loads."""
     plans = plans_of(evaluation_names(args.datasets), get_task, wanted(args))
-    prompter = prompter_of(args, args.model, None if args.whole_prompts else recorded_limits(args.model))
-    model, tokenizer = load_pair(
-        args.model, tokenizer=prompter.tokenizer, dtype=args.dtype, device=args.device
-    )
-    out_dir = results_folder(args.model, args.out)
-    more = {"model_name": args.model, "out_dir": out_dir, "batch_size": args.bs, "prompter": prompter}
+    out_dir = results_of(args, args.model)
+    limits = None if args.whole_prompts else recorded_limits(trained_as(args, args.model))
+    prompter = prompter_of(args, args.model, limits)
+    model, tokenizer = loaded(args, args.model, prompter)
+    more = {
+        "model_name": named(args, args.model),
+        "out_dir": out_dir,
+        "batch_size": args.bs,
+        "prompter": prompter,
+    }
     evaluator = Evaluator(model, tokenizer, **more)
     results = [run(evaluator, plan, args) for plan in plans]
     given = [name.strip() for name in args.datasets.split(",")]
@@ -127,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(table(content))
-    print(f"results in {results_folder(args.model, args.out) / 'metrics'}")
+    print(f"results in {results_of(args, args.model) / 'metrics'}")
     return 0
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lota.arguments import add_shared, prompter_of
-from lota.evaluation import load_pair, results_folder
+from lota.arguments import add_shared, loaded, prompter_of, results_of
 from lota.samples import Sampler, decodings
 from tasks import get_task
 from tasks.base import Row
@@ -68,18 +67,18 @@ def sample(args: argparse.Namespace) -> list[Path]:
     chosen = range(len(rows))[args.ff :][: args.n_examples or None]
     if not chosen:
         raise ValueError(f"--ff {args.ff} leaves none of the {len(rows)} prompts of {args.prompt_set}")
+    folder = results_of(args, args.model_path)
     prompter = prompter_of(args, args.model_path)
     prompts = [prompter.prompt(task, row) for row in rows]
     instructions = [task.instruction(row) for row in rows]
-    loading = {name: getattr(args, name) for name in ("archive", "dtype", "device")}
-    model, tokenizer = load_pair(args.model_path, tokenizer=prompter.tokenizer, **loading)
+    model, tokenizer = loaded(args, args.model_path, prompter, args.archive)
     bounds = {"max_prompt_length": args.max_prompt_length, "chunk_size": args.chunk_size}
     sampler = Sampler(model, tokenizer, task, generator=args.model_name, prompter=prompter, **bounds)
     paths = []
     for decoding, number in itertools.product(plans, range(args.num_samples_per_prefix)):
         name = f"{Path(args.prompt_set).stem}_temp{decoding.temperature}"
         name += f"_sample{number}.json" if number else ".json"
-        paths.append(results_folder(args.model_path, args.out) / name)
+        paths.append(folder / name)
         with tqdm(total=len(chosen), desc=name, unit="prompt") as bar:
             more = {"prompts": prompts, "sample": number, "chosen": chosen, "on_done": bar.update}
             sampler.write(paths[-1], instructions, decoding, **more)

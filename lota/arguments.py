@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lota.config import default_cache
 from lota.config_checks import CHAT_TEMPLATES
+from lota.delta.reader import Delta
+from lota.evaluation import load_pair, results_folder
 from lota.models import load_tokenizer
 from lota.prompting import Limits, Prompter, recorded_choice
 
@@ -16,6 +19,7 @@ Add = Callable[..., Any]  # argparse's add_argument
 
 def add_shared(add: Add) -> None:
     """Where data, tokenizer and results are; how the model is loaded and prompted."""
+    add("--delta", nargs="+", default=[], help="delta files to put on top of the model, which is their base")
     add("--tokenizer_path", help="where the tokenizer is, if not with the model")
     add(
         "--data_dir",
@@ -24,7 +28,8 @@ def add_shared(add: Add) -> None:
     )
     add(
         "--out",
-        help="folder of what is written; default: the model's; $PROJECT_CACHE/results/ID for a hub id",
+        help="folder of what is written; default: the model's; $PROJECT_CACHE/results/ID for a hub id; "
+        "with --delta NAME.safetensors NAME_results beside it",
     )
     add(
         "--chat_template",
@@ -35,7 +40,36 @@ def add_shared(add: Add) -> None:
     add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
 
 
+def trained_as(args: argparse.Namespace, model: str) -> str:
+    """What records how the model was trained: the last delta, or the model's folder."""
+    return args.delta[-1] if args.delta else model
+
+
 def prompter_of(args: argparse.Namespace, model: str, limits: Limits | None = None) -> Prompter:
     """How a model is prompted; its tokenizer is loaded for that."""
     tokenizer = load_tokenizer(args.tokenizer_path or model)
-    return Prompter(tokenizer, args.chat_template or recorded_choice(model), limits)
+    return Prompter(tokenizer, args.chat_template or recorded_choice(trained_as(args, model)), limits)
+
+
+def results_of(args: argparse.Namespace, model: str) -> Path:
+    """Where results go. Raises ValueError where several deltas leave that open."""
+    if not args.delta or args.out:
+        return results_folder(model, args.out)
+    if len(args.delta) > 1:
+        raise ValueError("--delta names several files: say with --out where their results go")
+    path = Path(args.delta[0]).expanduser()
+    return path.with_name(f"{path.stem}_results")
+
+
+def loaded(
+    args: argparse.Namespace, model: str, prompter: Prompter, archive: str | None = None
+) -> tuple[Any, Any]:
+    """Model, its deltas on top, and tokenizer. Raises ValueError, for the deltas' files before it loads."""
+    deltas = [Delta.open(path) for path in args.delta]
+    how = {"archive": archive, "dtype": args.dtype, "device": args.device, "deltas": deltas}
+    return load_pair(model, tokenizer=prompter.tokenizer, **how)
+
+
+def named(args: argparse.Namespace, model: str) -> str:
+    """What results call the model: its name, and those of the deltas on top of it."""
+    return " + ".join([model, *args.delta])

@@ -13,9 +13,11 @@ import torch
 
 from lota.config import default_cache
 from lota.decoding import Decoding
+from lota.delta.attaching import attach
+from lota.delta.reader import Delta
 from lota.estimates import mean_and_stderr
 from lota.journal import Journal, content_key, model_key
-from lota.models import dtype_of, load_config, load_model, load_tokenizer
+from lota.models import cast_parameters, dtype_of, load_config, load_model, load_tokenizer
 from lota.prompting import NO_CHAT_TEMPLATE, FewShot, Prompter
 from lota.results import Result, ScoredTask, now, write_lines, write_result
 from lota.scoring import Records, Scorer, scorer_of
@@ -45,11 +47,12 @@ def load_pair(
     archive: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    deltas: Sequence[Delta] = (),
 ) -> tuple[Any, Any]:
     """Model and tokenizer as the scripts name them; None stands for the model's dtype, a GPU if there is one.
 
-    tokenizer: one that is loaded already. Errors: ValueError, for the tokenizer, dtype or device before the
-    model loads.
+    tokenizer: one that is loaded already. deltas: put on top, before weights are cast to a narrower dtype
+    than that of their files. Errors: ValueError, for the tokenizer, dtype or device before the model loads.
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(tokenizer_path or name_or_path)
@@ -59,7 +62,11 @@ def load_pair(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    model = load_model(name_or_path, archive=archive, dtype=chosen, device=device, tokenizer=tokenizer)
+    wide = functools.reduce(torch.promote_types, (delta.widest for delta in deltas if delta.names), chosen)
+    model = load_model(name_or_path, archive=archive, dtype=wide, device=device, tokenizer=tokenizer)
+    attach(model, *deltas)
+    if wide != chosen:
+        cast_parameters(model, chosen)
     return model, tokenizer
 
 

@@ -116,7 +116,7 @@ def load_model(
     if archive is not None and is_policy(archive):
         config = load_config(name_or_path)
         model = model_from_policy(config, read_policy(archive), source=str(policy_path(archive)))
-        _own_memory(model, dtype, device)
+        cast_parameters(model, dtype, device, copy=True)  # off the mapped file
     else:
         model = _from_pretrained(name_or_path if archive is None else archive, dtype, device)
     if pad_token is not None:
@@ -143,11 +143,17 @@ def _from_pretrained(
     return model
 
 
-def _own_memory(model: PreTrainedModel, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Copy parameters off the mapped file, one by one, as `dtype` on `device`; ties stay tied."""
+def cast_parameters(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    device: str | torch.device | None = None,
+    copy: bool = False,
+) -> None:
+    """Parameters as `dtype` on `device`, one by one; buffers keep their dtype, ties stay tied."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(device=device, dtype=dtype, copy=True)
-    model.to(device)
+        parameter.data = parameter.data.to(device=device, dtype=dtype, copy=copy)
+    if device is not None:
+        model.to(device)
     model.config.dtype = dtype
 
 

@@ -17,6 +17,7 @@ import jinja2
 
 from lota.config_checks import CHAT_TEMPLATES
 from lota.data import encode_prompt
+from lota.delta.reader import Delta
 from lota.hf_folder import RECORD
 from lota.journal import content_key
 from lota.run_settings import PROMPT_SETTINGS
@@ -124,7 +125,9 @@ def recorded_limits(model: str) -> Limits | None:
 
 
 def recorded_prompts(model: str) -> dict[str, Any]:
-    """PROMPT_SETTINGS of the run that a converted folder comes from; each None where it is not known."""
+    """PROMPT_SETTINGS of the run that a converted folder or a delta comes from; None for those not known."""
+    if model.endswith(".safetensors"):
+        return {name: Delta.open(model).meta.get(name) for name in PROMPT_SETTINGS}
     file = Path(model).expanduser() / RECORD
     try:
         record = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -66,6 +66,11 @@ class Delta:
         return self.parameters[name].dtype
 
     @property
+    def widest(self) -> torch.dtype:
+        """The narrowest dtype that holds the values of every parameter that changes."""
+        return functools.reduce(torch.promote_types, map(self.dtype, self.names))
+
+    @property
     def n_changed(self) -> int:
         return self.meta["changed"]
 

@@ -1,0 +1,143 @@
+"""--delta: evaluation, samples and conversion on a base with a delta do what they do on the tuned folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import convert_policy_to_hf_resize
+import eval_model_all
+import generate_samples
+from lota.delta import apply, extract
+from lota.evaluation import load_pair
+from tests.chars import save_pair
+from tests.delta_models import bits, change, same_files
+
+
+@pytest.fixture
+def models(tmp_path):
+    """(base, tuned, delta): the embedded alphabet's model, and what noise made of it."""
+    from transformers import AutoModelForCausalLM
+
+    base = save_pair(tmp_path / "base")
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    change(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), density=0.3).save_pretrained(tuned)
+    extract(base, tuned, tmp_path / "noise.safetensors", task="noise")
+    return base, tuned, tmp_path / "noise.safetensors"
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data" / "tasks" / "gsm8k"
+    folder.mkdir(parents=True)
+    rows = "".join(json.dumps({"question": f"test {i}?", "answer": f"#### {i}"}) + "\n" for i in range(6))
+    (folder / "test.jsonl").write_text(rows)
+    return tmp_path / "data"
+
+
+def evaluate(model, data, *more, code=0):
+    arguments = [
+        "--model",
+        str(model),
+        "--datasets",
+        "gsm8k",
+        "--data_dir",
+        str(data),
+        "--max_new_tokens",
+        "8",
+    ]
+    assert eval_model_all.main([*arguments, *map(str, more)]) == code
+
+
+def predictions(folder):
+    text = (folder / "metrics" / "gsm8k_predictions.jsonl").read_text()
+    return [json.loads(line)["completion"] for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluation(models, data, tmp_path, dtype):
+    base, tuned, delta = models
+    evaluate(tuned, data, "--dtype", dtype)
+    evaluate(base, data, "--dtype", dtype)
+    evaluate(base, data, "--dtype", dtype, "--delta", delta)
+    results = tmp_path / "noise_results"
+    assert predictions(results) == predictions(tuned) != predictions(base)
+    stored = json.loads((results / "metrics" / "gsm8k.json").read_text())
+    assert stored["model"] == f"{base} + {delta}"
+    keys = [
+        json.loads((f / "metrics/gsm8k_predictions.journal").read_text().splitlines()[0])
+        for f in (results, tuned, base)
+    ]
+    weights = [key["key"]["weights"] if "key" in key else key["weights"] for key in keys]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_samples(models, data, tmp_path):
+    base, tuned, delta = models
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"instruction": "Say hello."}, {"instruction": "Count."}]))
+    shared = [
+        "--prompt_set",
+        str(prompts),
+        "--model_name",
+        "me",
+        "--max_length",
+        "60",
+        "--max_prompt_length",
+        "40",
+    ]
+    assert generate_samples.main([*shared, "--model_path", str(tuned)]) == 0
+    assert generate_samples.main([*shared, "--model_path", str(base), "--delta", str(delta)]) == 0
+    name = "prompts_temp0.7.json"
+    assert (tmp_path / "noise_results" / name).read_text() == (tuned / name).read_text()
+    assert not (base / name).exists()
+
+
+def test_conversion(models, tmp_path, capsys):
+    base, tuned, delta = models
+    shared = ["--model_path", str(base), "--save_path", str(tmp_path / "out")]
+    convert_policy_to_hf_resize.main([*shared, "--delta", str(delta)])
+    assert same_files(tmp_path / "out", tuned) and str(tmp_path / "out") in capsys.readouterr().out
+    for wrong in (
+        ["--delta", str(delta), "--dtype", "bfloat16"],
+        ["--delta", str(delta), "--policy_path", "x"],
+        [],
+    ):
+        with pytest.raises(SystemExit):
+            convert_policy_to_hf_resize.main([*shared, *wrong])
+    with pytest.raises(SystemExit, match="is not the base but the tuned model"):
+        convert_policy_to_hf_resize.main(["--model_path", str(tuned), *shared[2:], "--delta", str(delta)])
+
+
+def test_a_narrower_dtype_rounds_the_tuned_weights_as_loading_them_does(models, tmp_path):
+    base, _, delta = models
+    from lota.delta import Delta
+
+    apply(base, delta, tmp_path / "applied")
+    for dtype in ("bfloat16", "float32", "float16"):
+        model, _ = load_pair(str(base), dtype=dtype, device="cpu", deltas=[Delta.open(delta)])
+        expected, _ = load_pair(str(tmp_path / "applied"), dtype=dtype, device="cpu")
+        for (name, p), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert p.dtype == other.dtype and torch.equal(bits(p), bits(other)), name
+        for p, other in zip(model.buffers(), expected.buffers(), strict=True):
+            assert p.dtype == other.dtype and torch.equal(p, other)
+        assert model.config.dtype == expected.config.dtype
+
+
+def test_what_is_refused(models, data, tmp_path, capsys):
+    base, tuned, delta = models
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(delta.read_bytes()[:-3])
+    for model, files, words in (
+        (tuned, [delta], "is not the base"),
+        (base, [damaged], "truncated or changed"),
+        (base, [delta, delta], "--out"),
+    ):
+        evaluate(model, data, "--delta", *files, code=1)
+        assert words in capsys.readouterr().err
+    evaluate(base, data, "--delta", delta, delta, "--out", tmp_path / "both", code=1)
+    assert "attached already" in capsys.readouterr().err
+    assert not (tmp_path / "noise_results").exists()
