@@ -9,6 +9,7 @@ Settings: config/config.yaml. The run folder is $PROJECT_CACHE/<exp_name>/ (defa
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import os
@@ -116,6 +117,8 @@ def run(cfg: DictConfig) -> None:
 
         trainer = TRAINERS[config.trainer.name](config)
         logger.info(closing_words(trainer, trainer.train()))
+        del trainer
+        gc.collect()  # the next job of a multirun needs the memory of this one
 
 
 @hydra.main(version_base=None, config_path="config", config_name="config")

@@ -301,6 +301,7 @@ class Trainer:
 
     def write(self, metrics: dict[str, float]) -> None:
         line = {"examples": self.progress.examples, "step": self.progress.step, **metrics}
+        line["trained_entries"] = self.optimizer.n_trained
         line["peak_memory_bytes"] = peak_memory_bytes(self.device)
         self.metrics |= line
         self.log.log(line)

@@ -132,27 +132,25 @@ def dense_masked(args: argparse.Namespace) -> Step:
     return lambda ids: backward(model, ids)
 
 
-def adapter(
-    config_of: Callable[[], object],
-) -> Callable[[argparse.Namespace], Step]:
-    """A PEFT adapter on all linear layers, trained with torch's RMSprop."""
+def adapter_step(model: torch.nn.Module, config: object) -> Step:
+    """A PEFT adapter on all linear layers of `model`, trained with torch's RMSprop."""
+    from peft import get_peft_model
 
-    def make(args: argparse.Namespace) -> Step:
-        from peft import get_peft_model
+    wrapped = get_peft_model(model, config)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.RMSprop(trained, lr=1e-5, alpha=0.99)
 
-        model = get_peft_model(build_model(args), config_of())
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.RMSprop(trained, lr=1e-5, alpha=0.99)
+    def step(ids: torch.Tensor) -> None:
+        backward(wrapped, ids)
+        torch.nn.utils.clip_grad_norm_(trained, 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-        def step(ids: torch.Tensor) -> None:
-            backward(model, ids)
-            torch.nn.utils.clip_grad_norm_(trained, 10.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    return step
 
-        return step
 
-    return make
+def adapter(config_of: Callable[[], object]) -> Callable[[argparse.Namespace], Step]:
+    return lambda args: adapter_step(build_model(args), config_of())
 
 
 def lora_config() -> object:

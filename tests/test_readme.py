@@ -89,5 +89,6 @@ def test_the_training_commands_compose():
     assert len(commands) >= 3
     for command in commands:
         words = command.replace("\\\n", " ").replace("$BASE", "base").replace("-m ", "").split()
-        single = [re.sub(r"^(\w+)=([^\[]*?),.*", r"\1=\2", word) for word in words]  # a sweep's first value
+        # a sweep's first value
+        single = [re.sub(r"^(\+?\w+)=([^\[]*?),.*", r"\1=\2", word) for word in words]
         assert settings(*single).exp_name

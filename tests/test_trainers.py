@@ -90,7 +90,7 @@ def test_dense_training_learns_and_reports(workplace):
     steps = [row for row in rows if "loss/train" in row]
     assert [row["step"] for row in steps] == list(range(1, 31))
     assert {"examples", "step", "loss/train", "grad_norm", "lr", "tokens_per_second", "examples_per_second",
-            "peak_memory_bytes"} <= set(steps[0])  # fmt: skip
+            "trained_entries", "peak_memory_bytes"} <= set(steps[0])  # fmt: skip
     evaluated = [row for row in rows if "loss/eval" in row]
     assert [row["examples"] for row in evaluated] == [0, 80, 160, 240]
     assert evaluated[-1]["loss/eval"] < 0.8 * evaluated[0]["loss/eval"]

@@ -1,0 +1,46 @@
+"""One table of methods over seeds, from the run folders below ROOT.
+
+    python scripts/summarize.py ROOT --task gsm8k --out sweep
+
+Runs whose settings differ in the seed, and in the mask that belongs to it, are repetitions of one method. A
+run counts once its last checkpoint was converted and evaluated (scripts/score_runs.py). Figures of the same
+runs: plot_runs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lota.method_table import compare, text_table, write_table
+from lota.run_reading import read_base
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", type=Path, help="folder with the runs, at any depth")
+    parser.add_argument("--task", required=True, help="which score")
+    parser.add_argument("--base", help="folder that the base model's results were written to")
+    parser.add_argument("--out", type=Path, help="for summary.md, summary.json, summary.csv (default: ROOT)")
+    args = parser.parse_args(arguments)
+    out = args.out or args.root
+    try:
+        rows = compare(args.root, args.task)
+        scores = read_base(args.base) if args.base else []
+        base = next((score.value for score in scores if score.task == args.task), None)
+        write_table(out, rows, args.task, base)
+    except (ValueError, OSError) as error:
+        sys.exit(f"summarize.py: {error}")
+    print(text_table(rows, args.task, base))
+    print(f"\nfiles: {out}/summary.md, summary.json, summary.csv")
+
+
+if __name__ == "__main__":
+    main()
