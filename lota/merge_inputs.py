@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from lota.delta import Delta
+from lota.delta.bits import as_integers
 from lota.pairing import open_whole
 from lota.weights import WeightSource
 
 SPARSE_BELOW = 1 / 3  # a listed entry takes three times the memory of one that is not (position and value)
 SHOWN = 3
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class DeltaVector:
         if name not in self.delta.shapes:
             return None
         positions, xors = self.delta.changes(name)
-        before = base.reshape(-1)[torch.from_numpy(positions)]
-        tuned = (bits(before) ^ torch.from_numpy(xors.view(f"i{xors.itemsize}"))).view(base.dtype)
+        before = base.reshape(-1)[positions]
+        tuned = (as_integers(before) ^ xors).view(base.dtype)
         changed = torch.ones(len(positions), dtype=torch.bool)
-        return Entries(torch.from_numpy(positions), tuned.float() - before.float(), tuned, changed)
+        return Entries(positions, tuned.float() - before.float(), tuned, changed)
 
 
 class ModelVector:
@@ -74,7 +74,7 @@ class ModelVector:
     def entries(self, name: str, base: Tensor) -> Entries | None:
         before, after = base.reshape(-1), self.source.read(name).reshape(-1)
         values, tuned = after.float() - before.float(), after.to(base.dtype)
-        changed = (values != 0) | (bits(tuned) != bits(before))
+        changed = (values != 0) | (as_integers(tuned) != as_integers(before))
         n_changed = int(changed.sum())
         if n_changed == 0:
             return None
@@ -82,11 +82,6 @@ class ModelVector:
             return Entries(None, values, tuned, changed)
         positions = changed.nonzero().flatten()
         return Entries(positions, values[positions], tuned[positions], changed[positions])
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns as integers, so that -0.0 differs from 0.0 and a NaN equals itself."""
-    return tensor.contiguous().view(_BITS[tensor.dtype.itemsize])
 
 
 def open_vectors(paths: Sequence[str | os.PathLike], base: WeightSource) -> tuple[list[Vector], str | None]:

@@ -123,7 +123,7 @@ def apply_all(folder: Path) -> dict[str, torch.Tensor]:
             delta = Delta.open(file)
             if name in delta.names:
                 positions, xors = delta.changes(name)
-                value.view(-1).view(torch.int16).numpy()[positions] ^= xors.view("i2")
+                value.view(-1).view(torch.int16)[positions] ^= xors
         result[name] = value
     return result
 
