@@ -97,6 +97,13 @@ def test_malformed_rows(change: dict, words: str):
     ("output", "gold"),
     [
         ("2 x 3 = 6, so the answer is 6", "6"),
+        ("That makes 1,400.50 km in all", "1400.5"),
+        ("The answer is \u22123 degrees", "-3"),
+        (r"so \boxed{14} of 71", "14"),
+        ("#### 14\nQuestion: next?\n#### 15", "14"),
+        ("\u0664\u0662", "42"),
+        ("The answer is 14 or 15", "15"),
+        ("fourteen", None),
         ("The answer is B", None),
         ("The answer is: (B)", None),
         ("x = 3\nprint(x)", None),
