@@ -22,7 +22,7 @@ from lota.figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEW_POINTS = 20  # of a curve, up to which they are marked
+FEW_POINTS = 25  # of a panel's longest curve, up to which points are marked
 
 
 class Line(NamedTuple):
@@ -55,8 +55,8 @@ def over_examples(
         for axes, (panel, lines) in zip(
             figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
         ):
+            few = max(len(line.examples) for line in lines) <= FEW_POINTS
             for line in lines:
-                few = len(line.examples) <= FEW_POINTS
                 look = styles[line.name] if few else {**styles[line.name], "marker": ""}
                 axes.plot(line.examples, line.values, label=line.name, linewidth=1.2, markersize=4, **look)
             axes.set_title(panel)

@@ -80,28 +80,31 @@ def read_runs(paths: list[str]) -> list[Run]:
         try:
             runs.append(read_run(path))
             stages = sorted(path.glob("*/*/config.yaml")) if runs[-1].stages else []
-            runs += [read_run(stage.parent) for stage in stages]
+            runs += [read_run(stage.parent, of_sequence=True) for stage in stages]
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    for run, name in zip(runs, short_names([run.path for run in runs]), strict=True):
+    for run, name in zip(runs, short_names([run.path for run in runs], alike=False), strict=True):
         run.name = name
     return runs
 
 
-def read_run(path: Path) -> Run:
-    """The run in a folder. Raises ValueError when it is no run folder or its config.yaml cannot be read."""
+def read_run(path: Path, of_sequence: bool = False) -> Run:
+    """The run in a folder. Raises ValueError when it is no run folder or its config.yaml cannot be read.
+
+    of_sequence: the run of a stage, whose scores the sequence's ledger has.
+    """
     run = Run(path, _settings(path))
     if (path / LEDGER).is_file():
         run.stages = _stages(path / LEDGER, run.notes)
         run.forgetting = _forgetting(path / FORGETTING, run.notes)
     else:
         run.log = _log(path / "metrics.jsonl", run.notes)
-        run.scores = _scores(path, run.notes)
+        run.scores = [] if of_sequence else _scores(path, run.notes)
         run.mask = _mask(run)
-    versions = _json(path / "versions.json", run.notes)
-    run.device = versions.get("device") if isinstance(versions, dict) else None
+        versions = _json(path / "versions.json", run.notes)
+        run.device = versions.get("device") if isinstance(versions, dict) else None
     return run
 
 

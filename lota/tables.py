@@ -19,15 +19,17 @@ def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
-def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+def short_names(paths: Sequence[str | os.PathLike], alike: bool = True) -> list[str]:
     """For each path its last parts, as few as tell all of them apart, joined by slashes.
 
-    Equal paths get equal names.
+    alike: all names have as many parts; else each has as few as it can. Equal paths get equal names.
     """
     parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
-    different = len(set(parts))
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == different:
-            return names
-    return ["/".join(part) for part in parts]
+    lengths = [_telling_length(part, parts) for part in parts]
+    return ["/".join(part[-(max(lengths) if alike else n) :]) for part, n in zip(parts, lengths, strict=True)]
+
+
+def _telling_length(part: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> int:
+    others = {other for other in parts if other != part}
+    lengths = range(1, len(part) + 1)
+    return next((n for n in lengths if all(other[-n:] != part[-n:] for other in others)), len(part) or 1)

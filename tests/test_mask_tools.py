@@ -258,3 +258,6 @@ def test_tables_and_short_names():
     assert short_names(["x/a.pt", "y/b.pt"]) == ["a.pt", "b.pt"]
     assert short_names(["/x/a", "/x/a", "/y/a"]) == ["x/a", "x/a", "y/a"]
     assert short_names([]) == []
+    runs = ["/r/a", "/r/a/1/adapt", "/r/b/1/adapt", "/r/c"]
+    assert short_names(runs, alike=False) == ["a", "a/1/adapt", "b/1/adapt", "c"]
+    assert short_names(["/a", "/x/a"], alike=False) == ["a", "x/a"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import run_folders
 
@@ -67,3 +69,16 @@ def test_a_base_without_an_evaluation_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="evaluate it first"):
         plot_runs.main([str(good), "--base", str(tmp_path), "--out", str(tmp_path / "f")])
     assert not (tmp_path / "f").exists()
+
+
+def test_a_sequence_stands_for_the_runs_of_its_stages(tmp_path):
+    folder = run_folders.write_run(tmp_path / "two_tasks")
+    stage = {"name": "a", "mask": None, "kept": 1, "free_after": 1, "scores": {"a": 1.0}}
+    (folder / "ledger.json").write_text(json.dumps({"tasks": [stage | {"overlap": {}, "losses": {}}]}))
+    for part in ("calibrate", "adapt"):
+        run_folders.write_run(folder / "1_a" / part, log=run_folders.log_of([2.0, 1.0]))
+    found = read_runs([str(folder), str(folder)])
+    assert [run.name for run in found] == ["two_tasks", "adapt", "calibrate"]
+    assert found[1].series("nats_per_token/train") == ([8, 16], [2.0, 1.0])
+    assert found[1].notes == []  # its scores are the ledger's
+    assert found[0].notes == ["no forgetting.json"]
