@@ -1,7 +1,8 @@
 """The whole method on the embedded tiny model, on a CPU in a few minutes: `make demo`.
 
 Calibrate on toy_sort, extract masks at three sparsities, adapt at each, convert, evaluate, sample: every
-stage is one of the project's commands, run as a user would. Results go to demo/, which each call makes anew.
+stage is one of the project's commands, run as a user would. Then two tasks one after the other in one model.
+Results go to demo/, which each call makes anew.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ MASK_LR = {"0.5": 5e-3, "0.9": 1e-2, "0.99": 3e-2}  # the fewer entries train, t
 TRAINING = (
     f"loss=sft model=tiny 'datasets=[{TASK}]' batch_size=16 n_epochs=1 lr_scheduler=linear warmup_steps=20 "
     f"do_first_eval=false eval_every=3200 eval_batch_size=64 'local_dirs=[{OUT}/runs]' overwrite=true"
+)
+SEQUENCE = (
+    "exp_name=lotto 'tasks=[toy_sort,toy_shift]' sparsity=0.9 model=tiny lr=1e-2 batch_size=16 "
+    "n_examples=3200 lr_scheduler=linear warmup_steps=20 calibrate.lr=1e-3 calibrate.n_steps=60 "
+    "do_first_eval=false "
+    f"eval_batch_size=100 n_eval_examples=200 'local_dirs=[{OUT}/runs]' overwrite=true"
 )
 COLUMNS = "{:<17} {:>8} {:>12} {:>6} {:>16} {:>8} {:>9}".format
 
@@ -172,12 +179,15 @@ def main() -> None:
     text = table(rows)
     (ROOT / OUT / "table.txt").write_text(text + "\n")
     plot(rows, ROOT / OUT / "accuracy.png")
+    demo.run("two tasks, one after the other, each in weights of its own", f"lotto.py {SEQUENCE}")
     print("\nThe same by hand:\n")
     print("\n".join(f"  {command}" for command in demo.commands))
     print(f"\nSamples of LoTA at 0.9, prompts of {PROMPTS}:\n")
     print("\n".join(f"  {s['instruction']}  ->  {s['output'][:70]!r}" for s in samples[:4]))
     print(f"\n{text}\n\naccuracy: exact match on the test split of {TASK}, +- standard error")
     print("seconds: of the training command; peak: memory of its process")
+    print(f"\n{(ROOT / OUT / 'runs/lotto/forgetting.txt').read_text()}")
+    print(f"of the two tasks: {OUT}/runs/lotto/ledger.txt, forgetting.png")
     print(f"plot: {OUT}/accuracy.png   all files: {OUT}/   {time.perf_counter() - start:.0f} s in all")
 
 
