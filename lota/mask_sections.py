@@ -20,7 +20,7 @@ OVERLAP_TEXT = (
 
 def mask_sections(runs: Sequence[Run], notes: list[str]) -> Iterable[Section]:
     """Density of each mask of the runs, and how the masks of one model overlap."""
-    masks = {str(run.settings["mask_path"]): run.mask for run in runs if run.mask is not None}
+    masks = {str(run.mask_path): run.mask for run in runs if run.mask is not None}
     names = {p: n.removesuffix("_mask.pt") for p, n in zip(masks, short_names(list(masks)), strict=True)}
     for path, mask in masks.items():
         table = density(mask)

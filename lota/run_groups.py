@@ -20,7 +20,7 @@ SCORE_NAMES = {  # what rated the entries of a mask -> method
     "snip": "SNIP mask",
 }
 IDENTITY = ("model.name_or_path", "datasets", "loss.name")  # runs that differ in these are never one curve
-FREE = ("seed", "mask_path", *IDENTITY)  # may differ between the runs of one group
+FREE = ("seed", "mask_path", "save_snip_mask_path", *IDENTITY)  # may differ between the runs of one group
 LONGEST = 48  # characters of the settings in a name
 
 
@@ -109,7 +109,7 @@ def _telling_keys(members: Sequence[Run]) -> list[str]:
     for runs in at_sparsity.values():
         alike = defaultdict(set)
         for run in runs:
-            alike[_told(run, keys), run.settings["seed"]].add(str(run.settings["mask_path"]))
+            alike[_told(run, keys), run.settings["seed"]].add(str(run.mask_path))
         if any(len(masks) > 1 for masks in alike.values()) or any(run.lost_mask for run in runs):
             return [*keys, "mask_path"]
     return keys
@@ -121,7 +121,8 @@ def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 def _told(run: Run, keys: Iterable[str]) -> str:
     """The settings of a run that tell it from others of its method, or its name where these are too many."""
-    text = "".join(f", {key}={_short(run.settings.get(key))}" for key in keys)
+    told = {**run.settings, "mask_path": run.mask_path}
+    text = "".join(f", {key}={_short(told.get(key))}" for key in keys)
     return text if len(text) <= LONGEST else f", {run.name}"
 
 

@@ -36,7 +36,7 @@ class Run:
     """What a run folder holds; what it does not have is empty, and said in `notes`.
 
     settings: flat, `model.name_or_path` and so on; settings that the run did not know have their defaults.
-    log: lines of metrics.jsonl. mask: what mask_path names, before it is flipped; None for dense training, or
+    log: lines of metrics.jsonl. mask: what is in mask_path, before it is flipped; None for dense training, or
     where the file is lost. scores: of the newest evaluated checkpoint. stages: tasks of ledger.json.
     forgetting: content of forgetting.json.
     name: as short as tells it from the other runs.
@@ -53,6 +53,13 @@ class Run:
     lost_mask: bool = False
     name: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def mask_path(self) -> str | None:
+        """The file of its mask: named by the settings, or where snip=true stores the one it computes."""
+        if not self.settings["snip"]:
+            return self.settings["mask_path"]
+        return self.settings["save_snip_mask_path"] or str(self.path / "snip_mask.pt")
 
     @property
     def sparsity(self) -> float | None:
@@ -212,7 +219,7 @@ def read_scores(folder: Path, notes: list[str]) -> list[Score]:
 
 
 def _mask(run: Run) -> Mask | None:
-    path = run.settings["mask_path"]
+    path = run.mask_path
     try:
         return mask_or_dense(path, mapped=True)
     except (ValueError, OSError) as error:

@@ -76,13 +76,13 @@ def curves(groups: Sequence[Group]) -> Iterable[Section]:
     for title, file, chosen, key, label in (
         ("Loss", "loss", by_token, "nats_per_token/{}", NATS),
         ("Loss per example", "loss_per_example", others, "loss/{}", "loss per example"),
-        ("Reward margin", "reward_margins", runs, "rewards_{}/margins", "reward, chosen - rejected"),
+        ("Reward margin", "reward_margins", runs, "rewards_{}/margins", "reward margin (chosen - rejected)"),
         (
             "Reward accuracy",
             "reward_accuracies",
             runs,
             "rewards_{}/accuracies",
-            "pairs with chosen above rejected",
+            "reward accuracy (share of pairs)",
         ),
     ):
         panels = {

@@ -81,3 +81,15 @@ def test_how_a_mask_was_chosen_is_in_its_name(tmp_path):
         mask.meta |= meta
         mask.save(tmp_path / "new.pt")
         assert names(tmp_path / name, setting.replace("0.9_mask", "new")) == {name: 1}
+
+
+def test_masks_of_snip_are_found_where_the_run_keeps_them(tmp_path):
+    folders = [run_folders.write_run(tmp_path / f"r{seed}", "snip=true", f"seed={seed}") for seed in (0, 1)]
+    for folder in folders:
+        run_folders.rated_mask(folder / "snip_mask.pt", 0.1, "snip")
+    elsewhere = run_folders.rated_mask(tmp_path / "kept_mask.pt", 0.1, "snip").removeprefix("mask_path=")
+    folders.append(
+        run_folders.write_run(tmp_path / "r2", "snip=true", "seed=2", f"save_snip_mask_path={elsewhere}")
+    )
+    (group,) = groups(read_runs([str(folder) for folder in folders]))
+    assert (group.name, len(group.runs)) == ("SNIP mask, s = 0.9", 3)
