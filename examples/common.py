@@ -1,4 +1,4 @@
-"""What the examples share: arguments, a model with its mask, and rows to learn from."""
+"""What the examples share: arguments, a model with its masked optimizer, and rows to learn from."""
 
 from __future__ import annotations
 
@@ -31,23 +31,30 @@ def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespac
 
 
 def load(args: argparse.Namespace):
-    """(model, tokenizer, mask); the model is where it will train before an optimizer sees it."""
+    """(model, tokenizer, optimizer); the model is where it will train before the optimizer sees it."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.mask:
-        return model, tokenizer, lota.Mask.load(args.mask)
-    return model, tokenizer, lota.extract(args.model, sparsities=[0.9], score="magnitude")[0.9]
+        mask = lota.Mask.load(args.mask)
+    else:
+        mask = lota.extract(args.model, sparsities=[0.9], score="magnitude")[0.9]
+    optimizer = lota.MaskedRMSprop(model, mask, lr=args.lr, grad_norm_strategy="even", max_grad_norm=1.0)
+    if args.fused:
+        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
+    return model, tokenizer, optimizer
 
 
 def trainer_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """TrainingArguments that have nothing to do with the optimizer."""
+    """TrainingArguments; the optimizer clips, so that the trainer must not."""
     return {
         "output_dir": args.out,
         "max_steps": args.steps,
         "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": args.accumulation,
+        "max_grad_norm": 0,
         "lr_scheduler_type": "linear",
         "save_steps": max(1, args.steps // 2),
         "logging_steps": 5,

@@ -23,18 +23,10 @@ def encode(tokenizer, row):
 
 def main(argv: Sequence[str] | None = None):
     args = arguments(__doc__, argv)
-    model, tokenizer, mask = load(args)
-    optimizer = lota.MaskedRMSprop(model, mask, lr=args.lr, grad_norm_strategy="even", max_grad_norm=1.0)
-    if args.fused:
-        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
-    settings = TrainingArguments(
-        **trainer_settings(args),
-        gradient_accumulation_steps=args.accumulation,
-        max_grad_norm=0,  # the optimizer clips
-    )
+    model, tokenizer, optimizer = load(args)
     trainer = Trainer(
         model,
-        args=settings,
+        args=TrainingArguments(**trainer_settings(args)),
         train_dataset=[encode(tokenizer, row) for row in rows(200)],
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         optimizers=(optimizer, None),

@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a clone 
 
 import torch
 
-import lota
 from examples.common import arguments, load, rows
 
 BATCH = 4
@@ -26,10 +25,7 @@ def batch_loss(model, tokenizer, batch):
 
 def main(argv: Sequence[str] | None = None):
     args = arguments(__doc__, argv)
-    model, tokenizer, mask = load(args)
-    optimizer = lota.MaskedRMSprop(model, mask, lr=args.lr, grad_norm_strategy="even", max_grad_norm=1.0)
-    if args.fused:
-        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
+    model, tokenizer, optimizer = load(args)
     file, start = Path(args.out) / "checkpoint.pt", 0
     if args.resume:
         saved = torch.load(file, weights_only=True, map_location="cpu")

@@ -17,16 +17,9 @@ from examples.common import arguments, load, rows, trainer_settings
 
 def main(argv: Sequence[str] | None = None):
     args = arguments(__doc__, argv)
-    model, tokenizer, mask = load(args)
-    optimizer = lota.MaskedRMSprop(model, mask, lr=args.lr, grad_norm_strategy="even", max_grad_norm=1.0)
-    if args.fused:
-        lota.fuse_in_backward(optimizer, gradient_accumulation_steps=args.accumulation)
-    settings = SFTConfig(
-        **trainer_settings(args),
-        gradient_accumulation_steps=args.accumulation,
-        max_grad_norm=0,  # the optimizer clips
-        bf16=False,  # TRL's default is mixed precision; either will do
-    )
+    model, tokenizer, optimizer = load(args)
+    # TRL's default is mixed precision; either will do
+    settings = SFTConfig(**trainer_settings(args), bf16=False)
     trainer = SFTTrainer(
         model,
         args=settings,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -50,9 +52,9 @@ def padded(rows):
     return {name: torch.tensor(value) for name, value in lists.items()}
 
 
-def masked(fused: int | None = None, rule=lota.MaskedRMSprop, **settings):
+def masked(fused: int | None = None, rule=lota.MaskedRMSprop, dtype=torch.float32, **settings):
     """(model, mask, optimizer); fused: after how many backward passes it updates."""
-    model = make("llama")
+    model = make("llama", dtype=dtype)
     mask = random_mask(model)
     optimizer = rule(model, mask, **{"lr": 1e-2, **settings})
     if fused is not None:
@@ -141,3 +143,34 @@ def test_a_step_sees_the_mean_over_all_its_tokens(tmp_path, accumulation, fused)
         expected.zero_grad()
     for (name, p), (_, q) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("fused", [None, 1])
+def test_bf16_weights_resume_exactly(tmp_path, fused):
+    """torch's own load_state_dict would turn position 257 into 256, and fp32 masters into bf16."""
+
+    def train(resume: bool):
+        model, _, optimizer = masked(fused, dtype=torch.bfloat16, lr=1e-3)
+        settings = {"save_strategy": "steps", "save_steps": 2}
+        trainer = trainer_for(model, optimizer, tmp_path, [lota.FusedCallback()], **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict(), optimizer.state_dict()["state"]
+
+    weights, state = train(resume=False)
+    for name in ("checkpoint-4", "checkpoint-5"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    again, state_again = train(resume=True)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    for index, entry in state.items():
+        assert entry["master"].dtype == entry["square_avg"].dtype == torch.float32
+        assert {key: type(value) for key, value in entry.items()} == {
+            key: type(value) for key, value in state_again[index].items()
+        }
+        for key, value in entry.items():
+            other = state_again[index][key]
+            assert (
+                torch.equal(value, other) and value.dtype == other.dtype
+                if key != "step"
+                else value == other == 5
+            )
+    assert max(int(e["positions"].max()) for e in state.values() if "positions" in e) > 257
