@@ -9,7 +9,6 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,16 +22,14 @@ from lota.config_checks import unused_settings
 from lota.data import Example
 from lota.delta.saving import save_delta
 from lota.fused import fuse_in_backward
-from lota.generation import generate
 from lota.interrupt import Interrupted, StopBetweenSteps
 from lota.masked_optimizer import MaskedOptimizer
 from lota.models import dtype_of, enable_activation_checkpointing, load_model
 from lota.objectives import OBJECTIVES
 from lota.optim import OPTIMIZERS
 from lota.preflight import Prepared, add_snip_mask, prepare
-from lota.reference import Start
 from lota.run_folder import OpenRun
-from lota.runlog import Meter, RunLog, peak_memory_bytes, reset_peak_memory, write_versions
+from lota.runlog import Meter, open_log, peak_memory_bytes, reset_peak_memory, write_versions
 from lota.schedule import learning_rate
 from lota.scope import meta_model
 from lota.training_data import plan
@@ -127,18 +124,7 @@ class Trainer:
             set_random_state(resumable.content["random"])
         objective = OBJECTIVES[config.loss.name]
         self.objective = objective(config, self.data.tokenizer, self.model, self.precision)
-        self.objective.start(
-            Start(
-                config=config,
-                data=self.data,
-                optimizer=self.optimizer,
-                device=self.device,
-                precision=self.precision,
-                base=self.base,
-                resumed=resumable is not None,
-                check=self.stop.check,
-            )
-        )
+        self.objective.start(self)
         n_rows, lengths = len(self.data.train), self.data.lengths
         batches = [len(rows) for *_, rows in plan(config, n_rows, lengths)]
         self.total_steps, self.total_examples = len(batches), sum(batches)
@@ -153,15 +139,12 @@ class Trainer:
 
     def train(self) -> Path | None:
         """Run to the end; returns the last checkpoint. Raises Interrupted after saving when asked to stop."""
-        resumable = self.data.resumable
+        config, resumable = self.config, self.data.resumable
         if resumable is not None and resumable.finished:
-            logger.info(
-                "%s is already finished: %s (overwrite=true starts anew)",
-                self.config.run_dir,
-                resumable.folder,
-            )
+            done = "%s is already finished: %s (overwrite=true starts anew)"
+            logger.info(done, config.run_dir, resumable.folder)
             return resumable.folder
-        with self.stop, OpenRun(self.config, resuming=resumable is not None) as self.folder:
+        with self.stop, OpenRun(config, resuming=resumable is not None) as self.folder:
             reset_peak_memory(self.device)
             if self.data.snip is not None:
                 add_snip_mask(self.data, self.config, self.device, self.stop.check)
@@ -169,7 +152,7 @@ class Trainer:
             write_versions(self.folder.path, self.device)
             if resumable is not None:
                 logger.info("continuing %s after %d examples", resumable.folder, self.progress.examples)
-            self.log = self._open_log()
+            self.log = open_log(config, self.folder.path, self.total_examples, self.progress.examples)
             try:
                 return self._run()
             except Interrupted:
@@ -197,7 +180,8 @@ class Trainer:
         for epoch, index, last_of_epoch, rows in batches:
             before = progress.examples
             self.step([self.data.train[i] for i in rows])
-            self._advance(epoch, index, last_of_epoch, len(rows))
+            progress.advance(epoch, index, last_of_epoch, len(rows))
+            progress.finished = progress.step == self.total_steps
             self.log_step(len(rows))
             with self.meter.paused():
                 if self._crossed(before, config.eval_every) or (progress.finished and self.data.held_out):
@@ -231,13 +215,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
-    def _advance(self, epoch: int, index: int, last_of_epoch: bool, examples: int) -> None:
-        progress = self.progress
-        progress.epoch, progress.batch = (epoch + 1, 0) if last_of_epoch else (epoch, index + 1)
-        progress.step += 1
-        progress.examples += examples
-        progress.finished = progress.step == self.total_steps
-
     # Evaluation and logging
 
     @torch.no_grad()
@@ -259,26 +236,9 @@ class Trainer:
         told = ", ".join(f"{key} {metrics[key]:.4f}" for key in self.objective.headline)
         logger.info("held-out after %d examples: %s", self.progress.examples, told)
         if self.config.sample_during_eval:
-            self.sample()
+            examples = self.data.held_out[: self.config.n_eval_model_samples]
+            self.log.samples(self.progress.examples, self.objective.complete(examples, self.data.stop))
         self.model.train()
-
-    def sample(self) -> None:
-        """Greedy completions of held-out prompts into samples.jsonl."""
-        examples = self.data.held_out[: self.config.n_eval_model_samples]
-        encoded = [self.objective.rows(example)[0] for example in examples]
-        completions = generate(
-            self.model,
-            self.data.tokenizer,
-            [row.input_ids[: row.prompt_length] for row in encoded],
-            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
-            batch_size=self.config.eval_batch_size,
-            stop=self.data.stop,
-        )
-        rows = [
-            {"prompt": e.prompt, "completion": c, "target": e.response}
-            for e, c in zip(examples, completions, strict=True)
-        ]
-        self.log.samples(self.progress.examples, rows)
 
     def log_step(self, examples: int) -> None:
         """Move the bar; write a line when enough time has passed, and for the first and last step."""
@@ -306,19 +266,6 @@ class Trainer:
         self.metrics |= line
         self.log.log(line)
 
-    def _open_log(self) -> RunLog:
-        config = self.config
-        wandb = None
-        if config.wandb.enabled and not config.debug:
-            wandb = {**asdict(config.wandb), "config": asdict(config)}
-        return RunLog(
-            self.folder.path,
-            total_examples=self.total_examples,
-            examples=self.progress.examples,
-            wandb=wandb,
-            name=config.exp_name,
-        )
-
     # Checkpoints
 
     def _crossed(self, before: int, every: int) -> bool:
@@ -334,11 +281,8 @@ class Trainer:
         """Write the checkpoint of this moment: epoch-N/ at the end of an epoch, else step-<examples>/."""
         if self.config.debug:
             return None
-        progress = self.progress
-        by_epoch = progress.batch == 0 and progress.epoch > 0 and self.config.save_interval[0] == "epoch"
-        folder = self.config.run_dir / (
-            f"epoch-{progress.epoch}" if by_epoch else f"step-{progress.examples}"
-        )
+        by_epoch = self.config.save_interval[0] == "epoch"
+        folder = self.config.run_dir / self.progress.folder_name(by_epoch)
         if not all(values.isfinite().all() for _, _, values in self.optimizer.kept_values()):
             self.check_finite(math.nan)
         self.stop.saving = True
@@ -346,7 +290,7 @@ class Trainer:
             folder,
             state=self.gather_state(),
             optimizer=self.optimizer,
-            progress=progress,
+            progress=self.progress,
             metrics=self.metrics,
             seen=self.data.seen,
             more=partial(self.save_more, folder),

@@ -37,6 +37,17 @@ class Progress:
     examples: int = 0
     finished: bool = False
 
+    def advance(self, epoch: int, batch: int, last_of_epoch: bool, examples: int) -> None:
+        """A step on that batch was made."""
+        self.epoch, self.batch = (epoch + 1, 0) if last_of_epoch else (epoch, batch + 1)
+        self.step += 1
+        self.examples += examples
+
+    def folder_name(self, by_epoch: bool) -> str:
+        """epoch-N at the end of an epoch where checkpoints are counted so, else step-<examples>."""
+        whole = self.batch == 0 and self.epoch > 0
+        return f"epoch-{self.epoch}" if by_epoch and whole else f"step-{self.examples}"
+
 
 def policy_state(
     model: nn.Module, optimizer: MaskedOptimizer, dtype: torch.dtype, base: Any | None = None

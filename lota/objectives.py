@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from lota.config import Config
 from lota.data import Batch, Example, collate
+from lota.generation import generate
 from lota.losses import response_logps, sft_loss
 from lota.models import choose_pad_token_id
 from lota.preference_losses import Pairs, log_ratios, preference_loss, reward_sums
-from lota.reference import Reference, Start, make_reference
+from lota.reference import Reference, Run, make_reference
 from lota.runlog import Meter
 from lota.training_data import encoder
 
@@ -43,7 +44,7 @@ class Objective:
         self.pad_token_id = choose_pad_token_id(tokenizer, model.config)
         self.rows = encoder(config, tokenizer)
 
-    def start(self, start: Start) -> None:
+    def start(self, run: Run) -> None:
         """Called once, when model and optimizer are as training starts or continues from them."""
 
     def batch(self, examples: Sequence[Example]) -> Batch:
@@ -62,6 +63,20 @@ class Objective:
     def logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(log-probability of each row's response in nats, its number of tokens), both (rows,)."""
         return response_logps(self.model, batch, self.precision())
+
+    def complete(self, examples: Sequence[Example], stop: tuple[str, ...]) -> list[dict[str, str]]:
+        """Greedy completions of the examples' prompts, as rows of samples.jsonl."""
+        encoded = [self.rows(example)[0] for example in examples]
+        completions = generate(
+            self.model,
+            self.tokenizer,
+            [row.input_ids[: row.prompt_length] for row in encoded],
+            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+            batch_size=self.config.eval_batch_size,
+            stop=stop,
+        )
+        told = zip(examples, completions, strict=True)
+        return [{"prompt": e.prompt, "completion": text, "target": e.response} for e, text in told]
 
 
 class SFTObjective(Objective):
@@ -86,9 +101,9 @@ class PreferenceObjective(Objective):
     headline = ("loss/eval", "rewards_eval/margins", "rewards_eval/accuracies")
     reference: Reference | None = None  # before `start` the policy itself, at its start
 
-    def start(self, start: Start) -> None:
+    def start(self, run: Run) -> None:
         if not self.config.loss.reference_free:
-            self.reference = make_reference(start, self)
+            self.reference = make_reference(run, self)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Sums]:
         loss = self.config.loss

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lota import adapter
 from lota.config import Config
 from lota.data import Batch, Encoded, Example
+from lota.interrupt import StopBetweenSteps
 from lota.journal import config_key
 from lota.losses import response_logps
 from lota.masked_optimizer import MaskedOptimizer
@@ -34,6 +35,7 @@ from lota.weights import WeightSource, content_hash, open_weights
 if TYPE_CHECKING:  # which plans masks by an objective's gradients, and so imports this
     from lota.preflight import Prepared
 
+WRITE_EVERY = 300.0  # seconds between two writes of log-probabilities that are being computed
 logger = logging.getLogger(__name__)
 
 
@@ -53,27 +55,27 @@ class Policy(Protocol):
     def logps(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
 
-@dataclass(frozen=True)
-class Start:
-    """A run at its start or where it continues. base: the weights that it started from, on disk.
+class Run(Protocol):
+    """What a reference needs of the run, whose model is loaded (the trainer is one).
 
-    precision: gives the context of a forward pass. check: raises when the run has been asked to stop.
+    base: the weights that it started from, on disk. precision: gives the context of a forward pass.
     """
 
     config: Config
     data: Prepared
     optimizer: MaskedOptimizer
     device: torch.device
-    precision: Callable[[], contextlib.AbstractContextManager]
-    base: Callable[[], WeightSource]
-    resumed: bool
-    check: Callable[[], None]
+    stop: StopBetweenSteps
+
+    def precision(self) -> contextlib.AbstractContextManager: ...
+
+    def base(self) -> WeightSource: ...
 
 
-def make_reference(start: Start, policy: Policy) -> Reference:
+def make_reference(run: Run, policy: Policy) -> Reference:
     """What `model.reference` asks for; where it is null, swap with a mask or LoRA, else model."""
-    settings = start.config.model
-    compact = start.data.mask is not None or start.config.adapter.name == "lora"
+    settings = run.config.model
+    compact = run.data.mask is not None or run.config.adapter.name == "lora"
     own = settings.reference_archive is None
     kind = settings.reference or ("swap" if own and compact else "model")
     logger.info("reference of the loss: %s", kind)
@@ -81,19 +83,19 @@ def make_reference(start: Start, policy: Policy) -> Reference:
         logger.info(
             "not used here: model.reference_dtype=%s (the reference is the policy)", settings.reference_dtype
         )
-    return REFERENCES[kind](start, policy)
+    return REFERENCES[kind](run, policy)
 
 
 class SwappedReference:
     """The policy set back to its start for the time of a forward pass: trained entries swapped, LoRA off."""
 
-    def __init__(self, start: Start, policy: Policy):
+    def __init__(self, run: Run, policy: Policy):
         self.policy = policy
-        if start.config.adapter.name == "lora":
-            self.set_back = partial(adapter.disabled, start.optimizer.model)
+        if run.config.adapter.name == "lora":
+            self.set_back = partial(adapter.disabled, run.optimizer.model)
         else:
-            starts = starting_values(start.optimizer, start.base() if start.resumed else None)
-            self.set_back = partial(swapped, start.optimizer, starts)
+            starts = starting_values(run.optimizer, run.base() if run.data.resumable else None)
+            self.set_back = partial(swapped, run.optimizer, starts)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -125,16 +127,16 @@ def swapped(optimizer: MaskedOptimizer, values: Mapping[nn.Parameter, Tensor]) -
 class ModelReference:
     """A second model, by default in the dtype of the policy: in a narrower one its rounding is a reward."""
 
-    def __init__(self, start: Start, policy: Policy):
-        settings = start.config.model
-        self.precision = start.precision
+    def __init__(self, run: Run, policy: Policy):
+        settings = run.config.model
+        self.precision = run.precision
         self.model = load_model(
             settings.name_or_path,
             archive=settings.reference_archive or settings.archive,
-            dtype=_model_dtype(start),
-            device=start.device,
+            dtype=_model_dtype(run),
+            device=run.device,
             pad_token=settings.pad_token,
-            tokenizer=start.data.tokenizer,
+            tokenizer=run.data.tokenizer,
         ).requires_grad_(False)
 
     @torch.no_grad()
@@ -149,10 +151,10 @@ class PrecomputedReference:
     is loaded for that and then gone.
     """
 
-    def __init__(self, start: Start, policy: Policy):
-        self.start, self.policy = start, policy
+    def __init__(self, run: Run, policy: Policy):
+        self.run, self.policy = run, policy
         self.by: Reference | None = None
-        config, data = start.config, start.data
+        config, data = run.config, run.data
         planned = {i for *_, rows in plan(config, len(data.train), data.lengths) for i in rows}
         model = self._model_key()
         self.logps: dict[Example, list[float]] = {}
@@ -170,66 +172,77 @@ class PrecomputedReference:
 
     def _model_key(self) -> dict[str, Any]:
         """Weights and config on disk, rows of the vocabulary, and what the forward pass computes in."""
-        settings, model = self.start.config.model, self.start.optimizer.model
+        settings, model = self.run.config.model, self.run.optimizer.model
         own = settings.reference_archive is None
         archive = settings.archive if own else settings.reference_archive
-        source = self.start.base() if own else open_weights(archive)
+        source = self.run.base() if own else open_weights(archive)
         folder = settings.name_or_path if archive is None or is_policy(archive) else archive
         return {
             "model": content_hash(source),
             "model_config": config_key(load_config(folder)),
             "vocabulary": model.get_input_embeddings().weight.shape[0],
-            "dtype": str(model.dtype if own else _model_dtype(self.start)),
+            "dtype": str(model.dtype if own else _model_dtype(self.run)),
             "mixed_precision": settings.fsdp_policy_mp,
         }
 
     def _read_or_compute(self, what: str, examples: Sequence[Example], model: dict[str, Any]) -> Tensor:
-        config = self.start.config
+        config = self.run.config
         data, lengths = hash_and_lengths(map(self.policy.rows, examples))
         cut = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
         file = LogpsFile(config.cache_dir / FOLDER, {"data": data, **cut, **model})
         logps = file.read(len(examples))
-        if logps is not None:
-            logger.info("reference: %d %s pairs read from %s", len(examples), what, file.path)
-            return logps
-        logps = self._compute(what, examples, lengths)
-        file.write(logps)
-        logger.info("reference: %d %s pairs stored in %s", len(examples), what, file.path)
+        missing = logps.isnan().any(dim=1).nonzero().flatten().tolist()
+        if len(missing) < len(examples):
+            n = len(examples) - len(missing)
+            logger.info("reference: %d of %d %s pairs read from %s", n, len(examples), what, file.path)
+        if missing:
+            missing.sort(key=lambda i: -lengths[i])  # similar lengths: little padding
+            try:
+                self._compute(what, examples, missing, logps, file)
+            finally:  # a run that was stopped here goes on from there
+                file.write(logps)
+            logger.info("reference: %d %s pairs stored in %s", len(missing), what, file.path)
         return logps
 
-    def _compute(self, what: str, examples: Sequence[Example], lengths: Sequence[int]) -> Tensor:
+    def _compute(
+        self, what: str, examples: Sequence[Example], missing: list[int], logps: Tensor, file: LogpsFile
+    ) -> None:
         self.by = self.by or self._computed_by()
-        size = self.start.config.eval_batch_size
-        order = sorted(range(len(examples)), key=lambda i: -lengths[i])  # similar lengths: little padding
-        logps = torch.empty(len(examples), 2)
-        with tqdm(total=len(examples), unit="pair", desc=f"reference, {what}", dynamic_ncols=True) as bar:
-            for first in range(0, len(order), size):
-                chosen = order[first : first + size]
-                values = self.by(self.policy.batch([examples[i] for i in chosen]))
-                logps[chosen] = values.float().cpu().view(2, -1).t()
+        size, written = self.run.config.eval_batch_size, time.monotonic()
+        with tqdm(total=len(missing), unit="pair", desc=f"reference, {what}", dynamic_ncols=True) as bar:
+            for first in range(0, len(missing), size):
+                chosen = missing[first : first + size]
+                values = self.by(self.policy.batch([examples[i] for i in chosen])).float().cpu()
+                if not values.isfinite().all():
+                    raise ValueError(
+                        "the reference gives log-probabilities that are not finite: is it whole?"
+                    )
+                logps[chosen] = values.view(2, -1).t()
                 bar.update(len(chosen))
-                self.start.check()
-        return logps
+                self.run.stop.check()
+                if time.monotonic() - written > WRITE_EVERY:
+                    file.write(logps)
+                    written = time.monotonic()
 
     def _computed_by(self) -> Reference:
-        if self.start.config.model.reference_archive is not None:
-            return ModelReference(self.start, self.policy)
-        if self.start.resumed:
-            return SwappedReference(self.start, self.policy)
+        if self.run.config.model.reference_archive is not None:
+            return ModelReference(self.run, self.policy)
+        if self.run.data.resumable is not None:
+            return SwappedReference(self.run, self.policy)
         return torch.no_grad()(lambda batch: self.policy.logps(batch)[0])
 
 
-REFERENCES: dict[str, Callable[[Start, Policy], Reference]] = {
+REFERENCES: dict[str, Callable[[Run, Policy], Reference]] = {
     "swap": SwappedReference,
     "model": ModelReference,
     "precomputed": PrecomputedReference,
 }
 
 
-def _model_dtype(start: Start) -> torch.dtype:
+def _model_dtype(run: Run) -> torch.dtype:
     """Of a reference that is a model of its own."""
-    name = start.config.model.reference_dtype
-    return start.optimizer.model.dtype if name is None else dtype_of(name)
+    name = run.config.model.reference_dtype
+    return run.optimizer.model.dtype if name is None else dtype_of(name)
 
 
 @torch.no_grad()

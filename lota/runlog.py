@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from lota.atomic import write_json
+from lota.config import Config
 
 PACKAGES = (
     "torch",
@@ -151,6 +153,14 @@ class RunLog:
         self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def open_log(config: Config, folder: Path, total_examples: int, examples: int) -> RunLog:
+    """The log of a run in `folder` that has seen `examples` of its examples."""
+    wandb = None
+    if config.wandb.enabled and not config.debug:
+        wandb = {**asdict(config.wandb), "config": asdict(config)}
+    return RunLog(folder, total_examples=total_examples, examples=examples, wandb=wandb, name=config.exp_name)
 
 
 def _start_wandb(settings: dict[str, Any], run_dir: Path, name: str) -> Any:

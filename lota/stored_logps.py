@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,32 +25,34 @@ logger = logging.getLogger(__name__)
 class LogpsFile:
     """Log-probabilities of pairs in a file that is read only under the key that it was written with.
 
-    It lies in `folder` under a name made from the key. Values: (pairs, 2) fp32, chosen and rejected.
+    It lies in `folder` under a name made from the key. Values: (pairs, 2) fp32, chosen and rejected, nan
+    where they have not been computed yet.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]):
         self.key = dict(key)
         self.path = folder / f"{content_key(self.key)[:24]}.pt"
 
-    def read(self, pairs: int) -> Tensor | None:
-        """What is stored, or None. A file that was made under another key, or is broken, is set aside."""
+    def read(self, pairs: int) -> Tensor:
+        """What is stored, which may be nothing. A file made under another key, or broken, is set aside."""
+        nothing = torch.full((pairs, 2), math.nan)
         if not self.path.is_file():
-            return None
+            return nothing
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
             return self._checked(content, pairs)
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
             moved = set_aside(self.path)
             logger.warning("%s is not reused: %s. It is now %s", self.path, str(error)[:200], moved.name)
-            return None
+            return nothing
 
     def _checked(self, content: Any, pairs: int) -> Tensor:
         logps = content["logps"]
         differ = [name for name, value in self.key.items() if content["key"].get(name) != value]
         if differ:
             raise ValueError(f"made with another {', '.join(differ)}")
-        if logps.shape != (pairs, 2) or not logps.isfinite().all():
-            raise ValueError(f"it does not hold two finite numbers for each of {pairs} pairs")
+        if logps.shape != (pairs, 2):
+            raise ValueError(f"it does not hold two numbers for each of {pairs} pairs")
         return logps
 
     def write(self, logps: Tensor) -> None:

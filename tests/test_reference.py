@@ -168,7 +168,7 @@ def test_stored_values_are_read_back_under_the_same_key_only(workplace, caplog):
     assert len(files) == 2
     caplog.clear()
     train(*options, "exp_name=second", "lr=1e-4", "n_eval_examples=5")  # of a new held-out sample anew
-    assert "40 training pairs read from" in caplog.text and "5 held-out pairs stored" in caplog.text
+    assert "40 of 40 training pairs read from" in caplog.text and "5 held-out pairs stored" in caplog.text
     _, archive = train("exp_name=other", "n_examples=8", "loss=sft")
     changes = [
         "max_length=20 max_prompt_length=8",
@@ -277,3 +277,28 @@ def test_a_second_model_has_the_dtype_of_the_policy_or_its_own(workplace, caplog
     assert "not used here" not in caplog.text
     train(*DPO, mask, *short, "model.reference_dtype=float16")
     assert "not used here: model.reference_dtype=float16" in caplog.text
+
+
+def test_a_run_that_is_stopped_while_computing_goes_on_from_there(workplace, monkeypatch, caplog):
+    from lota.interrupt import Interrupted, StopBetweenSteps
+
+    caplog.set_level("INFO")
+    options = (*DPO, "model.reference=precomputed", "eval_batch_size=5", "n_examples=16")
+    check, calls = StopBetweenSteps.check, []
+
+    def asked_to_stop(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise Interrupted(2)
+
+    monkeypatch.setattr(StopBetweenSteps, "check", asked_to_stop)
+    with pytest.raises(Interrupted):
+        train(*options, "exp_name=stopped")
+    monkeypatch.setattr(StopBetweenSteps, "check", check)
+    _, folder = train(*options, "exp_name=stopped")
+    assert "10 of 16 training pairs read from" in caplog.text
+    assert "6 training pairs stored" in caplog.text
+    again, whole = train(*options, "exp_name=whole")
+    assert "16 of 16 training pairs read from" in caplog.text
+    assert all(torch.equal(value, policy(whole)[name]) for name, value in policy(folder).items())
+    assert len(stored(again)) == 2
