@@ -10,7 +10,8 @@ import torch
 
 from lota.masks import ORIGIN, Mask
 from lota.scores import uniform
-from lota.topk import top_bits
+from lota.streaming import Span
+from lota.topk import Keys, top_bits
 
 
 def random_like(mask: Mask, seed: int) -> Mask:
@@ -26,10 +27,10 @@ def random_like(mask: Mask, seed: int) -> Mask:
     return Mask(bits, mask.shapes, {**origin, "score": "random", "per": "tensor", "seed": seed})
 
 
-def _random_keys(seed: int):
+def _random_keys(seed: int) -> Keys:
     """The keys of `extract_masks.py --score random`."""
 
-    def keys(span):
+    def keys(span: Span) -> np.ndarray:
         return uniform(span, seed).view(np.int32)
 
     return keys

@@ -201,32 +201,31 @@ class Mask:
     def check_same_model(self, other: Mask) -> None:
         """Raise ValueError when the two cannot be masks of one model.
 
-        Shapes of shared names must agree. Masks of the same scope list the same names, the older layout lists
-        all names that there are, and masks that do not record a scope share some.
+        Shapes of shared names agree. Masks of the same scope list the same names, and so do two of the older
+        layout; others share some.
         """
-        wrong = [n for n in self.bits if n in other.bits and self.shapes[n] != other.shapes[n]]
-        if wrong:
-            raise ValueError(
-                f"masks of different models: {wrong[0]} has shape {self.shapes[wrong[0]]} in one "
-                f"and {other.shapes[wrong[0]]} in the other"
-            )
+        self._check_shapes(other)
+        scopes = {self.meta["scope"], other.meta["scope"]}
+        layouts = {self.meta.get("layout"), other.meta.get("layout")}
+        same_names = layouts == {"dense"} or (len(scopes) == 1 and None not in scopes)
         mine, theirs = set(self.bits), set(other.bits)
-        scopes = (self.meta["scope"], other.meta["scope"])
-        lists_all = [mask.meta.get("layout") == "dense" for mask in (self, other)]
-        same_names = all(lists_all) or (None not in scopes and scopes[0] == scopes[1])
-        strange = set()
-        if same_names or lists_all[1] or (None in scopes and not mine & theirs):
-            strange |= mine - theirs
-        if same_names or lists_all[0]:
-            strange |= theirs - mine
+        strange = mine ^ theirs if same_names or (None in scopes and not mine & theirs) else set()
         if strange:
             raise ValueError(
                 "masks of different models: only one of them lists "
                 f"{first([name for name in [*self.bits, *other.bits] if name in strange])}"
             )
 
+    def _check_shapes(self, other: Mask) -> None:
+        wrong = [n for n in self.bits if n in other.bits and self.shapes[n] != other.shapes[n]]
+        if wrong:
+            raise ValueError(
+                f"masks of different models: {wrong[0]} has shape {self.shapes[wrong[0]]} in one "
+                f"and {other.shapes[wrong[0]]} in the other"
+            )
+
     def _combine(self, other: Mask, operation, names: list[str], invert: bool = False) -> Mask:
-        self.check_same_model(other)
+        self._check_shapes(other)
         shapes = {**other.shapes, **self.shapes}
         bits = {}
         for name in names:

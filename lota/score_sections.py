@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lota.estimates import mean_and_stderr
 from lota.plots import against_sparsity
@@ -11,6 +12,9 @@ from lota.run_groups import Group
 from lota.run_plots import bars
 from lota.run_reading import Run, Score
 from lota.run_sections import last, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HELD_OUT = "held-out loss"
 IN_PER_CENT = (
@@ -55,7 +59,7 @@ def _mean(group: Group, task: str, metric: str) -> Found | None:
     return (*mean_and_stderr([score.value for score in found]), len(found)) if found else None
 
 
-def _draw(found: Mapping[Group | str, Found], task: str, metric: str):
+def _draw(found: Mapping[Group | str, Found], task: str, metric: str) -> Figure:
     """Over sparsity; bars where no run has one."""
     scale = 100 if metric.endswith(IN_PER_CENT) else 1
     label = f"{metric.replace('_', ' ')} on {task}" + (" (%)" if scale == 100 else "")

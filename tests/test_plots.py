@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lota import plots
+from lota.run_plots import Line, bars, over_examples
 
 SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
@@ -181,3 +182,38 @@ def test_matplotlib_comes_on_first_use_and_keeps_its_settings():
         "assert matplotlib.rcParams['font.size'] == matplotlib.rcParamsDefault['font.size']"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lines_of_one_name_look_the_same_and_stand_in_the_legend_once():
+    panels = {
+        "training": [
+            Line("LoTA", [1, 2], [3.0, 2.0]),
+            Line("dense", [1], [4.0]),
+            Line("LoTA", [1, 2], [3.5, 1.0]),
+        ],
+        "held-out": [Line("LoTA", range(100), [float(i) for i in range(100)])],
+        "empty": [Line("nobody", [], [])],
+    }
+    figure = over_examples(panels, label="loss (nats per response token)", title="Loss")
+    training, held_out = figure.axes
+    first, dense, again = training.lines
+    assert first.get_color() == again.get_color() == held_out.lines[0].get_color() != dense.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoTA", "dense"]
+    assert first.get_marker() == "o" and held_out.lines[0].get_marker() == ""  # too many points to mark
+    with pytest.raises(ValueError, match="no line has a point"):
+        over_examples({"empty": panels["empty"]}, label="loss")
+
+
+def test_bars_have_values_errors_and_gaps(tmp_path):
+    panels = {"peak memory (GiB)": [(2.0, 0.5), None], "speed (tokens/s)": [(1234.5, None), (10.0, 0.0)]}
+    figure = bars(panels, ["a", "b"], tmp_path / "b.pdf")
+    memory, speed = figure.axes
+    assert [bar.get_width() for bar in memory.patches] == [2.0, 0.0]
+    assert [text.get_text() for text in memory.texts] == ["2", "-"]
+    assert [text.get_text() for text in speed.texts] == ["1,234", "10"]
+    assert memory.containers[0].lines[2][0].get_segments()[0][:, 0].tolist() == [1.5, 2.5]
+    assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ValueError, match="3 rows"):
+        bars(panels, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="no row has a value"):
+        bars({"x": [None]}, ["a"])
