@@ -101,3 +101,16 @@ def test_state_is_restored_on_the_device(tmp_path):
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu"))
     tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
     assert {t.device.type for t in tensors} == {"cuda"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_entries_come_back_on_the_device(dtype):
+    from lota.reference import starting_values, swapped
+
+    start = tiny.make("llama").to("cuda", dtype)
+    model, optimizer = train(start, tiny.random_mask(start), fused=True, strategy="even", dtype=dtype)
+    now = {p: p.detach().clone() for p in model.parameters()}
+    values = {p: torch.zeros_like(value) for p, value in starting_values(optimizer).items()}
+    with swapped(optimizer, values):
+        assert not any(torch.equal(p, now[p]) for p in optimizer.names)
+    assert all(torch.equal(p, now[p]) for p in model.parameters())

@@ -227,6 +227,16 @@ def test_a_continued_run_ends_with_the_same_bits(workplace, masked, monkeypatch,
     assert metrics(trainer)[-1]["rewards_train/margins"] == metrics(whole)[-1]["rewards_train/margins"]
 
 
+def test_a_snip_mask_of_the_preference_loss(workplace):
+    """Before training the policy is its own reference: its gradients are those of the loss at ln 2."""
+    how = ("snip=true", "snip_sparsity=0.9", f"save_snip_mask_path={workplace}/snip_mask.pt", "lr=3e-4")
+    trainer, _ = train(*DPO, *how, "do_first_eval=true")
+    lines = [line for line in metrics(trainer) if "rewards_eval/margins" in line]
+    assert lines[0]["loss/eval"] == pytest.approx(math.log(2))
+    assert lines[-1]["rewards_eval/margins"] > 0.5
+    assert Mask.load(workplace / "snip_mask.pt").n_kept == trainer.optimizer.n_trained
+
+
 def test_sft_on_the_preferred_answer():
     trainer, _ = train("datasets=[pairs]", "n_examples=8")
     task = get_task("pairs")
