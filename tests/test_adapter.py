@@ -178,7 +178,9 @@ def test_a_scope_without_linear_layers_is_refused(monkeypatch):
         train(*LORA, "model.scope=norm")
 
 
-@pytest.mark.parametrize("key", ["mask_path=m.pt", "protect_masks=[m.pt]", "freeze_odd_layers=true"])
+@pytest.mark.parametrize(
+    "key", ["mask_path=m.pt", "snip=true", "protect_masks=[m.pt]", "freeze_odd_layers=true"]
+)
 def test_lora_with_a_mask_is_refused_with_the_remedy(tmp_path, key):
     write_mask(tmp_path / "m.pt")
     with pytest.raises(ValueError, match=rf"{key.split('=')[0]}=.* with adapter=lora: .*drop"):
