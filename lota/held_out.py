@@ -22,7 +22,7 @@ from lota.evaluation_plan import held_out_rows
 from lota.journal import content_key
 from lota.losses import sequence_logps
 from lota.models import choose_pad_token_id
-from lota.prompting import Prompter
+from lota.prompting import Limits, Prompter
 from lota.training_data import example_of
 
 RESULTS = "held_out.json"
@@ -76,7 +76,8 @@ class HeldOut:
 
     def measure(self, model: Any, tokenizer: Any, folder: Path, name: str) -> Measured:
         """Scores the model; predictions go to <folder>/metrics. name: of the model, for the results."""
-        prompter = Prompter(tokenizer, self.config.chat_template)
+        limits = Limits(self.config.max_length, self.config.max_prompt_length)
+        prompter = Prompter(tokenizer, self.config.chat_template, limits)
         loss = self._loss(model, tokenizer, prompter)
         if self.task.metric is None:
             return Measured(None, None, loss)

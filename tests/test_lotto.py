@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lotto_runs import ledger, mask, run, with_tasks
-from runs import MODEL, ROOT, policy, same, write_mask
+from runs import MODEL, policy, write_mask
 from transformers import AutoModelForCausalLM
 
 from lota.data import Example, encode
@@ -133,27 +129,6 @@ def test_the_matrix_holds_the_ledgers_numbers(two):
     assert found["loss"]["forgetting"]["value"] == pytest.approx(lost)
     assert (lotto.folder / "forgetting.png").read_bytes().startswith(b"\x89PNG")
     assert "after two" in (lotto.folder / "forgetting.txt").read_text()
-
-
-KILLS = [
-    ("backward", 2, []), ("policy", 2, ["1_one/calibrate"]), ("ledger", 1, ["1_one/calibrate"]),
-    ("backward", 8, ["1_one/calibrate", "1_one/adapt"]), ("ledger", 2, ["1_one/calibrate"]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("moment", "n", "done"), KILLS)
-def test_killed_anywhere_the_same_command_continues(two, private_cache, moment, n, done):
-    command = [sys.executable, str(HERE / "killed_lotto.py"), moment, str(n)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    lotto, trainings = run()
-    reference = two[0]
-    assert same(after(lotto, 1), after(reference, 1))
-    for name in ("ledger.json", "ledger.txt", "forgetting.json"):
-        assert (lotto.folder / name).read_bytes() == (reference.folder / name).read_bytes()
-    assert not set(trainings.names) & set(done)
-    assert not list(lotto.folder.rglob("*.tmp"))
 
 
 def test_stages_on_disk_are_not_run_again_and_a_task_can_be_added(two, monkeypatch, tmp_path):
