@@ -37,7 +37,11 @@ def entropy_bytes(delta: Delta) -> float:
     The entropy of their positions among the entries of the parameters that changed, and every value in full.
     """
     parameters = [delta.parameters[name] for name in delta.names]
-    n, changed = sum(p.numel for p in parameters), delta.n_changed
+    values = sum(p.changed * p.dtype.itemsize for p in parameters)
+    return entropy_bits(sum(p.numel for p in parameters), delta.n_changed) / 8 + values
+
+
+def entropy_bits(n: int, changed: int) -> float:
+    """Entropy of n independent entries of which that share changed."""
     p = changed / n if n else 0.0
-    entropy = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0) * n  # bits
-    return entropy / 8 + sum(p.changed * p.dtype.itemsize for p in parameters)
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0) * n
