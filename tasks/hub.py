@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -44,6 +45,7 @@ def without_retries() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
+@functools.cache  # many tasks may ask, and a firewall may make each wait
 def _reachable(url: str) -> bool:
     parts = urlsplit(url)
     port = parts.port or (80 if parts.scheme == "http" else 443)
