@@ -2,9 +2,10 @@
 
     python scripts/merge_study.py --out study --seeds 0 1 2
 
-Each task is learnt alone by full fine-tuning (FFT), by LoTA under a mask of its own, and by LoTA under masks
-that share no entry; then the three are merged by each method, and every merged model is scored on every task.
-Finished stages are not run again. Writes study/results.json, table.md, merging.png and commands.txt.
+Each task is learnt alone by full fine-tuning (FFT), by LoTA under a mask of its own at two learning rates, or
+by LoTA under masks that share no entry. Then the three are merged by each method, and every merged model is
+scored on every task. Finished stages are not run again. Writes study/results.json, table.md, merging.png and
+commands.txt.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tasks import get_task  # noqa: E402
 
 BASE = ROOT / "assets" / "tiny-llama"
 TASKS = ("toy_sort", "toy_shift", "toy_reverse")
-LR = {"FFT": 1e-3, "LoTA": 1e-2, "LoTA, disjoint": 1e-2}
+LR = {"FFT": 1e-3, "LoTA": 1e-2, "LoTA, lr 3e-3": 3e-3, "LoTA, disjoint": 1e-2}
 SPARSITY = "0.9"
 METHODS = {
     "sum": "--method sum",
@@ -73,7 +74,7 @@ class Study:
     def learn(self, kind: str, task: str, seed: int) -> Path:
         """A task learnt alone: the folder with its policy.pt."""
         mask = "null" if kind == "FFT" else self.mask(kind, task, seed)
-        folder = self.out / str(seed) / f"{kind.replace(', ', '_')}_{task}"
+        folder = self.out / str(seed) / f"{slug(kind)}_{task}"
         epoch = folder / "epoch-1"
         self.run(
             f"train_single_gpu.py exp_name={folder.name} 'local_dirs=[{folder.parent}]' model=tiny "
@@ -86,7 +87,7 @@ class Study:
 
     def mask(self, kind: str, task: str, seed: int) -> Path:
         """Where FFT changed most; of disjoint masks, among what earlier tasks left."""
-        folder = self.out / str(seed) / "masks" / kind.replace(", ", "_")
+        folder = self.out / str(seed) / "masks" / slug(kind)
         earlier = TASKS[: TASKS.index(task)] if kind == "LoTA, disjoint" else ()
         protect = " ".join(str(self.mask(kind, name, seed)) for name in earlier)
         tuned = self.learn("FFT", task, seed)
@@ -100,7 +101,7 @@ class Study:
     def merge(self, kind: str, method: str, seed: int) -> Path:
         """The three tasks of one kind and seed, merged."""
         inputs = " ".join(str(self.learn(kind, task, seed)) for task in TASKS)
-        out = self.out / str(seed) / "merged" / f"{kind.replace(', ', '_')}_{list(METHODS).index(method)}"
+        out = self.out / str(seed) / "merged" / f"{slug(kind)}_{list(METHODS).index(method)}"
         draws = f" --seed {seed}" if "dare" in METHODS[method] else ""
         self.run(
             f"merge_models.py --base {BASE} --deltas {inputs} {METHODS[method]}{draws} --out {out}",
@@ -109,7 +110,7 @@ class Study:
         return out
 
     def score(self, model: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        """task -> accuracy and held-out nats per token, on `n_examples` seeded test rows."""
+        """task -> accuracy and held-out nats per token, on the first `n_examples` test rows."""
         file = model / "scores.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
         if set(names) <= set(found):
@@ -156,6 +157,11 @@ def held_out_nats(model, tokenizer, task, rows) -> float:
     return -sum(logliks(model, requests, batch_size=100)) / sum(len(after) for _, after in requests)
 
 
+def slug(kind: str) -> str:
+    """A kind of vector as part of a file name."""
+    return kind.replace(",", "").replace(" ", "_")
+
+
 def methods_for(kind: str) -> list[str]:
     """Vectors that share no entry are only added: no other method has anything to resolve."""
     return ["sum"] if kind == "LoTA, disjoint" else list(METHODS)
@@ -200,7 +206,7 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         cells = [_number(row["accuracy"][name], 100, 1) for name in (*TASKS, "mean")]
-        method = "(each task's own model)" if row["method"] == "alone" else row["method"]
+        method = "(not merged)" if row["method"] == "alone" else f"`{METHODS[row['method']]}`"
         lines.append(
             f"| {row['kind']} | {method} | {' | '.join(cells)} | {_number(row['nats']['mean'], 1, 3)} |"
         )
@@ -230,16 +236,19 @@ def overlaps(records: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Accuracy by task, a block of methods per kind of vector."""
-    names = (*TASKS, "mean")
+    """Accuracy averaged over the tasks: a row per kind of vector, a column per method."""
+    means = {(row["kind"], row["method"]): row["accuracy"]["mean"] for row in rows}
+    cells = [[means.get((kind, method), (None, None)) for method in ("alone", *METHODS)] for kind in LR]
     heatmap(
-        [[100 * row["accuracy"][name][0] for name in names] for row in rows],
-        [f"{row['kind']}: {'own models' if row['method'] == 'alone' else row['method']}" for row in rows],
-        list(names),
+        [[None if mean is None else 100 * mean for mean, _ in line] for line in cells],
+        list(LR),
+        ["not merged", *METHODS],
         path,
-        title=f"Three tasks merged into one model, {rows[0]['seeds']} seeds",
-        label="accuracy on the test split (%)",
-        errors=[[100 * (row["accuracy"][name][1] or 0) for name in names] for row in rows],
+        title=f"Three tasks merged into one model, mean of {rows[0]['seeds']} seeds",
+        label="mean accuracy (%)",
+        row_label="task vectors",
+        column_label="merged by",
+        errors=[[None if error is None else 100 * error for _, error in line] for line in cells],
         limits=(0, 100),
         fmt=".0f",
     )

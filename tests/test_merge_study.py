@@ -58,8 +58,8 @@ def records() -> list[dict]:
 def test_tables(records):
     rows = merge_study.summarize(records)
     lines = merge_study.table(rows).splitlines()
-    assert lines[2] == "| FFT | (each task's own model) | " + "90.0 ± 0.0 | " * 4 + "0.100 ± 0.000 |"
-    assert lines[3] == "| FFT | sum | " + "60.0 ± 10.0 | " * 4 + "0.400 ± 0.100 |"
+    assert lines[2] == "| FFT | (not merged) | " + "90.0 ± 0.0 | " * 4 + "0.100 ± 0.000 |"
+    assert lines[3] == "| FFT | `--method sum` | " + "60.0 ± 10.0 | " * 4 + "0.400 ± 0.100 |"
     overlaps = merge_study.overlaps(records).splitlines()
     assert overlaps[2] == "| FFT | 25.0 ± 0.0 % | 50.0 ± 0.0 % | 0.125 ± 0.000 |"
     assert overlaps[-1] == "| LoTA, disjoint | 0.0 ± 0.0 % | - | 0.000 ± 0.000 |"
