@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def sections_of(runs: Sequence[Run], base: Sequence[Score] = ()) -> list[Section]:
     """All that the runs have; the last section says what they have not."""
-    trained = [run for run in runs if not run.stages]
+    trained = [run for run in runs if not run.is_sequence]
     grouped = groups(trained)
     trained = [run for group in grouped for run in group.runs]
     notes: list[str] = []

@@ -13,11 +13,13 @@ import yaml
 from lota.checkpoint import CHECKPOINT_NAME
 from lota.config import Config
 from lota.config_checks import WEIGHT_NEUTRAL
+from lota.continual import NAME as FORGETTING_NAME
+from lota.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
 from lota.tables import short_names
 from lota.trainable import mask_or_dense
 
-LEDGER, FORGETTING = "ledger.json", "forgetting.json"
+FORGETTING = f"{FORGETTING_NAME}.json"
 SUMMARY = "metrics/summary.json"
 
 
@@ -47,12 +49,17 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     mask: Mask | None = None
     scores: list[Score] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Entry] = field(default_factory=list)
     forgetting: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
     lost_mask: bool = False
     name: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether it is a sequence of tasks, of lotto.py."""
+        return "tasks" in self.settings or bool(self.stages)
 
     @property
     def mask_path(self) -> str | None:
@@ -86,7 +93,7 @@ def read_runs(paths: list[str]) -> list[Run]:
     for path in dict.fromkeys(Path(path).expanduser().resolve() for path in paths):
         try:
             runs.append(read_run(path))
-            stages = sorted(path.glob("*/*/config.yaml")) if runs[-1].stages else []
+            stages = sorted(path.glob("*/*/config.yaml")) if runs[-1].is_sequence else []
             runs += [read_run(stage.parent, of_sequence=True) for stage in stages]
         except ValueError as error:
             problems.append(str(error))
@@ -103,8 +110,9 @@ def read_run(path: Path, of_sequence: bool = False) -> Run:
     of_sequence: the run of a stage, whose scores the sequence's ledger has.
     """
     run = Run(path, _settings(path))
-    if (path / LEDGER).is_file():
-        run.stages = _stages(path / LEDGER, run.notes)
+    if run.is_sequence or (path / LEDGER).is_file():
+        run.stages = Ledger(path).entries
+        run.notes += [] if run.stages else [f"{LEDGER} has no finished stage"]
         run.forgetting = _forgetting(path / FORGETTING, run.notes)
     else:
         run.log = _log(path / "metrics.jsonl", run.notes)
@@ -243,19 +251,3 @@ def _forgetting(file: Path, notes: list[str]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         notes.append(f"{file} holds no forgetting matrix: no standard errors of it")
         return {}
-
-
-def _stages(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    content = _json(file, notes)
-    try:
-        stages = [{**stage, "name": str(stage["name"])} for stage in content["tasks"]]
-        complete = all(
-            isinstance(stage[key], dict) for stage in stages for key in ("scores", "losses", "overlap")
-        )
-    except (KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise ValueError(f"{file} is no ledger of a sequence of tasks")
-    if not stages:
-        notes.append(f"{file.name} has no finished stage")
-    return stages

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lota import plots
+from lota.ledger import Entry
 from lota.report import Section, file_name
 from lota.run_reading import Run
 
@@ -58,8 +59,8 @@ def _matrix(run: Run, kind: str, part: str) -> tuple[list[str], dict[str, list[P
 
     What forgetting.json has besides: standard errors, and a first row for the model that it all started from.
     """
-    learnt = [stage["name"] for stage in run.stages]
-    tasks = list(dict.fromkeys([*learnt, *(task for stage in run.stages for task in stage[kind])]))
+    learnt = [stage.name for stage in run.stages]
+    tasks = list(dict.fromkeys([*learnt, *(task for stage in run.stages for task in getattr(stage, kind))]))
     more, order = run.forgetting.get(part, {}), run.forgetting.get("tasks", [])
     rows: dict[str, list[Pair]] = {}
     if "base" in more:
@@ -68,8 +69,8 @@ def _matrix(run: Run, kind: str, part: str) -> tuple[list[str], dict[str, list[P
         )
     for at, stage in enumerate(run.stages):
         errors = more.get("stderr", [])[at : at + 1]
-        rows[f"after {stage['name']}"] = _pairs(
-            tasks, stage[kind], _by_task(order, *errors) if errors else {}
+        rows[f"after {stage.name}"] = _pairs(
+            tasks, getattr(stage, kind), _by_task(order, *errors) if errors else {}
         )
     return tasks, rows
 
@@ -88,18 +89,14 @@ def _cell(value: float | None, error: float | None) -> str:
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _ledger(stages: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _ledger(stages: Sequence[Entry]) -> list[list[str]]:
     table = [["task", "kept", "free after it", "mask", "earlier task", "shared", "hash before", "hash after"]]
     for stage in stages:
-        first = [stage["name"], f"{stage['kept']:,}", f"{stage['free_after']:,}", str(stage["mask"] or "-")]
-        earlier = [
-            [
-                task,
-                f"{shared:,}",
-                *(str(stage[key].get(task, "-"))[:HASH_DIGITS] for key in ("hash_before", "hash_after")),
-            ]
-            for task, shared in stage["overlap"].items()
-        ]
+        first = [stage.name, f"{stage.kept:,}", f"{stage.free_after:,}", str(stage.mask or "-")]
+        earlier = []
+        for task, shared in stage.overlap.items():
+            hashes = (found.get(task, "-")[:HASH_DIGITS] for found in (stage.hash_before, stage.hash_after))
+            earlier.append([task, f"{shared:,}", *hashes])
         for at, line in enumerate(earlier or [["-"] * 4]):
             table.append([*(first if at == 0 else [""] * 4), *line])
     return table

@@ -74,7 +74,8 @@ def test_a_base_without_an_evaluation_is_refused(tmp_path):
 def test_a_sequence_stands_for_the_runs_of_its_stages(tmp_path):
     folder = run_folders.write_run(tmp_path / "two_tasks")
     stage = {"name": "a", "mask": None, "kept": 1, "free_after": 1, "scores": {"a": 1.0}}
-    (folder / "ledger.json").write_text(json.dumps({"tasks": [stage | {"overlap": {}, "losses": {}}]}))
+    stage |= {key: {} for key in ("overlap", "hash_before", "hash_after", "losses")}
+    (folder / "ledger.json").write_text(json.dumps({"tasks": [stage]}))
     for part in ("calibrate", "adapt"):
         run_folders.write_run(folder / "1_a" / part, log=run_folders.log_of([2.0, 1.0]))
     found = read_runs([str(folder), str(folder)])
@@ -82,3 +83,13 @@ def test_a_sequence_stands_for_the_runs_of_its_stages(tmp_path):
     assert found[1].series("nats_per_token/train") == ([8, 16], [2.0, 1.0])
     assert found[1].notes == []  # its scores are the ledger's
     assert found[0].notes == ["no forgetting.json"]
+
+
+def test_a_sequence_without_a_finished_stage(tmp_path, capsys):
+    folder = run_folders.write_run(tmp_path / "two_tasks")
+    with (folder / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("tasks: [a, b]\n")
+    run_folders.write_run(folder / "1_a" / "calibrate", log=run_folders.log_of([2.0, 1.0]))
+    plot_runs.main([str(folder), "--out", str(tmp_path / "f")])
+    assert "left out: two_tasks: ledger.json has no finished stage" in capsys.readouterr().out
+    assert (tmp_path / "f" / "loss.png").is_file()
