@@ -25,7 +25,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 toy=(model=tiny 'tasks=[toy_sort,toy_shift,toy_reverse]' sparsity=0.9 n_examples=3200 batch_size=16
      lr_scheduler=linear warmup_steps=20 calibrate.n_steps=100 calibrate.lr=1e-3 do_first_eval=false
      eval_every=100000 n_eval_examples=200 eval_batch_size=100)
-declare -A toy_lr=([lotto]=1e-2 [lota]=1e-2 [random]=1e-2 [lora]=3e-3 [fft]=3e-3)
+declare -A toy_lr=([lotto]=1e-2 [lota]=1e-2 [random]=1e-2 [lora]=5e-3 [fft]=3e-3)
 
 is_toy=true
 for setting in "$@"; do
