@@ -10,6 +10,7 @@ Contestants take turns within one process; medians, and ratios of medians.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -187,7 +188,7 @@ def _two_tasks(model: torch.nn.Module, folder: Path, sparsity: float) -> list[De
 
 
 def _alternating(change: Callable, states: list) -> Callable[[], object]:
-    turn = iter(int(1e9) * states)
+    turn = itertools.cycle(states)
     return lambda: change(next(turn))
 
 
@@ -195,13 +196,13 @@ def _peft(args: argparse.Namespace, config: Callable) -> Callable[[], object]:
     """Two random adapters, merged into the weights in turn."""
     from peft import get_peft_model
 
-    adapted = get_peft_model(build_model(args), config(), adapter_name="a")
-    adapted.add_adapter("b", config())
+    adapted = get_peft_model(build_model(args), config(), adapter_name="task1")
+    adapted.add_adapter("task2", config())
     for name, p in adapted.named_parameters():
         if "lora_" in name or "shira_" in name:
             torch.nn.init.normal_(p.data, std=0.01)
-    names = iter(int(1e9) * ["a", "b"])
-    adapted.merge_adapter(["b"])
+    names = itertools.cycle(["task1", "task2"])
+    adapted.merge_adapter(["task2"])
 
     def change() -> None:
         adapted.unmerge_adapter()
