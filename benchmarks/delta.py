@@ -10,6 +10,7 @@ Contestants take turns within one process; medians, and ratios of medians.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -150,11 +152,11 @@ def switch(args: argparse.Namespace) -> None:
         contestants: dict[str, Callable[[], object]] = {}
         for s in SPARSITIES:
             deltas = _two_tasks(model, Path(folder), s)
-            contestants[f"lota.switch, s={s}"] = _alternating(lambda d, m=model: lota.switch(m, d), deltas)
+            contestants[f"lota.switch, s={s}"] = _alternating(
+                partial(lota.switch, copy.deepcopy(model)), deltas
+            )
         tasks = [Path(folder) / f"{i}_{SPARSITIES[0]}" for i in range(2)]
-        contestants["load the other folder"] = _alternating(
-            lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16), tasks
-        )
+        contestants["load the other folder"] = _alternating(_load, tasks)
         target = build_model(args)
         contestants["copy the other folder's weights in"] = _alternating(
             lambda path: target.load_state_dict(load_file(path / "model.safetensors"), strict=False), tasks
@@ -166,6 +168,14 @@ def switch(args: argparse.Namespace) -> None:
         for name, value in seconds.items():
             print(f"{name:38} {1000 * value:9.1f} ms {value / first:8.2f} x")
         _forward(args, model)
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    """The model of a folder (in the page cache), every page of it read: transformers maps the file."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for p in model.parameters():
+        p.detach().view(-1)[::2048].sum()
+    return model
 
 
 def _two_tasks(model: torch.nn.Module, folder: Path, sparsity: float) -> list[Delta]:
