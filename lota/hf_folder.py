@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lota.atomic import TEMPORARY_SUFFIX, flush_directory, flush_to_disk, remove
 from lota.policy_file import tied_names
-from lota.stored import index_safetensors
+from lota.stored import index_safetensors, safetensors_files
 
 _TYPES = {
     torch.float64: "F64",
@@ -53,7 +53,7 @@ def disk_dtypes(
     """
     entries: Counter[torch.dtype] = Counter()
     dtypes = {}
-    for file in sorted(Path(name_or_path).expanduser().glob("*.safetensors")):
+    for file in safetensors_files(Path(name_or_path).expanduser()):
         for name, tensor in index_safetensors(file).items():
             if tensor.dtype.is_floating_point:
                 dtypes[name] = tensor.dtype
@@ -170,7 +170,7 @@ def check_replaceable(folder: Path, base: str | Path, option: str = "--save_path
         raise ValueError(
             f"{option} {folder} is the base itself and would be overwritten: name another folder"
         )
-    models = [*folder.glob("*.safetensors"), *folder.glob("config.json")]
+    models = [*safetensors_files(folder), *folder.glob("config.json")]
     if models and not (folder / RECORD).is_file():
         raise ValueError(
             f"{option} {folder} holds a model ({models[0].name}) that no conversion wrote, and it would be"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
@@ -32,7 +33,6 @@ _UNREADABLE = (
     TypeError,
     pickle.UnpicklingError,
     LookupError,
-    TypeError,
     AttributeError,
 )
 
@@ -96,7 +96,22 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / shard for shard in shards]
         if (folder / stem).is_file():
             return [folder / stem]
-    return sorted(folder.glob("*.safetensors"))
+    return safetensors_files(folder)
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files that hold weights: delta files, which hold changes, are left out."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if not _is_delta(path)]
+
+
+def _is_delta(path: Path) -> bool:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 2 <= length <= path.stat().st_size - 8 else b""
+    try:
+        return json.loads(text)["__metadata__"]["format"] == DELTA_FORMAT
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _looks_like_hub_id(path: str) -> bool:

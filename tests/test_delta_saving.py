@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lota.config_checks import differences, unused_settings
 from lota.convert import convert_policy
-from lota.delta import Delta, apply, verify
+from lota.delta import Delta, apply, extract, verify
 from lota.prompting import recorded_prompts
+from lota.weights import content_hash, open_weights
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,21 @@ def test_base_and_delta_are_what_the_converter_writes(tmp_path, precision):
             "max_prompt_length": trainer.config.max_prompt_length,
         }
     assert metrics(trainer)[-1]["step"] > 0
+
+
+def test_a_checkpoint_with_a_delta_beside_it_is_still_a_checkpoint(tmp_path):
+    write_mask(tmp_path / "mask.pt")
+    _, folder = train("save_delta=true", f"mask_path={tmp_path / 'mask.pt'}")
+    assert content_hash(open_weights(folder)) == content_hash(open_weights(folder / "policy.pt"))
+    extract(MODEL, folder, tmp_path / "again.safetensors")  # as a user names it: RUN/epoch-1
+    assert (
+        Delta.open(tmp_path / "again.safetensors").meta["tuned_hash"]
+        == Delta.open(folder / "delta.safetensors").meta["tuned_hash"]
+    )
+    convert_policy(MODEL, folder, folder)  # nor does it stand in the way of the converter
+    apply(MODEL, folder / "delta.safetensors", tmp_path / "applied")
+    assert content_hash(open_weights(folder)) == content_hash(open_weights(tmp_path / "applied"))
+    assert (folder / "delta.safetensors").is_file()
 
 
 def test_it_changes_nothing_else_and_a_run_continues_with_or_without(tmp_path):

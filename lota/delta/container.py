@@ -23,8 +23,9 @@ import zstandard
 from lota.atomic import atomic_path
 from lota.delta.codec import Row
 from lota.delta.layout import Parameter, segments
+from lota.stored import DELTA_FORMAT
 
-FORMAT, VERSION = "lota-delta", 1
+FORMAT, VERSION = DELTA_FORMAT, 1
 _BLANK = "0" * 64
 _WHOLE = ("version", "changed", "entries", "kept", "max_length", "max_prompt_length")
 _NUMBERS = {**dict.fromkeys(_WHOLE, int), "sparsity": float}
