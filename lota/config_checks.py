@@ -77,9 +77,10 @@ WEIGHT_NEUTRAL = frozenset(
 
 def _choice(key: str, value: Any, choices) -> Iterator[str]:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+        names = ["null" if choice is None else str(choice) for choice in choices]
+        near = difflib.get_close_matches(str(value), names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        yield f"{key}={value}: choose one of {', '.join(map(str, choices))}{hint}"
+        yield f"{key}={value}: choose one of {', '.join(names)}{hint}"
 
 
 def problems_of(c: Config) -> Iterator[str]:

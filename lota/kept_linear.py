@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -190,8 +191,11 @@ def _density(weight: nn.Parameter, optimizer: MaskedOptimizer) -> float:
 
 
 def _forward(module: nn.Module, optimizer: MaskedOptimizer, product: _Product) -> Callable[[Tensor], Tensor]:
+    """A forward bound to the module, so that a deep copy's is bound to the copy: that one computes as its
+    class does (a reference or an average of a model is often a deep copy of it).
+    """
     weight, transposed = module.weight, _is_conv1d(module)
-    usual, home = module.forward, module.weight.device
+    home = module.weight.device
     last_pass = -1
 
     def receive(a: Tensor, b: Tensor) -> None:
@@ -205,10 +209,11 @@ def _forward(module: nn.Module, optimizer: MaskedOptimizer, product: _Product) -
         last_pass = current
         optimizer.accumulate(weight, product(a, b))
 
-    def forward(x: Tensor) -> Tensor:
-        moved = module.weight.device != home  # the product stayed behind
-        if moved or torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype:
-            return usual(x)
-        return _KeptGradientLinear.apply(x, weight, module.bias, receive, transposed)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        moved = self.weight.device != home  # the product stayed behind
+        other = self is not module or moved or x.dtype != weight.dtype
+        if other or torch.is_autocast_enabled(x.device.type):
+            return type(self).forward(self, x)
+        return _KeptGradientLinear.apply(x, weight, self.bias, receive, transposed)
 
-    return forward
+    return MethodType(forward, module)

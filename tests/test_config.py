@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -139,6 +140,12 @@ def test_differences_name_what_changes_weights_only():
         "optimizer: RMSprop -> AdamW",
     ]
     assert set(old) >= WEIGHT_NEUTRAL
+
+
+def test_only_what_cannot_change_weights_is_left_out_of_the_names_of_jobs():
+    text = (CONFIG / "config.yaml").read_text()
+    left_out = yaml.safe_load(text)["hydra"]["job"]["config"]["override_dirname"]["exclude_keys"]
+    assert {key.split(".")[0] for key in left_out} == WEIGHT_NEUTRAL
 
 
 def test_folders(tmp_path, monkeypatch):

@@ -167,3 +167,22 @@ def test_a_model_that_is_moved_afterwards_forms_gradients_as_usual():
     assert "_KeptGradientLinear" in type(model(x).grad_fn).__name__
     model.to("meta")
     assert "_KeptGradientLinear" not in type(model(x.to("meta")).grad_fn).__name__
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_deep_copy_is_a_model_of_its_own(architecture):
+    model = tiny.make(architecture)
+    mask = tiny.random_mask(model, 0.3)
+    optimizer = lota.MaskedRMSprop(model, mask, lr=1e-2)
+    lota.fuse_in_backward(optimizer)
+    ids = tiny.batches(1)[0]
+    reference = copy.deepcopy(model)
+    before = reference(input_ids=ids).logits
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert torch.equal(reference(input_ids=ids).logits, before)
+    now = model(input_ids=ids).logits
+    assert not torch.equal(now, before)
+    reference(input_ids=ids, labels=ids).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in reference.parameters())
+    assert not optimizer._pending and torch.equal(model(input_ids=ids).logits, now)

@@ -36,7 +36,7 @@ def test_each_loss_has_its_own_keys_with_their_defaults():
             "loss=dpo loss.reference_free=true loss.importance_correction=true",
             "loss.importance_correction=true",
         ),
-        ("loss=dpo model.reference=swapped", "model.reference=swapped: choose one of None, swap"),
+        ("loss=dpo model.reference=swapped", "model.reference=swapped: choose one of null, swap"),
         (
             "loss=dpo model.reference=swap model.reference_archive=a",
             "choose model.reference=model or precomputed",
