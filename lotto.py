@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lota.config_checks import unknown_keys
-from lota.lotto_config import LottoConfig
+from lota.lotto.config import LottoConfig
 from train_single_gpu import guarded, resolve
 
 SCHEMA = "schema"  # the node that config/config.yaml starts from
@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> None:
     with guarded():
         typed_overrides(cfg)
         config = resolve(cfg, LottoConfig)
-        from lota.lotto import Lotto  # slow to import: settings are checked first
+        from lota.lotto.driver import Lotto  # slow to import: settings are checked first
         from tasks import get_task
         from trainers import TRAINERS
 

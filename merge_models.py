@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lota.merge import METHODS, make_rule
-from lota.merge_folder import Merged, plan_merge
-from lota.mergekit_yaml import equivalent, write_yaml
+from lota.merge.folder import Merged, plan_merge
+from lota.merge.mergekit_yaml import equivalent, write_yaml
+from lota.merge.rules import METHODS, make_rule
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lota.mask_sections import mask_sections
-from lota.report import Section, write_report
-from lota.run_groups import groups
-from lota.run_reading import Run, Score, read_base, read_runs
-from lota.run_sections import curves, memory_and_speed, overview
-from lota.score_sections import score_sections
-from lota.sequence_sections import compared, sequence_sections
+from lota.report.groups import groups
+from lota.report.mask_sections import mask_sections
+from lota.report.page import Section, write_report
+from lota.report.reading import Run, Score, read_base, read_runs
+from lota.report.run_sections import curves, memory_and_speed, overview
+from lota.report.score_sections import score_sections
+from lota.report.sequence_sections import compared, sequence_sections
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

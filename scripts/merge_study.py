@@ -32,8 +32,8 @@ from lota.decoding import Decoding  # noqa: E402
 from lota.estimates import mean_and_stderr  # noqa: E402
 from lota.evaluation import evaluate_task, load_pair  # noqa: E402
 from lota.loglik import logliks  # noqa: E402
-from lota.plots import heatmap  # noqa: E402
 from lota.prompting import Prompter  # noqa: E402
+from lota.report.plots import heatmap  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 BASE = ROOT / "assets" / "tiny-llama"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lota.method_table import compare, text_table, write_table
-from lota.run_reading import read_base
+from lota.report.method_table import compare, text_table, write_table
+from lota.report.reading import read_base
 
 
 def main(arguments: list[str] | None = None) -> None:

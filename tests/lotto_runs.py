@@ -11,8 +11,8 @@ from hydra.core.config_store import ConfigStore
 from runs import MODEL, ROOT
 
 from lota.config import Config
-from lota.lotto import Lotto
-from lota.lotto_config import LottoConfig
+from lota.lotto.config import LottoConfig
+from lota.lotto.driver import Lotto
 from lota.masks import Mask
 from tasks import get_task
 

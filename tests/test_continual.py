@@ -8,9 +8,9 @@ import statistics
 
 import pytest
 
-from lota.continual import Matrix, report
 from lota.estimates import mean, ratio
-from lota.held_out import Measured
+from lota.lotto.continual import Matrix, report
+from lota.lotto.held_out import Measured
 
 # scores of two examples per task; a[i][j] on task j after stage i
 SCORES = {

@@ -13,7 +13,7 @@ from runs import MODEL, policy, write_mask
 from transformers import AutoModelForCausalLM
 
 from lota.data import Example, encode
-from lota.lotto import Lotto
+from lota.lotto.driver import Lotto
 from lota.models import load_model, load_tokenizer
 from tasks import get_task
 

@@ -11,8 +11,8 @@ from runs import write_mask
 from test_config import CONFIG, commented_keys, keys_of
 
 from lota.config import Config, ModelConfig
-from lota.lotto import Lotto
-from lota.lotto_config import LottoConfig
+from lota.lotto.config import LottoConfig
+from lota.lotto.driver import Lotto
 from lota.masks import Mask
 from lota.scope import find_scope, meta_model
 from tasks import get_task
@@ -140,7 +140,7 @@ def test_a_mask_of_another_model_is_refused(workplace):
 
 
 def test_a_folder_of_another_run_is_refused(workplace, monkeypatch):
-    from lota.lotto_folder import OpenSequence
+    from lota.lotto.folder import OpenSequence
 
     config = settings()
     with OpenSequence(config), pytest.raises(ValueError, match="another process"):

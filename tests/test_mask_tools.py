@@ -12,15 +12,15 @@ import runs
 import tiny
 import torch
 
-from lota import mask_tools
-from lota.mask_making import random_like
-from lota.mask_statistics import density, overlap
 from lota.masks import Mask
+from lota.masks import __main__ as mask_tools
+from lota.masks.making import random_like
+from lota.masks.statistics import density, overlap
 from lota.tables import aligned, short_names
 
 OWN_MEMORY = """
 import re, sys
-from lota.mask_tools import load_masks
+from lota.masks.__main__ import load_masks
 
 def own():  # kB of the process that are no file's
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])

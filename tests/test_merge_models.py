@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import merge_models
 from lota.delta import Delta, extract
-from lota.merge import METHODS
+from lota.merge.rules import METHODS
 from lota.weights import open_weights
 
 NAMES = ("a", "b", "c")

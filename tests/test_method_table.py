@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lota.masks import Mask
-from lota.method_table import compare
+from lota.report.method_table import compare
 from scripts import summarize
 
 TASK = "toy"

@@ -16,7 +16,7 @@ import torch
 
 import plot_runs
 from lota.masks import Mask
-from lota.run_reading import read_runs
+from lota.report.reading import read_runs
 from tests.test_plots import outside, texts_overlap, ticks
 
 SORT = [1.0, 0.0, 1.0, 1.0]

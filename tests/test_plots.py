@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from lota import plots
-from lota.run_plots import Line, bars, over_examples
+from lota.report import plots
+from lota.report.curves import Line, bars, over_examples
 
 SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
@@ -176,7 +176,7 @@ def test_against_sparsity_refuses(tmp_path):
 
 def test_matplotlib_comes_on_first_use_and_keeps_its_settings():
     code = (
-        "import sys, lota.plots as p; assert 'matplotlib' not in sys.modules;"
+        "import sys, lota.report.plots as p; assert 'matplotlib' not in sys.modules;"
         "p.heatmap([[1]], ['a'], ['b'], title='', label='');"
         "import matplotlib; assert 'matplotlib.pyplot' not in sys.modules;"
         "assert matplotlib.rcParams['font.size'] == matplotlib.rcParamsDefault['font.size']"

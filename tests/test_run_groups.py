@@ -5,8 +5,8 @@ from __future__ import annotations
 import run_folders
 
 from lota.masks import Mask
-from lota.run_groups import groups
-from lota.run_reading import read_runs
+from lota.report.groups import groups
+from lota.report.reading import read_runs
 
 
 def names(folder, *runs: str) -> dict[str, int]:

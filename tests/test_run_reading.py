@@ -8,7 +8,7 @@ import pytest
 import run_folders
 
 import plot_runs
-from lota.run_reading import read_runs
+from lota.report.reading import read_runs
 
 
 def test_what_is_not_there_is_left_out_and_said(tmp_path, capsys):

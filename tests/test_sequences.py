@@ -8,7 +8,7 @@ import math
 import pytest
 import yaml
 
-from lota import sequences
+from lota.lotto import sequences
 
 
 def write_run(folder, method, seed, matrix, tasks=("a", "b")):

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
-from lota.mask_files import first
-from lota.mask_making import MAKE, made_of
-from lota.mask_statistics import density, overlap
-from lota.mask_views import density_text, draw_density, draw_overlap, overlap_text
 from lota.masks import Mask
+from lota.masks.files import first
+from lota.masks.making import MAKE, made_of
+from lota.masks.statistics import density, overlap
+from lota.masks.views import density_text, draw_density, draw_overlap, overlap_text
 from lota.scope import find_scope, meta_model
 from lota.selection import DEFAULT_SCOPE
 from lota.tables import short_names
@@ -148,3 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         {"show": show, "compare": compare}.get(args.tool, make)(args)
     except (ValueError, OSError) as error:
         sys.exit(f"lota.masks {args.tool}: {error}")
+
+
+if __name__ == "__main__":
+    main()

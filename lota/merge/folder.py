@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from lota.atomic import atomic_path, write_json
 from lota.hf_folder import check_shard_size
-from lota.merge import Rule
-from lota.merge_inputs import Entries, Vector, open_vectors
-from lota.merge_statistics import Statistics
+from lota.merge.inputs import Entries, Vector, open_vectors
+from lota.merge.rules import Rule
+from lota.merge.statistics import Statistics
 from lota.runlog import versions
 from lota.scope import meta_model
 from lota.stored import checkpoint_files

@@ -1,6 +1,6 @@
 """Sequences of tasks by several methods and seeds: one table, and two heat maps.
 
-    python -m lota.sequences RUN... --out FOLDER
+    python -m lota.lotto.sequences RUN... --out FOLDER
 
 Runs of `lotto.py` that differ in the seed only are one line: means, +- one standard error over the seeds.
 Writes comparison.txt, comparison.json, final.png (the score on each task after the last one) and first.png
@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 
 from lota.atomic import atomic_path, write_json
-from lota.continual import NAME, Number, number
 from lota.estimates import mean_and_stderr
-from lota.plots import heatmap
+from lota.lotto.continual import NAME, Number, number
+from lota.report.plots import heatmap
 from lota.tables import aligned
 
 
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(args.out / "comparison.json", content)
         draw(groups, args.out, "score" if args.kind == "score" else "held-out loss (nats per token)")
     except (ValueError, OSError) as error:
-        sys.exit(f"lota.sequences: {error}")
+        sys.exit(f"lota.lotto.sequences: {error}")
     print(text)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lota.atomic import atomic_path, write_json
 from lota.estimates import mean_and_stderr
-from lota.run_groups import Group, groups
-from lota.run_reading import Run, read_runs
+from lota.report.groups import Group, groups
+from lota.report.reading import Run, read_runs
 
 COLUMNS = ("method", "sparsity", "trained entries", "lr", "score", "seeds", "examples/s", "peak MiB")
 logger = logging.getLogger(__name__)

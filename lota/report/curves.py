@@ -1,4 +1,4 @@
-"""Figures of training runs: curves over the examples seen, bars of memory and speed (see lota/plots.py)."""
+"""Figures of training runs: curves over the examples seen, bars of memory and speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lota.figures import (
+from lota.report.figures import (
     CHARACTER,
     PALETTE,
     WIDTH,

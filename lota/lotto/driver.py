@@ -3,8 +3,8 @@
 For each task: calibrate (dense, what earlier tasks keep frozen), extract a mask within what is free, adapt
 from the result of the task before, evaluate on all tasks. The other methods leave out what they do not have.
 
-    <run>/config.yaml            the settings            <run>/ledger.json, .txt        lota/ledger.py
-    <run>/base/                  results of the base     <run>/forgetting.json, ...     lota/continual.py
+    <run>/config.yaml            the settings            <run>/ledger.json, .txt      lota/lotto/ledger.py
+    <run>/base/                  results of the base     <run>/forgetting.json, ...   lota/lotto/continual.py
     <run>/1_<task>/calibrate/    a training run          <run>/1_<task>/0.9_mask.pt     its mask
     <run>/1_<task>/adapt/        a training run          <run>/1_<task>/held_out.json   results after it
 """
@@ -22,12 +22,12 @@ import torch
 
 from lota.checkpoint import POLICY, newest_checkpoint
 from lota.config import Config
-from lota.continual import report, table
-from lota.held_out import Measured, measure_all
-from lota.ledger import Entry, Ledger, values_hash
-from lota.lotto_check import Checked, check, union
-from lota.lotto_config import LottoConfig
-from lota.lotto_folder import OpenSequence
+from lota.lotto.check import Checked, check, union
+from lota.lotto.config import LottoConfig
+from lota.lotto.continual import report, table
+from lota.lotto.folder import OpenSequence
+from lota.lotto.held_out import Measured, measure_all
+from lota.lotto.ledger import Entry, Ledger, values_hash
 from lota.masks import Mask
 from lota.models import dtype_of, load_model, load_tokenizer
 from lota.selection import extract

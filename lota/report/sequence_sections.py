@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lota import plots
-from lota.ledger import Entry
-from lota.report import Section, file_name
-from lota.run_reading import Run
+from lota.lotto.ledger import Entry
+from lota.report import plots
+from lota.report.page import Section, file_name
+from lota.report.reading import Run
 
 # key of the ledger -> key of forgetting.json, title, what the values are
 KINDS = {

@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from lota.atomic import atomic_path
-from lota.merge import METHODS, Rule
-from lota.merge_folder import Merge
-from lota.merge_inputs import DeltaVector
+from lota.merge.folder import Merge
+from lota.merge.inputs import DeltaVector
+from lota.merge.rules import METHODS, Rule
 
 NAMES = {
     "sum": "task_arithmetic",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lota.held_out import HeldOut
-from lota.ledger import Ledger
-from lota.lotto_config import LottoConfig
-from lota.lotto_folder import check_folder
+from lota.lotto.config import LottoConfig
+from lota.lotto.folder import check_folder
+from lota.lotto.held_out import HeldOut
+from lota.lotto.ledger import Ledger
 from lota.masks import Mask
 from lota.preflight import prepare
 from lota.scope import find_scope, meta_model

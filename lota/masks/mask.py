@@ -1,4 +1,4 @@
-"""Masks: which entries of which parameters may change. `python -m lota.masks` works on files of them.
+"""Masks: which entries of which parameters may change.
 
 A mask lists, per parameter name, the *kept* positions (those that train). A parameter that a mask does
 not list is frozen; the names it lists are its scope, also those with nothing kept. Bits are packed eight to
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lota import mask_files
-from lota.mask_files import first, pack, unpack
+from lota.masks import files as mask_files
+from lota.masks.files import first, pack, unpack
 
 ORIGIN = ("scope", "base", "base_hash", "score", "flipped")  # metadata of where a mask comes from
 
@@ -277,9 +277,3 @@ class Mask:
         mapped: leave the bits on disk until they are looked at; the file must not change meanwhile.
         """
         return cls(*mask_files.read(path, mapped))
-
-
-if __name__ == "__main__":
-    from lota.mask_tools import main
-
-    main()

@@ -21,8 +21,8 @@ from typing import Any
 
 from lota.atomic import atomic_path, write_json
 from lota.estimates import Estimate, mean_of
-from lota.held_out import Measured
-from lota.plots import heatmap
+from lota.lotto.held_out import Measured
+from lota.report.plots import heatmap
 
 NAME = "forgetting"  # .json, .txt, .png, _loss.png
 BASE = "base"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lota.figures import (
+from lota.report.figures import (
     CHARACTER,
     LINES,
     WIDTH,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
-from lota.mask_statistics import density, overlap
-from lota.mask_views import density_table, draw_density, draw_overlap, overlap_table
 from lota.masks import Mask
-from lota.report import Section, file_name
-from lota.run_reading import Run
+from lota.masks.statistics import density, overlap
+from lota.masks.views import density_table, draw_density, draw_overlap, overlap_table
+from lota.report.page import Section, file_name
+from lota.report.reading import Run
 from lota.tables import short_names
 
 OVERLAP_TEXT = (

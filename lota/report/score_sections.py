@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lota.estimates import mean_and_stderr
-from lota.plots import against_sparsity
-from lota.report import Section, file_name
-from lota.run_groups import Group
-from lota.run_plots import bars
-from lota.run_reading import Run, Score
-from lota.run_sections import last, number
+from lota.report.curves import bars
+from lota.report.groups import Group
+from lota.report.page import Section, file_name
+from lota.report.plots import against_sparsity
+from lota.report.reading import Run, Score
+from lota.report.run_sections import last, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lota.estimates import mean_and_stderr
-from lota.run_reading import Run, weight_settings
+from lota.report.reading import Run, weight_settings
 
 SCORE_NAMES = {  # what rated the entries of a mask -> method
     "task_vector": "LoTA",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lota import plots
-from lota.mask_statistics import Density, Overlap
+from lota.masks.statistics import Density, Overlap
+from lota.report import plots
 from lota.tables import aligned
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lota.atomic import atomic_path
-from lota.figures import png
+from lota.report.figures import png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,10 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from lota.report import Section
-from lota.run_groups import Group
-from lota.run_plots import Line, bars, over_examples
-from lota.run_reading import Run
+from lota.report.curves import Line, bars, over_examples
+from lota.report.groups import Group
+from lota.report.page import Section
+from lota.report.reading import Run
 
 WINDOWS = 200  # points of a curve at most
 SPLITS = {"training": "train", "held-out": "eval"}

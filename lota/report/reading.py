@@ -13,8 +13,8 @@ import yaml
 from lota.checkpoint import CHECKPOINT_NAME
 from lota.config import Config
 from lota.config_checks import WEIGHT_NEUTRAL
-from lota.continual import NAME as FORGETTING_NAME
-from lota.ledger import LEDGER, Entry, Ledger
+from lota.lotto.continual import NAME as FORGETTING_NAME
+from lota.lotto.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
 from lota.tables import short_names
 from lota.trainable import mask_or_dense

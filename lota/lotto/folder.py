@@ -11,7 +11,7 @@ import yaml
 
 from lota.atomic import TEMPORARY_SUFFIX, remove
 from lota.config_checks import differences
-from lota.lotto_config import LottoConfig
+from lota.lotto.config import LottoConfig
 from lota.run_folder import REPLACED, lock_folder, move, recover, write_settings
 
 _STAGE = re.compile(r"\d+_.+")

@@ -1,0 +1,1 @@
+"""Sequences of tasks in one model (LoTTO, arXiv 2406.16797): stages, ledger, forgetting."""

@@ -1,0 +1,5 @@
+"""Masks: which entries of which parameters may change; `python -m lota.masks` works on files of them."""
+
+from lota.masks.mask import ORIGIN, Mask, kept_count
+
+__all__ = ["ORIGIN", "Mask", "kept_count"]

@@ -1,0 +1,1 @@
+"""Runs read back, and figures, tables and a page made of them."""
