@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens per row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps per method")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps per method")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
