@@ -77,8 +77,8 @@ SCORES = {
 DATA_DRIVEN = tuple(name for name, score in SCORES.items() if score.collects)
 
 
-def uniform(span: streaming.Span, seed: int) -> np.ndarray:
-    """fp32 numbers on (0, 1], the same for a position however the spans are cut."""
+def uniform(span: streaming.Span, seed: int | str) -> np.ndarray:
+    """fp32 numbers on (0, 1], the same for a position however the spans are cut; others for another seed."""
     key = hashlib.sha256(f"{seed}:{span.name}".encode()).digest()[:16]
     generator = np.random.Philox(key=int.from_bytes(key, "little"))
     generator.advance(span.start // 8)  # one step of the counter gives 4 x 64 bits: eight entries

@@ -47,12 +47,15 @@ class Rule:
     granularity: str = "element"
 
     def __post_init__(self) -> None:
+        problems = []
         for key, choices in (("score", SCORES), ("per", PER), ("granularity", GRANULARITIES)):
             value = getattr(self, key)
             if value not in choices:
                 near = difflib.get_close_matches(str(value), choices, 1, 0)
                 hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"{key}={value!r}: choose one of {', '.join(choices)}{hint}")
+                problems.append(f"{key}={value!r}: choose one of {', '.join(choices)}{hint}")
+        if problems:
+            raise ValueError("\n".join(problems))
 
 
 def extract(

@@ -116,7 +116,10 @@ def test_rows_by_data(folder):
     "options, messages",
     [
         ("--score gradient", ["name tasks with --datasets"]),
-        ("--score fischer --datasets mini", ["score='fischer'", "did you mean fisher"]),
+        (
+            "--score fischer --datasets mini --per module",
+            ["score='fischer'", "did you mean fisher", "per='module'"],
+        ),
         ("--score snip --datasets minni", ["unknown task 'minni'"]),
         ("--score snip --datasets mini --score_batches 0", ["--score_batches 0: must be at least 1"]),
         ("--score snip --datasets mini --batch_size 0", ["batch_size=0: must be at least 1"]),

@@ -12,6 +12,7 @@ import runs
 import tiny
 import torch
 
+import lota
 from lota.masks import Mask
 from lota.masks import __main__ as mask_tools
 from lota.masks.making import random_like
@@ -160,6 +161,12 @@ def test_random_like_keeps_the_counts_and_follows_the_seed(files, tmp_path):
         abs(overlap(original, first).both - overlap(original, first).expected)
         < 5 * overlap(first, other).deviation
     )
+
+
+def test_a_random_mask_is_drawn_anew_also_under_its_own_seed():
+    drawn = lota.extract(runs.MODEL, score="random", sparsities=[0.9], seed=0)[0.9]
+    found = overlap(drawn, random_like(drawn, 0))
+    assert abs(found.both - found.expected) < 5 * found.deviation
 
 
 def test_every_entry_is_as_likely_as_any_other():

@@ -28,10 +28,12 @@ def random_like(mask: Mask, seed: int) -> Mask:
 
 
 def _random_keys(seed: int) -> Keys:
-    """The keys of `extract_masks.py --score random`."""
+    """Numbers other than those of `extract_masks.py --score random` with that seed: where the mask is such a
+    one, the same numbers would give the same mask.
+    """
 
     def keys(span: Span) -> np.ndarray:
-        return uniform(span, seed).view(np.int32)
+        return uniform(span, f"random-like {seed}").view(np.int32)
 
     return keys
 
