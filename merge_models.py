@@ -56,6 +56,11 @@ def report(merged: Merged, method: str) -> str:
         lines.append(
             f"not exact: {merged.shared:,} entries are changed by several and hold base + their sum, rounded"
         )
+    if len(merged.prompts["chat_template"]) > 1:
+        lines.append(
+            f"trained with chat_template {' and '.join(merged.prompts['chat_template'])}: say which by "
+            "--chat_template when you evaluate; without it, prompts are written without one"
+        )
     return "\n".join([*lines, f"wrote {merged.folder}"])
 
 
@@ -72,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
             seed=args.seed,
         )
         plan = plan_merge(args.base, args.deltas, rule, args.out, args.max_shard_size)
+        if args.export_mergekit and Path(args.export_mergekit).is_dir():
+            raise ValueError(f"--export-mergekit {args.export_mergekit} is a folder: name a file")
         config = equivalent(plan) if args.export_mergekit else None
         with tqdm(total=plan.entries, unit=" entries", unit_scale=True, desc="merge", disable=None) as bar:
             merged = plan.run(bar.update)

@@ -42,8 +42,9 @@ def flush_to_disk(path: Path) -> None:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary name beside `path` for a file or folder; rename it to `path` if the block succeeds.
 
-    An existing file is replaced in one step; an existing folder is moved aside first and removed afterwards.
-    On failure the temporary is removed and what was at `path` stays.
+    An existing file is replaced in one step; an existing folder is moved aside first and removed afterwards,
+    for another folder only: a file in its place is an IsADirectoryError. On failure the temporary is removed
+    and what was at `path` stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         flush_to_disk(temporary)
         if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a file cannot take the place of a folder", str(path))
             old = path.with_name(f".{path.name}.old{TEMPORARY_SUFFIX}")
             remove(old)
             os.replace(path, old)

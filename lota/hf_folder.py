@@ -31,6 +31,7 @@ _TYPES = {
     torch.bool: "BOOL",
 }
 RECORD = "conversion.json"  # lists the files of a folder that we wrote and may replace
+MERGE_RECORD = "merge.json"  # of a folder that merging wrote: inputs, rule, statistics
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -7,6 +7,7 @@ may stand in front of it.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ import jinja2
 from lota.config_checks import CHAT_TEMPLATES
 from lota.data import encode_prompt
 from lota.delta.reader import Delta
-from lota.hf_folder import RECORD
+from lota.hf_folder import MERGE_RECORD, RECORD
 from lota.journal import content_key
-from lota.run_settings import PROMPT_SETTINGS
+from lota.run_settings import PROMPT_SETTINGS, run_settings
 
 NO_CHAT_TEMPLATE = "never"  # prompts are the task's own text, with no chat template around it
 
@@ -125,15 +126,25 @@ def recorded_limits(model: str) -> Limits | None:
 
 
 def recorded_prompts(model: str) -> dict[str, Any]:
-    """PROMPT_SETTINGS of the run that a converted folder or a delta comes from; None for those not known."""
+    """PROMPT_SETTINGS of the runs that a converted or merged folder, or a delta, comes from.
+
+    None for those not known, and for those in which merged runs differ.
+    """
     if model.endswith(".safetensors"):
         return {name: Delta.open(model).meta.get(name) for name in PROMPT_SETTINGS}
-    file = Path(model).expanduser() / RECORD
+    files = [Path(model).expanduser() / name for name in (RECORD, MERGE_RECORD)]
+    file = next((file for file in files if file.is_file()), files[0])
     try:
         record = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
         return {name: record.get(name) for name in PROMPT_SETTINGS}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): convert the model anew") from error
+
+
+def trained_prompts(path: str | os.PathLike) -> dict[str, Any]:
+    """The same of what may also be a run's own folder or policy.pt."""
+    run = run_settings(Path(path))
+    return run.prompts if run.chat_template else recorded_prompts(str(path))
 
 
 class Prompter:

@@ -101,10 +101,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def safetensors_files(folder: Path) -> list[Path]:
     """A folder's safetensors files that hold weights: delta files, which hold changes, are left out."""
-    return [path for path in sorted(folder.glob("*.safetensors")) if not _is_delta(path)]
+    return [path for path in sorted(folder.glob("*.safetensors")) if not is_delta(path)]
 
 
-def _is_delta(path: Path) -> bool:
+def is_delta(path: Path) -> bool:
+    """Whether the header says that this is a delta file; whether it is whole, `lota.delta` finds out."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if 2 <= length <= path.stat().st_size - 8 else b""

@@ -13,6 +13,7 @@ import torch
 from delta_models import bits, change, save_model
 from tiny import random_mask
 
+from lota.atomic import atomic_path
 from lota.delta import Delta, extract
 from lota.delta.layout import SEGMENT, Parameter, segments
 from lota.masks import Mask
@@ -189,6 +190,27 @@ def test_other_files_are_no_deltas(tmp_path, pair):
     (tmp_path / "d.safetensors").write_bytes(newer)
     with pytest.raises(ValueError, match="update lota"):
         Delta.open(tmp_path / "d.safetensors")
+
+
+def test_what_lies_at_the_place_to_write_to_is_not_lost(tmp_path, pair):
+    base, tuned = pair
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        extract(base, tuned, base)
+    with pytest.raises(ValueError, match="no delta file: name a new file"):
+        extract(base, tuned, base / "model.safetensors")
+    assert (base / "config.json").is_file() and (base / "model.safetensors").read_bytes() == before
+    extract(base, tuned, tmp_path / "d.safetensors")
+    extract(base, base, tmp_path / "d.safetensors")  # a delta file is replaced
+    assert Delta.open(tmp_path / "d.safetensors").n_changed == 0
+
+
+def test_no_file_takes_the_place_of_a_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes").write_text("mine")
+    with pytest.raises(IsADirectoryError), atomic_path(tmp_path / "folder") as temporary:
+        temporary.write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "notes"]
 
 
 def test_models_that_do_not_belong_together(tmp_path, pair):

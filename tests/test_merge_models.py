@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import merge_models
 from lota.delta import Delta, extract
 from lota.merge.rules import METHODS
+from lota.prompting import Limits, recorded_choice, recorded_limits
 from lota.weights import open_weights
 
 NAMES = ("a", "b", "c")
@@ -242,6 +244,22 @@ def refused(
         merge(folder, inputs, out, method, *more, base=base)
     assert sorted(path for path in out.parent.rglob("*")) == before, "something was written"
     return str(error.value)
+
+
+def test_evaluation_writes_prompts_as_the_runs_did(disjoint, tmp_path, capsys):
+    """One input is a converted folder, one a delta of another such folder, one unknown."""
+    for name, choice in (("a", "auto"), ("b", "auto"), ("c", "never")):
+        shutil.copytree(disjoint / name, tmp_path / name)
+        record = {"files": [], "chat_template": choice, "max_length": 64, "max_prompt_length": 32}
+        (tmp_path / name / "conversion.json").write_text(json.dumps(record))
+    extract(disjoint / "base", tmp_path / "b", tmp_path / "b.safetensors")
+    inputs = [tmp_path / "a", tmp_path / "b.safetensors", disjoint / "c"]
+    alike = str(merge(disjoint, inputs, tmp_path / "alike", "ties"))
+    assert recorded_choice(alike) == "auto" and recorded_limits(alike) == Limits(64, 32)
+    assert "--chat_template" not in capsys.readouterr().out
+    differing = str(merge(disjoint, [*inputs, tmp_path / "c"], tmp_path / "differing", "ties"))
+    assert recorded_choice(differing) == "never" and recorded_limits(differing) == Limits(64, 32)
+    assert "trained with chat_template auto and never" in capsys.readouterr().out
 
 
 def test_deltas_of_different_bases(disjoint, tmp_path, capsys):

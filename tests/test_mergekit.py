@@ -186,3 +186,7 @@ def test_what_mergekit_cannot_do_is_refused_before_merging(runs, tmp_path):
             merge(folder, tmp_path / "out", method, *more, inputs=inputs)
         assert all(word in str(error.value) for word in ("--export-mergekit", *words))
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.yml").exists()
+    (tmp_path / "out.yml").mkdir()
+    with pytest.raises(SystemExit, match=r"out\.yml is a folder"):
+        merge(folder, tmp_path / "out", "ties", inputs=["a", "b"])
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.yml").is_dir()

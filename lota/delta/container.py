@@ -23,7 +23,7 @@ import zstandard
 from lota.atomic import atomic_path
 from lota.delta.codec import Row
 from lota.delta.layout import Parameter, segments
-from lota.stored import DELTA_FORMAT
+from lota.stored import DELTA_FORMAT, is_delta
 
 FORMAT, VERSION = DELTA_FORMAT, 1
 _BLANK = "0" * 64
@@ -65,6 +65,15 @@ def read(path: Path) -> Content:
     except (KeyError, ValueError, TypeError, AttributeError, zstandard.ZstdError) as error:
         raise ValueError(f"{path} is no whole delta file: {error}") from error
     return Content(raw["checksum"], meta, parameters, index["segments"], starts)
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """Raise ValueError where a delta file would take the place of a folder or of something else."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder: name a file, such as {path / 'delta.safetensors'}")
+    if path.exists() and not is_delta(path):
+        raise ValueError(f"--out {path} exists and is no delta file: name a new file")
 
 
 def write(
@@ -156,7 +165,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             if meta["format"] != FORMAT:
                 raise KeyError("format")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no delta file, or is damaged in its first {length} bytes") from error
+            raise ValueError(f"{path} is no delta file, or its header is damaged") from error
         if str(meta.get("version", "")).isdigit() and int(meta["version"]) > VERSION:
             raise ValueError(
                 f"{path} has delta version {meta['version']}, this reads up to {VERSION}: update lota"

@@ -19,7 +19,7 @@ from lota.delta.codec import Row, encode
 from lota.delta.layout import SEGMENT, Parameter, Piece, Segment, segments
 from lota.masks import Mask
 from lota.pairing import open_whole
-from lota.prompting import recorded_prompts
+from lota.prompting import trained_prompts
 from lota.run_settings import run_settings
 from lota.streaming import in_order, worker_count
 from lota.weights import StreamingHash, WeightSource
@@ -66,17 +66,19 @@ def extract(
     would write it, in the dtypes of the base's files. mask: nothing may have changed outside of it. task: a
     name for the metadata, by default the data sets of its run. model: folder whose config gives the names,
     where neither side has one. tuned_id: what the metadata call the tuned model, by default its path.
-    Raises ValueError for models that do not belong together, a grown vocabulary, or changes outside the mask.
+    Raises ValueError for models that do not belong together, a grown vocabulary, changes outside the mask, or
+    an `out` that is something else than a delta file.
     """
+    out = Path(out).expanduser()
+    container.check_target(out)
     mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else mask
     before, after = open_whole(base, tuned, model)
     encoder = _Encoder(before, after, mask)
-    run = run_settings(Path(tuned))
     meta = {
         "base": before.id,
         "tuned": tuned_id or after.id,
-        "task": task or ",".join(run.datasets) or None,
-        **(run.prompts if run.chat_template else recorded_prompts(str(tuned))),
+        "task": task or ",".join(run_settings(Path(tuned)).datasets) or None,
+        **trained_prompts(tuned),
     }
     return container.write(out, encoder.parameters, encoder.coded(), lambda: encoder.finish(meta))
 

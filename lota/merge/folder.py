@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lota.atomic import atomic_path, write_json
-from lota.hf_folder import check_shard_size
-from lota.merge.inputs import Entries, Vector, open_vectors
+from lota.hf_folder import MERGE_RECORD, check_shard_size
+from lota.merge.inputs import Entries, Vector, open_vectors, prompt_settings
 from lota.merge.rules import Rule
 from lota.merge.statistics import Statistics
 from lota.runlog import versions
@@ -23,17 +23,19 @@ from lota.stored import checkpoint_files
 from lota.streamed_folder import check_writable, write_like
 from lota.weights import WeightSource, content_hash, open_weights
 
-RECORD = "merge.json"
-
 
 @dataclass
 class Merged:
-    """What was written. shared: entries that several vectors change; exact: `sum` where there are none."""
+    """What was written. shared: entries that several vectors change; exact: `sum` where there are none.
+
+    prompts: settings by which the inputs' runs wrote prompts -> the values that they had.
+    """
 
     folder: Path
     statistics: Statistics
     shared: int
     exact: bool
+    prompts: dict[str, list[Any]]
 
 
 @dataclass
@@ -70,8 +72,9 @@ class Merge:
             folder.mkdir()
             write_like(self.base, self.source, self.model, folder, pass_.value_of, self.max_shard_size)
             exact = self.rule.method == "sum" and pass_.shared == 0
-            merged = Merged(self.out, pass_.statistics, pass_.shared, exact)
-            write_json(folder / RECORD, self._record(merged))
+            prompts = prompt_settings(self.vectors)
+            merged = Merged(self.out, pass_.statistics, pass_.shared, exact, prompts)
+            write_json(folder / MERGE_RECORD, self._record(merged))
         return merged
 
     def _record(self, merged: Merged) -> dict[str, Any]:
@@ -81,6 +84,8 @@ class Merge:
             "rule": asdict(self.rule),
             "shared": merged.shared,
             "exact": merged.exact,
+            # evaluation renders and cuts prompts as the runs did, where they did alike
+            **{name: found[0] if len(found) == 1 else None for name, found in merged.prompts.items()},
             **merged.statistics.to_dict(),
             "versions": versions(torch.device("cpu")),
         }

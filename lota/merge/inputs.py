@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from lota.delta import Delta
 from lota.delta.bits import as_integers
 from lota.pairing import open_whole
+from lota.prompting import trained_prompts
+from lota.run_settings import PROMPT_SETTINGS
 from lota.weights import WeightSource
 
 SPARSE_BELOW = 1 / 3  # a listed entry takes three times the memory of one that is not (position and value)
@@ -40,9 +42,10 @@ class Entries:
 
 
 class Vector(Protocol):
-    """A task vector that is read tensor by tensor."""
+    """A task vector that is read tensor by tensor. prompts: how its run wrote them, None where not known."""
 
     id: str
+    prompts: dict[str, Any]
 
     def entries(self, name: str, base: Tensor) -> Entries | None:
         """The part in the parameter `name`, whose base value is given; None where nothing changes."""
@@ -54,6 +57,7 @@ class DeltaVector:
 
     def __init__(self, delta: Delta):
         self.delta, self.id = delta, str(delta.path)
+        self.prompts = {name: delta.meta.get(name) for name in PROMPT_SETTINGS}
 
     def entries(self, name: str, base: Tensor) -> Entries | None:
         if name not in self.delta.shapes:
@@ -70,6 +74,7 @@ class ModelVector:
 
     def __init__(self, source: WeightSource):
         self.source, self.id = source, source.id
+        self.prompts = trained_prompts(self.id)
 
     def entries(self, name: str, base: Tensor) -> Entries | None:
         before, after = base.reshape(-1), self.source.read(name).reshape(-1)
@@ -103,6 +108,14 @@ def open_vectors(paths: Sequence[str | os.PathLike], base: WeightSource) -> tupl
     if problems:
         raise ValueError("\n".join(problems))
     return vectors, next(iter(hashes.values()), None)
+
+
+def prompt_settings(vectors: Sequence[Vector]) -> dict[str, list[Any]]:
+    """PROMPT_SETTINGS -> the values that the vectors' runs had, each once, where they are known."""
+    return {
+        name: list(dict.fromkeys(v.prompts[name] for v in vectors if v.prompts[name] is not None))
+        for name in PROMPT_SETTINGS
+    }
 
 
 def _open(path: str | os.PathLike, base: WeightSource) -> Vector:
