@@ -83,41 +83,66 @@ def _change(model: nn.Module, wanted: list[Delta]) -> None:
     now = present
     try:
         for delta, role in steps:
-            _check(delta, parameters, role, now)
-            _flip(delta, parameters)
+            _turn(delta, parameters, role, now)
             done.append(delta)
             now = [other for other in now if other is not delta] if role == "tuned" else [*now, delta]
     except BaseException:
         for delta in reversed(done):
-            _flip(delta, parameters)
+            for name in delta.names:
+                _flip(delta, name, parameters[name])
         raise
     _attached[model] = now
 
 
-def _check(delta: Delta, parameters: Mapping[str, Tensor], role: str, now: list[Delta]) -> None:
-    """Raise ValueError unless the entries that the delta changes are those of its `role`, base or tuned."""
-    total = 0
-    for number, name in enumerate(delta.parameters):
-        if not delta.changed(name):
-            continue
-        parameter = _parameter(delta, parameters, name)
-        positions = delta.on(parameter.device, name).positions
-        values = parameter.view(-1).index_select(0, positions)
-        stored = values.to(delta.dtype(name))
-        if not torch.equal(as_integers(stored.to(values.dtype)), as_integers(values)):
-            break
-        total += weight(number) * fingerprint(positions, as_integers(stored))
-    if as_hex(total) == delta.meta[f"{role}_fingerprint"]:
-        return
+def _turn(delta: Delta, parameters: Mapping[str, Tensor], role: str, now: list[Delta]) -> None:
+    """Change a delta's entries; where they are not those of its `role` (base or tuned) change them back and
+    raise ValueError. Checking and changing in one pass reads every entry once.
+    """
+    found = {name: _parameter(delta, parameters, name) for name in delta.names}
+    total, turned = 0, []
+    try:
+        for number, name in enumerate(delta.parameters):
+            if name not in found:
+                continue
+            sum_ = _flip(delta, name, found[name])
+            if sum_ is None:
+                break
+            turned.append(name)
+            total += weight(number) * sum_
+        if len(turned) < len(found) or as_hex(total) != delta.meta[f"{role}_fingerprint"]:
+            raise ValueError(_why_not(delta, role, now))
+    except BaseException:
+        for name in turned:
+            _flip(delta, name, found[name])
+        raise
+
+
+def _flip(delta: Delta, name: str, parameter: Tensor) -> int | None:
+    """XOR a parameter's entries; returns the fingerprint of what they were. Nothing happens, and None is
+    returned, where they hold values that the delta's dtype does not have.
+    """
+    flat = parameter.view(-1)
+    positions, xors = delta.on(flat.device, name)
+    values = flat.index_select(0, positions)
+    stored = values.to(delta.dtype(name))
+    if stored is not values and not torch.equal(as_integers(stored.to(values.dtype)), as_integers(values)):
+        return None
+    bits = as_integers(stored)
+    flat.index_copy_(0, positions, (bits ^ xors).view(stored.dtype).to(flat.dtype))
+    return fingerprint(positions, bits)
+
+
+def _why_not(delta: Delta, role: str, now: list[Delta]) -> str:
+    """Why a delta's entries are not those of its role."""
     if role == "tuned":
-        raise ValueError(
+        return (
             f"entries that {delta.path} changed were changed again since, by training or another tool, which "
             "cannot be undone: load the base again"
         )
     for other in now:
         if shared := delta.overlap(other):
-            raise ValueError(f"{delta.path} changes {shared:,} entries of {other.path}, which is attached")
-    raise ValueError(
+            return f"{delta.path} changes {shared:,} entries of {other.path}, which is attached"
+    return (
         f"this model is not the base of {delta.path}: the entries that it changes have other values than in "
         f"{delta.meta['base']}"
     )
@@ -140,12 +165,3 @@ def _parameter(delta: Delta, parameters: Mapping[str, Tensor], name: str) -> Ten
             f"load it with dtype={known.dtype}, or load what `python -m lota.delta apply` writes in any dtype"
         )
     return found
-
-
-def _flip(delta: Delta, parameters: Mapping[str, Tensor]) -> None:
-    for name in delta.names:
-        flat = parameters[name].view(-1)
-        positions, xors = delta.on(flat.device, name)
-        stored = flat.index_select(0, positions).to(delta.dtype(name))
-        changed = (as_integers(stored) ^ xors).view(stored.dtype)
-        flat.index_copy_(0, positions, changed.to(flat.dtype))

@@ -32,7 +32,9 @@ def fingerprint(positions: Tensor, bits: Tensor) -> int:
     wide = bits.to(torch.int64)
     if bits.element_size() < 8:
         wide &= (1 << 8 * bits.element_size()) - 1
-    return int((wide * (2 * positions + 1)).sum())  # int64 wraps around, which keeps the remainder
+    # int64 wraps around, which keeps the remainder; only a CPU has a dot product of integers
+    products = wide.dot(positions) if wide.device.type == "cpu" else (wide * positions).sum()
+    return 2 * int(products) + int(wide.sum())
 
 
 def weight(number: int) -> int:
