@@ -111,7 +111,7 @@ def write_masks(args: argparse.Namespace, pair: Pair, masks: dict[float, Mask]) 
     return folder
 
 
-def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]) -> None:
+def print_table(args: argparse.Namespace, pair: Pair, folder: Path, masks: dict[float, Mask]) -> None:
     print(f"{'sparsity':>9} {'kept':>15} {'of':>15} {'threshold':>12}  file")
     for typed in dict.fromkeys(args.sparsities):
         mask = masks[float(typed)]
@@ -123,10 +123,13 @@ def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]
             f"{typed:>9} {mask.n_kept:>15,} {mask.n_total:>15,} {shown:>12}  {folder}/{typed}_mask.pt{short}"
         )
     typed = "0.9" if "0.9" in args.sparsities else args.sparsities[-1]
+    base = f"model.name_or_path={pair.structure}"
+    if pair.structure != args.base:  # weights without a config and a tokenizer of their own
+        base += f" model.archive={args.base}"
     print(
         "\nnext, adapt (a mask wants about ten times the learning rate of dense training):\n"
         f"  python -u train_single_gpu.py mask_path={folder}/{typed}_mask.pt loss=sft model=blank_model "
-        f"model.name_or_path={args.model or args.base} 'datasets=[TASK]' exp_name={args.name}_{typed} lr=1e-4"
+        f"{base} 'datasets=[TASK]' exp_name={args.name}_{typed} lr=1e-4"
     )
 
 
@@ -140,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = write_masks(args, pair, masks)
     except (ValueError, OSError) as error:
         sys.exit(f"extract_masks.py: {error}")
-    print_table(args, folder, masks)
+    print_table(args, pair, folder, masks)
 
 
 if __name__ == "__main__":

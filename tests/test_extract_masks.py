@@ -46,6 +46,16 @@ def test_files_summary_table_and_next_command(pair, tmp_path, capsys):
         assert list(row["per_layer"]) == ["0", "1"]
         assert re.search(rf"{re.escape(name)} +{mask.n_kept:,} +{mask.n_total:,}", shown)
     assert f"train_single_gpu.py mask_path={out}/gsm8k/0.9_mask.pt" in shown
+    assert f"model.name_or_path={base_path} 'datasets" in shown
+
+
+def test_the_next_command_starts_from_the_weights_that_the_mask_is_of(pair, tmp_path, capsys):
+    folder, _, base, _ = pair
+    policy = tmp_path / "policy.pt"
+    torch.save({"step_idx": 1, "state": base.state_dict(), "metrics": {}}, policy)
+    sides = f"--base {policy} --model {folder} --score magnitude"
+    extract_masks.main(f"{sides} --name x --out {tmp_path} --sparsities 0.9".split())
+    assert f"model.name_or_path={folder} model.archive={policy} 'datasets" in capsys.readouterr().out
 
 
 def test_dense_format_lists_every_parameter(pair, tmp_path):
