@@ -74,6 +74,8 @@ def _folder_name(overrides: str) -> str:
 
 def closing_words(trainer, folder: Path | None) -> str:
     """What was made and what to do next."""
+    from lota.run_model import model_folder  # slow to import: settings are checked first
+
     config = trainer.config
     if folder is None:
         return "debug run: nothing was saved"
@@ -87,8 +89,9 @@ def closing_words(trainer, folder: Path | None) -> str:
             f"--name {config.datasets[0]}"
         )
     else:
+        model = shlex.quote(model_folder(config.model.name_or_path, config.model.archive))
         step = (
-            f"python convert_policy_to_hf_resize.py --model_path {base} --policy_path {folder}/policy.pt "
+            f"python convert_policy_to_hf_resize.py --model_path {model} --policy_path {folder}/policy.pt "
             f"--save_path {folder}"
         )
     return f"\ncheckpoint:      {folder}\n{trained}\nnext:            {step}"

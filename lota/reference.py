@@ -27,7 +27,7 @@ from lota.journal import config_key
 from lota.losses import response_logps
 from lota.masked_optimizer import MaskedOptimizer
 from lota.models import dtype_of, load_config, load_model, mean_row
-from lota.policy_file import is_policy
+from lota.run_model import model_folder
 from lota.stored_logps import FOLDER, LogpsFile, hash_and_lengths
 from lota.training_data import plan
 from lota.weights import WeightSource, content_hash, open_weights
@@ -176,7 +176,7 @@ class PrecomputedReference:
         own = settings.reference_archive is None
         archive = settings.archive if own else settings.reference_archive
         source = self.run.base() if own else open_weights(archive)
-        folder = settings.name_or_path if archive is None or is_policy(archive) else archive
+        folder = model_folder(settings.name_or_path, archive)
         return {
             "model": content_hash(source),
             "model_config": config_key(load_config(folder)),

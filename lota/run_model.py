@@ -15,6 +15,11 @@ from lota.scope import meta_model
 from lota.weights import open_weights
 
 
+def model_folder(name_or_path: str, archive: str | None) -> str:
+    """Folder or hub id with the config of a run's starting weights: a policy.pt has name_or_path's."""
+    return name_or_path if archive is None or is_policy(archive) else archive
+
+
 def run_tokenizer(config: Config) -> Any:
     """The tokenizer, with the pad token that the run adds. Raises ValueError for one without an end token."""
     tokenizer = load_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path)
@@ -59,7 +64,7 @@ def run_structure(config: Config, tokenizer: Any, key: str = "archive") -> nn.Mo
         raise ValueError(f"model.{key}={archive} does not exist: give a Hugging Face folder or a policy.pt")
     from_policy = archive is not None and is_policy(archive)
     try:
-        model = meta_model(config.model.name_or_path if archive is None or from_policy else archive)
+        model = meta_model(model_folder(config.model.name_or_path, archive))
     except (OSError, KeyError) as error:
         raise ValueError(
             f"model.name_or_path={config.model.name_or_path}: no model there: {error}"

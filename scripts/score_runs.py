@@ -20,12 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import convert_policy_to_hf_resize
 import eval_model_all
 from lota.checkpoint import POLICY, newest_checkpoint
+from lota.policy_file import is_policy
+from lota.run_model import model_folder
 
 
 def base_of(run: Path) -> str:
     """The weights that a run started from."""
     model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
     return model["archive"] or model["name_or_path"]
+
+
+def config_of(run: Path) -> str:
+    """Folder or hub id that has the config of a run's model."""
+    model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+    return model_folder(model["name_or_path"], model["archive"])
 
 
 def has_score(folder: Path, task: str) -> bool:
@@ -40,7 +48,7 @@ def score_run(run: Path, task: str, more: list[str]) -> None:
     folder = newest[0]
     print(f"\n=== {run}", flush=True)
     convert_policy_to_hf_resize.main(
-        ["--model_path", base_of(run), "--policy_path", str(folder / POLICY), "--save_path", str(folder)]
+        ["--model_path", config_of(run), "--policy_path", str(folder / POLICY), "--save_path", str(folder)]
     )
     evaluate(str(folder), folder, task, more)
 
@@ -66,7 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
         bases = {base_of(run) for run in runs}
         if len(bases) > 1:
             sys.exit(f"score_runs.py: the runs start from several models, {sorted(bases)}: omit --base_out")
-        evaluate(bases.pop(), args.base_out, args.task, more)
+        base = bases.pop()
+        if is_policy(base):
+            sys.exit(f"score_runs.py: the runs start from {base}: convert it first, or omit --base_out")
+        evaluate(base, args.base_out, args.task, more)
     for run in runs:
         score_run(run, args.task, more)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import convert_policy_to_hf_resize
 from lota.data import Example, encode_pair, epoch_batches
 from lota.masks import Mask
 from lota.scope import find_scope, meta_model
+from scripts import score_runs
 from tasks import get_task
+from train_single_gpu import closing_words
 
 DPO = ("loss=dpo", "datasets=[pairs]")
 
@@ -291,3 +295,16 @@ def test_margins_grow_on_real_held_out_pairs(stories, shared, workplace):
     for name, value in policy(folder).items():
         kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
         assert torch.equal(value[~kept], start[name][~kept]), name
+
+
+def test_the_next_command_converts_what_started_from_a_policy(masked, tmp_path):
+    """Preference tuning starts where SFT ended: from weights that have no config beside them."""
+    _, start = train("datasets=[mini]", "exp_name=sft", "n_examples=8")
+    trainer, folder = train(*masked, f"model.archive={start}", "n_examples=8")
+    command = closing_words(trainer, folder).partition("python convert_policy_to_hf_resize.py ")[2]
+    convert_policy_to_hf_resize.main(shlex.split(command))
+    assert (score_runs.base_of(folder.parent), score_runs.config_of(folder.parent)) == (
+        str(start),
+        str(MODEL),
+    )
+    assert same(AutoModelForCausalLM.from_pretrained(folder).state_dict(), policy(folder))
