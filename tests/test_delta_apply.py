@@ -258,7 +258,7 @@ print(peak(extract, base, tuned, delta), peak(apply, base, delta, out), peak(ver
 
 def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path):
     config = hf_models.LlamaConfig(
-        vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=4
+        vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=4
     )
     torch.manual_seed(0)
     model = hf_models.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -270,5 +270,5 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path):
     paths = [str(tmp_path / name) for name in ("base", "tuned", "d.safetensors", "out")]
     done = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert size > 90  # MiB; the largest tensor has 2
-    assert max(map(float, done.stdout.split())) < 45
+    assert size > 180  # MiB; the largest tensor has 2
+    assert max(map(float, done.stdout.split())) < 70

@@ -16,7 +16,7 @@ MODEL_CONFIGS = sorted((ROOT / "config" / "model").glob("*.yaml"))
 def test_model_config_composes_with_every_key(file):
     keys = {
         "name_or_path", "tokenizer_name_or_path", "archive", "block_name", "policy_dtype", "fsdp_policy_mp",
-        "reference_dtype", "pad_token", "scope",
+        "reference", "reference_archive", "reference_dtype", "pad_token", "scope",
     }  # fmt: skip
     with initialize_config_dir(str(file.parent), version_base=None):
         config = OmegaConf.to_container(compose(file.stem))
