@@ -101,12 +101,14 @@ def open_whole(
     sources = {role: open_weights(path, None if own[role] else structure) for role, path in sides.items()}
     expected, held = ({n: source.shape(n) for n in source.names()} for source in sources.values())
     held |= _further(sources["tuned"], expected)
-    both = [n for n in expected if n in held]
-    grown = [n for n in both if held[n][1:] == expected[n][1:] and held[n][:1] > expected[n][:1]]
+    differing = [n for n in expected if held.get(n) != expected[n]]
+    only_grown = all(
+        n in held and held[n][1:] == expected[n][1:] and held[n][:1] > expected[n][:1] for n in differing
+    )
     try:
         _check_same(expected, held, base, sources["tuned"])
     except ValueError as error:
-        if not grown:
+        if not differing or not only_grown:
             raise
         raise ValueError(
             f"{error}\n  its vocabulary has grown: cut the new rows off first, with "

@@ -22,6 +22,7 @@ from lota.delta.reader import Delta
 from lota.hf_folder import MERGE_RECORD, RECORD
 from lota.journal import content_key
 from lota.run_settings import PROMPT_SETTINGS, run_settings
+from lota.stored import is_delta
 
 NO_CHAT_TEMPLATE = "never"  # prompts are the task's own text, with no chat template around it
 
@@ -130,7 +131,7 @@ def recorded_prompts(model: str) -> dict[str, Any]:
 
     None for those not known, and for those in which merged runs differ.
     """
-    if model.endswith(".safetensors"):
+    if Path(model).expanduser().is_file() and is_delta(Path(model).expanduser()):
         return {name: Delta.open(model).meta.get(name) for name in PROMPT_SETTINGS}
     files = [Path(model).expanduser() / name for name in (RECORD, MERGE_RECORD)]
     file = next((file for file in files if file.is_file()), files[0])

@@ -185,6 +185,8 @@ def test_other_files_are_no_deltas(tmp_path, pair):
         Delta.open(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match="no delta file"):
         Delta.open(pair[0] / "model.safetensors")
+    with pytest.raises(ValueError, match="is a folder"):
+        Delta.open(tmp_path)
     extract(*pair, tmp_path / "d.safetensors")
     newer = (tmp_path / "d.safetensors").read_bytes().replace(b'"version":"1"', b'"version":"2"')
     (tmp_path / "d.safetensors").write_bytes(newer)
@@ -222,6 +224,11 @@ def test_models_that_do_not_belong_together(tmp_path, pair):
     grown.save_pretrained(tmp_path / "grown")
     with pytest.raises(ValueError, match="does not belong to"):
         extract(base, tmp_path / "deeper", tmp_path / "d.safetensors")
+    wider = hf_models.LlamaConfig(**{**hf_models.WIDE, "hidden_size": 64, "intermediate_size": 96})
+    hf_models.AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="of another shape") as error:
+        extract(base, tmp_path / "wider", tmp_path / "d.safetensors")
+    assert "vocabulary has grown" not in str(error.value)
     with pytest.raises(ValueError, match=r"vocabulary has grown.*--vocab base"):
         extract(base, tmp_path / "grown", tmp_path / "d.safetensors")
     assert not list(tmp_path.glob("*.safetensors*"))

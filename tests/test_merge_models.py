@@ -257,6 +257,9 @@ def test_evaluation_writes_prompts_as_the_runs_did(disjoint, tmp_path, capsys):
     alike = str(merge(disjoint, inputs, tmp_path / "alike", "ties"))
     assert recorded_choice(alike) == "auto" and recorded_limits(alike) == Limits(64, 32)
     assert "--chat_template" not in capsys.readouterr().out
+    (tmp_path / "b.safetensors").rename(tmp_path / "renamed")  # the name does not matter
+    assert recorded_choice(str(tmp_path / "renamed")) == "auto"
+    inputs[1] = tmp_path / "renamed"
     differing = str(merge(disjoint, [*inputs, tmp_path / "c"], tmp_path / "differing", "ties"))
     assert recorded_choice(differing) == "never" and recorded_limits(differing) == Limits(64, 32)
     assert "trained with chat_template auto and never" in capsys.readouterr().out

@@ -153,6 +153,10 @@ def _checksum(file: BinaryIO) -> tuple[int, str]:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """(header, byte where the data start), every byte of the file checked."""
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder: give the delta file in it, such as {path / 'delta.safetensors'}"
+        )
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a delta file (python -m lota.delta extract makes one)")
     size = path.stat().st_size

@@ -175,12 +175,16 @@ def align(parts: Sequence[Entries | None], numel: int) -> tuple[Tensor | None, l
     size = numel if positions is None else positions.numel()
     vectors, touches = [], torch.zeros(size, dtype=torch.int16)
     for part in parts:
-        vector = torch.zeros(size)
-        if part is not None:
-            where = places(part, positions)
-            vector[where] = part.values
-            touches[where] += part.changed.to(torch.int16)
-        vectors.append(vector)
+        if part is None:
+            vectors.append(torch.zeros(size))
+            continue
+        where = places(part, positions)
+        touches[where] += part.changed.to(torch.int16)
+        if part.positions is None:  # it lists everything, in order
+            vectors.append(part.values)
+        else:
+            vectors.append(torch.zeros(size))
+            vectors[-1][where] = part.values
     return positions, vectors, touches
 
 

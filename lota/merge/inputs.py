@@ -20,6 +20,7 @@ from lota.delta.bits import as_integers
 from lota.pairing import open_whole
 from lota.prompting import trained_prompts
 from lota.run_settings import PROMPT_SETTINGS
+from lota.stored import is_delta
 from lota.weights import WeightSource
 
 SPARSE_BELOW = 1 / 3  # a listed entry takes three times the memory of one that is not (position and value)
@@ -78,6 +79,8 @@ class ModelVector:
 
     def entries(self, name: str, base: Tensor) -> Entries | None:
         before, after = base.reshape(-1), self.source.read(name).reshape(-1)
+        if after.dtype == before.dtype and torch.equal(as_integers(after), as_integers(before)):
+            return None
         values, tuned = after.float() - before.float(), after.to(base.dtype)
         changed = (values != 0) | (as_integers(tuned) != as_integers(before))
         n_changed = int(changed.sum())
@@ -123,7 +126,7 @@ def _open(path: str | os.PathLike, base: WeightSource) -> Vector:
     local = Path(path).expanduser()
     if local.is_dir() and not (local / "config.json").is_file() and (local / "delta.safetensors").is_file():
         local = local / "delta.safetensors"
-    if not (local.is_file() and local.suffix == ".safetensors"):
+    if not (local.is_file() and (local.suffix == ".safetensors" or is_delta(local))):
         return ModelVector(open_whole(base.id, path)[1])
     delta = Delta.open(local)
     taken = {name: (parameter.shape, parameter.dtype) for name, parameter in delta.parameters.items()}

@@ -205,7 +205,7 @@ def make_rule(
         problems.append(
             f"--density has {len(densities)} numbers for {count} task vectors: give one, or one each"
         )
-    wrong = [number for number in densities if not 0 < number <= 1]
+    wrong = list(dict.fromkeys(number for number in densities if not 0 < number <= 1))
     if wrong:
         problems.append(f"--density {_shown(wrong)}: the share that stays must be above 0 and at most 1")
     elif thin is None and min(densities) < 1:
