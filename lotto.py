@@ -33,7 +33,8 @@ def typed_overrides(cfg: DictConfig) -> None:
                 typed = OmegaConf.merge(OmegaConf.structured(LottoConfig), given)
                 cfg.task_overrides[task] = _given_only(OmegaConf.to_container(typed), given)
             except OmegaConfBaseException as error:
-                lines = [f"{place}: {str(error).splitlines()[0]}"]
+                key = f"{place}.{error.full_key}" if getattr(error, "full_key", None) else place
+                lines = [f"{key}: {str(error).splitlines()[0]}"]
         problems += lines
     if problems:
         raise ValueError("\n".join(problems))

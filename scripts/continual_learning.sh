@@ -7,7 +7,7 @@
 # Arguments are settings of lotto.py and go to every sequence. From the environment:
 #   SEEDS="0 1 2"      a whole repetition each: data order, calibration, masks
 #   METHODS="..."      of lotto, lota, random, lora, fft
-#   OUT=continual      results: OUT/comparison.{txt,json,png}, OUT/runs/<method>_<seed>/
+#   OUT=continual      results: OUT/comparison.{txt,json}, OUT/{final,first}.png, OUT/runs/<method>_<seed>/
 #   JOBS=2             sequences at a time, each on one core
 # Give the same command again after an interruption: what is finished is skipped, a started sequence goes on.
 set -euo pipefail

@@ -82,7 +82,8 @@ BAD = [
     (["flip_mask=true", "debug=true"], ["flip_mask=True", "debug=True"]),
     (["+task_overrides.tow.lr=1"], ["task_overrides.tow", "did you mean two?"]),
     (["+task_overrides.one.leaning_rate=1"], ["unknown key task_overrides.one.leaning_rate"]),
-    (["+task_overrides.one.lr=fast"], ["task_overrides.one", "'fast'", "Float"]),
+    (["+task_overrides.one.lr=fast"], ["task_overrides.one.lr: ", "'fast'", "Float"]),
+    (["+task_overrides.one.calibrate.lr=fast"], ["task_overrides.one.calibrate.lr: ", "'fast'"]),
     (["+task_overrides.one.n_eval_examples=3"], ["one for all tasks"]),
     (["+task_overrides.one.mask_path=m.pt", "method=fft"], ["method=fft trains without masks"]),
     (["+task_overrides.one.mask_path=absent.pt"], ["absent.pt does not exist"]),
@@ -97,6 +98,10 @@ def test_bad_settings_are_refused_before_anything_is_trained(workplace, override
     text = refused(*overrides)
     assert [part for part in expected if part not in text] == []
     assert not (workplace / "cache").exists()
+
+
+def test_a_mistake_is_told_once():
+    assert refused("lr=-1", "n_eval_examples=0").count("n_eval_examples=0") == 1
 
 
 def test_tasks_that_do_not_fit_are_refused_with_what_would():

@@ -11,14 +11,14 @@ import yaml
 from lota.lotto import sequences
 
 
-def write_run(folder, method, seed, matrix, tasks=("a", "b")):
+def write_run(folder, method, seed, matrix, tasks=("a", "b"), kind="score", **other):
     folder.mkdir()
-    settings = {"method": method, "seed": seed, "sparsity": 0.9}
+    settings = {"method": method, "seed": seed, "sparsity": 0.9, "exp_name": folder.name, **other}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     part = {"matrix": matrix, "average": {"value": sum(matrix[-1]) / 2, "stderr": 0.1}}
     part |= {"backward_transfer": {"value": matrix[1][0] - matrix[0][0], "stderr": 0.1}}
     part |= {"forgetting": {"value": matrix[0][0] - matrix[1][0], "stderr": 0.1}}
-    (folder / "forgetting.json").write_text(json.dumps({"tasks": tasks, "score": part}))
+    (folder / "forgetting.json").write_text(json.dumps({"tasks": tasks, kind: part}))
     return folder
 
 
@@ -53,6 +53,25 @@ def test_the_command_writes_table_numbers_and_pictures(runs, tmp_path, capsys):
     assert content["fft"]["runs"][0]["matrix"] == [[0.0, 0.1], [0.2, 0.9]]
     for name in ("final.png", "first.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_lines_of_their_own(tmp_path):
+    matrix, rates = [[0.5, 0.1], [0.5, 0.8]], (1e-2, 1e-2, 3e-3)
+    runs = [
+        write_run(tmp_path / str(seed), "lotto", seed, matrix, lr=lr, calibrate={"lr": None, "n_steps": 5})
+        for seed, lr in enumerate(rates)
+    ]
+    groups = sequences.read_groups(runs, "score")
+    assert [(g.method, len(g.parts)) for g in groups] == [
+        ("lotto, s = 0.9, lr = 0.01", 2),
+        ("lotto, s = 0.9, lr = 0.003", 1),
+    ]
+
+
+def test_no_share_of_a_loss_is_called_kept(tmp_path):
+    run = write_run(tmp_path / "1", "fft", 0, [[1.0, 4.0], [2.0, 1.0]], kind="loss")
+    text = sequences.table(sequences.read_groups([run], "loss"), "loss")
+    assert "kept" not in text and text.splitlines()[2].split()[:4] == ["fft", "1", "2.000", "1.000"]
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):

@@ -169,6 +169,7 @@ class LottoConfig(Config):
                 yield str(error)
         if self.method not in METHODS:
             return
+        told: set[str] = set()
         for task in dict.fromkeys(self.tasks):
             for build, key in ((self.adaptation, ""), (self.calibration, "calibrate: "))[
                 : 1 + self.how.calibrated
@@ -176,8 +177,10 @@ class LottoConfig(Config):
                 try:
                     build(task)
                 except ValueError as error:
-                    lines = str(error).splitlines()
-                    yield from (key + line.strip() for line in (lines[1:] or lines))
+                    lines = [line.strip() for line in str(error).splitlines()]
+                    new = [line for line in (lines[1:] or lines) if line not in told]
+                    told.update(new)
+                    yield from (key + line for line in new)
 
     def unused(self) -> list[str]:
         """Keys of the sequence that nothing reads in this run, as `key=value (why)`."""

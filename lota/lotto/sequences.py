@@ -2,7 +2,8 @@
 
     python -m lota.lotto.sequences RUN... --out FOLDER
 
-Runs of `lotto.py` that differ in the seed only are one line: means, +- one standard error over the seeds.
+Runs of `lotto.py` that differ in the seed only are one line: means, +- one standard error over the seeds;
+what else sets runs of a method apart stands in the line's name.
 Writes comparison.txt, comparison.json, final.png (the score on each task after the last one) and first.png
 (the score on the first task after each).
 """
@@ -21,15 +22,19 @@ from typing import Any
 import yaml
 
 from lota.atomic import atomic_path, write_json
+from lota.config_checks import WEIGHT_NEUTRAL
 from lota.estimates import mean_and_stderr
 from lota.lotto.continual import NAME, Number, number
 from lota.report.plots import heatmap
 from lota.tables import aligned
 
+# What runs of one line may differ in; the order of the tasks is that of their results.
+_NOT_COMPARED = WEIGHT_NEUTRAL | {"seed", "tasks", "order"}
+
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of a method. parts: the score's (or loss's) part of forgetting.json, one per run."""
+    """Runs of a line of the table. parts: the score's (or loss's) part of forgetting.json, one per run."""
 
     method: str
     tasks: tuple[str, ...]
@@ -56,35 +61,62 @@ class Group:
 
 def read_groups(runs: Sequence[Path], kind: str) -> list[Group]:
     """kind: `score` or `loss`. Raises ValueError for unfinished sequences and for other tasks."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    parts: list[dict[str, Any]] = []
+    settings: list[dict[str, Any]] = []
     orders = set()
     for run in runs:
         try:
             content = json.loads((run / f"{NAME}.json").read_text(encoding="utf-8"))
-            settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-            found[_method(settings)].append(content[kind])
+            settings.append(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+            parts.append(content[kind])
             orders.add(tuple(content["tasks"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{run} is no finished sequence of tasks with a {kind}: {error!r}") from error
     if len(orders) != 1:
         raise ValueError(f"sequences of other tasks: {' and '.join(map(str, sorted(orders)))}")
-    return [Group(method, next(iter(orders)), parts) for method, parts in found.items()]
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line, part in zip(_lines(settings), parts, strict=True):
+        found[line].append(part)
+    return [Group(line, next(iter(orders)), parts) for line, parts in found.items()]
+
+
+def _lines(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Line of the table that each run belongs to: its method, and what else sets runs of the method apart."""
+    names = [_method(settings) for settings in runs]
+    flat = [
+        {k: v for k, v in _flat(settings).items() if k.split(".")[0] not in _NOT_COMPARED}
+        for settings in runs
+    ]
+    lines = []
+    for name, own in zip(names, flat, strict=True):
+        same = [other for other_name, other in zip(names, flat, strict=True) if other_name == name]
+        apart = sorted(key for key in {*own}.union(*same) if any(o.get(key) != own.get(key) for o in same))
+        lines.append(", ".join([name, *(f"{key} = {own.get(key)}" for key in apart)]))
+    return lines
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _method(settings: dict[str, Any]) -> str:
-    """Name of a line of the table."""
     masked = settings["method"] not in ("fft", "lora")
     return f"{settings['method']}{', s = {:g}'.format(settings['sparsity']) if masked else ''}"
 
 
-def table(groups: Sequence[Group]) -> str:
+def table(groups: Sequence[Group], kind: str) -> str:
     """A line per method: results after the last stage, what is left of the first task, the summaries."""
     tasks = groups[0].tasks
     summaries = ("average", "backward_transfer", "forgetting")
-    lines = [["method", "seeds", *tasks, f"{tasks[0]} kept", *(s.replace("_", " ") for s in summaries)]]
+    kept = [f"{tasks[0]} kept"] if kind == "score" else []  # a share of a loss says nothing
+    lines = [["method", "seeds", *tasks, *kept, *(s.replace("_", " ") for s in summaries)]]
     for group in groups:
         cells = [group.at(-1, task) for task in range(len(tasks))]
-        cells += [group.kept(), *(group.summary(key) for key in summaries)]
+        cells += [*([group.kept()] if kept else []), *(group.summary(key) for key in summaries)]
         shown = ["-" if cell is None else number(cell) for cell in cells]
         lines.append([group.method, str(len(group.parts)), *shown])
     stages = [["", *(f"after {task}" for task in tasks)]]
@@ -125,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         groups = read_groups(args.runs, args.kind)
-        text = table(groups)
+        text = table(groups, args.kind)
         with atomic_path(args.out / "comparison.txt") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
         content = {group.method: {"tasks": group.tasks, "runs": group.parts} for group in groups}
