@@ -8,11 +8,14 @@ $PROJECT_CACHE/<exp_name>/ (default ~/.cache/lota); the same command continues i
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lota.config import Config
 from lota.config_checks import unknown_keys
 from lota.lotto.config import LottoConfig
 from train_single_gpu import guarded, resolve
@@ -52,7 +55,13 @@ def run(cfg: DictConfig) -> None:
         from tasks import get_task
         from trainers import TRAINERS
 
-        Lotto(config, lambda stage: TRAINERS[stage.trainer.name](stage).train(), get_task).run()
+        def train(stage: Config) -> Path | None:
+            trainer = TRAINERS[stage.trainer.name](stage)
+            folder = trainer.train()
+            trainer.stop.check()  # asked for while the run ended: the next one shall not start
+            return folder
+
+        Lotto(config, train, get_task).run()
 
 
 @hydra.main(version_base=None, config_path="config", config_name="lotto")
