@@ -26,3 +26,9 @@ class Problems:
         """Raise one ValueError with everything found, each message once; nothing where there is nothing."""
         if self.found:
             raise ValueError("\n".join(dict.fromkeys(self.found)))
+
+
+def torch_reason(error: Exception) -> str:
+    """One line of why `torch.load` refused a file, without its advice to load with weights_only=False."""
+    text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip() or type(error).__name__
+    return text.splitlines()[0].split(" Please use")[0][:200]

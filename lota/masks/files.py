@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lota.atomic import atomic_path, save_tensors
+from lota.problems import torch_reason
 
 FORMAT = "lota-mask"
 FORMAT_VERSION = 1
@@ -51,7 +52,8 @@ def read(path: str | os.PathLike, mapped: bool = False) -> Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no readable mask (truncated, or not plain tensors): {error}") from error
+        reason = torch_reason(error)
+        raise ValueError(f"{path} is no readable mask (truncated, or not plain tensors): {reason}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} is not a mask file: expected a dict of tensors")
     if content.get("format") == FORMAT:
