@@ -18,6 +18,8 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lota.problems import torch_reason
+
 logger = logging.getLogger(__name__)
 
 LAYOUT = ("step_idx", "state", "metrics")
@@ -112,10 +114,10 @@ def _refused(error: Exception) -> str:
 
 
 def _unreadable(file: Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return (
         f"{file} ({file.stat().st_size:,} bytes) cannot be read: it is truncated, damaged or not written by"
-        f" torch.save. Copy it again, or use an earlier checkpoint of the run. torch says: {reason}"
+        " torch.save. Copy it again, or use an earlier checkpoint of the run. torch says: "
+        f"{torch_reason(error)}"
     )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lota.problems import torch_reason
+
 DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -176,7 +178,7 @@ def index_torch_file(path: Path) -> dict[str, StoredTensor]:
     except _UNREADABLE as error:
         raise ValueError(
             f"{path} cannot be read: it is truncated, in the layout of before torch 1.6, or holds more than "
-            f"plain tensors and numbers. torch says: {_short(error)}"
+            f"plain tensors and numbers. torch says: {torch_reason(error)}"
         ) from error
     state = content.get("state", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -195,9 +197,3 @@ def index_torch_file(path: Path) -> dict[str, StoredTensor]:
         if place + index[name].span * value.dtype.itemsize > size:
             raise ValueError(f"{path} is truncated: {name} lies outside of the file")
     return index
-
-
-def _short(error: Exception) -> str:
-    """The line of torch's message that names the cause."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "Unsupported" in line), lines[0])[:200]
