@@ -10,9 +10,9 @@ import logging
 import shlex
 import sys
 
-from lota.convert import VOCABULARIES, convert_policy
 from lota.delta import apply
-from lota.models import DTYPES, dtype_of
+from lota.models.loading import DTYPES, dtype_of
+from lota.share.convert import VOCABULARIES, convert_policy
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lota.arguments import add_shared, loaded, named, prompter_of, results_of, trained_as
-from lota.evaluation import Evaluator, Result, results_folder
-from lota.evaluation_plan import Plan, Wanted, plans_of
-from lota.prompting import recorded_limits
-from lota.results import compared
-from lota.summary import summary, table, write_summary
+from lota.data.prompts import recorded_limits
+from lota.evaluate.cli import add_shared, loaded, named, prompter_of, results_folder, results_of, trained_as
+from lota.evaluate.compare import compared
+from lota.evaluate.evaluator import Evaluator, Result
+from lota.evaluate.plan import Plan, Wanted, plans_of
+from lota.evaluate.summary import summary, table, write_summary
 from tasks import EVALUATED_ON, evaluation_names, get_task
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}

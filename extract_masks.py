@@ -15,15 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lota.atomic import write_json
-from lota.gradient_scores import Collected
 from lota.masks import Mask
-from lota.pairing import Pair, open_pair
-from lota.problems import Problems
-from lota.score_data import ScoreData, ScoreSettings, collect, data_flags, load_score_data
-from lota.scores import DATA_DRIVEN, SCORES
-from lota.selection import PER, Plan, Rule, check_sparsities, select
-from lota.units import GRANULARITIES
+from lota.masks.extract.gradients import Collected
+from lota.masks.extract.neurons import GRANULARITIES
+from lota.masks.extract.scores import DATA_DRIVEN, SCORES
+from lota.masks.extract.select import PER, Plan, Rule, check_sparsities, select
+from lota.models.pair import Pair, open_pair
+from lota.train.score_data import ScoreData, ScoreSettings, collect, data_flags, load_score_data
+from lota.utils import Problems, write_json
 from tasks import get_task
 
 

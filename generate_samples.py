@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lota.arguments import add_shared, loaded, prompter_of, results_of
-from lota.samples import Sampler, decodings
+from lota.evaluate.alpaca import Sampler, decodings
+from lota.evaluate.cli import add_shared, loaded, prompter_of, results_of
 from tasks import get_task
 from tasks.base import Row
 from tasks.chat import ChatTask

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lota.config import Config
 from lota.config_checks import unknown_keys
 from lota.lotto.config import LottoConfig
-from train_single_gpu import guarded, resolve
+from lota.train.cli import guarded, resolve
 
 SCHEMA = "schema"  # the node that config/config.yaml starts from
 ConfigStore.instance().store(name=SCHEMA, node=LottoConfig)
@@ -50,7 +50,7 @@ def _given_only(values: dict, given: dict) -> dict:
 def run(cfg: DictConfig) -> None:
     with guarded():
         typed_overrides(cfg)
-        config = resolve(cfg, LottoConfig)
+        config = resolve(cfg, Path(__file__).resolve().parent, LottoConfig)
         from lota.lotto.driver import Lotto  # slow to import: settings are checked first
         from tasks import get_task
         from trainers import TRAINERS

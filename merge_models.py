@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lota.merge.folder import Merged, plan_merge
-from lota.merge.mergekit_yaml import equivalent, write_yaml
-from lota.merge.rules import METHODS, make_rule
+from lota.share.merge.folder import Merged, plan_merge
+from lota.share.merge.mergekit_yaml import equivalent, write_yaml
+from lota.share.merge.rules import METHODS, make_rule
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM
 import lota
 from benchmarks.step import LINEAR, build_model, lora_config, shira_config
 from lota.delta import Delta, extract
-from lota.delta.codec import decode, encode
-from lota.delta.layout import SEGMENT
-from lota.delta.report import entropy_bits
+from lota.share.delta.cli import entropy_bits
+from lota.share.delta.codec import decode, encode
+from lota.share.delta.format import SEGMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6

@@ -27,11 +27,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not installed
 
-from lota import streaming  # noqa: E402
 from lota.masks import kept_count  # noqa: E402
-from lota.pairing import Pair, open_pair  # noqa: E402
-from lota.scores import as_float32  # noqa: E402
-from lota.selection import Rule, select  # noqa: E402
+from lota.masks.extract.scores import as_float32  # noqa: E402
+from lota.masks.extract.select import Rule, select  # noqa: E402
+from lota.models import chunks as streaming  # noqa: E402
+from lota.models.pair import Pair, open_pair  # noqa: E402
 
 SPARSITIES = [0.5, 0.9, 0.99]
 
@@ -53,7 +53,7 @@ def make_pair(folder: Path, entries: int, hidden: int = 2048, dtype: str = "floa
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(path)
-    from lota.scope import meta_model
+    from lota.models.scope import meta_model
 
     shapes = {name: tuple(p.shape) for name, p in meta_model(paths[0]).named_parameters()}
     width = torch.empty((), dtype=getattr(torch, dtype)).element_size()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lota.generation import completion_text, generate
+from lota.evaluate.generation import completion_text, generate
 from tasks import get_task
 
 

@@ -33,10 +33,10 @@ from benchmarks.step import (
     timed,
     token_batch,
 )  # fmt: skip
-from lota.adapter import add_lora, lora_targets
 from lota.masks import Mask
-from lota.runlog import peak_memory_bytes
-from lota.trainable import trainable_mask
+from lota.masks.trainable import trainable_mask
+from lota.system import peak_memory_bytes
+from lota.train.lora import add_lora, lora_targets
 
 Method = Callable[[argparse.Namespace], tuple[Step, int]]  # settings -> (a training step, trained entries)
 SETTING = ("shape", "batch", "length", "dtype", "device")

@@ -21,10 +21,9 @@ from torch import Tensor
 
 import lota
 from benchmarks import step as steps
-from lota.data import Batch
-from lota.losses import response_logps, sft_loss
-from lota.preference_losses import Pairs, preference_loss
-from lota.reference import starting_values, swapped
+from lota.data.batches import Batch
+from lota.train.losses import Pairs, preference_loss, response_logps, sft_loss
+from lota.train.reference import starting_values, swapped
 
 Reference = Callable[[Batch], Tensor]
 

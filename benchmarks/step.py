@@ -30,12 +30,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lota
-from lota.losses import sequence_logps
 from lota.masks import Mask
-from lota.models import enable_activation_checkpointing, turn_dropout_off
-from lota.runlog import peak_memory_bytes
-from lota.scope import find_scope
-from lota.units import units_of
+from lota.masks.extract.neurons import units_of
+from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
+from lota.models.scope import find_scope
+from lota.system import peak_memory_bytes
+from lota.train.losses import sequence_logps
 
 Step = Callable[[torch.Tensor], None]  # one training step on a batch of token ids
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

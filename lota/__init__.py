@@ -9,25 +9,23 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-
 _HOMES = {
-    "FusedCallback": "lota.callback",
+    "FusedCallback": "lota.optim.hf_callback",
     "Mask": "lota.masks",
-    "MaskedAdamW": "lota.optim",
-    "MaskedRMSprop": "lota.optim",
-    "MaskedSGD": "lota.optim",
-    "Delta": "lota.delta.reader",
-    "apply_mask_in_backward": "lota.fused",
-    "collect_gradients": "lota.gradient_scores",
-    "attach": "lota.delta.attaching",
-    "attached": "lota.delta.attaching",
-    "detach": "lota.delta.attaching",
-    "extract": "lota.selection",
-    "find_scope": "lota.scope",
-    "switch": "lota.delta.attaching",
-    "fuse_in_backward": "lota.fused",
+    "MaskedAdamW": "lota.optim.optimizers",
+    "MaskedRMSprop": "lota.optim.optimizers",
+    "MaskedSGD": "lota.optim.optimizers",
+    "Delta": "lota.share.delta.reader",
+    "apply_mask_in_backward": "lota.optim.fused",
+    "collect_gradients": "lota.masks.extract.gradients",
+    "attach": "lota.share.delta.attach",
+    "attached": "lota.share.delta.attach",
+    "detach": "lota.share.delta.attach",
+    "extract": "lota.masks.extract.select",
+    "find_scope": "lota.models.scope",
+    "switch": "lota.share.delta.attach",
+    "fuse_in_backward": "lota.optim.fused",
 }
-
 __all__ = sorted(_HOMES)
 
 

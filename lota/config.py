@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lota.config_checks import OPTIMIZER_KEYS, problems_of
-from lota.loss_checks import LOSS_KEYS
+from lota.config_checks import LOSS_KEYS, OPTIMIZER_KEYS, problems_of
 
 MISSING = "???"
 

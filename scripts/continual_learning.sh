@@ -52,4 +52,4 @@ for seed in $SEEDS; do
   done
 done
 while ((running > 0)); do wait -n; running=$((running - 1)); done
-"$PYTHON" -m lota.lotto.sequences "${runs[@]}" --out "$OUT"
+"$PYTHON" -m lota.report.sequence_table "${runs[@]}" --out "$OUT"

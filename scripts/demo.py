@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this script is started by its path
 
-from lota.report.plots import against_sparsity  # noqa: E402
+from lota.plots import against_sparsity  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,14 +26,15 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from lota.atomic import write_json  # noqa: E402
-from lota.data import Example, encode  # noqa: E402
-from lota.decoding import Decoding  # noqa: E402
-from lota.estimates import mean_and_stderr  # noqa: E402
-from lota.evaluation import evaluate_task, load_pair  # noqa: E402
-from lota.loglik import logliks  # noqa: E402
-from lota.prompting import Prompter  # noqa: E402
-from lota.report.plots import heatmap  # noqa: E402
+from lota.data.encoding import Example, encode  # noqa: E402
+from lota.data.prompts import Prompter  # noqa: E402
+from lota.evaluate.cli import load_pair  # noqa: E402
+from lota.evaluate.decoding import Decoding  # noqa: E402
+from lota.evaluate.estimates import mean_and_stderr  # noqa: E402
+from lota.evaluate.evaluator import evaluate_task  # noqa: E402
+from lota.evaluate.loglik import logliks  # noqa: E402
+from lota.plots import heatmap  # noqa: E402
+from lota.utils import write_json  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 BASE = ROOT / "assets" / "tiny-llama"

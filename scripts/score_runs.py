@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import convert_policy_to_hf_resize
 import eval_model_all
-from lota.checkpoint import POLICY, newest_checkpoint
-from lota.policy_file import is_policy
-from lota.run_model import model_folder
+from lota.models.policy import is_policy, model_folder
+from lota.train.checkpoint import POLICY, newest_checkpoint
 
 
 def base_of(run: Path) -> str:

@@ -44,7 +44,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model may be loaded, and there is no hub: for commands that should refuse before either."""
     import datasets
 
-    import lota.evaluation
+    import lota.evaluate.cli
 
     def offline(**arguments):
         raise ConnectionError("no network")
@@ -53,4 +53,4 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    monkeypatch.setattr(lota.evaluation, "load_model", loaded)
+    monkeypatch.setattr(lota.evaluate.cli, "load_model", loaded)

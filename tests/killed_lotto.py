@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import killed_run
+import torch
 from lotto_runs import run
-
-import trainers
 
 
 def arrange_ledger(n: int) -> None:
@@ -27,7 +26,7 @@ def arrange_ledger(n: int) -> None:
 
 
 if __name__ == "__main__":
-    trainers.torch.set_num_threads(1)
+    torch.set_num_threads(1)
     moment, n = sys.argv[1], int(sys.argv[2])
     if moment == "ledger":
         arrange_ledger(n)

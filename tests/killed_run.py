@@ -13,11 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from runs import train
 
-import lota.checkpoint
-import trainers
-from lota.masked_optimizer import MaskedOptimizer
+import lota.train.checkpoint
+from lota.optim.masked import MaskedOptimizer
 
 
 def die() -> None:
@@ -44,7 +44,7 @@ def fill_the_disk() -> None:
 
 def arrange(moment: str, n: int) -> None:
     counter = Counter(n)
-    save, replace, apply = lota.checkpoint.save_tensors, os.replace, MaskedOptimizer._apply
+    save, replace, apply = lota.train.checkpoint.save_tensors, os.replace, MaskedOptimizer._apply
 
     def save_half(content, path):
         written = Path(path).stem
@@ -70,13 +70,13 @@ def arrange(moment: str, n: int) -> None:
         if moment == "backward" and p is list(self.names)[3]:
             counter.hit()
 
-    lota.checkpoint.save_tensors = save_half
+    lota.train.checkpoint.save_tensors = save_half
     os.replace = replace_late
     MaskedOptimizer._apply = apply_some
 
 
 if __name__ == "__main__":
-    trainers.torch.set_num_threads(1)
+    torch.set_num_threads(1)
     arrange(sys.argv[1], int(sys.argv[2]))
     try:
         train(*sys.argv[3:])

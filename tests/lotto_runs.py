@@ -47,13 +47,13 @@ def schema(node: type):
 
 
 def settings(*overrides: str) -> LottoConfig:
+    from lota.train.cli import resolve
     from lotto import typed_overrides
-    from train_single_gpu import resolve
 
     with schema(LottoConfig), initialize_config_dir(str(ROOT / "config"), version_base=None):
         cfg = compose("lotto", overrides=[*SMALL, *overrides])
         typed_overrides(cfg)
-        return resolve(cfg, LottoConfig)
+        return resolve(cfg, ROOT, LottoConfig)
 
 
 class Trainings:

@@ -11,9 +11,9 @@ from pathlib import Path
 import runs
 import yaml
 
-from lota.estimates import mean
-from lota.results import Result
-from lota.summary import summary, write_summary
+from lota.evaluate.estimates import mean
+from lota.evaluate.results import Result
+from lota.evaluate.summary import summary, write_summary
 
 
 def write_run(

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lota.config import Config
 from lota.masks import Mask
-from lota.scope import find_scope, meta_model
+from lota.models.scope import find_scope, meta_model
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny-llama"

@@ -12,11 +12,12 @@ from runs import MODEL, policy, same, settings, train, with_mini_task, write_mas
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lota import adapter
 from lota.config_checks import unused_settings
-from lota.convert import convert_policy
-from lota.data import Example, encode, epoch_batches
-from lota.scope import find_scope
+from lota.data.batches import epoch_batches
+from lota.data.encoding import Example, encode
+from lota.models.scope import find_scope
+from lota.share.convert import convert_policy
+from lota.train import lora as adapter
 from tasks import get_task
 
 # peft asks transformers by an old name when it wraps or loads
@@ -173,7 +174,7 @@ def test_architectures(architecture):
 
 
 def test_a_scope_without_linear_layers_is_refused(monkeypatch):
-    monkeypatch.setattr("trainers.load_model", None)  # before a model loads
+    monkeypatch.setattr("lota.train.trainer.load_model", None)  # before a model loads
     with pytest.raises(ValueError, match="no linear layer in the scope"):
         train(*LORA, "model.scope=norm")
 

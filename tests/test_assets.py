@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lota.generation import generate
-from lota.models import load_model, load_tokenizer
-from lota.scope import find_scope
+from lota.evaluate.generation import generate
+from lota.models.loading import load_model, load_tokenizer
+from lota.models.scope import find_scope
 from tasks import get_task
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

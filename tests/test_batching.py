@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lota.batching import in_batches, padded
+from lota.evaluate.batching import in_batches, padded
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
-from lota.estimates import mean, ratio
-from lota.lotto.continual import Matrix, report
+from lota.evaluate.estimates import mean, ratio
+from lota.lotto.forgetting import Matrix, report
 from lota.lotto.held_out import Measured
 
 # scores of two examples per task; a[i][j] on task j after stage i

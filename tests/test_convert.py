@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import convert_policy_to_hf_resize as script
-import lota.hf_folder
-from lota.convert import convert_policy
-from lota.models import load_model, load_tokenizer, resize_vocabulary
+import lota.share.hf_folder
+from lota.models.loading import load_model, load_tokenizer, resize_vocabulary
+from lota.share.convert import convert_policy
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 END = "<|endoftext|>"  # transformers adds this one to any tokenizer that it finds beside a Qwen2 config
@@ -243,7 +243,7 @@ def test_kill_while_files_move_is_repaired_by_the_next_conversion(llama, monkeyp
     base, tuned, epoch = llama
     convert_policy(base, epoch, epoch, max_shard_size="20KB")
     moved = []
-    replace = lota.hf_folder.os.replace
+    replace = lota.share.hf_folder.os.replace
 
     def killed(source, target):
         if len(moved) == 3:
@@ -251,11 +251,11 @@ def test_kill_while_files_move_is_repaired_by_the_next_conversion(llama, monkeyp
         moved.append(target)
         replace(source, target)
 
-    monkeypatch.setattr(lota.hf_folder.os, "replace", killed)
+    monkeypatch.setattr(lota.share.hf_folder.os, "replace", killed)
     monkeypatch.setattr(
         lota.hf_folder, "remove", lambda path: None if path.suffix == ".tmp" else remove(path)
     )
-    remove = lota.atomic.remove
+    remove = lota.utils.remove
     with pytest.raises(KeyboardInterrupt):
         convert_policy(base, epoch, epoch)
     assert not (epoch / "config.json").exists()  # no loader takes the folder for a model

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from lota.decoding import Decoding, StopCheck, choose, uniforms
+from lota.evaluate.decoding import Decoding, StopCheck, choose, uniforms
 from tests.conftest import ROOT
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from lota.delta import Delta, apply, extract, revert, verify
-from lota.delta.__main__ import main
-from lota.delta.applying import Changed
-from lota.delta.report import entropy_bytes
 from lota.masks import Mask
-from lota.weights import content_hash, open_weights
+from lota.models.hashing import content_hash
+from lota.models.weights import open_weights
+from lota.share.delta.apply import Changed
+from lota.share.delta.cli import entropy_bytes, main
 
 
 def make(tmp_path, kind="llama", dtype=torch.bfloat16, **settings):
@@ -75,7 +75,7 @@ def test_dtypes_may_be_mixed(tmp_path):
 
 
 def test_apply_writes_what_the_converter_writes(tmp_path):
-    from lota.convert import convert_policy
+    from lota.share.convert import convert_policy
 
     model = save_model(tmp_path / "base")
     hf_models.word_tokenizer(hf_models.ROWS).save_pretrained(tmp_path / "base")

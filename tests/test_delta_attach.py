@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import lota
 from lota.delta import Delta, extract
-from lota.delta.bits import as_hex, as_integers, fingerprint
 from lota.masks import Mask
+from lota.share.delta.format import as_hex, as_integers, fingerprint
 
 
 def load(folder, dtype="auto"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from lota.delta.codec import decode, encode, rice_parameter
+from lota.share.delta.codec import decode, encode, rice_parameter
 
 WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

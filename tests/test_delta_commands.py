@@ -12,7 +12,7 @@ import convert_policy_to_hf_resize
 import eval_model_all
 import generate_samples
 from lota.delta import apply, extract
-from lota.evaluation import load_pair
+from lota.evaluate.cli import load_pair
 from tests.chars import save_pair
 from tests.delta_models import bits, change, same_files
 

@@ -13,11 +13,12 @@ import torch
 from delta_models import bits, change, save_model
 from tiny import random_mask
 
-from lota.atomic import atomic_path
 from lota.delta import Delta, extract
-from lota.delta.layout import SEGMENT, Parameter, segments
 from lota.masks import Mask
-from lota.weights import content_hash, open_weights
+from lota.models.hashing import content_hash
+from lota.models.weights import open_weights
+from lota.share.delta.format import SEGMENT, Parameter, segments
+from lota.utils import atomic_path
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, 
 from transformers import AutoModelForCausalLM
 
 from lota.config_checks import differences, unused_settings
-from lota.convert import convert_policy
 from lota.delta import Delta, apply, extract, verify
-from lota.prompting import recorded_prompts
-from lota.weights import content_hash, open_weights
+from lota.models.hashing import content_hash
+from lota.models.provenance import recorded_prompts
+from lota.models.weights import open_weights
+from lota.share.convert import convert_policy
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_from_an_archive_the_delta_is_of_the_archive(tmp_path):
 
 
 def test_what_cannot_be_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lota.train.trainer.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"policy_dtype=bfloat16 cannot hold the torch\.float32 weights"):
         train("save_delta=true", "model.policy_dtype=bfloat16")
     with pytest.raises(ValueError, match=r"pad_token=<PAD> gives .* use model\.pad_token=null"):

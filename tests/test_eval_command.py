@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import eval_model_all
-from lota.convert import convert_policy
-from lota.prompting import recorded_choice
+from lota.data.prompts import recorded_choice
+from lota.share.convert import convert_policy
 from tasks import evaluation_names
 from tests.chars import char_model, char_tokenizer, save_pair
 from tests.hf_models import save_policy

@@ -9,12 +9,13 @@ import statistics
 import pytest
 
 import eval_model_all
-import lota.scoring as scoring
-from lota.decoding import Decoding
-from lota.evaluation import Evaluator, evaluate_task, mean_and_stderr, results_folder
-from lota.evaluation_plan import held_out_rows
-from lota.generation import prompt_bound
-from lota.prompting import Prompter
+import lota.evaluate.scorers as scoring
+from lota.data.prompts import Prompter
+from lota.evaluate.cli import results_folder
+from lota.evaluate.decoding import Decoding
+from lota.evaluate.evaluator import Evaluator, evaluate_task, mean_and_stderr
+from lota.evaluate.generation import prompt_bound
+from lota.evaluate.plan import held_out_rows
 from tasks import get_task
 from tasks.base import Task
 from tests.chars import char_model, char_tokenizer, save_pair

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import extract_masks
 from lota.masks import Mask, kept_count
-from lota.scope import find_scope
+from lota.models.scope import find_scope
 from tests.mini_task import TASK
 from tests.runs import MODEL, with_mini_task
 from tests.test_selection import sorted_masks
@@ -147,7 +147,7 @@ def test_refusals_tell_all_and_load_nothing(options, messages, folder, monkeypat
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lota.score_data.load_model", load)
+    monkeypatch.setattr("lota.train.score_data.load_model", load)
     with pytest.raises(SystemExit) as stopped:
         run(f"{options} --out {folder}/masks")
     for message in messages:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-import lota.generation as generation
-import lota.kv_cache as kv_cache
-from lota.generation import generate, prompt_bound
+import lota.evaluate.generation as generation
+import lota.evaluate.kv_cache as kv_cache
+from lota.evaluate.generation import generate, prompt_bound
 from tests import tiny
 from tests.chars import ALPHABET, char_model, char_tokenizer
 

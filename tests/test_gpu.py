@@ -105,7 +105,7 @@ def test_state_is_restored_on_the_device(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapped_entries_come_back_on_the_device(dtype):
-    from lota.reference import starting_values, swapped
+    from lota.train.reference import starting_values, swapped
 
     start = tiny.make("llama").to("cuda", dtype)
     model, optimizer = train(start, tiny.random_mask(start), fused=True, strategy="even", dtype=dtype)

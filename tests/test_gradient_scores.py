@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import lota
-from lota.gradient_scores import Collected, collect_gradients
 from lota.masks import kept_count
-from lota.models import enable_activation_checkpointing
-from lota.scope import find_scope
+from lota.masks.extract.gradients import Collected, collect_gradients
+from lota.models.loading import enable_activation_checkpointing
+from lota.models.scope import find_scope
 from tests.test_selection import assert_mask, sorted_masks
 
 ROOT = Path(__file__).resolve().parent.parent

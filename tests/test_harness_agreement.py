@@ -14,10 +14,10 @@ import pytest
 import torch
 import transformers
 
-from lota.estimates import corpus_perplexity
-from lota.generation import context_length
-from lota.loglik import choice_requests, logliks, text_requests
-from lota.prompting import Prompt
+from lota.data.prompts import Prompt
+from lota.evaluate.estimates import corpus_perplexity
+from lota.evaluate.generation import context_length
+from lota.evaluate.loglik import choice_requests, logliks, text_requests
 from tasks import get_task
 
 extraction = pytest.importorskip("lm_eval.filters.extraction")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lota.journal import Journal, content_key, model_key, weights_key
+from lota.evaluate.journal import Journal
+from lota.models.hashing import model_key, weights_key
+from lota.utils import content_key
 from tests.chars import char_model, char_tokenizer
 
 

@@ -9,9 +9,9 @@ import tiny
 import torch
 
 import lota
-from lota.kept_linear import _KeptGradientLinear, _Lines, _products
 from lota.masks import Mask
-from lota.models import enable_activation_checkpointing
+from lota.models.loading import enable_activation_checkpointing
+from lota.optim.compact_linear import _KeptGradientLinear, _Lines, _products
 
 
 def run(model, mask, *, compact, accumulation=1, strategy="even", checkpointing=False):
@@ -60,7 +60,7 @@ def test_whole_lines_equal_autograd(architecture, granularity, monkeypatch):
     model = tiny.make(architecture)
     mask = tiny.line_mask(model, granularity)
     expected, _, norm = run(model, mask, compact=False)
-    monkeypatch.setattr("lota.kept_linear._Gathered.__init__", None)  # no other product is made
+    monkeypatch.setattr("lota.optim.compact_linear._Gathered.__init__", None)  # no other product is made
     for options in ({}, {"checkpointing": True}):
         got, layers, compact_norm = run(model, mask, compact=True, **options)
         assert layers >= 8 and compact_norm == pytest.approx(norm, rel=1e-4)

@@ -7,9 +7,9 @@ import inspect
 import pytest
 import torch
 
-import lota.loglik
-from lota.kv_cache import can_drop_rows
-from lota.loglik import logliks
+import lota.evaluate.loglik
+from lota.evaluate.kv_cache import can_drop_rows
+from lota.evaluate.loglik import logliks
 from tests.chars import char_model
 from tests.tiny import make
 
@@ -19,7 +19,7 @@ def test_running_out_of_memory_within_a_batch_changes_no_value(monkeypatch):
     model = char_model()
     requests = [([3 + i], [4 + i, 5]) for i in range(8)]
     expected = logliks(model, requests, batch_size=8)
-    reported, calls, sum_of = [], [], lota.loglik._sum_of
+    reported, calls, sum_of = [], [], lota.evaluate.loglik._sum_of
 
     def failing_once(logits, continuation):
         calls.append(1)
@@ -27,7 +27,7 @@ def test_running_out_of_memory_within_a_batch_changes_no_value(monkeypatch):
             raise torch.OutOfMemoryError("no memory left")
         return sum_of(logits, continuation)
 
-    monkeypatch.setattr(lota.loglik, "_sum_of", failing_once)
+    monkeypatch.setattr(lota.evaluate.loglik, "_sum_of", failing_once)
     again = logliks(model, requests, batch_size=8, on_done=lambda i, value: reported.append(i))
     assert again == pytest.approx(expected)
     assert sorted(reported) == list(range(8))
@@ -81,7 +81,7 @@ def test_a_context_is_read_once_for_all_its_continuations(architecture, batch_si
     seen = tokens_read(model, monkeypatch)
     torch.testing.assert_close(logliks(model, requests, batch_size=batch_size), expected, rtol=0, atol=1e-5)
     shared, seen[:] = sum(seen), []
-    monkeypatch.setattr(lota.loglik, "WORTH_SHARING", 2.0)  # never
+    monkeypatch.setattr(lota.evaluate.loglik, "WORTH_SHARING", 2.0)  # never
     torch.testing.assert_close(logliks(model, requests, batch_size=batch_size), expected, rtol=0, atol=1e-5)
     assert shared < 0.8 * sum(seen)
 

@@ -7,8 +7,7 @@ import re
 import pytest
 from test_config import settings
 
-from lota.config_checks import unused_settings
-from lota.loss_checks import LOSS_KEYS
+from lota.config_checks import LOSS_KEYS, unused_settings
 
 
 def test_each_loss_has_its_own_keys_with_their_defaults():

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lota.losses
-from lota.data import IGNORED
-from lota.losses import sequence_logps, sft_loss
+import lota.train.losses
+from lota.data.encoding import IGNORED
+from lota.train.losses import sequence_logps, sft_loss
 
 
 def test_sequence_logps_against_a_loop():
@@ -47,7 +47,7 @@ def test_sft_loss_is_the_sum_unless_averaged():
 @pytest.mark.parametrize("chunk", [1, 40, 1 << 24])
 def test_gradient_of_the_chunked_loss(monkeypatch, dtype, chunk):
     """Against autograd through cross_entropy in fp64, with chunks of one row, of a few, and of all."""
-    monkeypatch.setattr(lota.losses, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(lota.train.losses, "CHUNK_ENTRIES", chunk)
     torch.manual_seed(0)
     logits = torch.randn(3, 7, 13).to(dtype).requires_grad_()
     labels = torch.randint(0, 13, (3, 7))

@@ -14,7 +14,7 @@ from lota.config import Config, ModelConfig
 from lota.lotto.config import LottoConfig
 from lota.lotto.driver import Lotto
 from lota.masks import Mask
-from lota.scope import find_scope, meta_model
+from lota.models.scope import find_scope, meta_model
 from tasks import get_task
 from tests.runs import MODEL
 

@@ -15,9 +15,9 @@ import torch
 import lota
 from lota.masks import Mask
 from lota.masks import __main__ as mask_tools
-from lota.masks.making import random_like
+from lota.masks.combine import random_like
 from lota.masks.statistics import density, overlap
-from lota.tables import aligned, short_names
+from lota.utils import aligned, short_names
 
 OWN_MEMORY = """
 import re, sys

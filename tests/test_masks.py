@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from lota.masks import Mask, kept_count
-from lota.scope import find_scope
+from lota.models.scope import find_scope
 
 
 def random_kept(seed: int) -> dict[str, torch.Tensor]:

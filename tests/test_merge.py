@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lota.merge.rules import METHODS, keep_largest, keep_random, make_rule
+from lota.share.merge.rules import METHODS, keep_largest, keep_random, make_rule
 
 F = np.float32
 
@@ -139,7 +139,7 @@ def test_largest_of_equal_magnitudes_are_the_earliest():
 
 
 def test_draws_in_chunks_are_one_stream(monkeypatch):
-    monkeypatch.setattr("lota.merge.rules.DRAW_CHUNK", 16)
+    monkeypatch.setattr("lota.share.merge.rules.DRAW_CHUNK", 16)
     whole = torch.bernoulli(torch.full((100,), 0.4), generator=torch.Generator().manual_seed(3)).bool()
     assert torch.equal(keep_random(0.4, 100, torch.Generator().manual_seed(3)), whole)
     positions = torch.tensor([0, 15, 16, 17, 50, 99])

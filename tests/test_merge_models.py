@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import merge_models
+from lota.data.prompts import Limits, recorded_choice, recorded_limits
 from lota.delta import Delta, extract
-from lota.merge.rules import METHODS
-from lota.prompting import Limits, recorded_choice, recorded_limits
-from lota.weights import open_weights
+from lota.models.weights import open_weights
+from lota.share.merge.rules import METHODS
 
 NAMES = ("a", "b", "c")
 
@@ -317,7 +317,7 @@ def test_a_write_that_fails_leaves_nothing(disjoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lota.streamed_folder.os.pwrite", full)
+    monkeypatch.setattr("lota.share.hf_stream.os.pwrite", full)
     with pytest.raises(SystemExit, match="No space left"):
         merge(disjoint, [disjoint / "a"], tmp_path / "out", "sum")
     assert not list(tmp_path.iterdir())

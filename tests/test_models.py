@@ -10,7 +10,7 @@ import torch
 from hf_models import CONFIGS, INPUT, ROWS, TIED, WIDE, logits, new_model, save_policy, word_tokenizer
 from transformers import LlamaConfig
 
-from lota.models import (
+from lota.models.loading import (
     add_pad_token,
     choose_pad_token_id,
     dtype_of,

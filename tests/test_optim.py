@@ -11,8 +11,8 @@ import torch
 
 import lota
 from lota.masks import Mask
-from lota.optim import OPTIMIZERS
-from lota.scope import find_scope
+from lota.models.scope import find_scope
+from lota.optim.optimizers import OPTIMIZERS
 
 # eps large enough that near-zero gradients do not turn rounding noise into full-size steps
 SETTINGS = {
@@ -186,7 +186,7 @@ def test_learning_rate_zero_moves_nothing():
 
 
 def test_activation_checkpointing_changes_nothing():
-    from lota.models import enable_activation_checkpointing
+    from lota.models.loading import enable_activation_checkpointing
 
     results = []
     for checkpointing in (False, True):

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from lota.report import plots
-from lota.report.curves import Line, bars, over_examples
+from lota import plots
+from lota.plots import Line, bars, over_examples
 
 SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 

@@ -10,11 +10,7 @@ import torch
 from hf_models import CONFIGS, ROWS, TIED, logits, new_model, save_policy
 from transformers import AutoModelForCausalLM
 
-from lota.models import (
-    load_model,
-    read_policy,
-    resize_vocabulary,
-)
+from lota.models.loading import load_model, read_policy, resize_vocabulary
 
 
 @pytest.fixture(params=sorted(CONFIGS))

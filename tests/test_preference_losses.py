@@ -10,15 +10,16 @@ import pytest
 import torch
 from chars import char_model, char_tokenizer
 
-from lota.data import IGNORED, Batch
-from lota.losses import response_logps
-from lota.preference_losses import (
+from lota.data.batches import Batch
+from lota.data.encoding import IGNORED
+from lota.train.losses import (
     Pairs,
     dpo_loss,
     importance_weight,
     ipo_loss,
     log_ratios,
     preference_loss,
+    response_logps,
     reward_sums,
 )
 

@@ -14,12 +14,13 @@ from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert_policy_to_hf_resize
-from lota.data import Example, encode_pair, epoch_batches
+from lota.data.batches import epoch_batches
+from lota.data.encoding import Example, encode_pair
 from lota.masks import Mask
-from lota.scope import find_scope, meta_model
+from lota.models.scope import find_scope, meta_model
+from lota.train.cli import closing_words
 from scripts import score_runs
 from tasks import get_task
-from train_single_gpu import closing_words
 
 DPO = ("loss=dpo", "datasets=[pairs]")
 
@@ -202,7 +203,7 @@ def test_dense_training(reference, precision):
 def test_a_continued_run_ends_with_the_same_bits(workplace, masked, monkeypatch, how):
     """Stopped in the middle of an epoch; its reference is that of its start, not of where it was stopped."""
     import trainers
-    from lota.interrupt import Interrupted
+    from lota.train.interrupt import Interrupted
 
     words = how.split()
     options = [
@@ -258,7 +259,7 @@ def test_sft_on_the_preferred_answer():
     ],
 )
 def test_a_task_without_pairs_is_refused_before_loading(monkeypatch, overrides, message):
-    monkeypatch.setattr("trainers.load_model", None)
+    monkeypatch.setattr("lota.train.trainer.load_model", None)
     with pytest.raises(ValueError, match=message):
         train("loss=dpo", *overrides)
     assert not settings().run_dir.exists()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lota.data import Example, encode
-from lota.prompting import FewShot, Limits, Prompt, Prompter
-from lota.training_data import load_examples, load_held_out
+from lota.data.encoding import Example, encode
+from lota.data.examples import load_examples, load_held_out
+from lota.data.prompts import FewShot, Limits, Prompt, Prompter
 from tasks import get_task
 from tests.chars import char_tokenizer
 from tests.runs import settings, train, with_mini_task

@@ -11,8 +11,8 @@ import torch
 from runs import MODEL, policy, settings, train, with_mini_task, write_mask
 
 import lota
-from lota.models import load_model
-from lota.reference import starting_values, swapped
+from lota.models.loading import load_model
+from lota.train.reference import starting_values, swapped
 
 DPO = ("loss=dpo", "datasets=[pairs]", "do_first_eval=true")
 
@@ -234,7 +234,7 @@ def test_a_reference_of_another_vocabulary_is_refused_before_loading(workplace, 
     from chars import save_pair
 
     save_pair(workplace / "chars")
-    monkeypatch.setattr("trainers.load_model", None)
+    monkeypatch.setattr("lota.train.trainer.load_model", None)
     with pytest.raises(ValueError, match=r"reference_archive=.*chars has another vocabulary"):
         train(*DPO, f"model.reference_archive={workplace}/chars")
     (workplace / "chars" / "tokenizer.json").unlink()
@@ -251,7 +251,7 @@ def test_a_reference_with_the_same_tokenizer_is_taken(workplace):
 
 
 def test_no_reference_is_loaded_without_one(workplace, monkeypatch):
-    monkeypatch.setattr("lota.reference.load_model", None)
+    monkeypatch.setattr("lota.train.reference.load_model", None)
     trainer, _ = train(*DPO, "loss.reference_free=true")
     assert trainer.objective.reference is None
 
@@ -280,7 +280,7 @@ def test_a_second_model_has_the_dtype_of_the_policy_or_its_own(workplace, caplog
 
 
 def test_a_run_that_is_stopped_while_computing_goes_on_from_there(workplace, monkeypatch, caplog):
-    from lota.interrupt import Interrupted, StopBetweenSteps
+    from lota.train.interrupt import Interrupted, StopBetweenSteps
 
     caplog.set_level("INFO")
     options = (*DPO, "model.reference=precomputed", "eval_batch_size=5", "n_examples=16")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import MODEL, ROOT, metrics, policy, same, settings, train, with_mini_task, write_mask
 
-from lota.checkpoint import newest_checkpoint
+from lota.train.checkpoint import newest_checkpoint
 
 HERE = Path(__file__).parent
 RUN = ("n_epochs=2", "save_every=16", "lr_scheduler=cosine", "momentum=0.5")
@@ -77,7 +77,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(options, capsys):
 def test_every_kind_of_weights_resumes(workplace, monkeypatch, precision):
     """Stopped between steps in the middle of an epoch, dense and masked bf16."""
     import trainers
-    from lota.interrupt import Interrupted
+    from lota.train.interrupt import Interrupted
 
     mask = f"mask_path={workplace}/0.9_mask.pt" if precision == "bfloat16" else "mask_path=null"
     options = (*RUN, mask, f"model.fsdp_policy_mp={precision}", "save_every=epoch_1", "optimizer=AdamW")
@@ -217,7 +217,7 @@ def test_other_data_under_the_same_name_is_refused(options, workplace):
 
 
 def test_one_process_per_run_folder(options):
-    from lota.run_folder import OpenRun
+    from lota.train.run_folder import OpenRun
 
     refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is training")
     with OpenRun(settings(*options), resuming=False), refused:
@@ -237,7 +237,7 @@ def test_paths_are_stored_as_places(options, workplace):
 
 
 def test_repeated_signals_do_not_lose_the_save():
-    from lota.interrupt import Interrupted, StopBetweenSteps
+    from lota.train.interrupt import Interrupted, StopBetweenSteps
 
     with StopBetweenSteps() as stop:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 import generate_samples
-import lota.samples as samples
-from lota.decoding import Decoding
-from lota.samples import Sampler
+import lota.evaluate.alpaca as samples
+from lota.evaluate.alpaca import Sampler
+from lota.evaluate.decoding import Decoding
 from tasks import get_task
 from tests.chars import char_model, char_tokenizer, save_pair
 

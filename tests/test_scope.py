@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from lota.scope import find_scope, transformer_blocks
+from lota.models.scope import find_scope, transformer_blocks
 
 _LLAMA_ATTENTION = {f"self_attn.{x}_proj.weight" for x in "qkvo"}
 _LLAMA_MLP = {f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}

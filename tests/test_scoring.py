@@ -9,12 +9,12 @@ import statistics
 import pytest
 import torch
 
-import lota.scoring as scoring
-from lota.decoding import Decoding
-from lota.estimates import corpus_perplexity, mean, mean_of
-from lota.evaluation import evaluate_task
-from lota.loglik import choice_requests, logliks, windows
-from lota.prompting import FewShot, Prompt
+import lota.evaluate.scorers as scoring
+from lota.data.prompts import FewShot, Prompt
+from lota.evaluate.decoding import Decoding
+from lota.evaluate.estimates import corpus_perplexity, mean, mean_of
+from lota.evaluate.evaluator import evaluate_task
+from lota.evaluate.loglik import choice_requests, logliks, windows
 from tasks import get_task
 from tasks.base import Task
 from tests.chars import char_model, char_tokenizer

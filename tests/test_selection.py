@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lota
-from lota import streaming, topk
 from lota.masks import Mask, kept_count
-from lota.pairing import open_pair
-from lota.scope import find_scope
-from lota.scores import ScoreStream
-from lota.selection import Rule, select
-from lota.weights import content_hash, open_weights
+from lota.masks.extract import topk
+from lota.masks.extract.scores import ScoreStream
+from lota.masks.extract.select import Rule, select
+from lota.models import chunks as streaming
+from lota.models.hashing import content_hash
+from lota.models.pair import open_pair
+from lota.models.scope import find_scope
+from lota.models.weights import open_weights
 from tests.test_weights import TINY, save_tiny
 
 SPARSITIES = [0.0, 0.5, 0.9, 0.99]

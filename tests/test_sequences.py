@@ -8,7 +8,7 @@ import math
 import pytest
 import yaml
 
-from lota.lotto import sequences
+from lota.report import sequence_table as sequences
 
 
 def write_run(folder, method, seed, matrix, tasks=("a", "b"), kind="score", **other):

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import extract_masks
-from lota.data import epoch_batches
-from lota.interrupt import Interrupted
+from lota.data.batches import epoch_batches
 from lota.masks import Mask, kept_count
-from lota.models import load_tokenizer
-from lota.scope import find_scope, meta_model
+from lota.models.loading import load_tokenizer
+from lota.models.scope import find_scope, meta_model
+from lota.train.interrupt import Interrupted
 from tasks import get_task
 from tests.runs import MODEL, policy, same, settings, train, with_mini_task, write_mask
 from tests.test_preference_training import logp
@@ -71,7 +71,7 @@ def test_reused_by_an_equal_run_and_set_aside_by_another(folder, told, monkeypat
         def none(*args, **kwargs):
             raise AssertionError("gradients were collected")
 
-        patch.setattr("lota.snip.collect", none)
+        patch.setattr("lota.train.snip.collect", none)
         again = (*SNIP, f"save_snip_mask_path={path}", "exp_name=again", "lr=1e-3", "eval_batch_size=4")
         _, second = train(*again)
     assert f"reusing the mask {path}" in log_of(told) and path.read_bytes() == before
@@ -192,7 +192,7 @@ def test_refused_before_a_model_loads(folder, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lota.score_data.load_model", load)
+    monkeypatch.setattr("lota.train.score_data.load_model", load)
     write_mask(folder / "dense.pt", 0.95)
     with pytest.raises(ValueError, match=r"protected masks leave .* free"):
         train(*SNIP, f"protect_masks=[{folder}/dense.pt]")

@@ -11,9 +11,9 @@ from hf_models import CONFIGS, logits, new_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lota.scope import meta_model
-from lota.streamed_folder import write_like
-from lota.weights import open_weights
+from lota.models.scope import meta_model
+from lota.models.weights import open_weights
+from lota.share.hf_stream import write_like
 
 
 def saved(kind: str, folder: Path, seed: int = 0, **options):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lota import streaming, topk
+from lota.masks.extract import topk
+from lota.models import chunks as streaming
 
 
 def brute_force(keys: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:

@@ -9,9 +9,10 @@ import string
 import pytest
 import torch
 
-from lota.data import Example, collate, encode
-from lota.losses import sequence_logps, sft_loss
-from lota.models import load_model, load_tokenizer
+from lota.data.batches import collate
+from lota.data.encoding import Example, encode
+from lota.models.loading import load_model, load_tokenizer
+from lota.train.losses import sequence_logps, sft_loss
 from tasks import get_task
 from tests.test_assets import MODEL, greedy
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-import lota.traced_step as traced_step
-from lota.generation import generate
-from lota.kv_cache import RoomyLayer, give_room
-from lota.traced_step import ARCHITECTURES, TracedStep
+import lota.evaluate.traced_step as traced_step
+from lota.evaluate.generation import generate
+from lota.evaluate.kv_cache import RoomyLayer, give_room
+from lota.evaluate.traced_step import ARCHITECTURES, TracedStep
 from tests import tiny
 from tests.chars import char_model, char_tokenizer
 
@@ -32,7 +32,7 @@ def steppers(monkeypatch) -> list[TracedStep]:
             made.append(self)
 
     monkeypatch.setattr(traced_step, "TRACE_AFTER", 2)
-    monkeypatch.setattr("lota.generation.TracedStep", Spy)
+    monkeypatch.setattr("lota.evaluate.generation.TracedStep", Spy)
     return made
 
 

@@ -10,9 +10,10 @@ import torch
 from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lota.data import Example, encode, epoch_batches
-from lota.schedule import learning_rate
-from lota.scope import find_scope
+from lota.data.batches import epoch_batches
+from lota.data.encoding import Example, encode
+from lota.models.scope import find_scope
+from lota.optim.schedule import learning_rate
 from tasks import get_task
 
 
@@ -173,7 +174,7 @@ def test_bf16_under_a_mask_saves_the_base_exactly_and_kept_entries_in_fp32(mask,
 @pytest.fixture
 def seen(monkeypatch):
     """What the trainer computes with: dtypes of logits, lengths of the rows of each batch."""
-    from lota import losses, objectives
+    from lota.train import losses, objectives
 
     record = {"dtypes": [], "lengths": []}
     logps, gather = losses.sequence_logps, objectives.collate
@@ -234,16 +235,16 @@ def test_average_log_prob_is_the_mean_over_tokens(workplace):
 
 
 def test_activation_checkpointing_runs_each_block_twice(workplace, monkeypatch):
-    import trainers
+    import lota.train.trainer as trainer_module
 
-    calls, load = [], trainers.load_model
+    calls, load = [], trainer_module.load_model
 
     def watched(*args, **kwargs):
         model = load(*args, **kwargs)
         model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
         return model
 
-    monkeypatch.setattr(trainers, "load_model", watched)
+    monkeypatch.setattr(trainer_module, "load_model", watched)
     train("exp_name=plain")
     assert len(calls) == 5
     calls.clear()
@@ -371,7 +372,7 @@ def test_an_archive_is_where_training_starts(workplace):
 
 def test_samples_with_activation_checkpointing_are_those_of_the_saved_model(workplace):
     """Checkpointing switches the cache off in training; the samples are greedy completions all the same."""
-    from lota.generation import generate
+    from lota.evaluate.generation import generate
 
     trainer, folder = train("sample_during_eval=true", "eval_every=40", "activation_checkpointing=true",
                             "max_length=40", "max_prompt_length=24")  # fmt: skip
@@ -404,7 +405,7 @@ def test_refused_before_a_model_loads(workplace, monkeypatch, overrides, message
     def no_model(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("trainers.load_model", no_model)
+    monkeypatch.setattr("lota.train.trainer.load_model", no_model)
     with pytest.raises(ValueError, match=message):
         train(*overrides)
     assert not settings(*overrides).run_dir.exists()
@@ -414,13 +415,13 @@ def test_a_mask_of_another_model_is_refused_before_loading(tmp_path, monkeypatch
     import tiny
 
     tiny.random_mask(tiny.make("llama")).save(tmp_path / "other_mask.pt")
-    monkeypatch.setattr("trainers.load_model", None)
+    monkeypatch.setattr("lota.train.trainer.load_model", None)
     with pytest.raises(ValueError, match="does not belong to this model"):
         train(f"mask_path={tmp_path}/other_mask.pt")
 
 
 def test_a_mask_that_protection_empties_is_refused_before_loading(mask, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.load_model", None)
+    monkeypatch.setattr("lota.train.trainer.load_model", None)
     path = f"{tmp_path}/0.9_mask.pt"
     with pytest.raises(ValueError, match="nothing would train"):
         train(f"mask_path={path}", f"protect_masks=[{path}]")
@@ -430,7 +431,7 @@ def test_more_tokens_than_positions_are_refused_before_loading(tmp_path, monkeyp
     import tiny
 
     tiny.make("gpt2").save_pretrained(tmp_path / "gpt2")
-    monkeypatch.setattr("trainers.load_model", None)
+    monkeypatch.setattr("lota.train.trainer.load_model", None)
     with pytest.raises(ValueError, match="max_length=512: the model has 64 positions"):
         train(f"model.name_or_path={tmp_path}/gpt2", f"model.tokenizer_name_or_path={MODEL}")
 

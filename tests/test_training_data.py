@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lota.prompting import Prompter
-from lota.training_data import load_examples, load_held_out
+from lota.data.examples import load_examples, load_held_out
+from lota.data.prompts import Prompter
 from tasks import get_task
 from tests.chars import char_tokenizer
 from tests.runs import metrics, settings, train, with_mini_task

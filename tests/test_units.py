@@ -8,10 +8,10 @@ import torch
 import transformers
 
 import lota
-from lota import streaming
 from lota.masks import kept_count
-from lota.scope import ScopedTensor, find_scope
-from lota.units import Units, choose, units_of
+from lota.masks.extract.neurons import Units, choose, units_of
+from lota.models import chunks as streaming
+from lota.models.scope import ScopedTensor, find_scope
 from tests.test_selection import make_pair, scores_of
 
 OUTPUT_AXIS = {"Conv1D": 1}  # of a two-dimensional weight as stored

@@ -13,9 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lota.scope import meta_model
-from lota.translation import Conversion, row_runs
-from lota.weights import content_hash, open_weights
+from lota.models.hashing import content_hash
+from lota.models.key_mapping import Conversion, row_runs
+from lota.models.scope import meta_model
+from lota.models.weights import open_weights
 
 TINY = {
     "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32),
@@ -250,7 +251,7 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
 @pytest.mark.parametrize("kind", ["mixtral"])
 def test_conversion_that_moves_more_than_rows_is_done_whole(kind, tmp_path, monkeypatch):
     model = save_tiny(kind, tmp_path)
-    monkeypatch.setattr("lota.weights.row_runs", lambda conversion, stored: None)
+    monkeypatch.setattr("lota.models.weights.row_runs", lambda conversion, stored: None)
     assert_same_weights(open_weights(tmp_path), model)
 
 

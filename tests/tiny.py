@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 from lota.masks import Mask
-from lota.scope import find_scope
-from lota.units import units_of
+from lota.masks.extract.neurons import units_of
+from lota.models.scope import find_scope
 
 VOCAB = 61
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

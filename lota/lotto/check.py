@@ -18,8 +18,8 @@ from lota.lotto.folder import check_folder
 from lota.lotto.held_out import HeldOut
 from lota.lotto.ledger import Ledger
 from lota.masks import Mask
-from lota.preflight import prepare
-from lota.scope import find_scope, meta_model
+from lota.models.scope import find_scope, meta_model
+from lota.train.preflight import prepare
 
 
 @dataclass(frozen=True)

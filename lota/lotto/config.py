@@ -39,7 +39,6 @@ METHODS = {
     "fft": Method(),
     "lora": Method(adapter="lora"),
 }
-
 # What a task cannot have of its own: it is the sequence's, or the sequence sets it.
 _SHARED = (
     "exp_name", "local_dirs", "model", "adapter", "datasets", "tasks", "order", "method", "task_overrides",

@@ -20,21 +20,20 @@ from typing import Any
 
 import torch
 
-from lota.checkpoint import POLICY, newest_checkpoint
 from lota.config import Config
 from lota.lotto.check import Checked, check, union
 from lota.lotto.config import LottoConfig
-from lota.lotto.continual import report, table
 from lota.lotto.folder import OpenSequence
+from lota.lotto.forgetting import report, table
 from lota.lotto.held_out import Measured, measure_all
 from lota.lotto.ledger import Entry, Ledger, values_hash
 from lota.masks import Mask
-from lota.models import dtype_of, load_model, load_tokenizer
-from lota.selection import extract
-from lota.weights import open_weights
+from lota.masks.extract.select import extract
+from lota.models.loading import dtype_of, load_model, load_tokenizer
+from lota.models.weights import open_weights
+from lota.train.checkpoint import POLICY, newest_checkpoint
 
 logger = logging.getLogger(__name__)
-
 CALIBRATE, ADAPT = "calibrate", "adapt"
 
 

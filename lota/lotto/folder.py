@@ -9,10 +9,10 @@ from types import TracebackType
 
 import yaml
 
-from lota.atomic import TEMPORARY_SUFFIX, remove
 from lota.config_checks import differences
 from lota.lotto.config import LottoConfig
-from lota.run_folder import REPLACED, lock_folder, move, recover, write_settings
+from lota.train.run_folder import REPLACED, lock_folder, move, recover, write_settings
+from lota.utils import TEMPORARY_SUFFIX, remove
 
 _STAGE = re.compile(r"\d+_.+")
 _FILES = re.compile(r"config\.yaml|base|ledger\.(json|txt)|forgetting.*\.(json|txt|png)")

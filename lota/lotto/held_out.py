@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lota.atomic import write_json
 from lota.config import Config
-from lota.data import collate, encode, seeded_sample
-from lota.decoding import Decoding
-from lota.estimates import Estimate, ratio
-from lota.evaluation import Evaluator
-from lota.evaluation_plan import held_out_rows
-from lota.journal import content_key
-from lota.losses import sequence_logps
-from lota.models import choose_pad_token_id
-from lota.prompting import Limits, Prompter
-from lota.training_data import example_of
+from lota.data.batches import collate, seeded_sample
+from lota.data.encoding import encode
+from lota.data.examples import example_of
+from lota.data.prompts import Limits, Prompter
+from lota.evaluate.decoding import Decoding
+from lota.evaluate.estimates import Estimate, ratio
+from lota.evaluate.evaluator import Evaluator
+from lota.evaluate.plan import held_out_rows
+from lota.models.loading import choose_pad_token_id
+from lota.train.losses import sequence_logps
+from lota.utils import content_key, write_json
 
 RESULTS = "held_out.json"
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from lota.atomic import atomic_path, write_json
 from lota.masks import Mask
-from lota.weights import WeightSource
+from lota.models.weights import WeightSource
+from lota.utils import atomic_path, write_json
 
 LEDGER = "ledger.json"
 SHOWN_DIGITS = 12  # of a hash in the text table

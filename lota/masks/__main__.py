@@ -19,13 +19,13 @@ from itertools import combinations
 from pathlib import Path
 
 from lota.masks import Mask
+from lota.masks.combine import MAKE, made_of
+from lota.masks.extract.select import DEFAULT_SCOPE
 from lota.masks.files import first
-from lota.masks.making import MAKE, made_of
 from lota.masks.statistics import density, overlap
 from lota.masks.views import density_text, draw_density, draw_overlap, overlap_text
-from lota.scope import find_scope, meta_model
-from lota.selection import DEFAULT_SCOPE
-from lota.tables import short_names
+from lota.models.scope import find_scope, meta_model
+from lota.utils import short_names
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lota.atomic import atomic_path, save_tensors
-from lota.problems import torch_reason
+from lota.utils import atomic_path, save_tensors, torch_reason
 
 FORMAT = "lota-mask"
 FORMAT_VERSION = 1

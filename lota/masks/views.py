@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lota import plots
 from lota.masks.statistics import Density, Overlap
-from lota.report import plots
-from lota.tables import aligned
+from lota.utils import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 Overlaps = Mapping[tuple[int, int], Overlap]  # numbers of two masks, the smaller first
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lota.estimates import mean_and_stderr
+from lota.evaluate.estimates import mean_and_stderr
 from lota.report.reading import Run, weight_settings
 
 SCORE_NAMES = {  # what rated the entries of a mask -> method

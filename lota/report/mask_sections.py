@@ -10,7 +10,7 @@ from lota.masks.statistics import density, overlap
 from lota.masks.views import density_table, draw_density, draw_overlap, overlap_table
 from lota.report.page import Section, file_name
 from lota.report.reading import Run
-from lota.tables import short_names
+from lota.utils import short_names
 
 OVERLAP_TEXT = (
     "Below the diagonal: entries that both masks keep, over those that either keeps (IoU). Above it, and as "

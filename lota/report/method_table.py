@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lota.atomic import atomic_path, write_json
-from lota.estimates import mean_and_stderr
+from lota.evaluate.estimates import mean_and_stderr
 from lota.report.groups import Group, groups
 from lota.report.reading import Run, read_runs
+from lota.utils import atomic_path, write_json
 
 COLUMNS = ("method", "sparsity", "trained entries", "lr", "score", "seeds", "examples/s", "peak MiB")
 logger = logging.getLogger(__name__)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lota.atomic import atomic_path
-from lota.report.figures import png
+from lota.plots import png
+from lota.utils import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 PAGE = "index.html"
 STYLE = """

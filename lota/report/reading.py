@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lota.checkpoint import CHECKPOINT_NAME
 from lota.config import Config
 from lota.config_checks import WEIGHT_NEUTRAL
-from lota.lotto.continual import NAME as FORGETTING_NAME
+from lota.lotto.forgetting import NAME as FORGETTING_NAME
 from lota.lotto.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
-from lota.tables import short_names
-from lota.trainable import mask_or_dense
+from lota.masks.trainable import mask_or_dense
+from lota.train.checkpoint import CHECKPOINT_NAME
+from lota.utils import short_names
 
 FORGETTING = f"{FORGETTING_NAME}.json"
 SUMMARY = "metrics/summary.json"

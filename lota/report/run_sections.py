@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from lota.report.curves import Line, bars, over_examples
+from lota.plots import Line, bars, over_examples
 from lota.report.groups import Group
 from lota.report.page import Section
 from lota.report.reading import Run

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lota.estimates import mean_and_stderr
-from lota.report.curves import bars
+from lota.evaluate.estimates import mean_and_stderr
+from lota.plots import against_sparsity, bars
 from lota.report.groups import Group
 from lota.report.page import Section, file_name
-from lota.report.plots import against_sparsity
 from lota.report.reading import Run, Score
 from lota.report.run_sections import last, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 HELD_OUT = "held-out loss"
 IN_PER_CENT = (
@@ -26,7 +26,6 @@ IN_PER_CENT = (
 )  # endings of metrics that are shares of the examples
 BASE = "base model"
 TEXT = "Error bars and bands: one standard error, over seeds where there are several, else over examples."
-
 Found = tuple[float, float | None, int]  # mean, standard error, runs
 
 

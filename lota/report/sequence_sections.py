@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lota import plots
 from lota.lotto.ledger import Entry
-from lota.report import plots
 from lota.report.page import Section, file_name
 from lota.report.reading import Run
 
@@ -25,7 +25,6 @@ LEDGER_TEXT = (
     "What each stage kept; for each earlier task, the entries that both masks keep, and the hash of the "
     "values that the earlier one keeps, before and after the stage."
 )
-
 Pair = tuple[float | None, float | None]  # value and its standard error
 
 

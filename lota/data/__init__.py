@@ -1,0 +1,1 @@
+"""Rows of tasks as prompts, token ids and batches."""

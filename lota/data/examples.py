@@ -1,0 +1,76 @@
+"""What a run trains on and in which order: examples of its tasks, and the plan of all batches to come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from lota.config import Config
+from lota.data.batches import fraction_of, seeded_sample
+from lota.data.encoding import Encoded, Example, encode, encode_pair
+from lota.data.prompts import Prompter
+
+logger = logging.getLogger(__name__)
+
+
+def with_options(find_task: Callable[[str], Any], name: str, config: Config) -> Any:
+    """The task, with the settings of its own that the run gives; one that it does not have is told."""
+    task = find_task(name)
+    given = {key: getattr(config, key) for key in ("num_turns", "prefs_path")}
+    for key, value in given.items():
+        if key not in task.options and value != Config.__dataclass_fields__[key].default:
+            logger.info("not used here: %s=%s (task %s)", key, value, name)
+    task = task.with_options(**{key: value for key, value in given.items() if key in task.options})
+    if config.loss.paired and not task.paired:
+        how = "give prefs_path=FILE" if "prefs_path" in task.options else "name tasks that have, such as hh"
+        raise ValueError(
+            f"loss={config.loss.name} learns from preference pairs, and task {name} has none: {how} "
+            "(docs/TASKS.md lists them), or choose loss=sft"
+        )
+    return task
+
+
+def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Prompter) -> list[Example]:
+    """Examples of all tasks, in order, of each a seeded sample of `data_fraction`."""
+    examples = []
+    for task in tasks:
+        rows = task.load(split, config.data_folder)
+        kept = fraction_of(rows, config.data_fraction, config.seed)
+        logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
+        examples += [example_of(prompter, task, row, config.loss.paired) for row in kept]
+    return examples
+
+
+def load_held_out(tasks: Sequence[Any], config: Config, prompter: Prompter) -> list[Example]:
+    """A seeded sample of n_eval_examples over the held-out splits of all tasks; an error where one has
+    none.
+    """
+    without = [task.name for task in tasks if task.held_out is None]
+    if without:
+        raise ValueError(
+            f"datasets={without}: no held-out split to evaluate on; set do_first_eval=false and "
+            "eval_every above the number of training examples"
+        )
+    rows = [(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
+    chosen = seeded_sample(rows, config.n_eval_examples, config.seed)
+    return [example_of(prompter, task, row, config.loss.paired) for task, row in chosen]
+
+
+def example_of(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool = False) -> Example:
+    """A row as training reads it. paired: with its preferred and its rejected answer."""
+    prompt = prompter.prompt(task, row)
+    how = (prompt.closing, prompt.keep_end, prompt.templated)
+    if not paired:
+        return Example(prompt.text, task.target(row), *how)
+    pair = task.pair(row)
+    return Example(prompt.text, pair.chosen, *how, rejected=pair.rejected)
+
+
+def encoder(config: Config, tokenizer: Any) -> Callable[[Example], tuple[Encoded, ...]]:
+    """Turns an example into its rows, cut as the run asks: one, or of a pair the preferred, the rejected."""
+    limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    if config.loss.paired:
+        return partial(encode_pair, tokenizer, **limits)
+    return lambda example: (encode(tokenizer, example, **limits),)

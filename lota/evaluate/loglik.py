@@ -1,0 +1,186 @@
+"""Log-likelihoods of texts after prompts: for choices, and for held-out text (perplexity)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lota.data.prompts import Prompt
+from lota.evaluate.batching import accepted_arguments, in_batches, padded
+from lota.evaluate.kv_cache import can_drop_rows
+
+UNLIMITED = 2048  # tokens of a window where the model sets no limit
+WORTH_SHARING = 0.2  # share of a batch's tokens that reading contexts once must save; it costs a second pass
+Request = tuple[list[int], list[int]]  # token ids of a context, at least one, and of what follows it
+
+
+def logliks(
+    model: Any,
+    requests: Sequence[Request],
+    *,
+    batch_size: int,
+    on_done: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """log p(continuation | context) of each request, in nats, summed over its tokens.
+
+    A long context that several requests of a batch share is read once. The scores are computed in the model's
+    dtype and normalised in fp32. on_done(i, value) is called when the batch of requests[i] is done. Running
+    out of memory halves the batch for the rest.
+    """
+    done = [0.0] * len(requests)
+    reader = _Reader(model)
+
+    def run(numbers: list[int]) -> None:
+        batch = [requests[i] for i in numbers]
+        scores = reader.scores(batch)
+        sums = [_sum_of(found, after) for found, (_, after) in zip(scores, batch, strict=True)]
+        for i, value in zip(numbers, sums, strict=True):  # only now: a batch that fails is run again whole
+            done[i] = value
+            if on_done is not None:
+                on_done(i, value)
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            in_batches(_order(requests), batch_size, run)
+    finally:
+        model.train(training)
+    return done
+
+
+def _order(requests: Sequence[Request]) -> list[int]:
+    """Numbers of the requests, longest first, those with the same context side by side."""
+    longest: dict[tuple[int, ...], int] = {}
+    for context, after in requests:
+        key = tuple(context)
+        longest[key] = max(longest.get(key, 0), len(context) + len(after))
+
+    def key_of(i: int) -> tuple[int, list[int], int]:
+        context, after = requests[i]
+        return -longest[tuple(context)], context, -len(after)
+
+    return sorted(range(len(requests)), key=key_of)
+
+
+class _Reader:
+    """A model's scores of the tokens of continuations."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.accepts = model, accepted_arguments(model)
+        self.device = next(model.parameters()).device
+        self.can_share = {"past_key_values", "position_ids"} <= self.accepts
+
+    def scores(self, batch: Sequence[Request]) -> list[Tensor]:
+        """Of each request (tokens of the continuation, vocabulary), or more positions in front of those."""
+        rows: dict[tuple[int, ...], int] = {}  # of the contexts
+        row_of = [rows.setdefault(tuple(context), len(rows)) for context, _ in batch]
+        tokens = sum(len(context) + len(after) for context, after in batch)
+        saved = sum(len(context) for context, _ in batch) - sum(map(len, rows))
+        if self.can_share and saved >= WORTH_SHARING * tokens:
+            found = self._after_shared(list(rows), row_of, [after for _, after in batch])
+            if found is not None:
+                return found
+            self.can_share = False
+        return list(self._whole(batch))
+
+    def _whole(self, batch: Sequence[Request]) -> Tensor:
+        """Scores at the last positions of each row, (rows, longest continuation, vocabulary).
+
+        Rows are padded on the left, so that all continuations end together: the scores of the positions
+        before them, which a large vocabulary makes large, are not computed where the model can leave them
+        out.
+        """
+        kept = max(len(after) for _, after in batch)
+        ids, mask = padded([(context + after)[:-1] for context, after in batch], self.device, left=True)
+        return self._forward(ids, mask, kept, use_cache=False).logits[:, -kept:]
+
+    def _after_shared(
+        self, contexts: Sequence[Sequence[int]], row_of: Sequence[int], continuations: Sequence[list[int]]
+    ) -> list[Tensor] | None:
+        """Scores after contexts[row_of[i]], read once each; None where the model's cache cannot be shared."""
+        ids, mask = padded(contexts, self.device, left=True)
+        output = self._forward(ids, mask, 1, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None or not can_drop_rows(cache):
+            return None
+        scores = [output.logits[row, -1:] for row in row_of]
+        longer = [i for i, after in enumerate(continuations) if len(after) > 1]
+        if not longer:
+            return scores
+        rows = torch.tensor([row_of[i] for i in longer], device=self.device)
+        cache.batch_select_indices(rows)
+        more, counts = padded([continuations[i][:-1] for i in longer], self.device, left=False)
+        mask = torch.cat([mask[rows], counts], 1)
+        logits = self._forward(more, mask, more.shape[1], use_cache=True, past_key_values=cache).logits
+        for at, i in enumerate(longer):
+            scores[i] = torch.cat([scores[i], logits[at, : len(continuations[i]) - 1]])
+        return scores
+
+    def _forward(self, ids: Tensor, mask: Tensor, kept: int, **more: Any) -> Any:
+        """mask: over what the cache holds and ids; kept: positions at the end whose scores are needed."""
+        if "position_ids" in self.accepts:
+            more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self.accepts:
+            more["logits_to_keep"] = kept
+        return self.model(input_ids=ids, attention_mask=mask, **more)
+
+
+def _sum_of(logits: Tensor, continuation: list[int]) -> float:
+    """log p of a continuation from the scores of the next token, of which the last belong to it."""
+    scores = logits[-len(continuation) :].float().log_softmax(-1)
+    chosen = torch.tensor(continuation, device=scores.device)[:, None]
+    value = scores.gather(-1, chosen).double().sum().item()
+    if math.isnan(value):
+        raise ValueError("the model's scores are not numbers (NaN): its weights or its dtype are broken")
+    return value
+
+
+def choice_requests(
+    tokenizer: Any, prompt: Prompt, choices: Sequence[str], context: int | None, limit: int | None = None
+) -> tuple[list[Request], bool]:
+    """A request per choice, tokenised as lm-evaluation-harness does; whether the prompt had to be cut.
+
+    Prompt and choice are tokenised together, so that a choice gets the tokens it has in running text, and
+    blanks at the prompt's end count as the choice's first ones. limit: the most tokens of the prompt, where
+    there is one besides the model's context.
+    """
+    stripped = prompt.stripped()
+    before = stripped.ids(tokenizer)
+    texts = [Prompt(prompt.text + choice, templated=prompt.templated) for choice in choices]
+    after = [text.ids(tokenizer)[len(before) :] for text in texts]
+    longest = max(map(len, after))
+    if context is not None and longest > context:
+        raise ValueError(f"a choice of {longest} tokens does not fit the model's context, {context}")
+    rooms = [] if context is None else [context + 1 - longest]  # the last token is no input
+    room = min([*rooms, *([] if limit is None else [limit])], default=len(before))
+    if len(before) <= room:
+        return [(before, ids) for ids in after], False
+    return [(stripped.ids(tokenizer, room), ids) for ids in after], True
+
+
+def windows(tokens: list[int], first: int, context: int | None) -> list[Request]:
+    """Requests that predict every token once, after `first`, in stretches of the model's context.
+
+    A stretch starts anew after one token of the one before it; the last one is preceded by as many tokens as
+    fit.
+    """
+    width = context or UNLIMITED
+    requests = []
+    for start in range(0, len(tokens), width):
+        end = min(start + width, len(tokens))
+        before = tokens[max(end - width - 1, 0) : start] if start else [first]
+        requests.append((before, tokens[start:end]))
+    return requests
+
+
+def text_requests(tokenizer: Any, text: str, context: int | None) -> list[Request]:
+    """Windows over a text, which follows the token for the beginning (else the end) of text."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise ValueError("perplexity needs a tokenizer with a token for the beginning or end of text")
+    return windows(tokenizer(text, add_special_tokens=False).input_ids, first, context)

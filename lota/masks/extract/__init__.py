@@ -1,0 +1,1 @@
+"""Scores to masks: which entries are kept, chosen exactly over a stream of files."""

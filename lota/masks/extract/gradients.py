@@ -1,0 +1,140 @@
+"""Gradients of a model on some data, summed per entry: what the scores gradient, fisher and snip read.
+
+    collected = lota.collect_gradients(model, loss_of, batches)
+    masks = lota.extract("base/", score="snip", collected=collected)
+
+Batches stream through the model; each parameter's gradient joins its sum as soon as it is complete in the
+backward pass and is freed. So beyond weights and activations there is one sum per scoped entry and one
+parameter's gradient, and neither an optimizer nor a tuned model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lota.models.pair import Pair
+from lota.models.scope import find_scope
+
+Batch = TypeVar("Batch")
+KINDS = ("sum", "squares")
+
+
+class Collected:
+    """Sums per entry, read as lota/scores.py reads a file.
+
+    values: name -> sums, of the parameter's shape, on any device. kind: `sum` (of the gradients) or `squares`
+    (of the batches' gradients). meta: plain values that a mask made of them records.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], kind: str, meta: Mapping[str, Any] | None = None):
+        self.values, self.kind, self.meta = dict(values), kind, dict(meta or {})
+        self.id = f"the collected gradients ({kind})"
+
+    def __repr__(self) -> str:
+        return f"Collected({self.kind}, {len(self.values)} tensors, {self.meta})"
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.values[name].dtype
+
+    def read_flat(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> Tensor:
+        """Entries [start, stop) of the flattened parameter on the CPU; not to be written to."""
+        return self.values[name].view(-1)[start:stop].cpu()
+
+    def check(self, pair: Pair, kind: str) -> None:
+        """Raise ValueError unless this holds sums of the kind for every parameter of the pair's scope."""
+        if self.kind != kind:
+            raise ValueError(
+                f"the collected gradients are {self.kind}, the score reads {kind}: collect those"
+            )
+        for name, tensor in pair.scope.items():
+            found = tuple(self.values[name].shape) if name in self.values else "nothing"
+            if found != tensor.shape:
+                raise ValueError(
+                    f"gradients of {name}: {tensor.shape} is in the scope, {found} was collected; collect "
+                    "with the model and the scope that the mask is for"
+                )
+
+
+def collect_gradients(
+    model: nn.Module,
+    loss_of: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    *,
+    names: Iterable[str] | None = None,
+    kind: str = "sum",
+    dtype: torch.dtype = torch.float32,
+    meta: Mapping[str, Any] | None = None,
+) -> Collected:
+    """Sum the gradients of `loss_of(batch)`, a scalar, over the batches.
+
+    names: parameters to sum for, by default the attention and MLP weights; no other requires a gradient
+    meanwhile. kind: `sum` adds gradients, `squares` the squares of each batch's gradient (with one example
+    per batch: the diagonal of the empirical Fisher information). dtype: of the sums; in bfloat16 (2 bytes
+    per entry) what is added to a sum more than about 256 times as large is lost.
+    Activation checkpointing must be the non-reentrant kind. Raises ValueError for unknown names or kinds, no
+    batches, a loss that is not finite, or a model whose parameters hold gradients already.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+    parameters = dict(model.named_parameters())
+    wanted = list(find_scope(model) if names is None else names)
+    _check_parameters(parameters, wanted)
+    sums = {name: torch.zeros_like(parameters[name], dtype=dtype, requires_grad=False) for name in wanted}
+    n_batches = 0
+    with _hooked(parameters, {name: _adder(sums[name], kind) for name in wanted}):
+        for batch in batches:
+            loss = loss_of(batch)
+            if not loss.isfinite():
+                raise ValueError(f"the loss of batch {n_batches} is {loss.item()}: no scores can be had")
+            loss.backward()
+            n_batches += 1
+    if n_batches == 0:
+        raise ValueError("no batches: there is nothing to take gradients of")
+    return Collected(sums, kind, {"batches": n_batches, **(meta or {})})
+
+
+def _check_parameters(parameters: Mapping[str, nn.Parameter], wanted: list[str]) -> None:
+    unknown = [name for name in wanted if name not in parameters]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parameters, 1, 0)
+        raise ValueError(f"the model has no parameter {unknown[0]}; the nearest is {', '.join(near)}")
+    holding = next((name for name, p in parameters.items() if p.grad is not None), None)
+    if holding is not None:
+        raise ValueError(f"{holding} holds a gradient already: call zero_grad() first")
+
+
+def _adder(total: Tensor, kind: str) -> Callable[[nn.Parameter], None]:
+    @torch.no_grad()
+    def add(p: nn.Parameter) -> None:
+        grad, p.grad = p.grad, None
+        if kind == "squares":
+            grad = grad.float().square_() if grad.dtype != torch.float32 else grad.square_()
+        total.add_(grad)
+
+    return add
+
+
+@contextmanager
+def _hooked(
+    parameters: Mapping[str, nn.Parameter], hooks: Mapping[str, Callable[[nn.Parameter], None]]
+) -> Iterator[None]:
+    """Only the parameters with a hook require a gradient, which the hook takes; all is undone afterwards."""
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    for name, p in parameters.items():
+        p.requires_grad_(name in hooks)
+    handles = [parameters[name].register_post_accumulate_grad_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in parameters.items():
+            p.grad = None
+            p.requires_grad_(before[name])

@@ -1,1 +1,0 @@
-"""Merging task vectors: the rules, where vectors come from, statistics, and the merged folder."""

@@ -1,0 +1,87 @@
+"""What the run that a policy.pt comes from says of it: the config.yaml of its folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lota.models.tensor_files import is_delta
+from lota.share.delta.reader import Delta
+
+logger = logging.getLogger(__name__)
+# What decides how prompts are written and cut; it goes along with the weights, for evaluation to do the same.
+PROMPT_SETTINGS = ("chat_template", "max_length", "max_prompt_length")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings that outlive training. base: model.name_or_path; None and () where there is no run."""
+
+    base: str | None = None
+    pad_token: str | None = None
+    tokenizer: str | None = None
+    datasets: tuple[str, ...] = ()
+    chat_template: str | None = None
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+
+    @property
+    def prompts(self) -> dict[str, str | int | None]:
+        return {name: getattr(self, name) for name in PROMPT_SETTINGS}
+
+
+def run_settings(path: Path) -> RunSettings:
+    """Settings of the run that `path` belongs to: RUN, RUN/epoch-1 or RUN/epoch-1/policy.pt.
+
+    Empty for what lies outside a run folder, with a warning where a config.yaml there is no run's.
+    """
+    path = path.expanduser().resolve()
+    folders = path.parents[:2] if path.is_file() else (path, path.parent)
+    file = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+    if file is None:
+        return RunSettings()
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        model = content["model"]
+        return RunSettings(
+            model.get("name_or_path"),
+            model.get("pad_token"),
+            model.get("tokenizer_name_or_path"),
+            tuple(content.get("datasets") or ()),
+            *(content.get(name) for name in PROMPT_SETTINGS),
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is not a run's config (%s): not used", file, " ".join(str(error).split()))
+        return RunSettings()
+
+
+def recorded_prompts(model: str) -> dict[str, Any]:
+    """PROMPT_SETTINGS of the runs that a converted or merged folder, or a delta, comes from.
+
+    None for those not known, and for those in which merged runs differ.
+    """
+    if Path(model).expanduser().is_file() and is_delta(Path(model).expanduser()):
+        return {name: Delta.open(model).meta.get(name) for name in PROMPT_SETTINGS}
+    files = [Path(model).expanduser() / name for name in (RECORD, MERGE_RECORD)]
+    file = next((file for file in files if file.is_file()), files[0])
+    try:
+        record = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        return {name: record.get(name) for name in PROMPT_SETTINGS}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): convert the model anew") from error
+
+
+def trained_prompts(path: str | os.PathLike) -> dict[str, Any]:
+    """The same of what may also be a run's own folder or policy.pt."""
+    run = run_settings(Path(path))
+    return run.prompts if run.chat_template else recorded_prompts(str(path))
+
+
+RECORD = "conversion.json"  # lists the files of a folder that we wrote and may replace
+MERGE_RECORD = "merge.json"  # of a folder that merging wrote: inputs, rule, statistics

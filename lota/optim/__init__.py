@@ -1,0 +1,1 @@
+"""Masked optimizers, their fusing into the backward pass, and compact weight gradients."""

@@ -1,0 +1,1 @@
+"""Models and sparse task vectors as files that others load."""

@@ -1,0 +1,140 @@
+"""policy.pt + its base -> a Hugging Face folder, on the CPU, in the memory of about one model.
+
+Tensors are mapped from policy.pt and written shard by shard under the base's names on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lota.models.loading import add_pad_token, load_config, load_tokenizer, resize_vocabulary
+from lota.models.policy import model_from_policy, policy_path, read_policy_record
+from lota.models.provenance import run_settings
+from lota.share.hf_folder import (
+    TOKENIZER_FILES,
+    check_replaceable,
+    check_shard_size,
+    copy_small_files,
+    disk_dtypes,
+    new_model_files,
+    write_config,
+    write_weights,
+)
+
+logger = logging.getLogger(__name__)
+VOCABULARIES = ("checkpoint", "base")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written. rows: of the embedding; step_idx: the policy's; datasets: of its run, where known."""
+
+    folder: Path
+    dtype: torch.dtype
+    rows: int
+    step_idx: int
+    datasets: tuple[str, ...]
+
+
+def convert_policy(
+    model_path: str | Path,
+    policy: str | Path,
+    save_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_path: str | Path | None = None,
+    max_shard_size: str = "2GB",
+    vocab: str = "checkpoint",
+    pad_token: str | None = None,
+) -> Converted:
+    """Write a folder that transformers loads; save_path may be the one with policy.pt, which is only read.
+
+    dtype: of every weight; None keeps each weight's dtype in the base. vocab: `checkpoint` keeps its rows of
+    the embedding and adds the pad token (pad_token, else the run's config.yaml) to the tokenizer; `base` cuts
+    back to the base's rows and keeps its tokenizer. Raises ValueError for what does not fit, OSError when
+    writing fails; either way save_path stays as it was.
+    """
+    file, folder = policy_path(policy), Path(save_path).expanduser().resolve()
+    _check_arguments(vocab, pad_token, max_shard_size)
+    check_replaceable(folder, model_path)
+    run = run_settings(file)
+    tokenizer_path = tokenizer_path or run.tokenizer or model_path
+    config, tokenizer = load_config(model_path), load_tokenizer(tokenizer_path)
+    base_rows, base_pad = config.get_text_config().vocab_size, config.pad_token_id
+    most, dtypes = disk_dtypes(model_path, config) if dtype is None else (dtype, {})
+
+    record = read_policy_record(file)
+    model = model_from_policy(config, record["state"], source=str(file))
+    if vocab == "base":
+        added = _cut(model, base_rows, base_pad)
+    else:
+        added = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
+    rows = model.get_input_embeddings().weight.shape[0]
+    origin = {"base": str(model_path), "policy": str(file), "step_idx": record["step_idx"], "rows": rows}
+    origin |= run.prompts  # evaluation renders and cuts prompts as the run did
+    with new_model_files(folder, origin) as staged:
+        write_weights(model, staged, most, dtypes, max_shard_size)
+        write_config(model, staged, most)
+        copy_small_files(tokenizer_path, TOKENIZER_FILES, staged)
+        copy_small_files(model_path, ("generation_config.json",), staged)
+        if added is not None:
+            tokenizer.save_pretrained(staged)
+            _set_pad(staged / "generation_config.json", added)
+    return Converted(folder, most, rows, record["step_idx"], run.datasets)
+
+
+def _check_arguments(vocab: str, pad_token: str | None, max_shard_size: str) -> None:
+    if vocab not in VOCABULARIES:
+        raise ValueError(f"--vocab {vocab}: choose one of {', '.join(VOCABULARIES)}")
+    if vocab == "base" and pad_token is not None:
+        raise ValueError(f"--vocab base keeps the base's tokenizer: drop --pad_token {pad_token}, or --vocab")
+    check_shard_size(max_shard_size)
+
+
+def _cut(model: PreTrainedModel, base_rows: int, base_pad: int | None) -> None:
+    """Drop embedding rows beyond the base's; no token is added (None)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < base_rows:
+        raise ValueError(
+            f"--vocab base: the checkpoint has {rows} embedding rows, fewer than the base's {base_rows};"
+            " use --vocab checkpoint"
+        )
+    if rows > base_rows:
+        resize_vocabulary(model, base_rows)
+    model.config.pad_token_id = base_pad
+
+
+def _add_pad_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_rows: int, pad_token: str | None
+) -> int | None:
+    """Add the pad token to tokenizer and config; its id, None where there is no such token."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if pad_token is None:
+        if rows > base_rows:
+            logger.warning(
+                "the checkpoint has %d embedding rows more than the base, with no token for them:"
+                " name it with --pad_token, or cut them off with --vocab base",
+                rows - base_rows,
+            )
+        return None
+    pad_id = add_pad_token(tokenizer, pad_token)
+    if pad_id >= rows:
+        raise ValueError(
+            f"pad token {pad_token!r} would be id {pad_id}, but the checkpoint has {rows} embedding rows: it"
+            " was trained without it or with another tokenizer (--pad_token, --tokenizer_path, --vocab)"
+        )
+    model.config.pad_token_id = pad_id
+    return pad_id
+
+
+def _set_pad(file: Path, pad_id: int) -> None:
+    """Name the pad token in a generation config, where there is one."""
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8")) | {"pad_token_id": pad_id}
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Sparse task vector files: the changed entries of a model, bit for bit."""

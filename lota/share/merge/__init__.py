@@ -1,0 +1,3 @@
+"""Merging task vectors: the rules, where vectors come from, statistics, and the merged folder."""
+
+from __future__ import annotations

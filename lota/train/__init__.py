@@ -1,0 +1,1 @@
+"""The training run: loop, objectives, reference, checkpoints, run folder, log."""

@@ -1,0 +1,190 @@
+"""Examples of tasks streamed through the base model, for the scores that read gradients.
+
+The loss is that of training (lota/objectives.py), summed over the examples of a batch, so that the sum of the
+gradients does not depend on how the examples are cut into batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
+from typing import Any
+
+import torch
+
+from lota.config import Config, ModelConfig
+from lota.config_checks import CHAT_TEMPLATES
+from lota.data.batches import epoch_batches
+from lota.data.encoding import Example, hash_and_lengths
+from lota.data.examples import encoder, load_examples, with_options
+from lota.data.prompts import Prompter
+from lota.masks.extract.gradients import Collected, collect_gradients
+from lota.models.loading import dtype_of, enable_activation_checkpointing, load_model
+from lota.train.objectives import OBJECTIVES
+from lota.train.structure import run_structure, run_tokenizer
+from lota.utils import Problems
+
+logger = logging.getLogger(__name__)
+SUM_DTYPES = ("float32", "bfloat16")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ScoreSettings:
+    """What data-driven scores look at, and how; extract_masks.py has a flag of each."""
+
+    datasets: str | None = _setting(None, "task names, separated by commas, whose training examples are read")
+    score_batches: int = _setting(64, "batches, at most one pass over the examples")
+    batch_size: int = _setting(
+        8, "examples per batch; fisher squares a batch's gradient: 1 for each example's"
+    )
+    data_dir: str | None = _setting(None, "has tasks/<task>/<split>.*; default $PROJECT_CACHE, ~/.cache/lota")
+    max_length: int = _setting(512, "tokens of prompt + response")
+    max_prompt_length: int = _setting(256, "tokens of the prompt that stay when the whole is longer")
+    chat_template: str = _setting("never", f"of the prompts: {', '.join(CHAT_TEMPLATES)}")
+    tokenizer_path: str | None = _setting(None, "where the tokenizer is, if not with the model")
+    dtype: str = _setting("float32", "of weights and gradients: float32, bfloat16 or float16")
+    score_dtype: str = _setting("float32", "of the sums: float32 (4 bytes per entry) or bfloat16 (2, coarse)")
+    device: str | None = _setting(None, "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    activation_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
+    seed: int = 0
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong, besides what `Config` checks."""
+        if not self.tasks:
+            yield "a data-driven score looks at examples: name tasks with --datasets"
+        if self.score_batches < 1:
+            yield f"--score_batches {self.score_batches}: must be at least 1"
+        if self.score_dtype not in SUM_DTYPES:
+            yield f"--score_dtype {self.score_dtype}: choose one of {', '.join(SUM_DTYPES)}"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            yield f"--device {self.device}: {str(error).splitlines()[0]}"
+
+    @property
+    def tasks(self) -> list[str]:
+        return [name.strip() for name in (self.datasets or "").split(",") if name.strip()]
+
+    def config(self, base: str | os.PathLike, structure: str) -> Config:
+        """The settings of a training run that would see the same batches. structure: see lota/pairing.py."""
+        keys = ("batch_size", "data_dir", "max_length", "max_prompt_length", "chat_template", "seed")
+        model = ModelConfig(
+            name_or_path=structure,
+            tokenizer_name_or_path=self.tokenizer_path,
+            archive=None if str(base) == structure else str(base),
+            policy_dtype=self.dtype,
+        )
+        return Config(
+            exp_name="masks",
+            model=model,
+            datasets=self.tasks or ["none"],
+            activation_checkpointing=self.activation_checkpointing,
+            **{key: getattr(self, key) for key in keys},
+        )
+
+
+def data_flags() -> list[tuple[str, Any, str]]:
+    """(name, default, meaning) of every setting that is of data-driven scores only."""
+    return [(f.name, f.default, f.metadata["help"]) for f in fields(ScoreSettings) if f.metadata]
+
+
+@dataclass
+class ScoreData:
+    """The first batches of an epoch, in its order. config: names model, lengths and loss.
+
+    dtype: of weights and gradients; score_dtype: of their sums; device: of both, None for a GPU if there is
+    one.
+    """
+
+    config: Config
+    tokenizer: Any
+    batches: list[list[Example]]
+    dtype: str = "float32"
+    score_dtype: str = "float32"
+    device: str | None = None
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What decides the gradients besides the weights, as a mask made of them records it."""
+        config = self.config
+        rows = map(encoder(config, self.tokenizer), chain.from_iterable(self.batches))
+        return {
+            "datasets": list(config.datasets),
+            "batches": len(self.batches),
+            "examples": sum(len(batch) for batch in self.batches),
+            "data_hash": hash_and_lengths(rows)[0],
+            "loss": asdict(config.loss),
+            "dtype": self.dtype,
+            "score_dtype": self.score_dtype,
+        }
+
+
+def first_batches(
+    config: Config, tokenizer: Any, examples: Sequence[Example], n_batches: int, size: int
+) -> ScoreData:
+    """The first n_batches of `size` examples in the order that training would see; at most all examples."""
+    order = epoch_batches(len(examples), size, seed=config.seed, epoch=0)[:n_batches]
+    if len(order) < n_batches:
+        logger.info("gradients of all %d examples: %d batches", len(examples), len(order))
+    return ScoreData(config, tokenizer, [[examples[i] for i in rows] for rows in order])
+
+
+def load_score_data(
+    settings: ScoreSettings, find_task: Callable[[str], Any], base: str | os.PathLike, structure: str
+) -> ScoreData:
+    """Training examples of the tasks. Raises one ValueError with all problems, before a model loads.
+
+    find_task: gives the task object of a name. base, structure: the model and whose config it has.
+    """
+    problems = Problems()
+    attempt = problems.attempt
+    problems.found += settings.problems()
+    config = attempt(settings.config, base, structure)
+    if config is not None:
+        tasks = [attempt(with_options, find_task, name, config) for name in settings.tasks]
+        tokenizer = attempt(run_tokenizer, config)
+        if tokenizer is not None:
+            attempt(run_structure, config, tokenizer)
+    problems.refuse()
+    examples = load_examples(tasks, "train", config, Prompter(tokenizer, config.chat_template))
+    data = first_batches(config, tokenizer, examples, settings.score_batches, config.batch_size)
+    data.dtype, data.score_dtype, data.device = settings.dtype, settings.score_dtype, settings.device
+    return data
+
+
+def collect(
+    data: ScoreData, names: Iterable[str], kind: str, progress: Callable[[int], object] | None = None
+) -> Collected:
+    """Load the base, sum its gradients for `names`, and let it go.
+
+    progress: called with 1 for each batch.
+    """
+    config = data.config
+    model = load_model(
+        config.model.name_or_path,
+        archive=config.model.archive,
+        dtype=dtype_of(data.dtype),
+        device=data.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        pad_token=config.model.pad_token,
+        tokenizer=data.tokenizer,
+    )
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    model.train()
+    objective = OBJECTIVES[config.loss.name](config, data.tokenizer, model)
+
+    def loss_of(examples: Sequence[Example]) -> torch.Tensor:
+        loss = objective.losses(objective.batch(examples))[0].sum()
+        if progress:
+            progress(1)
+        return loss
+
+    sums = dtype_of(data.score_dtype)
+    return collect_gradients(model, loss_of, data.batches, names=names, kind=kind, dtype=sums, meta=data.meta)

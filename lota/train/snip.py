@@ -1,0 +1,141 @@
+"""The mask of `snip=true`: chosen by SNIP's score before training, stored, and reused when nothing of it has
+changed.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lota.config import Config
+from lota.data.encoding import Example
+from lota.masks import Mask
+from lota.masks.extract.scores import SCORES
+from lota.masks.extract.select import Plan, Rule, select
+from lota.masks.trainable import fingerprint
+from lota.models.hashing import content_hash
+from lota.models.pair import Pair, open_pair
+from lota.models.policy import is_policy
+from lota.train.score_data import ScoreData, collect, first_batches
+from lota.train.structure import run_structure
+from lota.utils import set_aside
+
+logger = logging.getLogger(__name__)
+KEY = "snip_key"  # of a mask's meta
+
+
+@dataclass
+class SnipMask:
+    """What decides the mask, known before a model loads. path: where it is stored; None: nowhere."""
+
+    pair: Pair
+    rule: Rule
+    sparsity: float
+    data: ScoreData
+    key: dict[str, Any]
+    path: Path | None
+
+    def stored(self) -> Mask | None:
+        """The mask at `path` if it was made under the same key; None where there is none.
+
+        Raises ValueError for a file that holds something else than a mask of snip=true.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        mask = Mask.load(self.path)
+        if KEY not in mask.meta:
+            raise ValueError(
+                f"save_snip_mask_path={self.path} holds a mask that snip=true did not make: name another "
+                f"file, or train with it by mask_path={self.path} and without snip"
+            )
+        changed = _changed(mask.meta[KEY], self.key)
+        if changed:
+            logger.info("%s is not reused: made with another %s", self.path, ", ".join(changed))
+            return None
+        logger.info("snip: reusing the mask %s", self.path)
+        return mask
+
+    def compute(self, device: torch.device, check: Callable[[], object]) -> Mask:
+        """Load the base, collect its gradients, choose, and store the mask; an older one is set aside.
+
+        check: called for each batch; raises when the run has been asked to stop.
+        """
+        self.data.device = str(device)
+        collected = collect(self.data, self.pair.scope, SCORES["snip"].collects, lambda _: check())
+        gc.collect()  # a model refers to itself: its memory is needed for the one that trains
+        masks = select(self.pair, [self.sparsity], self.rule, with_hash=False, collected=collected)
+        mask = masks[self.sparsity]
+        del self.pair.sources["collected"]
+        mask.meta |= {"base_hash": self.key["base"], KEY: self.key}
+        logger.info(
+            "snip: %s of %s entries kept, from the gradients of %d examples",
+            f"{mask.n_kept:,}",
+            f"{mask.n_total:,}",
+            mask.meta["data"]["examples"],
+        )
+        if self.path is not None:
+            if self.path.exists():
+                logger.info("snip: the mask that was there is now %s", set_aside(self.path).name)
+            mask.save(self.path)
+            logger.info("snip: mask stored as %s", self.path)
+        return mask
+
+
+def plan_snip(config: Config, tokenizer: Any, examples: Sequence[Example]) -> SnipMask:
+    """Check that the mask can be had, and what decides it.
+
+    Raises ValueError where the scope or the protected masks leave no room for it.
+    """
+    archive = config.model.archive
+    model = config.model.name_or_path if archive is None or is_policy(archive) else None
+    pair = open_pair(
+        archive or config.model.name_or_path,
+        scope=config.model.scope,
+        model=model,
+        needs=SCORES["snip"].needs,
+        block_name=config.model.block_name,
+    )
+    structure = dict(run_structure(config, tokenizer).named_parameters())
+    grown = [name for name, tensor in pair.scope.items() if tuple(structure[name].shape) != tensor.shape]
+    if grown:
+        raise ValueError(
+            f"snip=true with model.pad_token={config.model.pad_token}: {grown[0]} grows by it; leave it out "
+            "of model.scope"
+        )
+    protect = [Mask.load(path) for path in config.protect_masks]
+    rule = Rule("snip", protect=protect)
+    Plan(pair, [config.snip_sparsity], rule)
+    size = config.batch_size // config.gradient_accumulation_steps
+    n_batches = config.snip_batches * config.gradient_accumulation_steps
+    data = first_batches(config, tokenizer, examples, n_batches, size)
+    narrow = config.model.fsdp_policy_mp == "bfloat16"  # as weights are held under a mask
+    data.dtype = "bfloat16" if narrow else config.model.policy_dtype
+    key = {
+        "base": content_hash(pair.sources["base"]),
+        "scope": config.model.scope,
+        "block_name": config.model.block_name,
+        "sparsity": config.snip_sparsity,
+        "protected": [fingerprint(mask) for mask in protect],
+        "data": data.meta,
+    }
+    return SnipMask(pair, rule, config.snip_sparsity, data, key, config.snip_mask_file)
+
+
+def _changed(old: Any, new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of what differs between two keys."""
+    if not isinstance(old, dict):
+        return [prefix.rstrip(".") or "key"]
+    changed = []
+    for name in sorted({*old, *new}):
+        before, now = old.get(name), new.get(name)
+        if isinstance(now, dict):
+            changed += _changed(before, now, f"{prefix}{name}.")
+        elif before != now:
+            changed.append(prefix + name)
+    return changed

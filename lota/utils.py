@@ -1,0 +1,164 @@
+"""Files that are whole or absent, problems told together, tables of text, keys of stored content."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def save_tensors(content: Any, path: str | os.PathLike) -> None:
+    """torch.save to `path`. Raises OSError when it cannot be written, where torch names its own assertion."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        raise OSError(
+            errno.ENOSPC, f"could not write the whole file ({str(error)[:120]})", str(path)
+        ) from error
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or every file of a folder and the folder itself."""
+    paths = [*sorted(path.rglob("*")), path] if path.is_dir() else [path]
+    for item in paths:
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside `path` for a file or folder; rename it to `path` if the block succeeds.
+
+    An existing file is replaced in one step; an existing folder is moved aside first and removed afterwards,
+    for another folder only: a file in its place is an IsADirectoryError. On failure the temporary is removed
+    and what was at `path` stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    remove(temporary)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a file cannot take the place of a folder", str(path))
+            old = path.with_name(f".{path.name}.old{TEMPORARY_SUFFIX}")
+            remove(old)
+            os.replace(path, old)
+            os.replace(temporary, path)
+            remove(old)
+        else:
+            os.replace(temporary, path)
+        flush_directory(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def flush_directory(path: Path) -> None:
+    """fsync the folder entry itself, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write indented JSON atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+T = TypeVar("T")
+
+
+class Problems:
+    """What went wrong in several checks, each of which may raise ValueError."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def attempt(self, check: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
+        """The check's result; None where it raised ValueError, whose message is kept."""
+        try:
+            return check(*arguments, **named)
+        except ValueError as error:
+            self.found.append(str(error))
+            return None
+
+    def refuse(self) -> None:
+        """Raise one ValueError with everything found, each message once; nothing where there is nothing."""
+        if self.found:
+            raise ValueError("\n".join(dict.fromkeys(self.found)))
+
+
+def torch_reason(error: Exception) -> str:
+    """One line of why `torch.load` refused a file, without its advice to load with weights_only=False."""
+    text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip() or type(error).__name__
+    return text.splitlines()[0].split(" Please use")[0][:200]
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of cells as lines of text: the first `left` columns to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def short_names(paths: Sequence[str | os.PathLike], alike: bool = True) -> list[str]:
+    """For each path its last parts, as few as tell all of them apart, joined by slashes.
+
+    alike: all names have as many parts; else each has as few as it can. Equal paths get equal names.
+    """
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    lengths = [_telling_length(part, parts) for part in parts]
+    return ["/".join(part[-(max(lengths) if alike else n) :]) for part, n in zip(parts, lengths, strict=True)]
+
+
+def _telling_length(part: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> int:
+    others = {other for other in parts if other != part}
+    lengths = range(1, len(part) + 1)
+    return next((n for n in lengths if all(other[-n:] != part[-n:] for other in others)), len(part) or 1)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to the first free name of NAME.1.SUFFIX, NAME.2.SUFFIX, ..."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(free)
+
+
+def content_key(content: Any) -> str:
+    """sha256 of plain values, the same for equal content whatever the order of dict keys."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
