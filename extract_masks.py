@@ -18,10 +18,10 @@ from tqdm import tqdm
 from lota.masks import Mask
 from lota.masks.extract.gradients import Collected
 from lota.masks.extract.neurons import GRANULARITIES
-from lota.masks.extract.scores import DATA_DRIVEN, SCORES
+from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
 from lota.masks.extract.select import PER, Plan, Rule, check_sparsities, select
-from lota.models.pair import Pair, open_pair
-from lota.train.score_data import ScoreData, ScoreSettings, collect, data_flags, load_score_data
+from lota.models.pair import ModelPair, open_pair
+from lota.train.saliency_data import SaliencyData, SaliencySettings, collect, data_flags, load_saliency_data
 from lota.utils import Problems, write_json
 from tasks import get_task
 
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", required=True, help="folder under --out, usually the task")
     add("--out", default="masks", help="where mask folders stand (default: masks)")
     add("--scope", help="regular expression over parameter names (default: attention and MLP weights)")
-    add("--score", default="task_vector", help=f"what rates an entry: {', '.join(SCORES)}")
+    add("--score", default="task_vector", help=f"what rates an entry: {', '.join(SALIENCIES)}")
     add("--smallest", action="store_true", help="keep the smallest nonzero scores instead of the largest")
     add("--per", default="global", help=f"one threshold, or one for each: {', '.join(PER)}")
     rows = "row: whole output neurons; column: whole input neurons"
@@ -64,19 +64,19 @@ def unused_flags(args: argparse.Namespace) -> list[str]:
     return [f"--{flag}" for flag, reads in readers.items() if getattr(args, flag) is not None and not reads]
 
 
-def score_data(args: argparse.Namespace, pair: Pair) -> ScoreData:
+def score_data(args: argparse.Namespace, pair: ModelPair) -> SaliencyData:
     """The examples of a data-driven score. Raises ValueError with all that is wrong with their settings."""
     given = {flag: getattr(args, flag) for flag, *_ in data_flags() if getattr(args, flag) is not None}
-    settings = ScoreSettings(**given, seed=args.seed or 0)
-    return load_score_data(settings, get_task, args.base, pair.structure)
+    settings = SaliencySettings(**given, seed=args.seed or 0)
+    return load_saliency_data(settings, get_task, args.base, pair.structure)
 
 
-def collected_gradients(args: argparse.Namespace, pair: Pair, data: ScoreData) -> Collected:
+def collected_gradients(args: argparse.Namespace, pair: ModelPair, data: SaliencyData) -> Collected:
     with tqdm(total=len(data.batches), unit=" batches", desc="gradients", disable=None) as bar:
-        return collect(data, pair.scope, SCORES[args.score].collects, progress=bar.update)
+        return collect(data, pair.scope, SALIENCIES[args.score].collects, progress=bar.update)
 
 
-def make_masks(args: argparse.Namespace) -> tuple[Pair, dict[float, Mask]]:
+def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     """Check everything, then collect and select. Raises one ValueError with all the problems found."""
     problems = Problems()
     attempt = problems.attempt
@@ -84,7 +84,7 @@ def make_masks(args: argparse.Namespace) -> tuple[Pair, dict[float, Mask]]:
     protect = [attempt(Mask.load, path) for path in args.protect]
     kept = [mask for mask in protect if mask is not None]
     rule = attempt(Rule, args.score, args.per, args.smallest, args.seed or 0, kept, args.granularity)
-    needs = SCORES[args.score].needs if args.score in SCORES else ("base",)
+    needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
     if pair and sparsities and rule:
         attempt(Plan, pair, sparsities, rule)
@@ -96,7 +96,7 @@ def make_masks(args: argparse.Namespace) -> tuple[Pair, dict[float, Mask]]:
         return pair, select(pair, sparsities, rule, progress=bar.update, collected=collected)
 
 
-def write_masks(args: argparse.Namespace, pair: Pair, masks: dict[float, Mask]) -> Path:
+def write_masks(args: argparse.Namespace, pair: ModelPair, masks: dict[float, Mask]) -> Path:
     """Mask files named by the sparsities as typed, and summary.json; returns the folder."""
     folder = Path(args.out) / args.name
     summary = {"entries": next(iter(masks.values())).n_total, "format": args.format, "masks": {}}
@@ -110,7 +110,7 @@ def write_masks(args: argparse.Namespace, pair: Pair, masks: dict[float, Mask]) 
     return folder
 
 
-def print_table(args: argparse.Namespace, pair: Pair, folder: Path, masks: dict[float, Mask]) -> None:
+def print_table(args: argparse.Namespace, pair: ModelPair, folder: Path, masks: dict[float, Mask]) -> None:
     print(f"{'sparsity':>9} {'kept':>15} {'of':>15} {'threshold':>12}  file")
     for typed in dict.fromkeys(args.sparsities):
         mask = masks[float(typed)]

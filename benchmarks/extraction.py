@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not installed
 
 from lota.masks import kept_count  # noqa: E402
-from lota.masks.extract.scores import as_float32  # noqa: E402
+from lota.masks.extract.saliency import as_float32  # noqa: E402
 from lota.masks.extract.select import Rule, select  # noqa: E402
 from lota.models import chunks as streaming  # noqa: E402
-from lota.models.pair import Pair, open_pair  # noqa: E402
+from lota.models.pair import ModelPair, open_pair  # noqa: E402
 
 SPARSITIES = [0.5, 0.9, 0.99]
 
@@ -80,7 +80,7 @@ def make_pair(folder: Path, entries: int, hidden: int = 2048, dtype: str = "floa
     return paths
 
 
-def read_and_subtract(pair: Pair) -> None:
+def read_and_subtract(pair: ModelPair) -> None:
     """The yardstick: one pass over both files, same reader and threads, nothing but the difference."""
 
     scratch = streaming.Scratch()
@@ -99,7 +99,7 @@ def read_and_subtract(pair: Pair) -> None:
             pass
 
 
-def torch_topk(pair: Pair, sparsity: float) -> torch.Tensor:
+def torch_topk(pair: ModelPair, sparsity: float) -> torch.Tensor:
     """What one writes first: all scores in one tensor, torch.topk, a bool mask."""
     sizes = sizes_of(pair)
     scores = torch.empty(sum(sizes.values()))
@@ -115,7 +115,7 @@ def torch_topk(pair: Pair, sparsity: float) -> torch.Tensor:
     return mask
 
 
-def sizes_of(pair: Pair) -> dict[str, int]:
+def sizes_of(pair: ModelPair) -> dict[str, int]:
     return {name: math.prod(tensor.shape) for name, tensor in pair.scope.items()}
 
 
@@ -195,7 +195,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def check_exact(pair: Pair) -> None:
+def check_exact(pair: ModelPair) -> None:
     """The masks agree with torch.topk up to the choice among equal scores at the threshold."""
     mask = select(pair, [0.9], Rule(), with_hash=False)[0.9]
     kept = torch.cat([mask.dense(name).reshape(-1) for name in mask.names])

@@ -22,7 +22,7 @@ from torch import Tensor
 import lota
 from benchmarks import step as steps
 from lota.data.batches import Batch
-from lota.train.losses import Pairs, preference_loss, response_logps, sft_loss
+from lota.train.losses import ChosenRejected, preference_loss, response_logps, sft_loss
 from lota.train.reference import starting_values, swapped
 
 Reference = Callable[[Batch], Tensor]
@@ -67,9 +67,11 @@ def step_of(reference_of: Callable[..., Reference] | None) -> Callable[[argparse
                 logps, counted = response_logps(model, rows, contextlib.nullcontext())
                 losses = sft_loss(logps, counted)
             else:
-                of_reference = Pairs.split(reference(rows))
+                of_reference = ChosenRejected.split(reference(rows))
                 logps, counted = response_logps(model, rows, contextlib.nullcontext())
-                losses = preference_loss(Pairs.split(logps), of_reference, Pairs.split(counted), beta=0.1)
+                losses = preference_loss(
+                    ChosenRejected.split(logps), of_reference, ChosenRejected.split(counted), beta=0.1
+                )
             losses.mean().backward()
             optimizer.step()
 

@@ -54,7 +54,7 @@ class LossConfig:
                 setattr(self, key, default)
 
     @property
-    def paired(self) -> bool:
+    def on_preferences(self) -> bool:
         """Whether it is a loss on preference pairs."""
         return self.name == "dpo"
 

@@ -186,7 +186,7 @@ def _snip_problems(c: Config) -> Iterator[str]:
             "flip_mask=true with snip=true: store the mask with save_snip_mask_path in a run of its own, and "
             "flip it by mask_path=FILE flip_mask=true without snip"
         )
-    if c.model.reference_archive is not None and c.loss.paired and not c.loss.reference_free:
+    if c.model.reference_archive is not None and c.loss.on_preferences and not c.loss.reference_free:
         yield (
             f"snip=true with model.reference_archive={c.model.reference_archive}: the mask's gradients are "
             "those against the run's own start; compute the mask without it, and give it by mask_path"

@@ -28,7 +28,7 @@ from tqdm import tqdm  # noqa: E402
 
 from lota.data.encoding import Example, encode  # noqa: E402
 from lota.data.prompts import Prompter  # noqa: E402
-from lota.evaluate.cli import load_pair  # noqa: E402
+from lota.evaluate.cli import load_model_and_tokenizer  # noqa: E402
 from lota.evaluate.decoding import Decoding  # noqa: E402
 from lota.evaluate.estimates import mean_and_stderr  # noqa: E402
 from lota.evaluate.evaluator import evaluate_task  # noqa: E402
@@ -117,7 +117,9 @@ class Study:
         if set(names) <= set(found):
             return {name: found[name] for name in names}
         archive = str(model) if (model / "policy.pt").is_file() else None
-        policy, tokenizer = load_pair(str(BASE if archive else model), archive=archive, dtype="float32")
+        policy, tokenizer = load_model_and_tokenizer(
+            str(BASE if archive else model), archive=archive, dtype="float32"
+        )
         for name in names:
             task = get_task(name)
             rows = task.load("test")[: self.n_examples]

@@ -8,8 +8,9 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from lota.data.task import Message, Preference
 from tasks.hub import HubSet
 from tasks.rows import READERS, Row, checked, find_file, read_rows
 
@@ -18,7 +19,7 @@ __all__ = [
     "CHAT_STOP",
     "HubSet",
     "Message",
-    "Pair",
+    "Preference",
     "Row",
     "Task",
     "chat_prompt",
@@ -26,8 +27,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Message = dict[str, str]  # role ("system", "user", "assistant") and content
 
 # The same words for every chat-like task, so that a model trained on one can be sampled by another.
 CHAT_CLOSING = "\n\nAssistant:\n"
@@ -37,14 +36,6 @@ CHAT_STOP = ("\n\nHuman:",)
 def chat_prompt(instruction: str) -> str:
     """The prompt of a chat that consists of one instruction."""
     return f"Human:\n{instruction}{CHAT_CLOSING}"
-
-
-class Pair(NamedTuple):
-    """A prompt and two responses, of which people prefer the first."""
-
-    prompt: str
-    chosen: str
-    rejected: str
 
 
 class Task:
@@ -116,11 +107,11 @@ class Task:
     # preferences
 
     @property
-    def paired(self) -> bool:
+    def has_preferences(self) -> bool:
         """Whether rows are preference pairs."""
         return False
 
-    def pair(self, row: Row) -> Pair:
+    def preference(self, row: Row) -> Preference:
         """A preference pair; of such a task `target` is the preferred answer."""
         raise NotImplementedError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tasks.base import CHAT_CLOSING, CHAT_STOP, Message, Pair, Row, Task, text_of
+from tasks.base import CHAT_CLOSING, CHAT_STOP, Message, Preference, Row, Task, text_of
 
 _HEADINGS = {"system": "System:\n", "user": "Human:\n", "assistant": "Assistant:\n"}
 _SPEAKERS = {
@@ -112,14 +112,14 @@ class PairTask(ChatTask):
     """Rows {messages, chosen, rejected}; the preferred answer is the target for SFT."""
 
     @property
-    def paired(self) -> bool:
+    def has_preferences(self) -> bool:
         return True
 
     def target(self, row: Row) -> str:
         return row["chosen"]
 
-    def pair(self, row: Row) -> Pair:
-        return Pair(self.prompt(row), row["chosen"], row["rejected"])
+    def preference(self, row: Row) -> Preference:
+        return Preference(self.prompt(row), row["chosen"], row["rejected"])
 
 
 def instruction_row(entry: Row, instruction: str, context: str, response: str) -> Row:

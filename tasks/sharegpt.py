@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tasks.base import Pair, Row, text_of
+from tasks.base import Preference, Row, text_of
 from tasks.chat import ChatTask, examples_of, has_special_tokens, turns_of, user
 from tasks.hub import without_retries
 from tasks.rows import read_completions, read_rows
@@ -38,13 +38,13 @@ class ShareGPT(ChatTask):
     options: ClassVar[Mapping[str, Any]] = {"num_turns": 1, "prefs_path": None}
 
     @property
-    def paired(self) -> bool:
+    def has_preferences(self) -> bool:
         return self.options["prefs_path"] is not None
 
     def load(self, split: str, data_dir: str | os.PathLike[str]) -> list[Row]:
         """The chats of conversations.json, or the pairs of prefs_path; errors as `Task.load`."""
         self.check_split(split)
-        if self.paired:
+        if self.has_preferences:
             return read_rows(Path(self.options["prefs_path"]).expanduser(), self.check, _preference)
         path = Path(data_dir).expanduser() / "sharegpt_data" / "conversations.json"
         if not path.is_file():
@@ -60,12 +60,12 @@ class ShareGPT(ChatTask):
             yield from examples_of(turns, self.options["num_turns"])
 
     def target(self, row: Row) -> str:
-        return row["chosen"] if self.paired else row["response"]
+        return row["chosen"] if self.has_preferences else row["response"]
 
-    def pair(self, row: Row) -> Pair:
-        if not self.paired:
+    def preference(self, row: Row) -> Preference:
+        if not self.has_preferences:
             raise ValueError(f"task {self.name} has pairs only with prefs_path=FILE")
-        return Pair(self.prompt(row), row["chosen"], row["rejected"])
+        return Preference(self.prompt(row), row["chosen"], row["rejected"])
 
 
 def _preference(entry: Row) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """A task of preference pairs, as a user would put it into tasks/pairs.py: letters reversed are preferred."""
 
-from tasks.base import Pair, Task
+from tasks.base import Preference, Task
 
 
 class Pairs(Task):
@@ -9,7 +9,7 @@ class Pairs(Task):
     fields = ("letters",)
 
     @property
-    def paired(self):
+    def has_preferences(self):
         return True
 
     def load(self, split, data_dir):
@@ -25,8 +25,8 @@ class Pairs(Task):
     def target(self, row):
         return " " + row["letters"][::-1]
 
-    def pair(self, row):
-        return Pair(self.prompt(row), self.target(row), " " + row["letters"] + " a b")
+    def preference(self, row):
+        return Preference(self.prompt(row), self.target(row), " " + row["letters"] + " a b")
 
 
 TASK = Pairs()

@@ -12,7 +12,7 @@ import convert_policy_to_hf_resize
 import eval_model_all
 import generate_samples
 from lota.delta import apply, extract
-from lota.evaluate.cli import load_pair
+from lota.evaluate.cli import load_model_and_tokenizer
 from tests.chars import save_pair
 from tests.delta_models import bits, change, same_files
 
@@ -118,8 +118,8 @@ def test_a_narrower_dtype_rounds_the_tuned_weights_as_loading_them_does(models, 
 
     apply(base, delta, tmp_path / "applied")
     for dtype in ("bfloat16", "float32", "float16"):
-        model, _ = load_pair(str(base), dtype=dtype, device="cpu", deltas=[Delta.open(delta)])
-        expected, _ = load_pair(str(tmp_path / "applied"), dtype=dtype, device="cpu")
+        model, _ = load_model_and_tokenizer(str(base), dtype=dtype, device="cpu", deltas=[Delta.open(delta)])
+        expected, _ = load_model_and_tokenizer(str(tmp_path / "applied"), dtype=dtype, device="cpu")
         for (name, p), other in zip(model.named_parameters(), expected.parameters(), strict=True):
             assert p.dtype == other.dtype and torch.equal(bits(p), bits(other)), name
         for p, other in zip(model.buffers(), expected.buffers(), strict=True):

@@ -13,7 +13,7 @@ from chars import char_model, char_tokenizer
 from lota.data.batches import Batch
 from lota.data.encoding import IGNORED
 from lota.train.losses import (
-    Pairs,
+    ChosenRejected,
     dpo_loss,
     importance_weight,
     ipo_loss,
@@ -23,9 +23,9 @@ from lota.train.losses import (
     reward_sums,
 )
 
-POLICY = Pairs(torch.tensor([-7.0, -3.5, -40.0]), torch.tensor([-9.0, -3.0, -20.0]))
-REFERENCE = Pairs(torch.tensor([-8.0, -3.0, -42.0]), torch.tensor([-8.5, -4.0, -21.5]))
-LENGTHS = Pairs(torch.tensor([4.0, 2.0, 10.0]), torch.tensor([5.0, 1.0, 8.0]))
+POLICY = ChosenRejected(torch.tensor([-7.0, -3.5, -40.0]), torch.tensor([-9.0, -3.0, -20.0]))
+REFERENCE = ChosenRejected(torch.tensor([-8.0, -3.0, -42.0]), torch.tensor([-8.5, -4.0, -21.5]))
+LENGTHS = ChosenRejected(torch.tensor([4.0, 2.0, 10.0]), torch.tensor([5.0, 1.0, 8.0]))
 ROWS = [
     {"prompt": "Human: hi there", "chosen": " good day to you", "rejected": " no"},
     {"prompt": "ab", "chosen": "x", "rejected": "a much longer answer"},
@@ -90,20 +90,20 @@ def test_conservative_dpo_has_its_minimum_where_the_labels_are_right_that_often(
     """The gradient of the margin is 0 at sigmoid(b D) = 1 - e, and of plain DPO nowhere."""
     margin = torch.tensor([math.log(0.8 / 0.2) / 0.5], requires_grad=True)
     zero = torch.zeros(1)
-    dpo_loss(Pairs(margin, zero), beta=0.5, robust_eps=0.2).sum().backward()
+    dpo_loss(ChosenRejected(margin, zero), beta=0.5, robust_eps=0.2).sum().backward()
     assert margin.grad.abs().item() < 1e-6
     margin.grad = None
-    dpo_loss(Pairs(margin, zero), beta=0.5).sum().backward()
+    dpo_loss(ChosenRejected(margin, zero), beta=0.5).sum().backward()
     assert margin.grad.item() < -0.05
 
 
 def test_the_importance_weight_has_no_gradient():
     ratios = log_ratios(POLICY, REFERENCE)
     assert importance_weight(ratios).tolist() == pytest.approx([math.exp(-0.5), math.exp(1.0), math.exp(1.5)])
-    policy = Pairs(*(value.clone().requires_grad_() for value in POLICY))
+    policy = ChosenRejected(*(value.clone().requires_grad_() for value in POLICY))
     losses = preference_loss(policy, REFERENCE, LENGTHS, beta=0.3, importance_correction=True)
     got = torch.autograd.grad(losses.sum(), policy)
-    policy = Pairs(*(value.clone().requires_grad_() for value in POLICY))
+    policy = ChosenRejected(*(value.clone().requires_grad_() for value in POLICY))
     plain = torch.autograd.grad(preference_loss(policy, REFERENCE, LENGTHS, beta=0.3).sum(), policy)
     for weighed, grad in zip(got, plain, strict=True):
         torch.testing.assert_close(weighed, grad * importance_weight(ratios))
@@ -111,7 +111,9 @@ def test_the_importance_weight_has_no_gradient():
 
 def test_ipo_of_an_empty_response_is_finite():
     zero = torch.zeros(1)
-    assert ipo_loss(Pairs(zero, zero), beta=0.5, n_tokens=Pairs(zero, zero)).tolist() == [1.0]
+    assert ipo_loss(ChosenRejected(zero, zero), beta=0.5, n_tokens=ChosenRejected(zero, zero)).tolist() == [
+        1.0
+    ]
 
 
 def test_reward_sums():
@@ -167,9 +169,11 @@ def test_losses_rewards_and_gradients_are_those_of_trl(trl_batch, kind, beta):
     policy, reference = char_model(0).train(), char_model(1)
     logps, counted = response_logps(policy, rows, contextlib.nullcontext())
     with torch.no_grad():
-        of_reference = Pairs.split(response_logps(reference, rows, contextlib.nullcontext())[0])
-    of_policy = Pairs.split(logps)
-    losses = preference_loss(of_policy, of_reference, Pairs.split(counted), beta=beta, ipo=kind == "ipo")
+        of_reference = ChosenRejected.split(response_logps(reference, rows, contextlib.nullcontext())[0])
+    of_policy = ChosenRejected.split(logps)
+    losses = preference_loss(
+        of_policy, of_reference, ChosenRejected.split(counted), beta=beta, ipo=kind == "ipo"
+    )
     losses.mean().backward()
     assert losses.mean().item() == pytest.approx(theirs, rel=1e-5)
     rewards = reward_sums(log_ratios(of_policy, of_reference), beta)

@@ -59,7 +59,7 @@ def plain_run(mask: Mask, *, steps: int, beta: float) -> dict[str, torch.Tensor]
     """The same training written out: two models, pair by pair, torch.optim.RMSprop on masked gradients."""
     model, reference = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
     tokenizer, task = AutoTokenizer.from_pretrained(MODEL), get_task("pairs")
-    pairs = [task.pair(row) for row in task.load("train", None)]
+    pairs = [task.preference(row) for row in task.load("train", None)]
     trained = {name: p for name, p in model.named_parameters() if name in mask.names}
     optimizer = torch.optim.RMSprop(trained.values(), lr=1e-3, alpha=0.99, eps=1e-8, foreach=False)
     for step, numbers in enumerate(epoch_batches(len(pairs), 8, seed=0, epoch=0)[:steps]):
@@ -119,7 +119,7 @@ def test_metrics(masked):
     assert [first[f"rewards_eval/{name}"] for name in ("chosen", "rejected", "margins")] == [0.0, 0.0, 0.0]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
     task = get_task("pairs")
-    pairs = [task.pair(row) for row in task.load("test", None)]
+    pairs = [task.preference(row) for row in task.load("test", None)]
     with torch.no_grad():
         for which in ("chosen", "rejected"):
             mean = sum(logp(model, tokenizer, p.prompt, getattr(p, which)).item() for p in pairs) / len(pairs)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lota
 from lota.masks import Mask, kept_count
 from lota.masks.extract import topk
-from lota.masks.extract.scores import ScoreStream
+from lota.masks.extract.saliency import SaliencyStream
 from lota.masks.extract.select import Rule, select
 from lota.models import chunks as streaming
 from lota.models.hashing import content_hash
@@ -325,7 +325,7 @@ def test_the_files_are_read_at_most_twice(passes, tmp_path, monkeypatch):
 
 def test_random_scores_are_positive_and_uniform(tmp_path):
     base_path, _tuned_path, _, _ = make_pair(tmp_path)
-    stream = ScoreStream(open_pair(base_path, needs=()), "random", seed=7)
+    stream = SaliencyStream(open_pair(base_path, needs=()), "random", seed=7)
     name = "model.layers.0.mlp.up_proj.weight"
     whole = stream(streaming.Span(name, 0, 100_003)).view(np.float32)
     assert np.array_equal(stream(streaming.Span(name, 808, 1001)).view(np.float32), whole[808:1001])

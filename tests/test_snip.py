@@ -155,7 +155,7 @@ def test_a_preference_run_takes_its_own_loss(folder):
         load_tokenizer(MODEL),
         get_task("pairs"),
     )
-    rows = [task.pair(row) for row in task.load("train", None)]
+    rows = [task.preference(row) for row in task.load("train", None)]
     total = torch.zeros(())
     for numbers in epoch_batches(len(rows), 8, seed=0, epoch=0)[:3]:
         for pair in (rows[i] for i in numbers):
@@ -192,7 +192,7 @@ def test_refused_before_a_model_loads(folder, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lota.train.score_data.load_model", load)
+    monkeypatch.setattr("lota.train.saliency_data.load_model", load)
     write_mask(folder / "dense.pt", 0.95)
     with pytest.raises(ValueError, match=r"protected masks leave .* free"):
         train(*SNIP, f"protect_masks=[{folder}/dense.pt]")

@@ -172,7 +172,7 @@ def test_chats_real_rows(shared):
         rows = task.load(split, data)
         assert len(rows) == n
         for row in rows:
-            prompt, chosen, rejected = task.pair(row)
+            prompt, chosen, rejected = task.preference(row)
             assert prompt == task.prompt(row) and prompt.endswith("\n\nAssistant:\n")
             assert chosen == task.target(row) != rejected
             assert [m["role"] for m in task.messages(row)][::2] == ["user"] * len(row["messages"][::2])
@@ -199,7 +199,7 @@ def test_instructions():
 def test_nothing_to_score(name: str):
     task = get_task(name)
     assert task.metric is None and task.scoring == () and task.chat
-    assert task.paired is (name in PAIRS)
+    assert task.has_preferences is (name in PAIRS)
 
 
 def test_turns_take_either_layout():

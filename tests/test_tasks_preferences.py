@@ -18,17 +18,17 @@ def said(*contents: str) -> list[dict[str, str]]:
 def test_preferences_of_people_real_rows(shared):
     path = shared / "data/sharegpt_data/human_preferences.json"
     task = get_task("sharegpt").with_options(prefs_path=str(path))
-    assert task.paired and not get_task("sharegpt").paired
+    assert task.has_preferences and not get_task("sharegpt").has_preferences
     rows, raw = task.load("train", shared / "data"), json.loads(path.read_text())
     assert len(rows) == len(raw) == 400
     for row, entry in zip(rows, raw, strict=True):
         better, worse = (1, 2) if entry["preference"] == 1 else (2, 1)
-        assert task.pair(row)[1:] == (
+        assert task.preference(row)[1:] == (
             str(entry[f"output_{better}"]).strip(),
             str(entry[f"output_{worse}"]).strip(),
         )
         assert task.target(row) == row["chosen"]
-    assert sum("True" in task.pair(row)[1:] for row in rows) >= 2  # two outputs are no text in the file
+    assert sum("True" in task.preference(row)[1:] for row in rows) >= 2  # two outputs are no text in the file
 
 
 def test_malformed_preferences(tmp_path):
@@ -43,7 +43,7 @@ def test_malformed_preferences(tmp_path):
         with pytest.raises(ValueError, match=words):
             get_task("sharegpt").with_options(prefs_path=path).load("train", tmp_path)
     with pytest.raises(ValueError, match="only with prefs_path"):
-        get_task("sharegpt").pair({"messages": []})
+        get_task("sharegpt").preference({"messages": []})
 
 
 HH = {
@@ -56,7 +56,7 @@ def test_hh_splits_at_the_last_answer():
     task = get_task("hh")
     (row,) = task.unpack(HH)
     assert task.messages(row) == said("a", "b", "c: Human: d")
-    assert task.pair(row)[1:] == ("good", "")
+    assert task.preference(row)[1:] == ("good", "")
     assert list(task.unpack({**HH, "rejected": "\n\nHuman: other\n\nAssistant: x"})) == []
     twice = {key: "\n\nHuman: a\n\nAssistant: b\n\nAssistant: " + key for key in HH}
     assert [row["chosen"] for row in task.unpack(twice)] == ["b\n\nchosen"]
@@ -83,7 +83,7 @@ SHP = {"history": "why?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "
 )
 def test_shp_pairs(change: dict, pair: tuple | None):
     rows = list(get_task("shp").unpack({**SHP, **change}))
-    assert [get_task("shp").pair(row)[1:] for row in rows] == ([] if pair is None else [pair])
+    assert [get_task("shp").preference(row)[1:] for row in rows] == ([] if pair is None else [pair])
 
 
 def test_malformed_shp():
@@ -100,7 +100,7 @@ def test_ultrafeedback_layouts(name: str):
     chats = {"prompt": prompt, **{k: said(prompt, k) for k in ("chosen", "rejected")}}
     for entry in (text, chats):
         (row,) = task.unpack(entry)
-        assert task.pair(row) == (render(said(prompt)), "chosen", "rejected")
+        assert task.preference(row) == (render(said(prompt)), "chosen", "rejected")
     assert list(task.unpack({**chats, "chosen": said(prompt, "a </s>")})) == []
     with pytest.raises(ValueError, match="'chosen' should be 'Human: <prompt> Assistant: <answer>'"):
         list(task.unpack({**text, "chosen": "Human: other\n\nAssistant: a"}))

@@ -23,7 +23,7 @@ def with_options(find_task: Callable[[str], Any], name: str, config: Config) -> 
         if key not in task.options and value != Config.__dataclass_fields__[key].default:
             logger.info("not used here: %s=%s (task %s)", key, value, name)
     task = task.with_options(**{key: value for key, value in given.items() if key in task.options})
-    if config.loss.paired and not task.paired:
+    if config.loss.on_preferences and not task.has_preferences:
         how = "give prefs_path=FILE" if "prefs_path" in task.options else "name tasks that have, such as hh"
         raise ValueError(
             f"loss={config.loss.name} learns from preference pairs, and task {name} has none: {how} "
@@ -39,7 +39,7 @@ def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Pr
         rows = task.load(split, config.data_folder)
         kept = fraction_of(rows, config.data_fraction, config.seed)
         logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
-        examples += [example_of(prompter, task, row, config.loss.paired) for row in kept]
+        examples += [example_of(prompter, task, row, config.loss.on_preferences) for row in kept]
     return examples
 
 
@@ -55,7 +55,7 @@ def load_held_out(tasks: Sequence[Any], config: Config, prompter: Prompter) -> l
         )
     rows = [(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
     chosen = seeded_sample(rows, config.n_eval_examples, config.seed)
-    return [example_of(prompter, task, row, config.loss.paired) for task, row in chosen]
+    return [example_of(prompter, task, row, config.loss.on_preferences) for task, row in chosen]
 
 
 def example_of(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool = False) -> Example:
@@ -64,13 +64,13 @@ def example_of(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool 
     how = (prompt.closing, prompt.keep_end, prompt.templated)
     if not paired:
         return Example(prompt.text, task.target(row), *how)
-    pair = task.pair(row)
+    pair = task.preference(row)
     return Example(prompt.text, pair.chosen, *how, rejected=pair.rejected)
 
 
 def encoder(config: Config, tokenizer: Any) -> Callable[[Example], tuple[Encoded, ...]]:
     """Turns an example into its rows, cut as the run asks: one, or of a pair the preferred, the rejected."""
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    if config.loss.paired:
+    if config.loss.on_preferences:
         return partial(encode_pair, tokenizer, **limits)
     return lambda example: (encode(tokenizer, example, **limits),)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lota.data.prompts import Prompt, Prompter
 from lota.evaluate.decoding import Decoding
-from lota.evaluate.evaluator import ScoredTask
+from lota.evaluate.evaluator import Task
 from lota.evaluate.generation import generate, prompt_bound
 from lota.evaluate.journal import Journal
 from lota.models.hashing import model_key
@@ -51,7 +51,7 @@ class Sampler:
         self,
         model: Any,
         tokenizer: Any,
-        template: ScoredTask,
+        template: Task,
         *,
         generator: str,
         max_prompt_length: int | None = None,

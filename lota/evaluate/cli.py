@@ -19,7 +19,7 @@ from lota.share.delta.attach import attach
 from lota.share.delta.reader import Delta
 
 
-def load_pair(
+def load_model_and_tokenizer(
     name_or_path: str,
     *,
     tokenizer: Any = None,
@@ -111,7 +111,7 @@ def loaded(
     """Model, its deltas on top, and tokenizer. Raises ValueError, for the deltas' files before it loads."""
     deltas = [Delta.open(path) for path in args.delta]
     how = {"archive": archive, "dtype": args.dtype, "device": args.device, "deltas": deltas}
-    return load_pair(model, tokenizer=prompter.tokenizer, **how)
+    return load_model_and_tokenizer(model, tokenizer=prompter.tokenizer, **how)
 
 
 def named(args: argparse.Namespace, model: str) -> str:

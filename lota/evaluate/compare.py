@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lota.data.task import Row, ScoredTask
+from lota.data.task import Row, Task
 from lota.evaluate.estimates import Estimate
 from lota.evaluate.journal import read_journal
 from lota.evaluate.results import Result
@@ -33,7 +33,7 @@ def _plain(value: Any) -> Any:
 
 
 def stored_runs(
-    folder: Path, task: ScoredTask, kind: type[Scorer], rows: Sequence[Row], chosen: Sequence[int]
+    folder: Path, task: Task, kind: type[Scorer], rows: Sequence[Row], chosen: Sequence[int]
 ) -> Stored:
     """Predictions of some of the chosen examples that an earlier evaluation left in <folder>/metrics.
 
@@ -62,7 +62,7 @@ def stored_runs(
     return Stored([{i: records[i] for i in shared} for records in runs], made_with)
 
 
-def _comparable(path: Path, task: ScoredTask, rows: Sequence[Row]) -> tuple[dict[str, Any], Records]:
+def _comparable(path: Path, task: Task, rows: Sequence[Row]) -> tuple[dict[str, Any], Records]:
     try:
         key, records, _ = read_journal(path)
         _ = key["settings"], key["template"]  # a KeyError where it is no journal of ours
@@ -87,7 +87,7 @@ class Comparison:
     differing: list[str]
 
 
-def compared(task: ScoredTask, result: Result, other: Stored) -> Comparison:
+def compared(task: Task, result: Result, other: Stored) -> Comparison:
     """A result against the predictions of another model."""
     kind = SCORERS[result.scoring]
     ours = kind.estimates(task, [{i: records[i] for i in other.runs[0]} for records in result.predictions])

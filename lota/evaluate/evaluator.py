@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lota.data.prompts import NO_CHAT_TEMPLATE, FewShot, Prompter
-from lota.data.task import ScoredTask
-from lota.evaluate.cli import load_pair, results_folder
+from lota.data.task import Task
+from lota.evaluate.cli import load_model_and_tokenizer, results_folder
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import mean_and_stderr
 from lota.evaluate.journal import Journal
@@ -24,10 +24,10 @@ __all__ = [
     "NO_CHAT_TEMPLATE",
     "Evaluator",
     "Result",
-    "ScoredTask",
+    "Task",
     "check_scored",
     "evaluate_task",
-    "load_pair",
+    "load_model_and_tokenizer",
     "mean_and_stderr",
     "results_folder",
 ]
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-def check_scored(task: ScoredTask) -> None:
+def check_scored(task: Task) -> None:
     """Refuse a task that only provides prompts."""
     if task.metric is None:
         raise ValueError(
@@ -69,7 +69,7 @@ class Evaluator:
 
     def evaluate(
         self,
-        task: ScoredTask,
+        task: Task,
         rows: Sequence[Row],
         decoding: Decoding,
         *,
@@ -190,7 +190,7 @@ class Evaluator:
 def evaluate_task(
     model: Any,
     tokenizer: Any,
-    task: ScoredTask,
+    task: Task,
     rows: Sequence[Row],
     *,
     settings: Decoding,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lota.masks import ORIGIN, Mask
-from lota.masks.extract.scores import uniform
+from lota.masks.extract.saliency import uniform
 from lota.masks.extract.topk import Keys, top_bits
 from lota.models.chunks import Span
 

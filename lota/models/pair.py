@@ -21,7 +21,7 @@ SHOWN = 4  # differences of each kind
 
 
 @dataclass
-class Pair:
+class ModelPair:
     """sources: `base`, and `tuned` and `collected` (gradients) where the score reads them. shapes: every
     parameter of the base. structure: folder or hub id whose config gives them.
     """
@@ -55,7 +55,7 @@ def open_pair(
     model: str | os.PathLike | None = None,
     needs: Sequence[str] = ("base", "tuned"),
     block_name: str | None = None,
-) -> Pair:
+) -> ModelPair:
     """Index both sides and check that the scope's names and shapes are the same on either.
 
     needs: what the score reads. block_name: class of the transformer blocks; None finds them.
@@ -78,7 +78,7 @@ def open_pair(
         partner = base if role != "base" else f"a {type(structure).__name__} of this configuration"
         _check_same(expected, _in_scope(sources[role], expected, own, scope), partner, sources[role])
     shapes = {name: tuple(parameter.shape) for name, parameter in structure.named_parameters()}
-    return Pair(sources, found, shapes, scope, structure_path)
+    return ModelPair(sources, found, shapes, scope, structure_path)
 
 
 def open_whole(

@@ -101,31 +101,31 @@ def sft_loss(logps: Tensor, n_tokens: Tensor, average_log_prob: bool = False) ->
     return -logps / n_tokens.clamp(min=1) if average_log_prob else -logps
 
 
-class Pairs(NamedTuple):
+class ChosenRejected(NamedTuple):
     """A value of every pair's two responses, (pairs,) each."""
 
     chosen: Tensor
     rejected: Tensor
 
     @classmethod
-    def split(cls, rows: Tensor) -> Pairs:
+    def split(cls, rows: Tensor) -> ChosenRejected:
         """From (2 * pairs,): all chosen responses, then all rejected ones."""
         return cls(*rows.chunk(2))
 
 
-def log_ratios(policy: Pairs, reference: Pairs | None) -> Pairs:
+def log_ratios(policy: ChosenRejected, reference: ChosenRejected | None) -> ChosenRejected:
     """log pi(y|x) - log ref(y|x) of both responses; without a reference (`reference_free`) log pi(y|x)."""
     if reference is None:
         return policy
-    return Pairs(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+    return ChosenRejected(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
 
 
-def rewards(ratios: Pairs, beta: float) -> Pairs:
+def rewards(ratios: ChosenRejected, beta: float) -> ChosenRejected:
     """The rewards that DPO assumes, b times the log-ratio, without a gradient. arXiv 2305.18290, eq. 5."""
-    return Pairs(beta * ratios.chosen.detach(), beta * ratios.rejected.detach())
+    return ChosenRejected(beta * ratios.chosen.detach(), beta * ratios.rejected.detach())
 
 
-def dpo_loss(ratios: Pairs, beta: float, robust_eps: float = 0.0) -> Tensor:
+def dpo_loss(ratios: ChosenRejected, beta: float, robust_eps: float = 0.0) -> Tensor:
     """-(1 - e) log s(b D) - e log s(-b D), where D is the chosen log-ratio minus the rejected one.
 
     e = 0 is DPO (arXiv 2305.18290, eq. 7); e > 0 its conservative form, which takes a share e of the labels
@@ -135,19 +135,19 @@ def dpo_loss(ratios: Pairs, beta: float, robust_eps: float = 0.0) -> Tensor:
     return -(1 - robust_eps) * F.logsigmoid(difference) - robust_eps * F.logsigmoid(-difference)
 
 
-def ipo_loss(ratios: Pairs, beta: float, n_tokens: Pairs | None = None) -> Tensor:
+def ipo_loss(ratios: ChosenRejected, beta: float, n_tokens: ChosenRejected | None = None) -> Tensor:
     """(D - 1 / (2 b))^2, arXiv 2310.12036, eq. 17, where b is called tau.
 
     n_tokens: of each response; D is then the difference of log-ratios per token, as its authors used it. None
     takes the summed log-ratios (`ipo_sum`).
     """
     if n_tokens is not None:
-        lengths = Pairs(n_tokens.chosen.clamp(min=1), n_tokens.rejected.clamp(min=1))
-        ratios = Pairs(ratios.chosen / lengths.chosen, ratios.rejected / lengths.rejected)
+        lengths = ChosenRejected(n_tokens.chosen.clamp(min=1), n_tokens.rejected.clamp(min=1))
+        ratios = ChosenRejected(ratios.chosen / lengths.chosen, ratios.rejected / lengths.rejected)
     return (ratios.chosen - ratios.rejected - 1 / (2 * beta)).square()
 
 
-def importance_weight(ratios: Pairs) -> Tensor:
+def importance_weight(ratios: ChosenRejected) -> Tensor:
     """pi(y_l|x) / ref(y_l|x), without a gradient: how likely the policy still writes the rejected response.
 
     A pair sampled from the reference counts as if the rejected response had been sampled from the policy.
@@ -156,9 +156,9 @@ def importance_weight(ratios: Pairs) -> Tensor:
 
 
 def preference_loss(
-    policy: Pairs,
-    reference: Pairs | None,
-    n_tokens: Pairs,
+    policy: ChosenRejected,
+    reference: ChosenRejected | None,
+    n_tokens: ChosenRejected,
     *,
     beta: float,
     sft_reg: float = 0.0,
@@ -183,7 +183,7 @@ def preference_loss(
     return loss - sft_reg * policy.chosen if sft_reg else loss
 
 
-def reward_sums(ratios: Pairs, beta: float) -> dict[str, Tensor]:
+def reward_sums(ratios: ChosenRejected, beta: float) -> dict[str, Tensor]:
     """Rewards of both responses, their difference, and in how many pairs the chosen one has more: sums over
     pairs.
     """

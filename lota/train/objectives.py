@@ -17,7 +17,14 @@ from lota.data.encoding import Example
 from lota.data.examples import encoder
 from lota.evaluate.generation import generate
 from lota.models.loading import choose_pad_token_id
-from lota.train.losses import Pairs, log_ratios, preference_loss, response_logps, reward_sums, sft_loss
+from lota.train.losses import (
+    ChosenRejected,
+    log_ratios,
+    preference_loss,
+    response_logps,
+    reward_sums,
+    sft_loss,
+)
 from lota.train.reference import Reference, Run, make_reference
 from lota.train.runlog import Meter
 
@@ -112,8 +119,8 @@ class PreferenceObjective(Objective):
         of_policy, counted = self.logps(batch)
         if of_reference is None and not loss.reference_free:
             of_reference = of_policy.detach()
-        policy, n_tokens = Pairs.split(of_policy), Pairs.split(counted)
-        reference = None if of_reference is None else Pairs.split(of_reference)
+        policy, n_tokens = ChosenRejected.split(of_policy), ChosenRejected.split(counted)
+        reference = None if of_reference is None else ChosenRejected.split(of_reference)
         losses = preference_loss(
             policy,
             reference,

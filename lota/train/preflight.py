@@ -46,7 +46,7 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
     model = attempt(_checked_structure, config, tokenizer) if tokenizer is not None else None
     if tokenizer is not None and config.save_delta and not config.debug:
         attempt(_check_delta, config, tokenizer)
-    if tokenizer is not None and config.loss.paired and not config.loss.reference_free:
+    if tokenizer is not None and config.loss.on_preferences and not config.loss.reference_free:
         attempt(check_reference, config, tokenizer)
     data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
     snip = attempt(plan_snip, config, tokenizer, data[0]) if config.snip and data is not None else None

@@ -16,13 +16,13 @@ import torch
 from lota.config import Config
 from lota.data.encoding import Example
 from lota.masks import Mask
-from lota.masks.extract.scores import SCORES
+from lota.masks.extract.saliency import SALIENCIES
 from lota.masks.extract.select import Plan, Rule, select
 from lota.masks.trainable import fingerprint
 from lota.models.hashing import content_hash
-from lota.models.pair import Pair, open_pair
+from lota.models.pair import ModelPair, open_pair
 from lota.models.policy import is_policy
-from lota.train.score_data import ScoreData, collect, first_batches
+from lota.train.saliency_data import SaliencyData, collect, first_batches
 from lota.train.structure import run_structure
 from lota.utils import set_aside
 
@@ -34,10 +34,10 @@ KEY = "snip_key"  # of a mask's meta
 class SnipMask:
     """What decides the mask, known before a model loads. path: where it is stored; None: nowhere."""
 
-    pair: Pair
+    pair: ModelPair
     rule: Rule
     sparsity: float
-    data: ScoreData
+    data: SaliencyData
     key: dict[str, Any]
     path: Path | None
 
@@ -67,7 +67,7 @@ class SnipMask:
         check: called for each batch; raises when the run has been asked to stop.
         """
         self.data.device = str(device)
-        collected = collect(self.data, self.pair.scope, SCORES["snip"].collects, lambda _: check())
+        collected = collect(self.data, self.pair.scope, SALIENCIES["snip"].collects, lambda _: check())
         gc.collect()  # a model refers to itself: its memory is needed for the one that trains
         masks = select(self.pair, [self.sparsity], self.rule, with_hash=False, collected=collected)
         mask = masks[self.sparsity]
@@ -98,7 +98,7 @@ def plan_snip(config: Config, tokenizer: Any, examples: Sequence[Example]) -> Sn
         archive or config.model.name_or_path,
         scope=config.model.scope,
         model=model,
-        needs=SCORES["snip"].needs,
+        needs=SALIENCIES["snip"].needs,
         block_name=config.model.block_name,
     )
     structure = dict(run_structure(config, tokenizer).named_parameters())

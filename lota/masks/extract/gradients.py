@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lota.models.pair import Pair
+from lota.models.pair import ModelPair
 from lota.models.scope import find_scope
 
 Batch = TypeVar("Batch")
@@ -47,7 +47,7 @@ class Collected:
         """Entries [start, stop) of the flattened parameter on the CPU; not to be written to."""
         return self.values[name].view(-1)[start:stop].cpu()
 
-    def check(self, pair: Pair, kind: str) -> None:
+    def check(self, pair: ModelPair, kind: str) -> None:
         """Raise ValueError unless this holds sums of the kind for every parameter of the pair's scope."""
         if self.kind != kind:
             raise ValueError(

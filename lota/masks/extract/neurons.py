@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lota.masks.extract.scores import ScoreStream, uniform
+from lota.masks.extract.saliency import SaliencyStream, uniform
 from lota.masks.extract.topk import Progress
 from lota.models import chunks as streaming
 from lota.models.scope import ScopedTensor
@@ -130,7 +130,7 @@ def choose(
 
 
 def top_units(
-    stream: ScoreStream,
+    stream: SaliencyStream,
     units: Mapping[str, Units],
     counts: Sequence[int],
     read_order: Sequence[str],
@@ -164,7 +164,7 @@ def top_units(
 
 
 def _sum_scores(
-    stream: ScoreStream, units: Mapping[str, Units], sums: Mapping[str, np.ndarray], order: Sequence[str]
+    stream: SaliencyStream, units: Mapping[str, Units], sums: Mapping[str, np.ndarray], order: Sequence[str]
 ) -> None:
     def part(span: streaming.Span) -> tuple[int, np.ndarray]:
         return units[span.name].sums(span.start, stream.scores(span))

@@ -23,10 +23,10 @@ from lota.masks.extract import neurons as units
 from lota.masks.extract import topk
 from lota.masks.extract.gradients import Collected
 from lota.masks.extract.neurons import GRANULARITIES, Units
-from lota.masks.extract.scores import SCORES, ScoreStream
+from lota.masks.extract.saliency import SALIENCIES, SaliencyStream
 from lota.models import chunks as streaming
 from lota.models.hashing import StreamingHash
-from lota.models.pair import Pair, open_pair
+from lota.models.pair import ModelPair, open_pair
 
 logger = logging.getLogger(__name__)
 DEFAULT_SCOPE = "attention and MLP weights"
@@ -49,7 +49,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         problems = []
-        for key, choices in (("score", SCORES), ("per", PER), ("granularity", GRANULARITIES)):
+        for key, choices in (("score", SALIENCIES), ("per", PER), ("granularity", GRANULARITIES)):
             value = getattr(self, key)
             if value not in choices:
                 near = difflib.get_close_matches(str(value), choices, 1, 0)
@@ -88,7 +88,7 @@ def extract(
     wanted = check_sparsities(sparsities)
     masks = [m if isinstance(m, Mask) else Mask.load(m) for m in protect]
     rule = Rule(score, per, smallest, seed, masks, granularity)
-    pair = open_pair(base, tuned, scope=scope, model=model, needs=SCORES[score].needs)
+    pair = open_pair(base, tuned, scope=scope, model=model, needs=SALIENCIES[score].needs)
     return select(pair, wanted, rule, collected=collected)
 
 
@@ -107,7 +107,7 @@ def check_sparsities(sparsities: Iterable[float]) -> list[float]:
 
 
 def select(
-    pair: Pair,
+    pair: ModelPair,
     sparsities: Sequence[float],
     rule: Rule,
     progress: topk.Progress | None = None,
@@ -119,16 +119,16 @@ def select(
     progress: see `topk.top_bits`; with_hash: of the base; collected: what a data-driven score reads.
     """
     plan = Plan(pair, sparsities, rule)
-    if SCORES[rule.score].collects:
+    if SALIENCIES[rule.score].collects:
         if collected is None:
             raise ValueError(
                 f"score={rule.score} reads gradients: pass collected=lota.collect_gradients(...)"
             )
-        collected.check(pair, SCORES[rule.score].collects)
+        collected.check(pair, SALIENCIES[rule.score].collects)
         pair.sources["collected"] = collected
-    stream = ScoreStream(pair, rule.score, rule.smallest, rule.seed, taken=plan.taken)
+    stream = SaliencyStream(pair, rule.score, rule.smallest, rule.seed, taken=plan.taken)
     if with_hash:
-        shared = plan.sizes if "base" in SCORES[rule.score].needs else ()
+        shared = plan.sizes if "base" in SALIENCIES[rule.score].needs else ()
         stream.digest = StreamingHash(pair.sources["base"], shared, streaming.CHUNK)
     bits: list[dict[str, np.ndarray]] = [{} for _ in sparsities]
     cuts: list[dict[str, topk.Cut | units.UnitCut]] = [{} for _ in sparsities]
@@ -156,7 +156,7 @@ class Plan:
     entries that are not available, whole rows or columns where those are chosen.
     """
 
-    def __init__(self, pair: Pair, sparsities: Sequence[float], rule: Rule):
+    def __init__(self, pair: ModelPair, sparsities: Sequence[float], rule: Rule):
         self.sparsities = sparsities
         self.sizes = {name: int(np.prod(t.shape, dtype=np.int64)) for name, t in pair.scope.items()}
         self.groups = _groups(pair, rule.per)
@@ -176,7 +176,7 @@ class Plan:
         return {sparsity: kept_count(sparsity, total) for sparsity in self.sparsities}
 
     def choose(
-        self, stream: ScoreStream, names: Sequence[str], progress: topk.Progress | None
+        self, stream: SaliencyStream, names: Sequence[str], progress: topk.Progress | None
     ) -> tuple[list[dict[str, np.ndarray]], list[topk.Cut | units.UnitCut]]:
         """For each sparsity: packed bits of what is kept of the names, and where the cut lies."""
         counts = list(self.counts(names).values())
@@ -189,7 +189,7 @@ class Plan:
         return found, [cut._replace(threshold=stream.score_of(cut.threshold)) for cut in cuts]
 
 
-def _groups(pair: Pair, per: str) -> dict[str, list[str]]:
+def _groups(pair: ModelPair, per: str) -> dict[str, list[str]]:
     """Names that share a threshold, each in the order that decides ties; groups in the order of sorted names,
     in which the base's hash is taken.
     """
@@ -201,11 +201,11 @@ def _groups(pair: Pair, per: str) -> dict[str, list[str]]:
 
 
 def _meta(
-    pair: Pair,
+    pair: ModelPair,
     rule: Rule,
     sparsity: float,
     cuts: Mapping[str, topk.Cut | units.UnitCut],
-    stream: ScoreStream,
+    stream: SaliencyStream,
 ) -> dict[str, Any]:
     shortfall = sum(cut.shortfall for cut in cuts.values())
     by_size = rule.granularity != "element" and all(cut.by_size for cut in cuts.values() if cut.shortfall)
@@ -242,7 +242,7 @@ def _meta(
     }
 
 
-def _taken(protect: Sequence[Mask], pair: Pair) -> dict[str, np.ndarray]:
+def _taken(protect: Sequence[Mask], pair: ModelPair) -> dict[str, np.ndarray]:
     """Packed bits of the entries that the protect masks keep, inside the scope."""
     taken: dict[str, np.ndarray] = {}
     shapes = {**pair.shapes, **{name: tensor.shape for name, tensor in pair.scope.items()}}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lota.models import chunks as streaming
 from lota.models.hashing import StreamingHash
-from lota.models.pair import Pair
+from lota.models.pair import ModelPair
 
 _INFINITY = 0x7F800000  # bit pattern of fp32 infinity; NaNs lie above it
 # a source's role -> fp32 entries of the span, which are not to be written to
@@ -54,7 +54,7 @@ def _snip(read: Read, span: streaming.Span, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Score:
+class Saliency:
     """A way to rate entries. compute: fp32, not negative; needs: the roles it reads; collects: what of the
     gradients has to be summed before (`sum` or `squares`, see lota/gradient_scores.py), None for nothing.
     """
@@ -64,16 +64,17 @@ class Score:
     collects: str | None = None
 
 
-# A new score is a function above and a line here; what it reads besides base and tuned joins `Pair.sources`.
-SCORES = {
-    "task_vector": Score(_task_vector, ("base", "tuned")),
-    "magnitude": Score(_magnitude, ("base",)),
-    "random": Score(_random, ()),
-    "gradient": Score(_collected, ("collected",), collects="sum"),
-    "fisher": Score(_collected, ("collected",), collects="squares"),
-    "snip": Score(_snip, ("base", "collected"), collects="sum"),
+# A new one is a function above and a line here; what it reads besides base and tuned joins
+# `ModelPair.sources`.
+SALIENCIES = {
+    "task_vector": Saliency(_task_vector, ("base", "tuned")),
+    "magnitude": Saliency(_magnitude, ("base",)),
+    "random": Saliency(_random, ()),
+    "gradient": Saliency(_collected, ("collected",), collects="sum"),
+    "fisher": Saliency(_collected, ("collected",), collects="squares"),
+    "snip": Saliency(_snip, ("base", "collected"), collects="sum"),
 }
-DATA_DRIVEN = tuple(name for name, score in SCORES.items() if score.collects)
+DATA_DRIVEN = tuple(name for name, score in SALIENCIES.items() if score.collects)
 
 
 def uniform(span: streaming.Span, seed: int | str) -> np.ndarray:
@@ -87,14 +88,14 @@ def uniform(span: streaming.Span, seed: int | str) -> np.ndarray:
 
 
 @dataclass
-class ScoreStream:
+class SaliencyStream:
     """Scores of a span from the sources of a pair; called, their keys (see lota/topk.py).
 
-    score: a name of SCORES; smallest: keys order the other way round; taken: packed bits of entries that
+    score: a name of SALIENCIES; smallest: keys order the other way round; taken: packed bits of entries that
     must not be chosen, and so score 0.
     """
 
-    pair: Pair
+    pair: ModelPair
     score: str
     smallest: bool = False
     seed: int = 0
@@ -111,7 +112,7 @@ class ScoreStream:
     def scores(self, span: streaming.Span) -> np.ndarray:
         """fp32 scores, not negative. Raises ValueError for NaN and infinity."""
         with np.errstate(over="ignore", invalid="ignore"):
-            scores = SCORES[self.score].compute(lambda role: self._read(role, span), span, self.seed)
+            scores = SALIENCIES[self.score].compute(lambda role: self._read(role, span), span, self.seed)
         if span not in self.checked:  # a second pass reads the same spans again
             keys = scores.view(np.int32)
             if keys.size and keys.max() >= _INFINITY:
@@ -141,7 +142,7 @@ class ScoreStream:
         return as_float32(part, self.scratch.get(role, n, np.float32))
 
     def _refuse_not_finite(self, span: streaming.Span) -> None:
-        for role in SCORES[self.score].needs:
+        for role in SALIENCIES[self.score].needs:
             if not np.isfinite(as_float32(self.pair.sources[role].read_flat(*span))).all():
                 raise ValueError(f"{span.name} of {self.pair.sources[role].id} holds NaN or infinity")
         raise ValueError(f"{span.name}: its scores are too large for fp32")

@@ -36,7 +36,7 @@ def _setting(default: Any, text: str) -> Any:
 
 
 @dataclass
-class ScoreSettings:
+class SaliencySettings:
     """What data-driven scores look at, and how; extract_masks.py has a flag of each."""
 
     datasets: str | None = _setting(None, "task names, separated by commas, whose training examples are read")
@@ -92,11 +92,11 @@ class ScoreSettings:
 
 def data_flags() -> list[tuple[str, Any, str]]:
     """(name, default, meaning) of every setting that is of data-driven scores only."""
-    return [(f.name, f.default, f.metadata["help"]) for f in fields(ScoreSettings) if f.metadata]
+    return [(f.name, f.default, f.metadata["help"]) for f in fields(SaliencySettings) if f.metadata]
 
 
 @dataclass
-class ScoreData:
+class SaliencyData:
     """The first batches of an epoch, in its order. config: names model, lengths and loss.
 
     dtype: of weights and gradients; score_dtype: of their sums; device: of both, None for a GPU if there is
@@ -128,17 +128,17 @@ class ScoreData:
 
 def first_batches(
     config: Config, tokenizer: Any, examples: Sequence[Example], n_batches: int, size: int
-) -> ScoreData:
+) -> SaliencyData:
     """The first n_batches of `size` examples in the order that training would see; at most all examples."""
     order = epoch_batches(len(examples), size, seed=config.seed, epoch=0)[:n_batches]
     if len(order) < n_batches:
         logger.info("gradients of all %d examples: %d batches", len(examples), len(order))
-    return ScoreData(config, tokenizer, [[examples[i] for i in rows] for rows in order])
+    return SaliencyData(config, tokenizer, [[examples[i] for i in rows] for rows in order])
 
 
-def load_score_data(
-    settings: ScoreSettings, find_task: Callable[[str], Any], base: str | os.PathLike, structure: str
-) -> ScoreData:
+def load_saliency_data(
+    settings: SaliencySettings, find_task: Callable[[str], Any], base: str | os.PathLike, structure: str
+) -> SaliencyData:
     """Training examples of the tasks. Raises one ValueError with all problems, before a model loads.
 
     find_task: gives the task object of a name. base, structure: the model and whose config it has.
@@ -160,7 +160,7 @@ def load_score_data(
 
 
 def collect(
-    data: ScoreData, names: Iterable[str], kind: str, progress: Callable[[int], object] | None = None
+    data: SaliencyData, names: Iterable[str], kind: str, progress: Callable[[int], object] | None = None
 ) -> Collected:
     """Load the base, sum its gradients for `names`, and let it go.
 
