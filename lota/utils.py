@@ -1,4 +1,4 @@
-"""Files that are whole or absent, problems told together, tables of text, keys of stored content."""
+"""Files that are whole or absent, results that are valid under a key, problems told together, text tables."""
 
 from __future__ import annotations
 
@@ -6,37 +6,20 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
+import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 TEMPORARY_SUFFIX = ".tmp"
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
-def save_tensors(content: Any, path: str | os.PathLike) -> None:
-    """torch.save to `path`. Raises OSError when it cannot be written, where torch names its own assertion."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(content, file)
-    except RuntimeError as error:
-        raise OSError(
-            errno.ENOSPC, f"could not write the whole file ({str(error)[:120]})", str(path)
-        ) from error
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file, or every file of a folder and the folder itself."""
-    paths = [*sorted(path.rglob("*")), path] if path.is_dir() else [path]
-    for item in paths:
-        handle = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+# Files
 
 
 @contextlib.contextmanager
@@ -64,14 +47,20 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             remove(old)
         else:
             os.replace(temporary, path)
-        flush_directory(path.parent)
+        fsync(path.parent)
     except BaseException:
         remove(temporary)
         raise
 
 
-def flush_directory(path: Path) -> None:
-    """fsync the folder entry itself, so that a rename survives a power cut."""
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or every file of a folder and the folder itself."""
+    for item in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
+        fsync(item)
+
+
+def fsync(path: Path) -> None:
+    """Flush one file, or a folder's own entries, so that a rename in it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -93,7 +82,95 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-T = TypeVar("T")
+def save_tensors(content: Any, path: str | os.PathLike) -> None:
+    """torch.save to `path`. Raises OSError when it cannot be written, where torch names its own assertion."""
+    import torch  # settings are checked without it
+
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        raise OSError(
+            errno.ENOSPC, f"could not write the whole file ({str(error)[:120]})", str(path)
+        ) from error
+
+
+def torch_reason(error: Exception) -> str:
+    """One line of why `torch.load` refused a file, without its advice to load with weights_only=False."""
+    text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip() or type(error).__name__
+    return text.splitlines()[0].split(" Please use")[0][:200]
+
+
+# Stored results
+
+# What reading a damaged file raises: JSON, a pickle, or a structure that lacks what it should have.
+DAMAGED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+)
+
+
+def content_key(content: Any) -> str:
+    """sha256 of plain values, the same for equal content whatever the order of dict keys."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def key_differences(stored: Any, key: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of what differs between the key that a result was stored under and the one wanted now."""
+    if not isinstance(stored, Mapping):
+        return [prefix.rstrip(".") or "key"]
+    absent, found = object(), []
+    for name in sorted({*stored, *key}):
+        before, now = stored.get(name, absent), key.get(name, absent)
+        if isinstance(now, Mapping):
+            found += key_differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            found.append(prefix + name)
+    return found
+
+
+def read_keyed(
+    path: Path,
+    key: Mapping[str, Any],
+    read: Callable[[Path], tuple[Any, T]],
+    made_from_it: Iterable[Path] = (),
+) -> T | None:
+    """Returns the content of a stored result if it was made under `key`; else sets the file aside.
+
+    read: returns the file's (key, content), or raises one of DAMAGED. made_from_it: files that are valid with
+    this result only, and are set aside if it is not there or not reused.
+    """
+    if path.exists():
+        try:
+            stored, content = read(path)
+        except DAMAGED as error:
+            logger.warning("%s is not reused: it cannot be read (%s)", path, str(error)[:200])
+        else:
+            differ = key_differences(stored, key)
+            if not differ:
+                return content
+            logger.warning("%s is not reused: made with another %s", path, ", ".join(differ))
+    moved = [set_aside(old).name for old in (path, *made_from_it) if old.exists()]
+    if moved:
+        logger.info("starting anew; what was there is now %s", ", ".join(moved))
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to the first free name of NAME.1.SUFFIX, NAME.2.SUFFIX, ..."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(free)
+
+
+# Problems
 
 
 class Problems:
@@ -116,10 +193,7 @@ class Problems:
             raise ValueError("\n".join(dict.fromkeys(self.found)))
 
 
-def torch_reason(error: Exception) -> str:
-    """One line of why `torch.load` refused a file, without its advice to load with weights_only=False."""
-    text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip() or type(error).__name__
-    return text.splitlines()[0].split(" Please use")[0][:200]
+# Text
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -148,17 +222,3 @@ def _telling_length(part: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> 
     others = {other for other in parts if other != part}
     lengths = range(1, len(part) + 1)
     return next((n for n in lengths if all(other[-n:] != part[-n:] for other in others)), len(part) or 1)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a file to the first free name of NAME.1.SUFFIX, NAME.2.SUFFIX, ..."""
-    number = 1
-    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return path.rename(free)
-
-
-def content_key(content: Any) -> str:
-    """sha256 of plain values, the same for equal content whatever the order of dict keys."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

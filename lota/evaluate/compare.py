@@ -64,7 +64,7 @@ def stored_runs(
 
 def _comparable(path: Path, task: Task, rows: Sequence[Row]) -> tuple[dict[str, Any], Records]:
     try:
-        key, records, _ = read_journal(path)
+        key, (records, _) = read_journal(path)
         _ = key["settings"], key["template"]  # a KeyError where it is no journal of ours
         same = key["data"] == content_key(list(rows)) and key["version"] == task.version
     except (ValueError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lota.utils import set_aside
+from lota.utils import read_keyed
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +30,11 @@ class Journal:
         self.records: dict[int, Any] = {}
         self._file: TextIO | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._continue()
-        if not self.records:
-            moved = [set_aside(path) for path in (self.path, *made_from_it) if path.exists()]
-            if moved:
-                logger.info("starting anew; what was there is now %s", ", ".join(path.name for path in moved))
-
-    def _continue(self) -> None:
-        try:
-            key, records, length = read_journal(self.path)
-            differences = _differences(key, self.key)
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is not reused: it cannot be read (%s)", self.path, error)
-            return
-        if differences:
-            logger.info("%s is not reused: made with another %s", self.path, ", ".join(differences))
-            return
-        if records:
+        found = read_keyed(self.path, self.key, read_journal, made_from_it)
+        if found is not None:
+            self.records, length = found
             os.truncate(self.path, length)
-            logger.info("reusing %d results of %s", len(records), self.path)
-        self.records = records
+            logger.info("reusing %d results of %s", len(self.records), self.path)
 
     def add(self, index: int, record: Any) -> None:
         """Store a record so that it outlives the process."""
@@ -74,16 +58,12 @@ class Journal:
             self._file = None
 
 
-def read_journal(path: Path) -> tuple[Any, dict[int, Any], int]:
-    """Key, records, and the length of the whole lines in bytes. Errors: ValueError, KeyError, TypeError."""
+def read_journal(path: Path) -> tuple[Any, tuple[dict[int, Any], int]]:
+    """Key; records and the length of the whole lines in bytes. Errors: ValueError, KeyError, TypeError."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     header, *lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-    return header["key"], {line["index"]: line["record"] for line in lines}, len(whole)
-
-
-def _differences(old: Any, new: Mapping[str, Any]) -> list[str]:
-    if not isinstance(old, dict):
-        raise TypeError("its first line is no key")
-    absent = object()
-    return [name for name in sorted({*old, *new}) if old.get(name, absent) != new.get(name, absent)]
+    records = {line["index"]: line["record"] for line in lines}
+    if not records:
+        raise ValueError("it holds no record")
+    return header["key"], (records, len(whole))

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from lota.models.policy import tied_names
 from lota.models.provenance import RECORD
 from lota.models.tensor_files import index_safetensors, safetensors_files
-from lota.utils import TEMPORARY_SUFFIX, flush_directory, flush_to_disk, remove
+from lota.utils import TEMPORARY_SUFFIX, flush_to_disk, fsync, remove
 
 _TYPES = {
     torch.float64: "F64",
@@ -218,4 +218,4 @@ def _install(staged: Path, folder: Path) -> None:
         remove(folder / entry.name)
         os.replace(entry, folder / entry.name)
     staged.rmdir()
-    flush_directory(folder)
+    fsync(folder)

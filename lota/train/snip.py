@@ -24,7 +24,7 @@ from lota.models.pair import ModelPair, open_pair
 from lota.models.policy import is_policy
 from lota.train.saliency_data import SaliencyData, collect, first_batches
 from lota.train.structure import run_structure
-from lota.utils import set_aside
+from lota.utils import key_differences, set_aside
 
 logger = logging.getLogger(__name__)
 KEY = "snip_key"  # of a mask's meta
@@ -54,7 +54,7 @@ class SnipMask:
                 f"save_snip_mask_path={self.path} holds a mask that snip=true did not make: name another "
                 f"file, or train with it by mask_path={self.path} and without snip"
             )
-        changed = _changed(mask.meta[KEY], self.key)
+        changed = key_differences(mask.meta[KEY], self.key)
         if changed:
             logger.info("%s is not reused: made with another %s", self.path, ", ".join(changed))
             return None
@@ -125,17 +125,3 @@ def plan_snip(config: Config, tokenizer: Any, examples: Sequence[Example]) -> Sn
         "data": data.meta,
     }
     return SnipMask(pair, rule, config.snip_sparsity, data, key, config.snip_mask_file)
-
-
-def _changed(old: Any, new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of what differs between two keys."""
-    if not isinstance(old, dict):
-        return [prefix.rstrip(".") or "key"]
-    changed = []
-    for name in sorted({*old, *new}):
-        before, now = old.get(name), new.get(name)
-        if isinstance(now, dict):
-            changed += _changed(before, now, f"{prefix}{name}.")
-        elif before != now:
-            changed.append(prefix + name)
-    return changed
