@@ -32,6 +32,8 @@ from lota.masks.extract.saliency import as_float32  # noqa: E402
 from lota.masks.extract.select import Rule, select  # noqa: E402
 from lota.models import chunks as streaming  # noqa: E402
 from lota.models.pair import ModelPair, open_pair  # noqa: E402
+from lota.models.scope import meta_model  # noqa: E402
+from lota.models.tensor_files import SafetensorsWriter  # noqa: E402
 
 SPARSITIES = [0.5, 0.9, 0.99]
 
@@ -53,30 +55,18 @@ def make_pair(folder: Path, entries: int, hidden: int = 2048, dtype: str = "floa
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(path)
-    from lota.models.scope import meta_model
-
-    shapes = {name: tuple(p.shape) for name, p in meta_model(paths[0]).named_parameters()}
-    width = torch.empty((), dtype=getattr(torch, dtype)).element_size()
-    name_of = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * width
-        header[name] = {"dtype": name_of, "shape": shape, "data_offsets": [begin, end]}
-    packed = json.dumps(header).encode()
-    packed += b" " * (-len(packed) % 8)
+    parameters = dict(meta_model(paths[0]).to(getattr(torch, dtype)).named_parameters())
+    base, tuned = (SafetensorsWriter(path / "model.safetensors", parameters) for path in paths)
     generator = torch.Generator().manual_seed(0)
-    with (
-        open(paths[0] / "model.safetensors", "wb") as base,
-        open(paths[1] / "model.safetensors", "wb") as tuned,
-    ):
-        for file in (base, tuned):
-            file.write(len(packed).to_bytes(8, "little") + packed)
-        for shape in shapes.values():
-            rows = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) + 0.2
-            weight = torch.randn(shape, generator=generator) * 0.02
-            change = torch.randn(shape, generator=generator) * rows * 1e-3
-            for file, value in ((base, weight), (tuned, weight + change)):
-                file.write(value.to(getattr(torch, dtype)).view(torch.uint8).numpy().tobytes())
+    for name, parameter in parameters.items():
+        shape = parameter.shape
+        rows = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) + 0.2
+        weight = torch.randn(shape, generator=generator) * 0.02
+        change = torch.randn(shape, generator=generator) * rows * 1e-3
+        base.put(name, weight)
+        tuned.put(name, weight + change)
+    base.close()
+    tuned.close()
     return paths
 
 

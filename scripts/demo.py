@@ -8,7 +8,6 @@ Results go to demo/, which each call makes anew.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this script is started by its path
 
+from lota.models.tensor_files import read_header  # noqa: E402
 from lota.plots import against_sparsity  # noqa: E402
 
 if TYPE_CHECKING:
@@ -116,9 +116,8 @@ def peak_memory(run: str) -> int:
 
 def n_parameters(folder: str) -> int:
     """All entries of a model's safetensors file, from its header."""
-    with (ROOT / folder / "model.safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    header = read_header(ROOT / folder / "model.safetensors")
+    return sum(tensor.numel for tensor in header.entries.values())
 
 
 def run_pipeline(demo: Demo) -> tuple[list[Row], list[dict[str, str]]]:

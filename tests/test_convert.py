@@ -253,7 +253,7 @@ def test_kill_while_files_move_is_repaired_by_the_next_conversion(llama, monkeyp
 
     monkeypatch.setattr(lota.share.hf_folder.os, "replace", killed)
     monkeypatch.setattr(
-        lota.hf_folder, "remove", lambda path: None if path.suffix == ".tmp" else remove(path)
+        lota.share.hf_folder, "remove", lambda path: None if path.suffix == ".tmp" else remove(path)
     )
     remove = lota.utils.remove
     with pytest.raises(KeyboardInterrupt):

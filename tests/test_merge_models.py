@@ -317,7 +317,7 @@ def test_a_write_that_fails_leaves_nothing(disjoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lota.share.hf_stream.os.pwrite", full)
+    monkeypatch.setattr("lota.models.tensor_files.os.pwrite", full)
     with pytest.raises(SystemExit, match="No space left"):
         merge(disjoint, [disjoint / "a"], tmp_path / "out", "sum")
     assert not list(tmp_path.iterdir())

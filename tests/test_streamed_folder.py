@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lota.models.scope import meta_model
 from lota.models.weights import open_weights
-from lota.share.hf_stream import write_like
+from lota.share.hf_weights import write_like
 
 
 def saved(kind: str, folder: Path, seed: int = 0, **options):

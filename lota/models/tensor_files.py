@@ -1,6 +1,10 @@
-"""Weight files, indexed: where in which file each tensor lies, without reading it.
+"""Tensors in files: where each lies, without reading it; the only reader and writer of safetensors headers.
 
 Safetensors folders (one or many shards), `pytorch_model.bin`, `policy.pt` and other `torch.save` files.
+
+A safetensors file: the header's length (8 bytes, little endian), the header as JSON, padded with blanks to 8
+bytes, then the tensors without gaps. The header has an entry {dtype, shape, data_offsets} per tensor, offsets
+counted from the end of the header, and may have `__metadata__`, a dict of strings.
 """
 
 from __future__ import annotations
@@ -9,10 +13,10 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +24,15 @@ from torch import Tensor
 from lota.utils import torch_reason
 
 DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
-_SAFETENSORS_DTYPES = {
+# Every dtype of safetensors whose entries are whole bytes; F4 and F6 are packed, and no tensor here has them.
+_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _UNREADABLE = (
     RuntimeError,
     OSError,
@@ -61,7 +68,7 @@ class StoredTensor:
         return 1 + sum((d - 1) * s for d, s in zip(self.shape, self.stride, strict=True))
 
 
-def checkpoint_files(path: str | os.PathLike) -> tuple[list[Path], Path | None]:
+def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | None]:
     """The files that hold the weights, and the Hugging Face folder that they belong to (None: policy.pt).
 
     A hub id is fetched with huggingface_hub. Raises ValueError for a path that does not exist or holds
@@ -107,13 +114,10 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def is_delta(path: Path) -> bool:
-    """Whether the header says that this is a delta file; whether it is whole, `lota.delta` finds out."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 2 <= length <= path.stat().st_size - 8 else b""
+    """Whether the header says that this is a delta file; `lota.delta` checks its integrity."""
     try:
-        return json.loads(text)["__metadata__"]["format"] == DELTA_FORMAT
-    except (ValueError, KeyError, TypeError):
+        return read_metadata(path).get("format") == DELTA_FORMAT
+    except ValueError:
         return False
 
 
@@ -137,31 +141,135 @@ def _fetch(hub_id: str) -> Path:
     return folder
 
 
-def index_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Name -> place in the file, from the file's header. Raises ValueError naming a damaged file."""
+class Header(NamedTuple):
+    """The header of a safetensors file."""
+
+    metadata: dict[str, str]  # `__metadata__`, empty if there is none
+    entries: dict[str, StoredTensor]  # by name, in the header's order
+    data_start: int  # byte of the file at which the tensors begin
+
+
+def read_header(path: Path) -> Header:
+    """The header, every entry checked against the file's size. Raises ValueError naming a damaged file."""
+    content, data_start = _read_json(path)
     size = path.stat().st_size
+    metadata = _metadata(path, content)
+    entries = {}
+    for name, entry in content.items():
+        try:
+            entries[name] = _stored_tensor(path, data_start, size, entry)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is truncated or no safetensors file: {name}: {error}") from error
+    return Header(metadata, entries, data_start)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone; the file may be cut off behind its header. Raises ValueError naming the file."""
+    return _metadata(path, _read_json(path)[0])
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """(content of the header, byte at which the tensors begin)."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= path.stat().st_size - 8:
                 raise ValueError("its header does not fit into the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {name: _safetensors_entry(path, 8 + length, size, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            content = json.loads(file.read(length))
+        if not isinstance(content, dict):
+            raise ValueError("its header is no dict")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    return content, 8 + length
 
 
-def _safetensors_entry(path: Path, data_start: int, size: int, entry: Mapping[str, Any]) -> StoredTensor:
-    if entry["dtype"] not in _SAFETENSORS_DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is not known")
+def _metadata(path: Path, content: dict[str, Any]) -> dict[str, str]:
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path} is no safetensors file: its metadata are no dict of strings")
+    return metadata
+
+
+def _stored_tensor(path: Path, data_start: int, size: int, entry: Mapping[str, Any]) -> StoredTensor:
+    """A header's entry, checked: whatever it says, no more is read than the file holds."""
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"its dtype {entry['dtype']} is not known")
+    if not all(type(n) is int and n >= 0 for n in (*entry["shape"], *entry["data_offsets"])):
+        raise ValueError("its shape and data_offsets are no whole numbers from 0 on")
     begin, end = entry["data_offsets"]
-    tensor = StoredTensor(
-        path, data_start + begin, _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-    )
-    if end - begin != tensor.numel * tensor.dtype.itemsize or not 0 <= begin <= end <= size - data_start:
-        raise ValueError("a tensor lies outside of the file")
+    tensor = StoredTensor(path, data_start + begin, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    if end - begin != tensor.numel * tensor.dtype.itemsize or end > size - data_start:
+        raise ValueError("the tensor lies outside of the file")
     return tensor
+
+
+class Shaped(Protocol):
+    """What a header says of a tensor: a StoredTensor, or any torch tensor, such as one on the meta device."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def header_bytes(
+    tensors: Mapping[str, Shaped], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """(first bytes of a safetensors file, name -> byte of the file at which its tensor begins).
+
+    tensors: in the order in which they will lie. Raises ValueError for a dtype that such files cannot hold.
+    """
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, end = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"{name} is {tensor.dtype}, which a safetensors file cannot hold")
+        begins[name], end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        content[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    return text, {name: len(text) + begin for name, begin in begins.items()}
+
+
+class SafetensorsWriter:
+    """A new safetensors file: laid out when made, filled tensor by tensor in any order.
+
+    safetensors' own save_file wants all tensors in memory in their final dtype at once.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Shaped], metadata: Mapping[str, str] | None = None):
+        try:
+            header, self._begins = header_bytes(tensors, metadata)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be written: {error}") from error
+        self._tensors = dict(tensors)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._write(memoryview(header), 0)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write a tensor to its place, in the dtype that the header says."""
+        value = value.to(self._tensors[name].dtype).contiguous()
+        assert tuple(value.shape) == tuple(self._tensors[name].shape), name
+        self._write(value.reshape(-1).view(torch.uint8).numpy().data, self._begins.pop(name))
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._handle)
+
+    @property
+    def unwritten(self) -> list[str]:
+        """Names that `put` has not been called with."""
+        return list(self._begins)
+
+    def _write(self, view: memoryview, position: int) -> None:
+        while view:
+            written = os.pwrite(self._handle, view, position)
+            view, position = view[written:], position + written
 
 
 def index_torch_file(path: Path) -> dict[str, StoredTensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lota.models.key_mapping import Conversion, Run, Target, row_runs, translate
-from lota.models.tensor_files import StoredTensor, checkpoint_files, index_safetensors, index_torch_file
+from lota.models.tensor_files import StoredTensor, checkpoint_files, index_torch_file, read_header
 
 HASH_CHUNK = 1 << 20  # entries
 
@@ -180,7 +180,7 @@ def open_weights(path: str | os.PathLike, model: nn.Module | None = None) -> Wei
     files, folder = checkpoint_files(path)
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        index = index_safetensors(file) if file.suffix == ".safetensors" else index_torch_file(file)
+        index = read_header(file).entries if file.suffix == ".safetensors" else index_torch_file(file)
         stored.update(index)
     if model is None and folder is not None and (folder / "config.json").is_file():
         from lota.models.scope import meta_model

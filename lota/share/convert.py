@@ -19,13 +19,12 @@ from lota.models.provenance import run_settings
 from lota.share.hf_folder import (
     TOKENIZER_FILES,
     check_replaceable,
-    check_shard_size,
     copy_small_files,
     disk_dtypes,
     new_model_files,
     write_config,
-    write_weights,
 )
+from lota.share.hf_weights import check_shard_size, write_weights
 
 logger = logging.getLogger(__name__)
 VOCABULARIES = ("checkpoint", "base")

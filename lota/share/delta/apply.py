@@ -15,8 +15,8 @@ from lota.models.tensor_files import checkpoint_files
 from lota.models.weights import WeightSource, open_weights
 from lota.share.delta.format import xor_
 from lota.share.delta.reader import Delta
-from lota.share.hf_folder import check_replaceable, check_shard_size, new_model_files
-from lota.share.hf_stream import write_like
+from lota.share.hf_folder import check_replaceable, new_model_files
+from lota.share.hf_weights import check_shard_size, write_like
 
 
 def apply(

@@ -17,8 +17,7 @@ from lota.models.provenance import MERGE_RECORD
 from lota.models.scope import meta_model
 from lota.models.tensor_files import checkpoint_files
 from lota.models.weights import WeightSource, open_weights
-from lota.share.hf_folder import check_shard_size
-from lota.share.hf_stream import check_writable, write_like
+from lota.share.hf_weights import check_shard_size, check_writable, write_like
 from lota.share.merge.inputs import Entries, Vector, open_vectors, prompt_settings
 from lota.share.merge.rules import Rule
 from lota.share.merge.statistics import Statistics

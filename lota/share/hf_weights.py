@@ -1,0 +1,153 @@
+"""The weight files of a Hugging Face folder, written tensor by tensor in the memory of one parameter.
+
+`write_weights`: a model in memory or mapped from a file. `write_like`: a folder like an existing one (names
+on disk, shapes, dtypes and small files are the base's) with other values, which are asked for one by one
+under the loaded model's names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory, split_torch_state_dict_into_shards
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from lota.models.policy import tied_names
+from lota.models.tensor_files import SafetensorsWriter, Shaped
+from lota.models.weights import Group, WeightSource
+from lota.share.hf_folder import TOKENIZER_FILES, copy_small_files
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+class _Form(NamedTuple):
+    """What a tensor will be in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def check_shard_size(max_shard_size: str) -> None:
+    """Raise ValueError for what is no size of a file."""
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--max_shard_size {max_shard_size}: give a size such as 500MB or 2GB") from error
+
+
+def write_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
+    max_shard_size: str,
+) -> None:
+    """Write the model's tensors under their names on disk.
+
+    Floating-point ones are cast to `dtypes[name]`, or to `dtype` if that has none. A tied weight is written
+    once. Extra memory: one tensor. Raises OSError when the disk is full.
+    """
+    ignored = {*tied_names(model), *(model._keys_to_ignore_on_save or ())}
+    state = {name: value.detach() for name, value in model.state_dict().items() if name not in ignored}
+    state = revert_weight_conversion(model, state)
+    forms = {
+        name: _Form(dtypes.get(name, dtype) if v.is_floating_point() else v.dtype, tuple(v.shape))
+        for name, v in state.items()
+    }
+    with _Shards(folder, forms, max_shard_size) as shards:
+        for name in forms:
+            shards.put(name, state.pop(name))
+
+
+def write_like(
+    base: str | Path,
+    source: WeightSource,
+    model: PreTrainedModel,
+    folder: Path,
+    value_of: Callable[[str], Tensor],
+    max_shard_size: str = "2GB",
+) -> None:
+    """Write into `folder` (which exists and is empty) the base with `value_of(name)` for each parameter.
+
+    base: Hugging Face folder or hub id; source: its opened weights; model: its structure, on the meta device.
+    value_of is called once for each of `source.names()`, in the order of their sorted names on disk. Values
+    are cast to the base's dtype; buffers are the base's. Raises ValueError, before any value is asked for,
+    where transformers cannot undo the conversion that it applies when it loads such a model.
+    """
+    check_writable(source, model)
+    copied = [name for name in source.unused if name not in tied_names(model)]
+    groups = sorted(source.groups(), key=lambda group: min(group.stored))
+    order = [name for group in groups for name in group.stored] + copied
+    with _Shards(folder, {name: source.stored[name] for name in order}, max_shard_size) as shards:
+        for group in groups:
+            values = {name: value_of(name) for name in group.parameters}
+            for name, value in _on_disk(model, values, group).items():
+                shards.put(name, value)
+        for name in copied:
+            shards.put(name, source.read_stored(name))
+    copy_small_files(base, (*CONFIG_FILES, *TOKENIZER_FILES), folder)
+
+
+def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
+    """Raise ValueError unless every parameter can be written under the names that it was read from."""
+    for group in (group for group in source.groups() if group.converted):
+        empty = {
+            name: torch.empty(source.shape(name), dtype=source.dtype(name), device="meta")
+            for name in group.parameters
+        }
+        written = {name: tuple(value.shape) for name, value in _on_disk(model, empty, group).items()}
+        if written != {name: tuple(source.stored[name].shape) for name in group.stored}:
+            raise ValueError(
+                f"{source.id}: {group.stored[0]} cannot be written as it was read: {type(model).__name__}"
+                " converts it on loading. Load it with transformers, save_pretrained it, and use that folder"
+            )
+
+
+def _on_disk(model: PreTrainedModel, values: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
+    """Parameters of a group -> stored name -> tensor."""
+    if group.converted:
+        return revert_weight_conversion(model, dict(values))
+    return {group.stored[0]: values[group.parameters[0]]}
+
+
+class _Shards:
+    """The weight files of a folder, and their index if there are several; filled tensor by tensor."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Shaped], max_shard_size: str):
+        plan = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: math.prod(tensor.shape) * tensor.dtype.itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        self._file_of: dict[str, SafetensorsWriter] = {}
+        for file, names in plan.filename_to_tensors.items():
+            # transformers reads the metadata: "pt" says that the tensors are PyTorch's
+            writer = SafetensorsWriter(folder / file, {n: tensors[n] for n in names}, {"format": "pt"})
+            self._file_of |= dict.fromkeys(names, writer)
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in dict.fromkeys(self._file_of.values()):
+            writer.close()
+            assert kind is not None or not writer.unwritten, f"never written: {writer.unwritten[:5]}"
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write a tensor to its place, in the dtype planned for it."""
+        self._file_of[name].put(name, value)
