@@ -19,7 +19,7 @@ from lota.masks import Mask
 from lota.masks.extract.gradients import Collected
 from lota.masks.extract.neurons import GRANULARITIES
 from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
-from lota.masks.extract.select import PER, Plan, Rule, check_sparsities, select
+from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_by_layer, select
 from lota.models.pair import ModelPair, open_pair
 from lota.train.saliency_data import SaliencyData, SaliencySettings, collect, data_flags, load_saliency_data
 from lota.utils import Problems, write_json
@@ -86,14 +86,14 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     rule = attempt(Rule, args.score, args.per, args.smallest, args.seed or 0, kept, args.granularity)
     needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
-    if pair and sparsities and rule:
-        attempt(Plan, pair, sparsities, rule)
+    quota = attempt(Quota, pair, sparsities, rule) if pair and sparsities and rule else None
     data = attempt(score_data, args, pair) if pair and args.score in DATA_DRIVEN else None
     problems.refuse()
+    assert pair is not None and quota is not None
     collected = collected_gradients(args, pair, data) if data else None
     total = 2 * sum(pair.sources["base"].numel(name) for name in pair.scope)
     with tqdm(total=total, unit=" entries", unit_scale=True, desc="extract", disable=None) as bar:
-        return pair, select(pair, sparsities, rule, progress=bar.update, collected=collected)
+        return pair, select(quota, progress=bar.update, collected=collected)
 
 
 def write_masks(args: argparse.Namespace, pair: ModelPair, masks: dict[float, Mask]) -> Path:
@@ -104,7 +104,7 @@ def write_masks(args: argparse.Namespace, pair: ModelPair, masks: dict[float, Ma
         mask = masks[float(typed)]
         mask.save(folder / f"{typed}_mask.pt", format=args.format, all_shapes=pair.shapes)
         per_tensor = {name: {"kept": mask.kept(name), "entries": mask.numel(name)} for name in mask.names}
-        rows = {"per_tensor": per_tensor, "per_layer": pair.by_layer(mask)}
+        rows = {"per_tensor": per_tensor, "per_layer": kept_by_layer(pair, mask)}
         summary["masks"][typed] = {"file": f"{typed}_mask.pt", **mask.meta, **rows}
     write_json(folder / "summary.json", summary)
     return folder

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not insta
 
 from lota.masks import kept_count  # noqa: E402
 from lota.masks.extract.saliency import as_float32  # noqa: E402
-from lota.masks.extract.select import Rule, select  # noqa: E402
+from lota.masks.extract.select import Quota, Rule, select  # noqa: E402
 from lota.models import chunks as streaming  # noqa: E402
 from lota.models.pair import ModelPair, open_pair  # noqa: E402
 from lota.models.scope import meta_model  # noqa: E402
@@ -143,9 +143,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict]:
     pair = open_pair(base, tuned)
     contestants = {
         "read and subtract, one pass": lambda: read_and_subtract(pair),
-        "lota s=0.9": lambda: select(pair, [0.9], Rule(), with_hash=False),
-        "lota s=0.5,0.9,0.99": lambda: select(pair, SPARSITIES, Rule(), with_hash=False),
-        "lota s=0.9 with base hash": lambda: select(pair, [0.9], Rule()),
+        "lota s=0.9": lambda: select(Quota(pair, [0.9], Rule()), with_hash=False),
+        "lota s=0.5,0.9,0.99": lambda: select(Quota(pair, SPARSITIES, Rule()), with_hash=False),
+        "lota s=0.9 with base hash": lambda: select(Quota(pair, [0.9], Rule())),
     }
     seconds: dict[str, list[float]] = {name: [] for name in [*contestants, "torch.topk s=0.9"]}
     for turn in range(arguments.repeats):
@@ -187,7 +187,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict]:
 
 def check_exact(pair: ModelPair) -> None:
     """The masks agree with torch.topk up to the choice among equal scores at the threshold."""
-    mask = select(pair, [0.9], Rule(), with_hash=False)[0.9]
+    mask = select(Quota(pair, [0.9], Rule()), with_hash=False)[0.9]
     kept = torch.cat([mask.dense(name).reshape(-1) for name in mask.names])
     other = torch_topk(pair, 0.9)
     differ = (kept != other).nonzero().reshape(-1)

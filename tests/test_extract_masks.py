@@ -119,8 +119,8 @@ def test_task_vector_without_tuned(pair, tmp_path):
 MEMORY = """
 import sys
 import torch
-from lota.pairing import open_pair
-from lota.selection import Rule, extract, select
+from lota.models.pair import open_pair
+from lota.masks.extract.select import Quota, Rule, extract, select
 
 def peak():  # not getrusage: a program started by a large one begins with that one's peak
     with open("/proc/self/status") as status:
@@ -129,7 +129,7 @@ def peak():  # not getrusage: a program started by a large one begins with that 
 extract(sys.argv[1], sys.argv[2], [0.5])  # imports, buffers
 pair = open_pair(sys.argv[3], sys.argv[4])
 before = peak()
-masks = select(pair, [0.5, 0.9, 0.99], Rule())
+masks = select(Quota(pair, [0.5, 0.9, 0.99], Rule()))
 print(masks[0.9].n_total, peak() - before)
 """
 

@@ -168,7 +168,7 @@ def test_refusals(tmp_path):
     collected = collect_gradients(model, loss_of(model), ids)
     with pytest.raises(ValueError, match=r"score=snip reads gradients.*collect_gradients"):
         lota.extract(tmp_path, score="snip")
-    with pytest.raises(ValueError, match=r"collected gradients are sum, the score reads squares"):
+    with pytest.raises(ValueError, match=r"are of kind='sum', but the saliency reads squares"):
         lota.extract(tmp_path, score="fisher", collected=collected)
     fewer = collect_gradients(model, loss_of(model), ids, names=list(find_scope(model))[1:])
     with pytest.raises(ValueError, match="nothing was collected"):
@@ -184,8 +184,8 @@ def test_refusals(tmp_path):
 
 MEMORY = """
 import torch, transformers
-from lota.gradient_scores import collect_gradients
-from lota.scope import find_scope
+from lota.masks.extract.gradients import collect_gradients
+from lota.models.scope import find_scope
 
 def peak():
     with open("/proc/self/status") as status:

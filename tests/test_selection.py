@@ -15,7 +15,7 @@ import lota
 from lota.masks import Mask, kept_count
 from lota.masks.extract import topk
 from lota.masks.extract.saliency import SaliencyStream
-from lota.masks.extract.select import Rule, select
+from lota.masks.extract.select import Quota, Rule, select
 from lota.models import chunks as streaming
 from lota.models.hashing import content_hash
 from lota.models.pair import open_pair
@@ -318,16 +318,16 @@ def test_the_files_are_read_at_most_twice(passes, tmp_path, monkeypatch):
             return plain(tensor, start, stop, out)
 
         monkeypatch.setattr(source, "_read_bytes", counted)
-    mask = select(pair, [0.9], Rule())[0.9]
+    mask = select(Quota(pair, [0.9], Rule()))[0.9]
     outside = sum(math.prod(shape) for shape in pair.shapes.values()) - mask.n_total
     assert read == {"base": passes * mask.n_total + outside, "tuned": passes * mask.n_total}
 
 
 def test_random_scores_are_positive_and_uniform(tmp_path):
     base_path, _tuned_path, _, _ = make_pair(tmp_path)
-    stream = SaliencyStream(open_pair(base_path, needs=()), "random", seed=7)
+    stream = SaliencyStream(open_pair(base_path, needs=()).sources, "random", seed=7)
     name = "model.layers.0.mlp.up_proj.weight"
-    whole = stream(streaming.Span(name, 0, 100_003)).view(np.float32)
-    assert np.array_equal(stream(streaming.Span(name, 808, 1001)).view(np.float32), whole[808:1001])
+    whole = stream.keys(streaming.Span(name, 0, 100_003)).view(np.float32)
+    assert np.array_equal(stream.keys(streaming.Span(name, 808, 1001)).view(np.float32), whole[808:1001])
     assert whole.min() > 0 and whole.max() <= 1
     assert np.abs(np.histogram(whole, 10, (0, 1))[0] / 1e5 - 0.1).max() < 5 * (0.1 * 0.9 / 1e5) ** 0.5

@@ -132,7 +132,7 @@ def test_a_row_without_change_is_never_kept(tmp_path, caplog):
     assert mask.positions("model.layers.1.mlp.up_proj.weight").tolist() == list(range(96, 128))
     assert mask.n_kept == 32 and mask.meta["threshold"] == 0.0
     assert mask.meta["shortfall"] == kept_count(0.9, mask.n_total) - 32
-    assert "score is 0" in caplog.text
+    assert "saliency is 0" in caplog.text
 
 
 def test_vectors_have_no_rows(tmp_path):
@@ -148,7 +148,7 @@ def test_vectors_have_no_rows(tmp_path):
 @pytest.mark.parametrize("runs", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, 8, 43, 64, 1000])
 def test_sums_do_not_depend_on_chunks(runs, chunk):
-    units = Units(stacks=3, height=5, width=8, runs=runs)
+    units = Units(stacks=3, height=5, width=8, is_line=runs)
     scores = np.random.default_rng(0).integers(0, 9, 120).astype(np.float32)
     sums = np.zeros(units.count)
     for start in range(0, 120, chunk):

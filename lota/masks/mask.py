@@ -8,6 +8,7 @@ on disk.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -127,6 +128,14 @@ class Mask:
     def density(self) -> float:
         """Kept share of the listed entries; 0 for an empty mask."""
         return self.n_kept / self.n_total if self.n_total else 0.0
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 over names, shapes and bits: equal for equal kept entries."""
+        digest = hashlib.sha256()
+        for name in sorted(self.bits):
+            digest.update(f"{name}{self.shapes[name]}".encode())
+            digest.update(self.bits[name].numpy().tobytes())
+        return digest.hexdigest()
 
     # checks
     def check(self, model: nn.Module | Mapping[str, Iterable[int]]) -> None:

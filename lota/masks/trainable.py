@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,14 +77,3 @@ def _layer_prefixes(model: nn.Module, which: str, block_name: str | None) -> tup
     remainder = {"even": 0, "odd": 1}[which]
     blocks = [prefix for prefix, _ in transformer_blocks(model, block_name)]
     return tuple(f"{prefix}." for i, prefix in enumerate(blocks) if i % 2 == remainder)
-
-
-def fingerprint(mask: Mask | None) -> str | None:
-    """SHA-256 over names, shapes and bits: equal for equal kept entries; None for dense training."""
-    if mask is None:
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(mask.names):
-        digest.update(f"{name}{mask.shapes[name]}".encode())
-        digest.update(mask.bits[name].numpy().tobytes())
-    return digest.hexdigest()

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from lota.masks import Mask
 from lota.models.provenance import run_settings
 from lota.models.scope import ScopedTensor, find_scope, meta_model
 from lota.models.tensor_files import checkpoint_files
@@ -22,29 +21,13 @@ SHOWN = 4  # differences of each kind
 
 @dataclass
 class ModelPair:
-    """sources: `base`, and `tuned` and `collected` (gradients) where the score reads them. shapes: every
-    parameter of the base. structure: folder or hub id whose config gives them.
-    """
+    """Both sides, opened and checked against each other; made by `open_pair`."""
 
-    sources: dict[str, Any]  # WeightSource, or lota.gradient_scores.Collected
-    scope: dict[str, ScopedTensor]
-    shapes: dict[str, tuple[int, ...]]
-    pattern: str | None
-    structure: str
-
-    def layer_label(self, name: str) -> str:
-        """Index of a parameter's layer as text, or "outside" of the blocks."""
-        layer = self.scope[name].layer
-        return "outside" if layer is None else str(layer)
-
-    def by_layer(self, mask: Mask) -> dict[str, dict[str, int]]:
-        """Layer index, or "outside" of the blocks -> kept entries and all entries."""
-        layers: dict[str, dict[str, int]] = {}
-        for name in self.scope:
-            row = layers.setdefault(self.layer_label(name), {"kept": 0, "entries": 0})
-            row["kept"] += mask.kept(name)
-            row["entries"] += mask.numel(name)
-        return layers
+    sources: dict[str, WeightSource]  # `base`, and `tuned` if it is read
+    scope: dict[str, ScopedTensor]  # parameters that masks are chosen over, in the order that decides ties
+    shapes: dict[str, tuple[int, ...]]  # of every parameter of the base
+    pattern: str | None  # regular expression that gave the scope; None: attention and MLP weights
+    structure: str  # folder or hub id whose config gives the shapes
 
 
 def open_pair(

@@ -19,7 +19,7 @@ from lota.data.encoding import Example
 from lota.data.examples import encoder, load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.masks import Mask
-from lota.masks.trainable import fingerprint, mask_or_dense, trainable_mask
+from lota.masks.trainable import mask_or_dense, trainable_mask
 from lota.models.loading import find_block_class
 from lota.models.scope import find_scope
 from lota.train import save_delta as saving
@@ -54,7 +54,7 @@ def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
     problems.refuse()
     pending = config.snip and mask is None
     train, held_out = data
-    seen = {"mask": fingerprint(mask), "data": _content_hash(train)}
+    seen = {"mask": mask.fingerprint() if mask else None, "data": _content_hash(train)}
     refuse_other(resumable, str(config.run_dir), {"data": seen["data"]} if pending else seen)
     return Prepared(
         train=train,
@@ -77,7 +77,7 @@ def add_snip_mask(data: Prepared, config: Config, device: torch.device, check: C
     """
     model = run_structure(config, data.tokenizer)
     data.mask = _checked_mask(config, model, data.snip.compute(device, check))
-    data.seen["mask"], data.snip = fingerprint(data.mask), None
+    data.seen["mask"], data.snip = data.mask.fingerprint(), None
     refuse_other(data.resumable, str(config.run_dir), data.seen)
 
 

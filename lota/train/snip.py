@@ -17,10 +17,9 @@ from lota.config import Config
 from lota.data.encoding import Example
 from lota.masks import Mask
 from lota.masks.extract.saliency import SALIENCIES
-from lota.masks.extract.select import Plan, Rule, select
-from lota.masks.trainable import fingerprint
+from lota.masks.extract.select import Quota, Rule, select
 from lota.models.hashing import content_hash
-from lota.models.pair import ModelPair, open_pair
+from lota.models.pair import open_pair
 from lota.models.policy import is_policy
 from lota.train.saliency_data import SaliencyData, collect, first_batches
 from lota.train.structure import run_structure
@@ -32,14 +31,12 @@ KEY = "snip_key"  # of a mask's meta
 
 @dataclass
 class SnipMask:
-    """What decides the mask, known before a model loads. path: where it is stored; None: nowhere."""
+    """What decides the mask, known before a model loads."""
 
-    pair: ModelPair
-    rule: Rule
-    sparsity: float
+    quota: Quota  # of one sparsity
     data: SaliencyData
-    key: dict[str, Any]
-    path: Path | None
+    key: dict[str, Any]  # a stored mask is reused if it was made under an equal one
+    path: Path | None  # file that the mask is stored in; None: it is not stored
 
     def stored(self) -> Mask | None:
         """The mask at `path` if it was made under the same key; None where there is none.
@@ -67,11 +64,10 @@ class SnipMask:
         check: called for each batch; raises when the run has been asked to stop.
         """
         self.data.device = str(device)
-        collected = collect(self.data, self.pair.scope, SALIENCIES["snip"].collects, lambda _: check())
+        scope, kind = self.quota.pair.scope, SALIENCIES["snip"].collects
+        collected = collect(self.data, scope, kind, lambda _: check())
         gc.collect()  # a model refers to itself: its memory is needed for the one that trains
-        masks = select(self.pair, [self.sparsity], self.rule, with_hash=False, collected=collected)
-        mask = masks[self.sparsity]
-        del self.pair.sources["collected"]
+        (mask,) = select(self.quota, with_hash=False, collected=collected).values()
         mask.meta |= {"base_hash": self.key["base"], KEY: self.key}
         logger.info(
             "snip: %s of %s entries kept, from the gradients of %d examples",
@@ -109,8 +105,7 @@ def plan_snip(config: Config, tokenizer: Any, examples: Sequence[Example]) -> Sn
             "of model.scope"
         )
     protect = [Mask.load(path) for path in config.protect_masks]
-    rule = Rule("snip", protect=protect)
-    Plan(pair, [config.snip_sparsity], rule)
+    quota = Quota(pair, [config.snip_sparsity], Rule("snip", protect=protect))
     size = config.batch_size // config.gradient_accumulation_steps
     n_batches = config.snip_batches * config.gradient_accumulation_steps
     data = first_batches(config, tokenizer, examples, n_batches, size)
@@ -121,7 +116,7 @@ def plan_snip(config: Config, tokenizer: Any, examples: Sequence[Example]) -> Sn
         "scope": config.model.scope,
         "block_name": config.model.block_name,
         "sparsity": config.snip_sparsity,
-        "protected": [fingerprint(mask) for mask in protect],
+        "protected": [mask.fingerprint() for mask in protect],
         "data": data.meta,
     }
-    return SnipMask(pair, rule, config.snip_sparsity, data, key, config.snip_mask_file)
+    return SnipMask(quota, data, key, config.snip_mask_file)

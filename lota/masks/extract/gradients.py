@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lota.models.pair import ModelPair
 from lota.models.scope import find_scope
 
 Batch = TypeVar("Batch")
@@ -47,17 +46,18 @@ class Collected:
         """Entries [start, stop) of the flattened parameter on the CPU; not to be written to."""
         return self.values[name].view(-1)[start:stop].cpu()
 
-    def check(self, pair: ModelPair, kind: str) -> None:
-        """Raise ValueError unless this holds sums of the kind for every parameter of the pair's scope."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]], kind: str) -> None:
+        """Raise ValueError unless this holds sums of the kind for all these parameters (name -> shape)."""
         if self.kind != kind:
             raise ValueError(
-                f"the collected gradients are {self.kind}, the score reads {kind}: collect those"
+                f"the collected gradients are of kind={self.kind!r}, but the saliency reads {kind}: "
+                f"collect them with kind={kind!r}"
             )
-        for name, tensor in pair.scope.items():
+        for name, shape in shapes.items():
             found = tuple(self.values[name].shape) if name in self.values else "nothing"
-            if found != tensor.shape:
+            if found != shape:
                 raise ValueError(
-                    f"gradients of {name}: {tensor.shape} is in the scope, {found} was collected; collect "
+                    f"gradients of {name}: {shape} is in the scope, {found} was collected; collect "
                     "with the model and the scope that the mask is for"
                 )
 

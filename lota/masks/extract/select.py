@@ -1,15 +1,16 @@
-"""Scores -> masks: which entries of a model to keep, exactly and without loading it.
+"""Saliencies -> masks: which entries of a model to keep, exactly and without loading it.
 
     masks = lota.extract("base/", "run/epoch-1/policy.pt", [0.5, 0.9, 0.99])
     masks[0.9].save("masks/gsm8k/0.9_mask.pt")
 
-Files are read in chunks, at most twice (see lota/topk.py); memory is N/8 bytes per sparsity and buffers.
+Files are read in chunks, at most twice (see topk.py); memory is N/8 bytes per sparsity and buffers.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,38 +20,38 @@ import numpy as np
 import torch
 
 from lota.masks import Mask, kept_count
-from lota.masks.extract import neurons as units
-from lota.masks.extract import topk
+from lota.masks.extract import neurons, topk
 from lota.masks.extract.gradients import Collected
 from lota.masks.extract.neurons import GRANULARITIES, Units
-from lota.masks.extract.saliency import SALIENCIES, SaliencyStream
-from lota.models import chunks as streaming
+from lota.masks.extract.saliency import SALIENCIES, SaliencyStream, Source
+from lota.models import chunks
 from lota.models.hashing import StreamingHash
 from lota.models.pair import ModelPair, open_pair
 
 logger = logging.getLogger(__name__)
 DEFAULT_SCOPE = "attention and MLP weights"
 PER = ("global", "tensor", "layer")
+OUTSIDE = "outside"  # label of the scope's parameters outside of the transformer blocks
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How entries are chosen. per: one threshold for all (`global`), or one per `tensor` or `layer`;
-    smallest: the smallest nonzero scores instead of the largest; protect: masks whose kept entries are not
-    available; granularity: single entries (`element`), or whole output (`row`) or input (`column`) neurons.
-    """
+    """How entries are chosen."""
 
-    score: str = "task_vector"
-    per: str = "global"
-    smallest: bool = False
-    seed: int = 0
-    protect: Sequence[Mask] = ()
-    granularity: str = "element"
+    saliency: str = "task_vector"  # what rates an entry: a name of SALIENCIES
+    per: str = "global"  # one threshold for all, or one for each `tensor` or `layer`
+    smallest: bool = False  # keep the smallest nonzero saliencies instead of the largest
+    seed: int = 0  # of `random`
+    protect: Sequence[Mask] = ()  # masks whose kept entries are not available
+    granularity: str = "element"  # single entries, or whole output (`row`) or input (`column`) neurons
 
     def __post_init__(self) -> None:
         problems = []
-        for key, choices in (("score", SALIENCIES), ("per", PER), ("granularity", GRANULARITIES)):
-            value = getattr(self, key)
+        for key, value, choices in (
+            ("score", self.saliency, SALIENCIES),
+            ("per", self.per, PER),
+            ("granularity", self.granularity, GRANULARITIES),
+        ):
             if value not in choices:
                 near = difflib.get_close_matches(str(value), choices, 1, 0)
                 hint = f" (did you mean {near[0]}?)" if near else ""
@@ -60,8 +61,8 @@ class Rule:
 
 
 def extract(
-    base: str | os.PathLike,
-    tuned: str | os.PathLike | None = None,
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str] | None = None,
     sparsities: Iterable[float] = (0.9,),
     *,
     scope: str | None = None,
@@ -69,19 +70,19 @@ def extract(
     per: str = "global",
     smallest: bool = False,
     seed: int = 0,
-    protect: Sequence[Mask | str | os.PathLike] = (),
+    protect: Sequence[Mask | str | os.PathLike[str]] = (),
     granularity: str = "element",
     collected: Collected | None = None,
-    model: str | os.PathLike | None = None,
+    model: str | os.PathLike[str] | None = None,
 ) -> dict[float, Mask]:
-    """One mask per sparsity from a base and a fine-tuned model on disk.
+    """Returns one mask per sparsity from a base and a fine-tuned model on disk.
 
-    base, tuned: Hugging Face folders, hub ids or policy.pt files; tuned is read by task_vector only.
+    base, tuned: Hugging Face folders, hub ids or policy.pt files; only task_vector reads tuned.
     scope: regular expression over parameter names, by default attention and MLP weights.
-    model: folder whose config gives the structure, needed where neither side is a folder.
+    model: folder whose config gives the structure, needed if neither side is a folder.
     protect: masks (or files) whose kept entries are left alone; the sparsity still counts the whole scope.
-    score, per, smallest, granularity: see `Rule` and lota/scores.py. Whole rows or columns hardly ever add up
-    to round((1-s)N) entries: as many are kept as fit into that number.
+    score: what rates an entry, a name of `SALIENCIES`. per, smallest, granularity: see `Rule`. Whole rows or
+    columns hardly ever add up to round((1-s)N) entries: as many are kept as fit into that number.
     collected: gradients of the base (`lota.collect_gradients`), read by gradient, fisher and snip.
     Raises ValueError for what does not exist, does not belong together, or cannot hold the share asked for.
     """
@@ -89,11 +90,11 @@ def extract(
     masks = [m if isinstance(m, Mask) else Mask.load(m) for m in protect]
     rule = Rule(score, per, smallest, seed, masks, granularity)
     pair = open_pair(base, tuned, scope=scope, model=model, needs=SALIENCIES[score].needs)
-    return select(pair, wanted, rule, collected=collected)
+    return select(Quota(pair, wanted, rule), collected=collected)
 
 
-def check_sparsities(sparsities: Iterable[float]) -> list[float]:
-    """The distinct sparsities as floats. Raises ValueError for one that is no number in [0, 1)."""
+def check_sparsities(sparsities: Iterable[float | str]) -> list[float]:
+    """Returns the distinct sparsities as floats. Raises ValueError for one that is no number in [0, 1)."""
     wanted = []
     for sparsity in sparsities:
         try:
@@ -106,140 +107,133 @@ def check_sparsities(sparsities: Iterable[float]) -> list[float]:
     return list(dict.fromkeys(wanted))
 
 
+class Quota:
+    """How many entries a rule keeps at each sparsity, and of which parameters of a pair.
+
+    Raises ValueError if the pair cannot give that many, before any weight is read.
+    """
+
+    def __init__(self, pair: ModelPair, sparsities: Sequence[float], rule: Rule):
+        self.pair, self.sparsities, self.rule = pair, sparsities, rule
+        # name -> entries, in the order that decides ties
+        self.sizes = {name: math.prod(tensor.shape) for name, tensor in pair.scope.items()}
+        # name -> its rows or columns; empty if single entries are chosen
+        self.units: dict[str, Units] = {}
+        if rule.granularity != "element":
+            self.units = {n: neurons.units_of(n, t, rule.granularity) for n, t in pair.scope.items()}
+        # name -> packed bits of the entries that are not available: all of a row or column if one entry is
+        self.taken = _taken(rule.protect, pair)
+        for name, each in self.units.items():
+            if name in self.taken:
+                self.taken[name] = each.packed(each.touched(self.taken[name]))
+        # label -> names that share a threshold
+        self.pools = _pools(pair, rule.per)
+        for label, names in self.pools.items():
+            self._check_room(label, names)
+
+    def counts(self, names: Sequence[str]) -> list[int]:
+        """Returns, for each sparsity, how many entries of these parameters to keep."""
+        total = sum(self.sizes[name] for name in names)
+        return [kept_count(sparsity, total) for sparsity in self.sparsities]
+
+    def _check_room(self, label: str, names: Sequence[str]) -> None:
+        total = sum(self.sizes[name] for name in names)
+        used = sum(_count_bits(self.taken[name]) for name in names if name in self.taken)
+        for sparsity, k in zip(self.sparsities, self.counts(names), strict=True):
+            if k > total - used:
+                raise ValueError(
+                    f"sparsity {sparsity} keeps {k:,} of the {total:,} entries of {label}, but the protected "
+                    f"masks leave {total - used:,} free: choose a sparsity of at least {used / total:.4g}"
+                )
+
+
 def select(
-    pair: ModelPair,
-    sparsities: Sequence[float],
-    rule: Rule,
+    quota: Quota,
     progress: topk.Progress | None = None,
     with_hash: bool = True,
     collected: Collected | None = None,
 ) -> dict[float, Mask]:
-    """One mask per sparsity over `pair.scope`.
+    """Returns one mask per sparsity over the scope of the quota's pair.
 
-    progress: see `topk.top_bits`; with_hash: of the base; collected: what a data-driven score reads.
+    progress: see `topk.top_bits`. with_hash: whether to hash the base on the way. collected: what a
+    data-driven saliency reads.
     """
-    plan = Plan(pair, sparsities, rule)
-    if SALIENCIES[rule.score].collects:
-        if collected is None:
-            raise ValueError(
-                f"score={rule.score} reads gradients: pass collected=lota.collect_gradients(...)"
-            )
-        collected.check(pair, SALIENCIES[rule.score].collects)
-        pair.sources["collected"] = collected
-    stream = SaliencyStream(pair, rule.score, rule.smallest, rule.seed, taken=plan.taken)
+    pair, rule = quota.pair, quota.rule
+    sources = _sources(quota, collected)
+    stream = SaliencyStream(sources, rule.saliency, rule.smallest, rule.seed, taken=quota.taken)
     if with_hash:
-        shared = plan.sizes if "base" in SALIENCIES[rule.score].needs else ()
-        stream.digest = StreamingHash(pair.sources["base"], shared, streaming.CHUNK)
-    bits: list[dict[str, np.ndarray]] = [{} for _ in sparsities]
-    cuts: list[dict[str, topk.Cut | units.UnitCut]] = [{} for _ in sparsities]
-    for label, names in plan.groups.items():
-        found, group_cuts = plan.choose(stream, names, progress)
-        for i, cut in enumerate(group_cuts):
-            bits[i].update(found[i])
+        shared = quota.sizes if "base" in SALIENCIES[rule.saliency].needs else ()
+        stream.digest = StreamingHash(pair.sources["base"], shared, chunks.CHUNK)
+    # for each sparsity: name -> packed bits, and label of the pool -> where its cut lies
+    bits: list[dict[str, np.ndarray]] = [{} for _ in quota.sparsities]
+    cuts: list[dict[str, neurons.Cutoff]] = [{} for _ in quota.sparsities]
+    for label, names in quota.pools.items():
+        for i, (found, cut) in enumerate(_choose(quota, names, stream, progress)):
+            bits[i].update(found)
             cuts[i][label] = cut
     base_hash = stream.digest.finish() if stream.digest else None
     shapes = {name: tensor.shape for name, tensor in pair.scope.items()}
     masks = {}
-    for i, sparsity in enumerate(sparsities):
-        meta = _meta(pair, rule, sparsity, cuts[i], stream) | {"base_hash": base_hash}
-        mask = Mask({name: torch.from_numpy(bits[i][name]) for name in plan.sizes}, shapes, meta)
+    for i, sparsity in enumerate(quota.sparsities):
+        meta = _meta(quota, sparsity, cuts[i], collected) | {"base_hash": base_hash}
+        mask = Mask({name: torch.from_numpy(bits[i][name]) for name in quota.sizes}, shapes, meta)
         mask.meta["kept"] = mask.n_kept
         masks[sparsity] = mask
     return masks
 
 
-class Plan:
-    """What is chosen among what, and how much of it. Raises ValueError where that cannot be had, before any
-    weight is read.
+def kept_by_layer(pair: ModelPair, mask: Mask) -> dict[str, dict[str, int]]:
+    """Returns layer index, or "outside" of the blocks -> kept entries and all entries."""
+    layers: dict[str, dict[str, int]] = {}
+    for name in pair.scope:
+        row = layers.setdefault(_layer_label(pair, name), {"kept": 0, "entries": 0})
+        row["kept"] += mask.kept(name)
+        row["entries"] += mask.numel(name)
+    return layers
 
-    sizes: name -> entries. groups: label -> names that share a threshold. taken: name -> packed bits of the
-    entries that are not available, whole rows or columns where those are chosen.
-    """
 
-    def __init__(self, pair: ModelPair, sparsities: Sequence[float], rule: Rule):
-        self.sparsities = sparsities
-        self.sizes = {name: int(np.prod(t.shape, dtype=np.int64)) for name, t in pair.scope.items()}
-        self.groups = _groups(pair, rule.per)
-        self.units: dict[str, Units] = {}
-        if rule.granularity != "element":
-            self.units = {name: units.units_of(name, t, rule.granularity) for name, t in pair.scope.items()}
-        self.taken = _taken(rule.protect, pair)
-        for name, each in self.units.items():
-            if name in self.taken:
-                self.taken[name] = each.packed(each.touched(self.taken[name]))
-        for label, names in self.groups.items():
-            _check_capacity(label, names, self.sizes, self.taken, self.counts(names))
+def _choose(
+    quota: Quota, names: Sequence[str], stream: SaliencyStream, progress: topk.Progress | None
+) -> list[tuple[dict[str, np.ndarray], neurons.Cutoff]]:
+    """For each sparsity: packed bits of what is kept of the names, and where the cut lies."""
+    counts, read_order = quota.counts(names), sorted(names)  # sorted: the order in which the base is hashed
+    if quota.units:
+        units = {name: quota.units[name] for name in names}
+        return neurons.top_units(stream, units, counts, read_order, progress)
+    sizes = {name: quota.sizes[name] for name in names}
+    bits, cuts = topk.top_bits(stream.keys, sizes, counts, read_order, progress)
+    cutoffs = [neurons.Cutoff(stream.saliency_of(cut.threshold), cut.shortfall) for cut in cuts]
+    return list(zip(bits, cutoffs, strict=True))
 
-    def counts(self, names: Sequence[str]) -> dict[float, int]:
-        """Sparsity -> entries to keep among those of the names."""
-        total = sum(self.sizes[name] for name in names)
-        return {sparsity: kept_count(sparsity, total) for sparsity in self.sparsities}
 
-    def choose(
-        self, stream: SaliencyStream, names: Sequence[str], progress: topk.Progress | None
-    ) -> tuple[list[dict[str, np.ndarray]], list[topk.Cut | units.UnitCut]]:
-        """For each sparsity: packed bits of what is kept of the names, and where the cut lies."""
-        counts = list(self.counts(names).values())
-        if self.units:
-            members = {name: self.units[name] for name in names}
-            return units.top_units(stream, members, counts, sorted(names), progress)
-        found, cuts = topk.top_bits(
-            stream, {name: self.sizes[name] for name in names}, counts, sorted(names), progress
+def _sources(quota: Quota, collected: Collected | None) -> dict[str, Source]:
+    """Role -> what the saliency reads. Raises ValueError if it needs gradients that were not collected."""
+    sources: dict[str, Source] = {**quota.pair.sources}
+    kind = SALIENCIES[quota.rule.saliency].collects
+    if not kind:
+        return sources
+    if collected is None:
+        raise ValueError(
+            f"score={quota.rule.saliency} reads gradients: pass collected=lota.collect_gradients(...)"
         )
-        return found, [cut._replace(threshold=stream.score_of(cut.threshold)) for cut in cuts]
+    collected.check({name: tensor.shape for name, tensor in quota.pair.scope.items()}, kind)
+    return sources | {"collected": collected}
 
 
-def _groups(pair: ModelPair, per: str) -> dict[str, list[str]]:
-    """Names that share a threshold, each in the order that decides ties; groups in the order of sorted names,
+def _pools(pair: ModelPair, per: str) -> dict[str, list[str]]:
+    """Names that share a threshold, each in the order that decides ties; pools in the order of sorted names,
     in which the base's hash is taken.
     """
-    label = {"global": lambda name: "the scope", "tensor": lambda name: name, "layer": pair.layer_label}[per]
-    groups: dict[str, list[str]] = {}
+    pools: dict[str, list[str]] = {}
     for name in pair.scope:
-        groups.setdefault(label(name), []).append(name)
-    return dict(sorted(groups.items(), key=lambda group: min(group[1])))
+        label = {"global": "the scope", "tensor": name, "layer": _layer_label(pair, name)}[per]
+        pools.setdefault(label, []).append(name)
+    return dict(sorted(pools.items(), key=lambda pool: min(pool[1])))
 
 
-def _meta(
-    pair: ModelPair,
-    rule: Rule,
-    sparsity: float,
-    cuts: Mapping[str, topk.Cut | units.UnitCut],
-    stream: SaliencyStream,
-) -> dict[str, Any]:
-    shortfall = sum(cut.shortfall for cut in cuts.values())
-    by_size = rule.granularity != "element" and all(cut.by_size for cut in cuts.values() if cut.shortfall)
-    if shortfall and by_size:
-        logger.info(
-            "sparsity %s: %d entries fewer than asked for are kept, because no whole %s fits into them",
-            sparsity,
-            shortfall,
-            rule.granularity,
-        )
-    elif shortfall:
-        logger.warning(
-            "sparsity %s: %d entries fewer than asked for are kept, because their score is 0 "
-            "or they are protected",
-            sparsity,
-            shortfall,
-        )
-    thresholds = {label: cut.threshold for label, cut in cuts.items()}
-    collected = pair.sources.get("collected")
-    return {
-        "scope": pair.pattern or DEFAULT_SCOPE,
-        "sparsity": sparsity,
-        "score": rule.score,
-        "per": rule.per,
-        "granularity": rule.granularity,
-        "smallest": rule.smallest,
-        "seed": rule.seed if rule.score == "random" else None,
-        "data": dict(collected.meta) if collected is not None else None,
-        "protected": sum(int(np.bitwise_count(t).sum(dtype=np.int64)) for t in stream.taken.values()),
-        "threshold": next(iter(thresholds.values())) if rule.per == "global" else thresholds,
-        "shortfall": shortfall,
-        "base": pair.sources["base"].id,
-        "tuned": pair.sources["tuned"].id if "tuned" in pair.sources else None,
-    }
+def _layer_label(pair: ModelPair, name: str) -> str:
+    layer = pair.scope[name].layer
+    return OUTSIDE if layer is None else str(layer)
 
 
 def _taken(protect: Sequence[Mask], pair: ModelPair) -> dict[str, np.ndarray]:
@@ -255,18 +249,49 @@ def _taken(protect: Sequence[Mask], pair: ModelPair) -> dict[str, np.ndarray]:
     return taken
 
 
-def _check_capacity(
-    label: str,
-    names: Sequence[str],
-    sizes: Mapping[str, int],
-    taken: Mapping[str, np.ndarray],
-    wanted: Mapping[float, int],
-) -> None:
-    total = sum(sizes[name] for name in names)
-    used = sum(int(np.bitwise_count(taken[name]).sum(dtype=np.int64)) for name in names if name in taken)
-    for sparsity, k in wanted.items():
-        if k > total - used:
-            raise ValueError(
-                f"sparsity {sparsity} keeps {k:,} of the {total:,} entries of {label}, but the protected "
-                f"masks leave {total - used:,} free: choose a sparsity of at least {used / total:.4g}"
-            )
+def _count_bits(packed: np.ndarray) -> int:
+    return int(np.bitwise_count(packed).sum(dtype=np.int64))
+
+
+def _meta(
+    quota: Quota, sparsity: float, cuts: Mapping[str, neurons.Cutoff], collected: Collected | None
+) -> dict[str, Any]:
+    """How the mask came about (masks/README.md explains each key)."""
+    pair, rule = quota.pair, quota.rule
+    gradients = collected if SALIENCIES[rule.saliency].collects else None
+    thresholds = {label: cut.threshold for label, cut in cuts.items()}
+    shortfall = sum(cut.shortfall for cut in cuts.values())
+    if shortfall:
+        _log_shortfall(sparsity, shortfall, rule, all(cut.by_size for cut in cuts.values() if cut.shortfall))
+    return {
+        "scope": pair.pattern or DEFAULT_SCOPE,
+        "sparsity": sparsity,
+        "score": rule.saliency,
+        "per": rule.per,
+        "granularity": rule.granularity,
+        "smallest": rule.smallest,
+        "seed": rule.seed if rule.saliency == "random" else None,
+        "data": dict(gradients.meta) if gradients is not None else None,
+        "protected": sum(_count_bits(bits) for bits in quota.taken.values()),
+        "threshold": next(iter(thresholds.values())) if rule.per == "global" else thresholds,
+        "shortfall": shortfall,
+        "base": pair.sources["base"].id,
+        "tuned": pair.sources["tuned"].id if "tuned" in pair.sources else None,
+    }
+
+
+def _log_shortfall(sparsity: float, shortfall: int, rule: Rule, by_size: bool) -> None:
+    if by_size:
+        logger.info(
+            "sparsity %s: %d entries fewer than asked for are kept, because no whole %s fits into them",
+            sparsity,
+            shortfall,
+            rule.granularity,
+        )
+    else:
+        logger.warning(
+            "sparsity %s: %d entries fewer than asked for are kept, because their saliency is 0 "
+            "or they are protected",
+            sparsity,
+            shortfall,
+        )
