@@ -145,11 +145,11 @@ def test_a_mask_of_another_model_is_refused(workplace):
 
 
 def test_a_folder_of_another_run_is_refused(workplace, monkeypatch):
-    from lota.lotto.folder import OpenSequence
+    from lota.lotto.folder import SequenceFolder
 
     config = settings()
-    with OpenSequence(config), pytest.raises(ValueError, match="another process"):
-        OpenSequence(config).__enter__()
+    with SequenceFolder(config), pytest.raises(ValueError, match="another process"):
+        SequenceFolder(config).__enter__()
     text = refused(f"model.name_or_path={with_other_model(workplace)}", "lr=1e-3")
     assert "model.name_or_path: " in text and "lr: 0.01 -> 0.001" in text and "overwrite=true" in text
     assert "tasks: ['one', 'two'] -> ['two']" in refused("tasks=[two]")

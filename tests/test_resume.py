@@ -217,10 +217,10 @@ def test_other_data_under_the_same_name_is_refused(options, workplace):
 
 
 def test_one_process_per_run_folder(options):
-    from lota.train.run_folder import OpenRun
+    from lota.train.run_folder import RunFolder
 
     refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is training")
-    with OpenRun(settings(*options), resuming=False), refused:
+    with RunFolder(settings(*options)), refused:
         train(*options)
     train(*options)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lota.lotto.config import LottoConfig
-from lota.lotto.folder import check_folder
+from lota.lotto.folder import SequenceFolder
 from lota.lotto.held_out import HeldOut
 from lota.lotto.ledger import Ledger
 from lota.masks import Mask
@@ -52,7 +52,7 @@ def check(config: LottoConfig, find_task: Callable[[str], Any]) -> Checked:
             problems.extend(str(error).splitlines())
             return None
 
-    attempt(check_folder, config)
+    attempt(SequenceFolder(config).may_continue)
     held_out = [attempt(_rows, config, task, find_task) for task in config.sequence]
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))

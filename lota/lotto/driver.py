@@ -23,7 +23,7 @@ import torch
 from lota.config import Config
 from lota.lotto.check import Checked, check, union
 from lota.lotto.config import LottoConfig
-from lota.lotto.folder import OpenSequence
+from lota.lotto.folder import SequenceFolder
 from lota.lotto.forgetting import report, table
 from lota.lotto.held_out import Measured, measure_all
 from lota.lotto.ledger import Entry, Ledger, values_hash
@@ -68,7 +68,7 @@ class Lotto:
 
     def run(self) -> dict[str, Any]:
         """Learn what is not learnt yet; returns the content of forgetting.json."""
-        with OpenSequence(self.config) as opened:
+        with SequenceFolder(self.config, replaces=self.config.overwrite) as opened:
             self.ledger = Ledger(self.folder)
             base = self.measure(self.folder / "base", None)
             results = []

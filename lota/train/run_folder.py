@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,117 +20,113 @@ from lota.train.checkpoint import CHECKPOINT_NAME, newest_checkpoint
 from lota.utils import TEMPORARY_SUFFIX, atomic_path, remove
 
 logger = logging.getLogger(__name__)
-REPLACED = ".replaced"  # a run that overwrite=true replaces, until the new one has a checkpoint
-_ITEMS_OF_A_RUN = ("config.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "wandb")
+REPLACED = ".replaced"  # what overwrite=true replaces, until the new run has a checkpoint
 
 
-@dataclass
-class Resumable:
-    """The checkpoint that a run continues from. content: what `resume.pt` holds."""
+class RunFolder:
+    """Context manager: the folder of a run, locked, cleared of what the new run replaces.
 
-    folder: Path
-    content: dict[str, Any]
-
-    @property
-    def finished(self) -> bool:
-        return self.content["progress"]["finished"]
-
-
-def find_resumable(config: Config) -> Resumable | None:
-    """The checkpoint to continue from; None to start anew. Raises ValueError where neither is right."""
-    run = config.run_dir
-    if config.debug:
-        return None
-    _recover(run)
-    if config.overwrite:
-        return None
-    settings = run / "config.yaml"
-    if not settings.is_file():
-        _refuse_orphans(run, "config.yaml is missing")
-        return None
-    if config.resume == "never":
-        raise ValueError(f"resume=never, but {run} holds a run: use another exp_name, or overwrite=true")
-    changed = differences(yaml.safe_load(settings.read_text(encoding="utf-8")), config)
-    if changed:
-        raise ValueError(
-            f"{run} holds a run with other settings ({'; '.join(changed)}): use another exp_name, "
-            "overwrite=true to start anew, or the old settings to continue it"
-        )
-    newest = newest_checkpoint(run)
-    if newest is None:
-        _refuse_orphans(run, "none of its checkpoints has a readable resume.pt")
-        logger.info("%s: no checkpoint yet, starting from the beginning", run)
-        return None
-    return Resumable(*newest)
-
-
-def refuse_other(resumable: Resumable | None, what: str, seen: Mapping[str, str | None]) -> None:
-    """Raise ValueError when the run was trained on another mask or other data than is there now."""
-    if resumable is None:
-        return
-    changed = [key for key, value in seen.items() if resumable.content[key] != value]
-    if changed:
-        raise ValueError(
-            f"run {what} was trained with another {' and other '.join(changed)} under the same name; "
-            "use another exp_name, or overwrite=true to start anew"
-        )
-
-
-def _refuse_orphans(run: Path, why: str) -> None:
-    found = sorted(path.name for path in _items(run) if CHECKPOINT_NAME.fullmatch(path.name))
-    if found:
-        raise ValueError(
-            f"{run} holds {', '.join(found)}, which cannot be continued ({why}): use another exp_name, or "
-            "overwrite=true to replace them"
-        )
-
-
-class OpenRun:
-    """Context manager: the run's folder, locked, cleared of what the new run replaces.
-
-    What overwrite=true replaces is kept aside until `keep` says that the new run has a checkpoint; a run that
-    fails before that gets it back. Under debug the folder is `<run>/debug`, and nothing else is touched.
-    Raises ValueError when another process trains in this folder.
+    What is replaced lies in REPLACED until `keep` says that the new run has a checkpoint; a run that fails
+    before that gets it back. Under debug the folder is `<run>/debug`, and nothing else is touched.
+    Raises ValueError if another process works in this folder.
     """
 
-    def __init__(self, config: Config, resuming: bool):
-        self.config, self.resuming = config, resuming
+    OWN = re.compile(rf"config\.yaml|versions\.json|(metrics|samples)\.jsonl|wandb|{CHECKPOINT_NAME.pattern}")
+
+    def __init__(self, config: Config, replaces: bool = False):
+        self.config, self.replaces = config, replaces
         self.path = config.run_dir / "debug" if config.debug else config.run_dir
 
-    def __enter__(self) -> OpenRun:
+    def items(self) -> list[Path]:
+        """What a run wrote into its folder, and nothing else that lies there."""
+        found = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [item for item in found if self.OWN.fullmatch(item.name)]
+
+    def results(self) -> list[str]:
+        """Names of the items that only training can make again."""
+        return [item.name for item in self.items() if CHECKPOINT_NAME.fullmatch(item.name)]
+
+    def begun(self) -> bool:
+        """Whether the run has a checkpoint."""
+        return bool(self.results())
+
+    def changes(self, old: dict[str, Any]) -> list[str]:
+        """Settings that differ from those of the run that lies here, and that can change its weights."""
+        return differences(old, self.config)
+
+    def may_continue(self) -> bool:
+        """Whether the folder holds a run with these settings; False if a new one starts.
+
+        Raises ValueError if the run that it holds may be neither continued nor replaced.
+        """
+        self.recover()
+        if self.config.overwrite:
+            return False
+        settings = self.path / "config.yaml"
+        if not settings.is_file():
+            self.refuse_orphans("config.yaml is missing")
+            return False
+        if self.config.resume == "never":
+            raise ValueError(
+                f"resume=never, but {self.path} holds a run: use another exp_name, or overwrite=true"
+            )
+        changed = self.changes(yaml.safe_load(settings.read_text(encoding="utf-8")))
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed)}): use another exp_name, "
+                "overwrite=true to start anew, or the old settings to continue it"
+            )
+        return True
+
+    def refuse_orphans(self, why: str) -> None:
+        """Raise ValueError if there are results, which `why` cannot be continued."""
+        if self.results():
+            raise ValueError(
+                f"{self.path} holds {', '.join(self.results())}, which cannot be continued ({why}): use "
+                "another exp_name, or overwrite=true to replace them"
+            )
+
+    def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._handle = lock_folder(self.path)
+        self._handle = _lock(self.path)
         for item in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
             remove(item)
-        if not self.resuming:
+        if self.replaces:
             aside = self.path / REPLACED
             remove(aside)
-            move(_items(self.path), aside)
-        write_settings(self.path, self.config)
+            for item in self.items():
+                aside.mkdir(exist_ok=True)
+                os.replace(item, aside / item.name)
+        with atomic_path(self.path / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            _recover(self.path)
-        elif self.config.debug:
+        if error is None:
             self.keep()
+        else:
+            self.recover()
         os.close(self._handle)
 
     def keep(self) -> None:
         """The new run has a checkpoint: what it replaced can go."""
         remove(self.path / REPLACED)
 
+    def recover(self) -> None:
+        """Undo a replacement that never got to a checkpoint; finish one that did."""
+        aside = self.path / REPLACED
+        if aside.is_dir() and not self.begun():
+            for item in self.items():
+                remove(item)
+            for item in aside.iterdir():
+                os.replace(item, self.path / item.name)
+        self.keep()
 
-def write_settings(folder: Path, config: Config) -> None:
-    """config.yaml of a run."""
-    with atomic_path(folder / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
 
-
-def lock_folder(path: Path) -> int:
-    """A file handle that holds the folder for this process; the lock goes with it, however it ends.
+def _lock(path: Path) -> int:
+    """Returns a file handle that holds the folder for this process; the lock goes with it, however it ends.
 
     Raises ValueError while another process holds it.
     """
@@ -147,38 +144,38 @@ def lock_folder(path: Path) -> int:
     return handle
 
 
-def _items(run: Path) -> list[Path]:
-    """What a run wrote into its folder, and nothing else that lies there."""
-    found = sorted(run.iterdir()) if run.is_dir() else []
-    return [p for p in found if p.name in _ITEMS_OF_A_RUN or CHECKPOINT_NAME.fullmatch(p.name)]
+@dataclass
+class Resumable:
+    """The checkpoint that a run continues from."""
+
+    folder: Path
+    content: dict[str, Any]  # of resume.pt
+
+    @property
+    def finished(self) -> bool:
+        return self.content["progress"]["finished"]
 
 
-def move(items: list[Path], folder: Path) -> None:
-    """Move the items into a new folder; no folder where there are none."""
-    if items:
-        folder.mkdir()
-    for item in items:
-        os.replace(item, folder / item.name)
+def find_resumable(config: Config) -> Resumable | None:
+    """The checkpoint to continue from; None to start anew. Raises ValueError where neither is right."""
+    folder = RunFolder(config)
+    if config.debug or not folder.may_continue():
+        return None
+    newest = newest_checkpoint(folder.path)
+    if newest is None:
+        folder.refuse_orphans("none of its checkpoints has a readable resume.pt")
+        logger.info("%s: no checkpoint yet, starting from the beginning", folder.path)
+        return None
+    return Resumable(*newest)
 
 
-def _recover(run: Path) -> None:
-    begun = any(CHECKPOINT_NAME.fullmatch(path.name) for path in _items(run))
-    recover(run, _items(run), begun)
-
-
-def recover(run: Path, items: list[Path], begun: bool) -> None:
-    """Undo a replacement that never got to a checkpoint; finish one that did.
-
-    items: what the new run wrote into its folder; begun: whether a checkpoint is among it.
-    """
-    aside = run / REPLACED
-    if not aside.is_dir():
+def refuse_other(resumable: Resumable | None, what: str, seen: Mapping[str, str | None]) -> None:
+    """Raise ValueError when the run was trained on another mask or other data than is there now."""
+    if resumable is None:
         return
-    if begun:
-        remove(aside)
-        return
-    for item in items:
-        remove(item)
-    for item in aside.iterdir():
-        os.replace(item, run / item.name)
-    remove(aside)
+    changed = [key for key, value in seen.items() if resumable.content[key] != value]
+    if changed:
+        raise ValueError(
+            f"run {what} was trained with another {' and other '.join(changed)} under the same name; "
+            "use another exp_name, or overwrite=true to start anew"
+        )

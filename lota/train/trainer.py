@@ -32,7 +32,7 @@ from lota.train.interrupt import Interrupted, StopBetweenSteps
 from lota.train.objectives import OBJECTIVES
 from lota.train.preflight import add_snip_mask, prepare
 from lota.train.prepared import Prepared
-from lota.train.run_folder import OpenRun
+from lota.train.run_folder import RunFolder
 from lota.train.runlog import Meter, open_log, write_versions
 from lota.train.save_delta import save_delta
 
@@ -144,7 +144,7 @@ class Trainer:
             done = "%s is already finished: %s (overwrite=true starts anew)"
             logger.info(done, config.run_dir, resumable.folder)
             return resumable.folder
-        with self.stop, OpenRun(config, resuming=resumable is not None) as self.folder:
+        with self.stop, RunFolder(config, replaces=resumable is None) as self.folder:
             reset_peak_memory(self.device)
             if self.data.snip is not None:
                 add_snip_mask(self.data, self.config, self.device, self.stop.check)
