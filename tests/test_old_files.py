@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from lota.config import Config
 from lota.delta import apply, revert
 from lota.masks import Mask
-from lota.masks.trainable import fingerprint
 from lota.models.hashing import content_hash
 from lota.models.weights import open_weights
 from lota.share.convert import convert_policy
@@ -38,9 +37,9 @@ def folder(tmp_path, monkeypatch, private_cache):
 
 def test_masks_of_both_layouts(folder):
     packed, dense = Mask.load("mask_packed.pt"), Mask.load("mask_dense.pt")
-    assert fingerprint(packed) == "be598844bb24a72522b9702aba787bca38f02b0bfa3b57493964fb92ba70de10"
+    assert packed.fingerprint() == "be598844bb24a72522b9702aba787bca38f02b0bfa3b57493964fb92ba70de10"
     assert (packed.n_kept, packed.n_total, dense.n_kept) == (400, 3840, 400)
-    assert fingerprint(dense.only(packed.names)) == fingerprint(packed)
+    assert dense.only(packed.names).fingerprint() == packed.fingerprint()
 
 
 def test_a_policy_is_converted(folder):
