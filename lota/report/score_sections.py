@@ -73,7 +73,7 @@ def _draw(found: Mapping[Group | str, Found], task: str, metric: str) -> Figure:
     if curves:
         drawn = [(mean - (error or 0), mean + (error or 0)) for mean, error in levels.values()]
         drawn += [(m - (e or 0), m + (e or 0)) for points in curves.values() for _, m, e in points]
-        limits = _percent_limits(drawn) if scale == 100 else (None, None)
+        limits = _percent_limits(drawn) if scale == 100 else None
         return against_sparsity(curves, label=label, levels=levels, limits=limits)
     return bars({label: list(levels.values())}, list(levels))
 
