@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from lota.data.encoding import Example, encode  # noqa: E402
+from lota.data.batches import Example, encode  # noqa: E402
 from lota.data.prompts import Prompter  # noqa: E402
 from lota.evaluate.cli import load_model_and_tokenizer  # noqa: E402
 from lota.evaluate.decoding import Decoding  # noqa: E402

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lota.config_checks import unused_settings
-from lota.data.batches import epoch_batches
-from lota.data.encoding import Example, encode
+from lota.data.batches import Example, encode, epoch_batches
 from lota.models.scope import find_scope
 from lota.share.convert import convert_policy
 from lota.train import lora as adapter

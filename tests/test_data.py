@@ -7,8 +7,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lota.data.batches import collate, epoch_batches, fraction_of, seeded_sample
-from lota.data.encoding import IGNORED, Encoded, Example, encode, encode_prompt
+from lota.data.batches import (
+    IGNORED,
+    Encoded,
+    Example,
+    collate,
+    encode,
+    encode_prompt,
+    epoch_batches,
+    fraction_of,
+    seeded_sample,
+)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "bos"])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import lota.train.losses
-from lota.data.encoding import IGNORED
+from lota.data.batches import IGNORED
 from lota.train.losses import sequence_logps, sft_loss
 
 

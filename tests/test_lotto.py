@@ -12,7 +12,7 @@ from lotto_runs import ledger, mask, run, with_tasks
 from runs import MODEL, policy, write_mask
 from transformers import AutoModelForCausalLM
 
-from lota.data.encoding import Example, encode
+from lota.data.batches import Example, encode
 from lota.lotto.driver import Lotto
 from lota.models.loading import load_model, load_tokenizer
 from tasks import get_task

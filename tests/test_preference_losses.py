@@ -10,8 +10,7 @@ import pytest
 import torch
 from chars import char_model, char_tokenizer
 
-from lota.data.batches import Batch
-from lota.data.encoding import IGNORED
+from lota.data.batches import IGNORED, Batch
 from lota.train.losses import (
     ChosenRejected,
     dpo_loss,

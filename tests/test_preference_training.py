@@ -14,8 +14,7 @@ from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert_policy_to_hf_resize
-from lota.data.batches import epoch_batches
-from lota.data.encoding import Example, encode_pair
+from lota.data.batches import Example, encode_rows, epoch_batches
 from lota.masks import Mask
 from lota.models.scope import find_scope, meta_model
 from lota.train.cli import closing_words
@@ -269,7 +268,7 @@ def test_a_task_without_pairs_is_refused_before_loading(monkeypatch, overrides, 
 def test_both_responses_follow_the_same_prompt(max_length, cut):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     example = Example("a b c d e f g h ->", " h g", " ->", rejected=" a b c d e f g h i j k l m n o p q r")
-    chosen, rejected = encode_pair(tokenizer, example, max_length=max_length, max_prompt_length=6)
+    chosen, rejected = encode_rows(tokenizer, example, max_length=max_length, max_prompt_length=6)
     prompt = tokenizer(example.prompt).input_ids
     n = chosen.prompt_length
     assert chosen.prompt_length == rejected.prompt_length == (6 if cut else len(prompt))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lota.data.encoding import Example, encode
+from lota.data.batches import Example, encode
 from lota.data.examples import load_examples, load_held_out
 from lota.data.prompts import FewShot, Limits, Prompt, Prompter
 from tasks import get_task

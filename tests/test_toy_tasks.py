@@ -9,8 +9,7 @@ import string
 import pytest
 import torch
 
-from lota.data.batches import collate
-from lota.data.encoding import Example, encode
+from lota.data.batches import Example, collate, encode
 from lota.models.loading import load_model, load_tokenizer
 from lota.train.losses import sequence_logps, sft_loss
 from tasks import get_task

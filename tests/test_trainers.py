@@ -10,8 +10,7 @@ import torch
 from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lota.data.batches import epoch_batches
-from lota.data.encoding import Example, encode
+from lota.data.batches import Example, encode, epoch_batches
 from lota.models.scope import find_scope
 from lota.optim.schedule import learning_rate
 from tasks import get_task

@@ -1,46 +1,165 @@
-"""From text to batches: encode, truncate, collate, and an order of batches that can be resumed at any
-point.
-"""
+"""From text to batches: examples, their tokens, tensors, and an order of batches that can be resumed."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lota.config import Config
-from lota.data.encoding import (
-    IGNORED,
-    Encoded,
-    Example,
-)
 
 T = TypeVar("T")
+IGNORED = -100  # label of tokens that the loss does not count
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training example as text."""
+
+    prompt: str
+    response: str
+    closing: str = ""  # the prompt's last words, kept whenever the prompt is cut
+    keep_end: bool = False  # a prompt that is too long (a chat) keeps its last tokens, not its first ones
+    templated: bool = False  # a chat template wrote the prompt, special tokens and all
+    rejected: str | None = None  # of a preference: the answer that people like less than `response`
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt + response."""
+
+    input_ids: list[int]
+    prompt_length: int  # so many of the first ids are the prompt
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_prompt_length: int | None = None,
+    closing: str = "",
+    keep_end: bool = False,
+    special_tokens: bool = True,
+) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer puts in front of a text.
+
+    special_tokens: False where a chat template has written them already. A prompt of more than
+    max_prompt_length tokens loses the end of what stands before `closing` (with keep_end: the start); special
+    tokens in front and the closing words stay.
+    """
+    split = _with_special_tokens if special_tokens else _as_written
+    prefix, ids = split(tokenizer, prompt)
+    if max_prompt_length is None or len(prefix) + len(ids) <= max_prompt_length:
+        return prefix + ids
+    n_tail = _closing_tokens(tokenizer, ids, closing) if closing and prompt.endswith(closing) else 0
+    body, tail = ids[: len(ids) - n_tail], ids[len(ids) - n_tail :]
+    room = max_prompt_length - len(prefix) - len(tail)
+    if room <= 0:
+        return (prefix + tail)[-max_prompt_length:]
+    return prefix + (body[-room:] if keep_end else body[:room]) + tail
+
+
+def _closing_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], closing: str) -> int:
+    """How many of the last ids it takes to hold the closing words (their first token may hold more)."""
+    wanted = closing.strip(" ")
+    for n in range(1, min(len(ids), len(closing) + 8) + 1):
+        if wanted in tokenizer.decode(ids[-n:]):
+            return n
+    return min(len(ids), len(tokenizer(closing, add_special_tokens=False).input_ids))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: int, max_prompt_length: int
+) -> Encoded:
+    """Token ids of prompt, response and end-of-sequence token; see `encode_rows`."""
+    return encode_rows(tokenizer, example, max_length=max_length, max_prompt_length=max_prompt_length)[0]
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: int, max_prompt_length: int
+) -> list[Encoded]:
+    """Returns the example's row or, of a preference, the rows of the preferred and the rejected response.
+
+    If the longest row has more than max_length tokens, the prompt is cut first, to max_prompt_length tokens,
+    then the responses; a cut response has no end-of-sequence token. All rows have the same prompt tokens.
+    Raises ValueError for a tokenizer without an end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token, which ends every training response")
+    responses = [example.response] if example.rejected is None else [example.response, example.rejected]
+    special = not example.templated
+    prompt = encode_prompt(tokenizer, example.prompt, special_tokens=special)
+    endings = [
+        [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in responses
+    ]
+    if len(prompt) + max(map(len, endings)) > max_length:
+        prompt = encode_prompt(
+            tokenizer,
+            example.prompt,
+            max_prompt_length=max_prompt_length,
+            closing=example.closing,
+            keep_end=example.keep_end,
+            special_tokens=special,
+        )
+    return [Encoded((prompt + ending)[:max_length], len(prompt)) for ending in endings]
+
+
+def encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], list[Encoded]]:
+    """Returns `encode_rows` with the limits of a run."""
+    return partial(
+        encode_rows, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length
+    )
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """(special tokens in front, tokens of the text); what a tokenizer appends is dropped: a response
+    follows.
+    """
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    full = tokenizer(text).input_ids
+    for n in range(len(full) - len(plain) + 1):
+        if full[n : n + len(plain)] == plain:
+            return full[:n], plain
+    return [], full
+
+
+def _as_written(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """(the token for the beginning of text where the text starts with it, the other tokens)."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    n = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    return ids[:n], ids[n:]
+
+
+# Tensors
 
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, attention_mask, labels: int64 tensors of shape (rows, longest row), padded on the right.
+    """Rows of tokens as tensors, padded on the right."""
 
-    n_tokens: tokens that are not padding. examples: what the rows were made of, where that is known.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    n_tokens: int
-    examples: Sequence[Example] = ()
+    input_ids: Tensor  # (rows, longest row), int64
+    attention_mask: Tensor  # (rows, longest row), int64: 1 for a token, 0 for padding
+    labels: Tensor  # (rows, longest row), int64: the token of a response, else IGNORED
+    n_tokens: int  # tokens that are not padding
+    examples: Sequence[Example] = ()  # what the rows were made of, if that is known
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
-        return Batch(*tensors, self.n_tokens, self.examples)
+        ids, attended, labels = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
+        return Batch(ids, attended, labels, self.n_tokens, self.examples)
 
 
 def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
@@ -55,6 +174,9 @@ def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
         attention_mask[i, : len(row)] = 1
         labels[i, row.prompt_length : len(row)] = ids[row.prompt_length :]
     return Batch(input_ids, attention_mask, labels, sum(len(row) for row in rows))
+
+
+# Order
 
 
 def seeded_sample(items: Sequence[T], n: int, seed: int) -> list[T]:
@@ -92,18 +214,27 @@ def epoch_batches(
     return batches
 
 
-def plan(
+class ScheduledBatch(NamedTuple):
+    """A batch and its place in the run."""
+
+    epoch: int
+    batch: int  # its number in the epoch
+    last_of_epoch: bool
+    rows: list[int]  # numbers of its examples
+
+
+def batch_order(
     config: Config,
     n_rows: int,
     lengths: list[int] | None,
     epoch: int = 0,
     batch: int | None = None,
     examples: int = 0,
-) -> Iterator[tuple[int, int, bool, list[int]]]:
-    """(epoch, batch, whether it is the epoch's last, row numbers) of every batch still to come.
+) -> Iterator[ScheduledBatch]:
+    """Yields every batch still to come, in order.
 
     Starts at (epoch, batch) with `examples` seen; at the very start (batch None) fast_forward batches are
-    skipped.
+    skipped. lengths: see `epoch_batches`.
     """
     skip = config.fast_forward if batch is None else 0
     batch = batch or 0
@@ -119,5 +250,26 @@ def plan(
             if not rows:
                 return
             examples += len(rows)
-            yield epoch, index, index + 1 == len(batches), rows
+            yield ScheduledBatch(epoch, index, index + 1 == len(batches), rows)
         epoch, batch = epoch + 1, 0
+
+
+# Hashes
+
+
+def examples_hash(examples: Iterable[Example]) -> str:
+    """SHA-256 of the texts: a continued run must see the rows that it started with."""
+    digest = hashlib.sha256()
+    for example in examples:
+        texts = [example.prompt, example.response]
+        digest.update(json.dumps(texts if example.rejected is None else [*texts, example.rejected]).encode())
+    return digest.hexdigest()
+
+
+def encoded_hash_and_lengths(examples: Iterable[Sequence[Encoded]]) -> tuple[str, list[int]]:
+    """SHA-256 of all token ids (so of texts, tokenizer, template, cuts); tokens of each longest row."""
+    digest, lengths = hashlib.sha256(), []
+    for rows in examples:
+        digest.update(json.dumps([[row.prompt_length, row.input_ids] for row in rows]).encode())
+        lengths.append(max(map(len, rows)))
+    return digest.hexdigest(), lengths

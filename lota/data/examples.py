@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from lota.config import Config
-from lota.data.batches import fraction_of, seeded_sample
-from lota.data.encoding import Encoded, Example, encode, encode_pair
+from lota.data.batches import Example, fraction_of, seeded_sample
 from lota.data.prompts import Prompter
 
 logger = logging.getLogger(__name__)
@@ -66,11 +64,3 @@ def example_of(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool 
         return Example(prompt.text, task.target(row), *how)
     pair = task.preference(row)
     return Example(prompt.text, pair.chosen, *how, rejected=pair.rejected)
-
-
-def encoder(config: Config, tokenizer: Any) -> Callable[[Example], tuple[Encoded, ...]]:
-    """Turns an example into its rows, cut as the run asks: one, or of a pair the preferred, the rejected."""
-    limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    if config.loss.on_preferences:
-        return partial(encode_pair, tokenizer, **limits)
-    return lambda example: (encode(tokenizer, example, **limits),)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lota.data.encoding import encode_prompt
+from lota.data.batches import encode_prompt
 from lota.evaluate.batching import accepted_arguments, in_batches, padded
 from lota.evaluate.decoding import Decoding, StopCheck, choose, uniforms
 from lota.evaluate.kv_cache import can_drop_rows, give_room

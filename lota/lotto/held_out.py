@@ -13,8 +13,7 @@ import torch
 from tqdm import tqdm
 
 from lota.config import Config
-from lota.data.batches import collate, seeded_sample
-from lota.data.encoding import encode
+from lota.data.batches import collate, encode, seeded_sample
 from lota.data.examples import example_of
 from lota.data.prompts import Limits, Prompter
 from lota.evaluate.decoding import Decoding

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lota.data.batches import Batch
-from lota.data.encoding import IGNORED
+from lota.data.batches import IGNORED, Batch
 
 CHUNK_ENTRIES = 1 << 24  # logits handled at a time: 64 MiB in fp32
 

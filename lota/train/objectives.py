@@ -12,9 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lota.config import Config
-from lota.data.batches import Batch, collate
-from lota.data.encoding import Example
-from lota.data.examples import encoder
+from lota.data.batches import Batch, Example, collate, encoder
 from lota.evaluate.generation import generate
 from lota.models.loading import choose_pad_token_id
 from lota.train.losses import (

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from lota.config import Config
-from lota.data.batches import plan
-from lota.data.encoding import Example
-from lota.data.examples import encoder, load_examples, load_held_out, with_options
+from lota.data.batches import Example, batch_order, encoder
+from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, trainable_mask
@@ -85,7 +84,7 @@ def _examples(config: Config, tasks: Sequence[Any], tokenizer: Any) -> tuple[lis
     """Training examples and, where the run evaluates, held-out ones."""
     prompter = Prompter(tokenizer, config.chat_template)
     train = load_examples(tasks, "train", config, prompter)
-    steps = [len(rows) for *_, rows in plan(config, len(train), None)]
+    steps = [len(rows) for *_, rows in batch_order(config, len(train), None)]
     if not steps:
         raise ValueError(f"fast_forward={config.fast_forward} skips the whole run of {len(train)} examples")
     if 0 < len(steps) <= config.warmup_steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lota.data.encoding import Example
+from lota.data.batches import Example
 from lota.masks import Mask
 from lota.train.run_folder import Resumable
 from lota.train.snip import SnipMask

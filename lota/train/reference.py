@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lota.config import Config
-from lota.data.batches import Batch, plan
-from lota.data.encoding import Encoded, Example, hash_and_lengths
+from lota.data.batches import Batch, Encoded, Example, batch_order, encoded_hash_and_lengths
 from lota.models.hashing import config_key, content_hash
 from lota.models.loading import dtype_of, load_config, load_model, mean_row
 from lota.models.policy import model_folder
@@ -156,7 +155,7 @@ class PrecomputedReference:
         self.run, self.policy = run, policy
         self.by: Reference | None = None
         config, data = run.config, run.data
-        planned = {i for *_, rows in plan(config, len(data.train), data.lengths) for i in rows}
+        planned = {i for *_, rows in batch_order(config, len(data.train), data.lengths) for i in rows}
         model = self._model_key()
         self.logps: dict[Example, list[float]] = {}
         for what, examples in (
@@ -188,7 +187,7 @@ class PrecomputedReference:
 
     def _read_or_compute(self, what: str, examples: Sequence[Example], model: dict[str, Any]) -> Tensor:
         config = self.run.config
-        data, lengths = hash_and_lengths(map(self.policy.rows, examples))
+        data, lengths = encoded_hash_and_lengths(map(self.policy.rows, examples))
         cut = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
         file = LogpsFile(config.cache_dir / FOLDER, {"data": data, **cut, **model})
         logps = file.read(len(examples))

@@ -17,9 +17,8 @@ import torch
 
 from lota.config import Config, ModelConfig
 from lota.config_checks import CHAT_TEMPLATES
-from lota.data.batches import epoch_batches
-from lota.data.encoding import Example, hash_and_lengths
-from lota.data.examples import encoder, load_examples, with_options
+from lota.data.batches import Example, encoded_hash_and_lengths, encoder, epoch_batches
+from lota.data.examples import load_examples, with_options
 from lota.data.prompts import Prompter
 from lota.masks.extract.gradients import Collected, collect_gradients
 from lota.models.loading import dtype_of, enable_activation_checkpointing, load_model
@@ -119,7 +118,7 @@ class SaliencyData:
             "datasets": list(config.datasets),
             "batches": len(self.batches),
             "examples": sum(len(batch) for batch in self.batches),
-            "data_hash": hash_and_lengths(rows)[0],
+            "data_hash": encoded_hash_and_lengths(rows)[0],
             "loss": asdict(config.loss),
             "dtype": self.dtype,
             "score_dtype": self.score_dtype,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lota.config import Config
-from lota.data.encoding import Example
+from lota.data.batches import Example
 from lota.masks import Mask
 from lota.masks.extract.saliency import SALIENCIES
 from lota.masks.extract.select import Quota, Rule, select

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lota.config import Config
 from lota.config_checks import unused_settings
-from lota.data.batches import plan
-from lota.data.encoding import Example
+from lota.data.batches import Example, batch_order
 from lota.models.loading import dtype_of, enable_activation_checkpointing, load_model
 from lota.models.scope import meta_model
 from lota.models.weights import WeightSource, open_weights
@@ -126,7 +125,7 @@ class Trainer:
         self.objective = objective(config, self.data.tokenizer, self.model, self.precision)
         self.objective.start(self)
         n_rows, lengths = len(self.data.train), self.data.lengths
-        batches = [len(rows) for *_, rows in plan(config, n_rows, lengths)]
+        batches = [len(rows) for *_, rows in batch_order(config, n_rows, lengths)]
         self.total_steps, self.total_examples = len(batches), sum(batches)
 
     def _archive(self) -> str | Path | None:
@@ -174,7 +173,7 @@ class Trainer:
             self.evaluate()
         self.meter = Meter()
         start = None if progress.step == 0 else progress.batch
-        batches = plan(
+        batches = batch_order(
             config, len(self.data.train), self.data.lengths, progress.epoch, start, progress.examples
         )
         for epoch, index, last_of_epoch, rows in batches:
