@@ -1,4 +1,4 @@
-"""What a run trains on and in which order: examples of its tasks, and the plan of all batches to come."""
+"""What a run trains on and is evaluated on: examples of its tasks."""
 
 from __future__ import annotations
 
