@@ -16,7 +16,6 @@ from lota.data.batches import encode_prompt
 from lota.evaluate.batching import accepted_arguments, in_batches, padded
 from lota.evaluate.decoding import Decoding, StopCheck, choose, uniforms
 from lota.evaluate.kv_cache import can_drop_rows, give_room
-from lota.evaluate.traced_step import TracedStep
 
 
 def generate(
@@ -54,7 +53,7 @@ def generate(
 
     def run(rows: list[int]) -> None:
         batch = [ids[row] for row in rows]
-        tokens = _complete(model, tokenizer, batch, [draws[row] for row in rows], decoding, traced)
+        tokens = _complete(model, tokenizer, batch, [draws[row] for row in rows], decoding)
         for row, completion in zip(rows, tokens, strict=True):
             done[row] = completion_text(tokenizer, completion, decoding.stop)
             if on_done is not None:
@@ -64,7 +63,6 @@ def generate(
     order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
     training = model.training
     model.eval()
-    traced = TracedStep(model)
     try:
         with torch.no_grad():
             in_batches(order, batch_size, run)
@@ -120,7 +118,7 @@ def completion_text(tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> st
     return text[: min(ends)] if ends else text
 
 
-def _complete(model, tokenizer, prompts, draws, decoding: Decoding, traced: TracedStep) -> list[list[int]]:
+def _complete(model, tokenizer, prompts, draws, decoding: Decoding) -> list[list[int]]:
     """Token ids of the completions of one batch, end token excluded."""
     context = context_length(model.config)
     limits = [
@@ -140,7 +138,7 @@ def _complete(model, tokenizer, prompts, draws, decoding: Decoding, traced: Trac
             return True
         return stops.reached(tokens[row])
 
-    batch = _Batch(model, prompts, context, traced)
+    batch = _Batch(model, prompts, context)
     step = 0
     while batch.rows:
         logits = batch.logits()
@@ -162,10 +160,8 @@ class _Batch:
     the model's cache cannot give up rows do they stay, masked, until all have finished.
     """
 
-    def __init__(
-        self, model, prompts: Sequence[Sequence[int]], context: int | None, traced: TracedStep
-    ) -> None:
-        self.model, self.context, self.traced = model, context, traced
+    def __init__(self, model, prompts: Sequence[Sequence[int]], context: int | None) -> None:
+        self.model, self.context = model, context
         self.accepts = accepted_arguments(model)
         device = next(model.parameters()).device
         # (rows, width): ids, or what the cache has not read of them; mask 1 for tokens that count
@@ -180,8 +176,6 @@ class _Batch:
 
     def logits(self) -> Tensor:
         """Scores of the next token, fp32, (rows, vocabulary)."""
-        if self.cache is not None and self.traced.ready(self.cache):
-            return self.traced.logits(self.ids, self.mask, self.positions, self.cache)
         extra = {}
         if "position_ids" in self.accepts:
             extra["position_ids"] = self.positions
