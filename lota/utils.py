@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -9,6 +10,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -206,6 +208,15 @@ def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         ).rstrip()
         for line in lines
     ]
+
+
+def with_flags(error: Exception, args: argparse.Namespace, **flags: str) -> str:
+    """An error of the library, which names arguments (`seed=3`), with a command's flags instead (`--seed 3`).
+
+    args: the command's parsed arguments. flags: of those whose flag is another word than the argument.
+    """
+    names = "|".join(vars(args))
+    return re.sub(rf"(?<![^\s(])({names})=", lambda found: f"--{flags.get(found[1], found[1])} ", str(error))
 
 
 def short_names(paths: Sequence[str | os.PathLike], alike: bool = True) -> list[str]:

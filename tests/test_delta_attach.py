@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import lota
 from lota.delta import Delta, extract
 from lota.masks import Mask
-from lota.share.delta.format import as_hex, as_integers, fingerprint
+from lota.share.delta.format import as_integers, checksum_digits, entry_checksum
 
 
 def load(folder, dtype="auto"):
@@ -193,7 +193,7 @@ def test_wrapped_and_copied_models(tmp_path):
     assert equal(twin, tuned[1]) and equal(model, tuned[0])
 
 
-def test_another_value_at_one_position_is_another_fingerprint():
+def test_another_value_at_one_position_is_another_checksum():
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         numbers = torch.randn(50, generator=generator).to(dtype)
@@ -202,8 +202,9 @@ def test_another_value_at_one_position_is_another_fingerprint():
             int.from_bytes(value.reshape(1).view(torch.uint8).numpy().tobytes(), "little") * (2 * p + 1)
             for value, p in zip(numbers, positions.tolist(), strict=True)
         )
-        assert as_hex(fingerprint(positions, as_integers(numbers))) == f"{exact % 2**64:016x}"
+        expected = f"{7 * exact % 2**64:016x}"
+        assert checksum_digits(entry_checksum(3, positions, as_integers(numbers))) == expected
         for i in range(50):
             changed = numbers.clone()
             changed[i] = -changed[i]
-            assert as_hex(fingerprint(positions, as_integers(changed))) != f"{exact % 2**64:016x}"
+            assert checksum_digits(entry_checksum(3, positions, as_integers(changed))) != expected

@@ -12,7 +12,7 @@ from runs import metrics, policy, train, with_mini_task
 from safetensors.torch import load_file
 
 from lota.config import Config
-from lota.delta import apply, revert
+from lota.delta import apply, extract, revert
 from lota.masks import Mask
 from lota.models.hashing import content_hash
 from lota.models.weights import open_weights
@@ -58,6 +58,11 @@ def test_a_delta_is_applied_and_reverted(folder):
     assert all(torch.equal(applied[name], value) for name, value in state.items())
     revert("applied", "delta.safetensors", "reverted")
     assert content_hash(open_weights("reverted")) == BASE
+
+
+def test_a_delta_is_written_to_the_same_bytes(folder):
+    extract("base", "finished.pt", "again.safetensors", mask="mask_packed.pt", task="mini")
+    assert (folder / "again.safetensors").read_bytes() == (folder / "delta.safetensors").read_bytes()
 
 
 def test_a_run_is_continued_from_its_checkpoint(folder, private_cache):

@@ -6,12 +6,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 CHUNK = 1 << 17  # entries a worker reads at a time, a multiple of 8; its buffers fit into an L2 cache
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Span(NamedTuple):
@@ -50,11 +52,13 @@ def spans(sizes: Mapping[str, int], order: Iterable[str] | None = None) -> list[
     ]
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable, todo: Iterable[Span]) -> Iterator[tuple[Span, Any]]:
-    """(span, work(span)) in the order of `todo`, a few spans ahead of the consumer and no more."""
-    waiting: deque = deque()
-    for span in todo:
-        waiting.append((span, pool.submit(work, span)))
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], todo: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """(item, work(item)) in the order of `todo`, a few items ahead of the consumer and no more."""
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    for item in todo:
+        waiting.append((item, pool.submit(work, item)))
         if len(waiting) > 2 * worker_count():
             done, future = waiting.popleft()
             yield done, future.result()

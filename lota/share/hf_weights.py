@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lota.models.policy import tied_names
-from lota.models.tensor_files import SafetensorsWriter, Shaped
-from lota.models.weights import Group, WeightSource
+from lota.models.scope import meta_model
+from lota.models.tensor_files import SafetensorsWriter, Shaped, checkpoint_files
+from lota.models.weights import Group, WeightSource, open_weights
 from lota.share.hf_folder import TOKENIZER_FILES, copy_small_files
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -65,6 +67,23 @@ def write_weights(
     with _Shards(folder, forms, max_shard_size) as shards:
         for name in forms:
             shards.put(name, state.pop(name))
+
+
+def open_folder(path: str | os.PathLike[str]) -> tuple[WeightSource, PreTrainedModel]:
+    """Open the weights and the structure (on the meta device) of a Hugging Face folder or hub id.
+
+    Raises ValueError for what is no such folder, and for one that `write_like` could not write again.
+    """
+    folder = checkpoint_files(path)[1]
+    if folder is None or not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{path} is no Hugging Face folder with a config.json: convert it first, with "
+            "convert_policy_to_hf_resize.py"
+        )
+    structure = meta_model(folder)
+    source = open_weights(path, structure)
+    check_writable(source, structure)
+    return source, structure
 
 
 def write_like(

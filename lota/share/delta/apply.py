@@ -6,44 +6,42 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lota.models.hashing import content_hash
+from lota.models.hashing import StreamingHash, content_hash
 from lota.models.provenance import PROMPT_SETTINGS
-from lota.models.scope import meta_model
-from lota.models.tensor_files import checkpoint_files
 from lota.models.weights import WeightSource, open_weights
-from lota.share.delta.format import xor_
+from lota.share.delta.format import SEGMENT
 from lota.share.delta.reader import Delta
 from lota.share.hf_folder import check_replaceable, new_model_files
-from lota.share.hf_weights import check_shard_size, write_like
+from lota.share.hf_weights import check_shard_size, open_folder, write_like
 
 
 def apply(
-    model: str | os.PathLike,
-    delta: str | os.PathLike,
-    out: str | os.PathLike,
+    model: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     max_shard_size: str = "2GB",
 ) -> Path:
     """Write the folder `out`: the base `model` (folder or hub id) with the delta's changes.
 
     First it is checked that the file is whole and that the model is its base, to the last bit; what was
-    written is read again before it gets its name. Raises ValueError, and leaves nothing, where that fails.
+    written is read again before it gets its name. Raises ValueError, and leaves nothing, if that fails.
     """
     return _write(model, Delta.open(delta), out, ("base", "tuned"), max_shard_size)
 
 
 def revert(
-    model: str | os.PathLike,
-    delta: str | os.PathLike,
-    out: str | os.PathLike,
+    model: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     max_shard_size: str = "2GB",
 ) -> Path:
     """Write the folder `out`: the base, from the tuned `model`; otherwise as `apply`."""
     return _write(model, Delta.open(delta), out, ("tuned", "base"), max_shard_size)
 
 
-def verify(base: str | os.PathLike, delta: str | os.PathLike) -> dict[str, Any]:
+def verify(base: str | os.PathLike[str], delta: str | os.PathLike[str]) -> dict[str, Any]:
     """Check the file, that `base` is its base, and that the two give the tuned model; returns the metadata.
 
     Raises ValueError naming what does not hold.
@@ -51,29 +49,21 @@ def verify(base: str | os.PathLike, delta: str | os.PathLike) -> dict[str, Any]:
     found = Delta.open(delta)
     source = open_weights(base)
     check_model(source, found, "base")
-    if content_hash(Changed(source, found)) != found.meta["tuned_hash"]:
+    if flipped_hash(source, found) != found.meta["tuned_hash"]:
         raise ValueError(f"{found.path} does not turn {source.id} into the model that it was taken of")
     return found.meta
 
 
-class Changed:
-    """A weight source with a delta's changes; what was changed before is changed back."""
-
-    def __init__(self, source: WeightSource, delta: Delta):
-        self._source, self._delta = source, delta
-        self.id, self.names, self.shape, self.numel, self.dtype = (
-            source.id, source.names, source.shape, source.numel, source.dtype,
-        )  # fmt: skip
-
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        part = self._source.read_flat(name, start, stop)
-        xor_(part, *self._delta.changes(name, start, stop))
-        return part
-
-    def read(self, name: str) -> Tensor:
-        value = self._source.read(name)
-        self._delta.flip_(name, value)
-        return value
+def flipped_hash(source: WeightSource, delta: Delta) -> str:
+    """The content hash that the model would have with the delta's changes, or with them undone."""
+    digest = StreamingHash(source, source.names(), SEGMENT)
+    for name in sorted(source.names()):
+        for start in range(0, source.numel(name), SEGMENT):
+            stop = min(start + SEGMENT, source.numel(name))
+            part = source.read_flat(name, start, stop)
+            delta.flip_(name, part, start)
+            digest.put(name, start, stop, part)
+    return digest.finish()
 
 
 def check_model(source: WeightSource, delta: Delta, role: str) -> None:
@@ -92,39 +82,33 @@ def check_model(source: WeightSource, delta: Delta, role: str) -> None:
 
 
 def _write(
-    model: str | os.PathLike,
+    model: str | os.PathLike[str],
     delta: Delta,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     roles: tuple[str, str],
     max_shard_size: str,
 ) -> Path:
+    """roles: what `model` must be, and what is written."""
     folder = Path(out).expanduser().resolve()
     check_shard_size(max_shard_size)
-    check_replaceable(folder, model, "--out")
-    structure = _structure(model)
-    source = open_weights(model, structure)
+    check_replaceable(folder, str(model), "--out")
+    source, structure = open_folder(model)
     check_model(source, delta, roles[0])
-    changed = Changed(source, delta)
+
+    def flipped(name: str) -> Tensor:
+        value = source.read(name)
+        delta.flip_(name, value)
+        return value
+
     record = {roles[0]: str(model), "delta": str(delta.path), "task": delta.meta.get("task")}
     if roles[1] == "tuned":
         # evaluation renders and cuts prompts as the run did
         record |= {name: delta.meta.get(name) for name in PROMPT_SETTINGS}
     with new_model_files(folder, record) as staged:
-        write_like(model, source, structure, staged, changed.read, max_shard_size)
+        write_like(str(model), source, structure, staged, flipped, max_shard_size)
         written = content_hash(open_weights(staged, structure))
         if written != delta.meta[f"{roles[1]}_hash"]:
             raise ValueError(
                 f"{folder} was not written: what came out is not the {roles[1]} model of {delta.path}"
             )
     return folder
-
-
-def _structure(model: str | os.PathLike) -> nn.Module:
-    """The model's names and shapes. Raises ValueError for what is no Hugging Face folder."""
-    folder = checkpoint_files(model)[1]
-    if folder is None or not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{model} is no Hugging Face folder with a config.json: convert it first, with "
-            "convert_policy_to_hf_resize.py"
-        )
-    return meta_model(folder)

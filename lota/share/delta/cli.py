@@ -5,82 +5,89 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lota.share.delta.apply import apply, revert, verify
 from lota.share.delta.extract import extract
 from lota.share.delta.reader import Delta
+from lota.utils import with_flags
+
+SHOWN = ("task", "base", "base_hash", "tuned", "tuned_hash", "dtype", "sparsity", "kept", "chat_template")
+Command = Callable[[argparse.Namespace], str]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `run` is the subcommand's function, which returns what to print."""
     parser = argparse.ArgumentParser(prog="python -m lota.delta", description=__doc__.partition(":")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
 
-    add = commands.add_parser("extract", help="base and tuned model -> delta file").add_argument
+    def command(name: str, run: Command, what: str, **defaults: object) -> Callable[..., argparse.Action]:
+        added = commands.add_parser(name, help=what)
+        added.set_defaults(run=run, **defaults)
+        return added.add_argument
+
+    add = command("extract", run_extract, "base and tuned model -> delta file")
     add("--base", required=True, help="Hugging Face folder, hub id or policy.pt")
     add("--tuned", required=True, help="the same; taken in the dtypes of the base's files")
     add("--mask", help="mask file: a change outside of what it keeps is an error")
     add("--task", help="name to put into the file; default: the data sets of the tuned model's run")
-    add("--model", help="folder with the config, where neither base nor tuned has one")
+    add("--model", help="folder with the config, if neither base nor tuned has one")
     add("--out", required=True, help="file to write, such as sql.safetensors")
 
-    for command, what in (
-        ("apply", "base + delta -> tuned model"),
-        ("revert", "tuned model + delta -> base"),
+    for name, write, what in (
+        ("apply", apply, "base + delta -> tuned model"),
+        ("revert", revert, "tuned model + delta -> base"),
     ):
-        add = commands.add_parser(command, help=what).add_argument
-        add(
-            "--model", required=True, help="Hugging Face folder or hub id, to the bit the one it was taken of"
-        )
+        add = command(name, run_write, what, write=write)
+        add("--model", required=True, help="Hugging Face folder or hub id: the very one it was taken of")
         add("--delta", required=True, help="delta file")
         add("--out", required=True, help="folder to write")
         add("--max_shard_size", default="2GB", help="largest weight file (2GB)")
 
-    add = commands.add_parser("show", help="what a file holds").add_argument
+    add = command("show", run_show, "what a file holds")
     add("delta", help="delta file")
 
-    add = commands.add_parser(
-        "verify", help="check file and base, and that they give the tuned model"
-    ).add_argument
+    add = command("verify", run_verify, "check file and base, and that they give the tuned model")
     add("--base", required=True, help="Hugging Face folder, hub id or policy.pt")
     add("--delta", required=True, help="delta file")
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Do what was asked for; returns what to print."""
-    if args.command == "extract":
-        extract(args.base, args.tuned, args.out, mask=args.mask, task=args.task, model=args.model)
-        return report(args.out)
-    if args.command == "show":
-        return report(args.delta)
-    if args.command == "verify":
-        meta = verify(args.base, args.delta)
-        return f"ok: {args.base} and {args.delta} give the model with the hash {meta['tuned_hash']}"
-    write = apply if args.command == "apply" else revert
-    return f"wrote {write(args.model, args.delta, args.out, args.max_shard_size)}"
+def run_extract(args: argparse.Namespace) -> str:
+    extract(args.base, args.tuned, args.out, mask=args.mask, task=args.task, model=args.model)
+    return describe(Delta.open(args.out))
+
+
+def run_write(args: argparse.Namespace) -> str:
+    return f"wrote {args.write(args.model, args.delta, args.out, args.max_shard_size)}"
+
+
+def run_show(args: argparse.Namespace) -> str:
+    return describe(Delta.open(args.delta))
+
+
+def run_verify(args: argparse.Namespace) -> str:
+    meta = verify(args.base, args.delta)
+    return f"ok: {args.base} and {args.delta} give the model with the hash {meta['tuned_hash']}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    args = parse(argv)
     try:
-        print(run(parse(argv)))
+        print(args.run(args))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_flags(error, args)}", file=sys.stderr)
         return 1
     return 0
 
 
-SHOWN = ("task", "base", "base_hash", "tuned", "tuned_hash", "dtype", "sparsity", "kept", "chat_template")
-
-
-def report(path: str | os.PathLike) -> str:
-    """Lines on a delta file. Raises ValueError unless it is whole."""
-    delta = Delta.open(path)
+def describe(delta: Delta) -> str:
+    """Lines on a delta file: metadata, size against the entropy, share changed by kind of parameter."""
     lines = [f"{delta.path}: {delta.n_changed:,} of {delta.meta['entries']:,} entries changed"]
     lines += [f"  {key:13} {delta.meta[key]}" for key in SHOWN if delta.meta.get(key) is not None]
     size, bound = delta.path.stat().st_size, entropy_bytes(delta)
@@ -88,7 +95,8 @@ def report(path: str | os.PathLike) -> str:
     lines.append(f"  {'size':13} {size:,} bytes{each}")
     if bound:
         lines.append(f"  {'':13} {size / bound:.3f} of the entropy of the positions + the values as they are")
-    changed, entries = Counter(), Counter()
+    changed: Counter[str] = Counter()
+    entries: Counter[str] = Counter()
     for parameter in delta.parameters.values():
         kind = re.sub(r"\.\d+\.", ".*.", parameter.name)
         changed[kind] += parameter.changed

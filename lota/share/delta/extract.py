@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,44 +21,28 @@ from lota.models.hashing import StreamingHash
 from lota.models.pair import open_whole
 from lota.models.provenance import run_settings, trained_prompts
 from lota.models.weights import WeightSource
-from lota.share.delta import format as container
-from lota.share.delta.codec import Row, encode
-from lota.share.delta.format import SEGMENT, Parameter, Piece, Segment, as_hex, fingerprint, segments, weight
-
-
-class InDtypesOf:
-    """A tuned model as the converter would write it: each parameter in the dtype that the base's file has."""
-
-    def __init__(self, base: WeightSource, tuned: WeightSource):
-        self._base, self._tuned = base, tuned
-        self.id, self.names, self.shape, self.numel, self.dtype = (
-            tuned.id, base.names, base.shape, base.numel, base.dtype,
-        )  # fmt: skip
-
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tuned.read_flat(name, start, stop).to(self._base.dtype(name))
-
-
-class Coded(NamedTuple):
-    """A coded segment. changed: entries by parameter; outside: those of them that the mask does not keep;
-    sums: fingerprints (lota/delta/bits.py) of the changed entries in base and tuned model.
-    """
-
-    row: Row
-    data: bytes
-    changed: dict[str, int]
-    outside: dict[str, int]
-    sums: tuple[int, int]
+from lota.share.delta.codec import Array, Coding, encode
+from lota.share.delta.format import (
+    SEGMENT,
+    Parameter,
+    Piece,
+    Segment,
+    check_target,
+    checksum_digits,
+    entry_checksum,
+    segments,
+    write_delta,
+)
 
 
 def extract(
-    base: str | os.PathLike,
-    tuned: str | os.PathLike,
-    out: str | os.PathLike,
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
-    mask: Mask | str | os.PathLike | None = None,
+    mask: Mask | str | os.PathLike[str] | None = None,
     task: str | None = None,
-    model: str | os.PathLike | None = None,
+    model: str | os.PathLike[str] | None = None,
     tuned_id: str | None = None,
 ) -> dict[str, Any]:
     """Write the changes from base to tuned as a delta file; returns its metadata.
@@ -64,112 +50,115 @@ def extract(
     base, tuned: Hugging Face folders, hub ids or policy.pt files. The tuned model is taken as the converter
     would write it, in the dtypes of the base's files. mask: nothing may have changed outside of it. task: a
     name for the metadata, by default the data sets of its run. model: folder whose config gives the names,
-    where neither side has one. tuned_id: what the metadata call the tuned model, by default its path.
+    if neither side has one. tuned_id: what the metadata call the tuned model, by default its path.
     Raises ValueError for models that do not belong together, a grown vocabulary, changes outside the mask, or
     an `out` that is something else than a delta file.
     """
     out = Path(out).expanduser()
-    container.check_target(out)
-    mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else mask
+    check_target(out)
+    mask = mask if mask is None or isinstance(mask, Mask) else Mask.load(mask)
     before, after = open_whole(base, tuned, model)
-    encoder = _Encoder(before, after, mask)
-    meta = {
-        "base": before.id,
-        "tuned": tuned_id or after.id,
-        "task": task or ",".join(run_settings(Path(tuned)).datasets) or None,
-        **trained_prompts(tuned),
-    }
-    return container.write(out, encoder.parameters, encoder.coded(), lambda: encoder.finish(meta))
+    comparison = _Comparison(before, after, mask)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=out.parent) as data, ThreadPoolExecutor(worker_count()) as pool:
+        codings = []
+        for _, (coding, code) in in_order(pool, comparison.code, segments(comparison.parameters)):
+            codings.append(coding)
+            data.write(code)
+        comparison.check_mask()
+        meta = {
+            "base": before.id,
+            "tuned": tuned_id or after.id,
+            "task": task or ",".join(run_settings(Path(tuned)).datasets) or None,
+            **trained_prompts(tuned),
+            **comparison.metadata(),
+        }
+        parameters = [replace(p, changed=comparison.changed[p.name]) for p in comparison.parameters]
+        return write_delta(out, parameters, codings, data, meta)
 
 
-class _Encoder:
+class _Comparison:
+    """Base and tuned model, compared segment by segment from several threads, and what was counted."""
+
     def __init__(self, base: WeightSource, tuned: WeightSource, mask: Mask | None):
-        self.base, self.tuned, self.mask = base, InDtypesOf(base, tuned), mask
-        self._narrow = [
-            name for name in base.names() if tuned.dtype(name).itemsize < base.dtype(name).itemsize
-        ]
-        if mask is not None:
-            mask.check({name: base.shape(name) for name in base.names()})
+        self.base, self.tuned, self.mask = base, tuned, mask
         names = sorted(base.names())
+        if mask is not None:
+            mask.check({name: base.shape(name) for name in names})
         self.parameters = [Parameter(name, base.dtype(name), base.shape(name)) for name in names]
-        self.hashes = [StreamingHash(source, names, SEGMENT) for source in (self.base, self.tuned)]
-        self._order = {name: i for i, name in enumerate(names)}
-        self.changed: Counter[str] = Counter()
-        self.outside: Counter[str] = Counter()
-        self.sums = (0, 0)
+        self.number = {name: i for i, name in enumerate(names)}
+        # both of what is put in, which has the base's names, shapes and dtypes
+        self.hashes = [StreamingHash(base, names, SEGMENT) for _ in ("base", "tuned")]
+        self.changed: Counter[str] = Counter()  # parameter -> changed entries
+        self.outside: Counter[str] = Counter()  # parameter -> those of them that the mask does not keep
+        self.checksums = [0, 0]  # `entry_checksum`, of the changed entries in the base and in the tuned model
+        self._lock = threading.Lock()  # of these three
 
-    def coded(self) -> Iterator[tuple[Row, bytes]]:
-        """A pair per segment, a few of them worked on at a time."""
-        with ThreadPoolExecutor(worker_count()) as pool:
-            for _, done in in_order(pool, self._code, segments(self.parameters)):
-                self.changed.update(done.changed)
-                self.outside.update(done.outside)
-                self.sums = (self.sums[0] + done.sums[0], self.sums[1] + done.sums[1])
-                yield done.row, done.data
-
-    def _code(self, segment: Segment) -> Coded:
+    def code(self, segment: Segment) -> tuple[Coding, bytes]:
+        """Read a segment of both models, hash it, count and code what differs."""
+        # 1. bit patterns: [base or tuned, entry of the segment]
         sides = np.empty((2, segment.n), segment.unsigned)
         for piece in segment.pieces:
-            for bits, source, digest in zip(sides, (self.base, self.tuned), self.hashes, strict=True):
-                part = source.read_flat(*piece[:3])
-                digest.put(*piece[:3], part)
-                values = part.view(torch.uint8).numpy().view(segment.unsigned)
-                bits[piece.offset : piece.offset + len(values)] = values
+            for side, part, digest in zip(sides, self._read(piece), self.hashes, strict=True):
+                digest.put(piece.name, piece.start, piece.stop, part)
+                side[piece.offset :][: len(part)] = part.view(torch.uint8).numpy().view(segment.unsigned)
+        # 2. changed entries: positions (c,), their bits (2, c)
         positions = np.flatnonzero(sides[0] != sides[1])
-        listed = sides[:, positions]
-        row, data = encode(segment.n, positions, listed[0] ^ listed[1])
-        changed, outside, sums = {}, {}, [0, 0]
+        bits = sides[:, positions]
+        # 3. per parameter: its changed entries are [low, high) of the segment's
         for piece in segment.pieces:
             low, high = np.searchsorted(positions, [piece.offset, piece.offset + piece.stop - piece.start])
-            changed[piece.name] = int(high - low)
-            own = positions[low:high] - piece.offset
-            for i, bits in enumerate(listed[:, low:high]):
-                sums[i] += self._fingerprint(piece, own, bits)
-            if self.mask is not None:
-                outside[piece.name] = self._outside(piece, own)
-        return Coded(row, data, changed, outside, tuple(sums))
+            self._count(piece.name, positions[low:high] - piece.offset + piece.start, bits[:, low:high])
+        return encode(segment.n, positions, bits[0] ^ bits[1])
 
-    def _fingerprint(self, piece: Piece, positions: np.ndarray, bits: np.ndarray) -> int:
-        signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
-        place = torch.from_numpy(positions + piece.start)
-        return weight(self._order[piece.name]) * fingerprint(place, signed)
+    def _read(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """A piece of both models, of the tuned one as the converter would write it: in the base's dtype."""
+        base = self.base.read_flat(piece.name, piece.start, piece.stop)
+        return base, self.tuned.read_flat(piece.name, piece.start, piece.stop).to(base.dtype)
 
-    def _outside(self, piece: Piece, positions: np.ndarray) -> int:
-        if piece.name not in self.mask:
-            return len(positions)
-        packed = self.mask.bits[piece.name].numpy()[piece.start // 8 : (piece.stop + 7) // 8]
-        return len(positions) - int(np.unpackbits(packed)[positions].sum(dtype=np.int64))
+    def _count(self, name: str, positions: Array, bits: Array) -> None:
+        """Count entries of a parameter that changed. positions: (c,) in it, flattened; bits: (2, c)."""
+        if self.mask is None:
+            kept = len(positions)
+        elif name in self.mask:
+            packed = self.mask.bits[name].numpy()  # entry i is bit 7 - i % 8 of byte i // 8
+            kept = int((packed[positions >> 3] >> (7 - (positions & 7)) & 1).sum())
+        else:
+            kept = 0
+        places, signed = torch.from_numpy(positions), torch.from_numpy(bits.view(f"i{bits.itemsize}"))
+        sums = [entry_checksum(self.number[name], places, side) for side in signed]
+        with self._lock:
+            self.changed[name] += len(positions)
+            self.outside[name] += len(positions) - kept
+            self.checksums = [total + part for total, part in zip(self.checksums, sums, strict=True)]
 
-    def finish(self, meta: dict[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
-        """What `container.write` asks for after the last segment."""
-        if self.outside.total():
-            self._refuse_outside()
-        kept, sparsity = None, 1 - self.changed.total() / sum(p.numel for p in self.parameters)
-        if self.mask is not None:
-            kept, sparsity = self.mask.n_kept, 1 - self.mask.density
-        entries: Counter[str] = Counter()
-        for parameter in self.parameters:
-            entries[str(parameter.dtype).removeprefix("torch.")] += parameter.numel
-        base_hash, tuned_hash = (digest.finish() for digest in self.hashes)
-        return self.changed, {
-            **meta,
-            "base_hash": base_hash,
-            "tuned_hash": tuned_hash,
-            "base_fingerprint": as_hex(self.sums[0]),
-            "tuned_fingerprint": as_hex(self.sums[1]),
-            "dtype": entries.most_common(1)[0][0],
-            "sparsity": round(sparsity, 12),
-            "kept": kept,
-        }
-
-    def _refuse_outside(self) -> None:
+    def check_mask(self) -> None:
+        """Raise ValueError if entries outside the mask changed."""
+        if not self.outside.total():
+            return
         name, count = self.outside.most_common(1)[0]
         why = "give the mask it was trained with, or none"
-        if self._narrow:
+        if any(self.tuned.dtype(p.name).itemsize < p.dtype.itemsize for p in self.parameters):
             why = (
-                "it is stored in a narrower dtype than the base: train with the base's as model.policy_dtype"
+                "it is stored in a narrower dtype than the base: train with model.policy_dtype as the base's"
             )
         raise ValueError(
             f"{self.tuned.id}: {self.outside.total():,} entries changed outside the mask, most of them "
             f"({count:,}) in {name}; {why}"
         )
+
+    def metadata(self) -> dict[str, Any]:
+        """What the file says of both models, once all segments are counted."""
+        entries: Counter[torch.dtype] = Counter()
+        for parameter in self.parameters:
+            entries[parameter.dtype] += parameter.numel
+        sparsity = 1 - (self.changed.total() / entries.total() if self.mask is None else self.mask.density)
+        return {
+            "base_hash": self.hashes[0].finish(),
+            "tuned_hash": self.hashes[1].finish(),
+            "base_fingerprint": checksum_digits(self.checksums[0]),
+            "tuned_fingerprint": checksum_digits(self.checksums[1]),
+            "dtype": str(entries.most_common(1)[0][0]).removeprefix("torch."),
+            "sparsity": round(sparsity, 12),
+            "kept": None if self.mask is None else self.mask.n_kept,
+        }

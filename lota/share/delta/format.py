@@ -1,19 +1,32 @@
-"""The delta file: a safetensors file with the coded changes, and what they are changes of.
+"""The delta file: a safetensors file with the coded changes of a model, and what they are changes of.
 
-    data    uint8, the segments one after another (lota/delta/codec.py)
-    index   uint8, zstandard-compressed JSON: `parameters`, [name, dtype, shape, changed entries] in sorted
-            order, and `segments`, a row of numbers each (lota/delta/layout.py says what a segment holds)
+| part | content |
+|---|---|
+| header | as in every safetensors file: metadata (strings), and the places of the two tensors |
+| `data`, uint8 | the codes of the segments, one after another (lota/share/delta/codec.py) |
+| `index`, uint8 | zstandard-compressed JSON of `parameters`, [name, dtype, shape, changed entries] each, in |
+| | sorted order, and `segments`, a `Coding` each |
 
-The metadata are strings; `checksum` is the sha256 of the file with that field's digits as zeros.
+| metadata | |
+|---|---|
+| `checksum` | sha256 of the file, with zeros for these digits |
+| `base`, `tuned` | ids of the two models |
+| `base_hash`, `tuned_hash` | their content hashes, of the tuned model in the base's dtypes |
+| `base_fingerprint`, `tuned_fingerprint` | `entry_checksum` of the changed entries in either |
+| `dtype` | of most entries |
+| `sparsity`, `kept` | of the mask; without one, the unchanged share, and nothing |
+| `changed`, `entries` | how many |
+| `task`, `chat_template`, `max_length`, `max_prompt_length` | of the tuned model's run, if known |
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,184 +36,36 @@ import torch
 import zstandard
 from torch import Tensor
 
-from lota.models.tensor_files import DELTA_FORMAT, is_delta
+from lota.models.tensor_files import (
+    DELTA_FORMAT,
+    Header,
+    StoredTensor,
+    header_bytes,
+    is_delta,
+    read_header,
+    read_metadata,
+)
 from lota.models.weights import HASH_CHUNK
-from lota.share.delta.codec import Row
+from lota.share.delta.codec import Coding
 from lota.utils import atomic_path
 
-FORMAT, VERSION = DELTA_FORMAT, 1
-_BLANK = "0" * 64
-_WHOLE = ("version", "changed", "entries", "kept", "max_length", "max_prompt_length")
-_NUMBERS = {**dict.fromkeys(_WHOLE, int), "sparsity": float}
-_BLOCK = 1 << 20  # bytes
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a delta file says of itself. starts: byte of each segment, and of the end of the last one."""
-
-    checksum: str
-    meta: dict[str, Any]
-    parameters: list[Parameter]
-    rows: list[Row]
-    starts: list[int]
-
-
-def read(path: Path) -> Content:
-    """The index of a delta file. Raises ValueError unless every byte of the file is as it was written."""
-    header, start = _read_header(path)
-    try:
-        raw = header["__metadata__"]
-        meta = {key: _NUMBERS.get(key, str)(value) for key, value in raw.items() if key != "checksum"}
-        begin, end = header["index"]["data_offsets"]
-        with open(path, "rb") as file:
-            file.seek(start + begin)
-            index = json.loads(zstandard.ZstdDecompressor().decompress(file.read(end - begin)))
-        parameters = [
-            Parameter(name, getattr(torch, dtype), tuple(shape), changed)
-            for name, dtype, shape, changed in index["parameters"]
-        ]
-        starts = [start]
-        for row in index["segments"]:
-            starts.append(starts[-1] + sum(map(abs, row[2:])))
-        if len(segments(parameters)) != len(starts) - 1 or starts[-1] != start + begin:
-            raise ValueError("its index does not describe its data")
-    except (KeyError, ValueError, TypeError, AttributeError, zstandard.ZstdError) as error:
-        raise ValueError(f"{path} is no whole delta file: {error}") from error
-    return Content(raw["checksum"], meta, parameters, index["segments"], starts)
-
-
-def check_target(path: str | os.PathLike) -> None:
-    """Raise ValueError where a delta file would take the place of a folder or of something else."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder: name a file, such as {path / 'delta.safetensors'}")
-    if path.exists() and not is_delta(path):
-        raise ValueError(f"--out {path} exists and is no delta file: name a new file")
-
-
-def write(
-    path: str | os.PathLike,
-    parameters: Sequence[Parameter],
-    coded: Iterable[tuple[Row, bytes]],
-    finish: Callable[[], tuple[Mapping[str, int], Mapping[str, Any]]],
-) -> dict[str, Any]:
-    """Write a delta file atomically, in memory of a segment; returns its metadata.
-
-    parameters: in sorted order. coded: a pair per segment of `layout.segments(parameters)`, taken one by one.
-    finish: called after the last; returns (changed entries by name, metadata).
-    """
-    with atomic_path(path) as temporary, open(temporary, "w+b") as file:
-        with open(temporary.with_name(f"{temporary.name}.data"), "w+b") as data:
-            os.unlink(data.name)
-            rows = []
-            for row, content in coded:
-                rows.append(row)
-                data.write(content)
-            changed, meta = finish()
-            meta = {
-                "format": FORMAT,
-                "version": VERSION,
-                **{key: value for key, value in meta.items() if value is not None},
-                "changed": sum(changed.values()),
-                "entries": sum(parameter.numel for parameter in parameters),
-            }
-            index = _index(parameters, changed, rows)
-            _write_header(file, meta, data.tell(), len(index))
-            data.seek(0)
-            while block := data.read(_BLOCK):
-                file.write(block)
-            file.write(index)
-        _put_checksum(file)
-    return meta
-
-
-def _index(parameters: Sequence[Parameter], changed: Mapping[str, int], rows: list[Row]) -> bytes:
-    listed = [
-        [p.name, str(p.dtype).removeprefix("torch."), list(p.shape), int(changed.get(p.name, 0))]
-        for p in parameters
-    ]
-    text = json.dumps({"parameters": listed, "segments": rows}, separators=(",", ":"))
-    return zstandard.ZstdCompressor(level=19, write_content_size=True).compress(text.encode())
-
-
-def _write_header(file: BinaryIO, meta: Mapping[str, Any], n_data: int, n_index: int) -> None:
-    header = {
-        "__metadata__": {"checksum": _BLANK, **{key: str(value) for key, value in meta.items()}},
-        "data": {"dtype": "U8", "shape": [n_data], "data_offsets": [0, n_data]},
-        "index": {"dtype": "U8", "shape": [n_index], "data_offsets": [n_data, n_data + n_index]},
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-
-
-def _put_checksum(file: BinaryIO) -> None:
-    file.flush()
-    place, digest = _checksum(file)
-    file.seek(place)
-    file.write(digest.encode())
-
-
-def _checksum(file: BinaryIO) -> tuple[int, str]:
-    """(byte where the checksum's digits stand, what they ought to be)."""
-    file.seek(0)
-    head = file.read(8)
-    head += file.read(int.from_bytes(head, "little"))
-    place = head.index(b'"checksum":"') + len(b'"checksum":"')
-    digest = hashlib.sha256(head[:place] + _BLANK.encode() + head[place + len(_BLANK) :])
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    return place, digest.hexdigest()
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """(header, byte where the data start), every byte of the file checked."""
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder: give the delta file in it, such as {path / 'delta.safetensors'}"
-        )
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a delta file (python -m lota.delta extract makes one)")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 2 <= length <= size - 8 else b""
-        try:
-            header = json.loads(text)
-            meta = header["__metadata__"]
-            if meta["format"] != FORMAT:
-                raise KeyError("format")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no delta file, or its header is damaged") from error
-        if str(meta.get("version", "")).isdigit() and int(meta["version"]) > VERSION:
-            raise ValueError(
-                f"{path} has delta version {meta['version']}, this reads up to {VERSION}: update lota"
-            )
-        try:
-            right = _checksum(file)[1] == meta["checksum"]
-            end = 8 + length + header["index"]["data_offsets"][1]
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"{path} is no whole delta file: {error}") from error
-    if not right or size != end:
-        raise ValueError(
-            f"{path} is truncated or changed: its checksum does not fit; copy it again from its source"
-        )
-    return header, 8 + length
-
-
+VERSION = 1
 SEGMENT = HASH_CHUNK  # entries; with the hash's chunks, a file is read once for both
-UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_BLANK = b"0" * 64  # stands for the checksum's digits while they are computed
+_WHOLE_NUMBERS = ("version", "changed", "entries", "kept", "max_length", "max_prompt_length")
+_READ_AS = {**dict.fromkeys(_WHOLE_NUMBERS, int), "sparsity": float}
+_BLOCK = 1 << 20  # bytes hashed or copied at a time
+_LARGEST_INDEX = 1 << 28  # bytes: that of a model of 10^12 entries is smaller
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of the base, its dtype in the base's file. changed: entries that differ when tuned."""
+    """A parameter as the base's file holds it, under its name in the loaded model."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    changed: int = 0
+    changed: int = 0  # entries that differ in the tuned model
 
     @property
     def numel(self) -> int:
@@ -208,7 +73,7 @@ class Parameter:
 
 
 class Piece(NamedTuple):
-    """Entries [start, stop) of a flattened parameter that stand at `offset` of their segment."""
+    """Entries [start, stop) of a flattened parameter, which stand at `offset` of their segment."""
 
     name: str
     start: int
@@ -218,10 +83,10 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """n entries of `dtype`, in pieces without gaps."""
+    """Up to SEGMENT entries of one dtype that are coded together: large parameters cut, small ones pooled."""
 
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    pieces: list[Piece]  # without gaps between them
 
     @property
     def n(self) -> int:
@@ -229,68 +94,198 @@ class Segment:
         return last.offset + last.stop - last.start
 
     @property
-    def unsigned(self) -> np.dtype:
+    def unsigned(self) -> np.dtype[Any]:
         """The integers that have this dtype's bit patterns."""
-        return UNSIGNED[self.dtype.itemsize]
+        return np.dtype(f"<u{self.dtype.itemsize}")
 
 
 def segments(parameters: Sequence[Parameter]) -> list[Segment]:
-    """Every entry of every parameter once; empty parameters are left out."""
+    """Every entry of every parameter once, in order. The file does not store them: they follow from this."""
     found: list[Segment] = []
-    pieces: list[Piece] = []
-    dtype, size = None, 0
-    for parameter, start, stop in _chunks(parameters):
-        if pieces and (parameter.dtype != dtype or size + stop - start > SEGMENT):
-            found.append(Segment(dtype, tuple(pieces)))
-            pieces, size = [], 0
-        pieces.append(Piece(parameter.name, start, stop, size))
-        dtype, size = parameter.dtype, size + stop - start
-    return [*found, Segment(dtype, tuple(pieces))] if pieces else found
-
-
-def _chunks(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, int, int]]:
     for parameter in parameters:
         for start in range(0, parameter.numel, SEGMENT):
-            yield parameter, start, min(start + SEGMENT, parameter.numel)
+            stop = min(start + SEGMENT, parameter.numel)
+            last = found[-1] if found else None
+            if last is not None and last.dtype == parameter.dtype and last.n + stop - start <= SEGMENT:
+                last.pieces.append(Piece(parameter.name, start, stop, last.n))
+            else:
+                found.append(Segment(parameter.dtype, [Piece(parameter.name, start, stop, 0)]))
+    return found
+
+
+@dataclass(frozen=True)
+class DeltaIndex:
+    """What a delta file says of itself, before anything is decoded."""
+
+    checksum: str
+    meta: dict[str, Any]  # the metadata but for the checksum, numbers as numbers
+    parameters: list[Parameter]  # in sorted order, with and without changes
+    segments: list[Segment]
+    codings: list[Coding]  # one per segment
+    starts: list[int]  # byte of the file at which each segment's code begins, and at which the last one ends
+
+
+def read_index(path: Path) -> DeltaIndex:
+    """Read a delta file's index. Raises ValueError unless every byte of the file is as it was written."""
+    header = _checked_header(path)
+    try:
+        meta = {key: _READ_AS.get(key, str)(value) for key, value in header.metadata.items()}
+        data, stored = header.entries["data"], header.entries["index"]
+        index = _decompressed_index(path, stored)
+        parameters = [
+            Parameter(name, getattr(torch, dtype), tuple(shape), changed)
+            for name, dtype, shape, changed in index["parameters"]
+        ]
+        codings = index["segments"]
+        if sum(parameter.numel for parameter in parameters) > SEGMENT * len(codings):
+            raise ValueError("its index does not describe its parameters")
+        starts = list(itertools.accumulate((sum(map(abs, c[2:])) for c in codings), initial=data.offset))
+        cut = segments(parameters)
+        if len(cut) != len(codings) or starts[-1] != data.offset + data.numel:
+            raise ValueError("its index does not describe its data")
+    except (KeyError, ValueError, TypeError, AttributeError, zstandard.ZstdError) as error:
+        raise ValueError(f"{path} is no whole delta file: {error}") from error
+    return DeltaIndex(meta.pop("checksum"), meta, parameters, cut, codings, starts)
+
+
+def _checked_header(path: Path) -> Header:
+    """The header of a delta file, of which every byte is checked."""
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder: give the delta file in it, such as {path / 'delta.safetensors'}"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a delta file (python -m lota.delta extract makes one)")
+    try:
+        metadata = read_metadata(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no delta file, or its header is damaged: {error}") from error
+    if metadata.get("format") != DELTA_FORMAT:
+        raise ValueError(f"{path} is no delta file, or its header is damaged")
+    version = metadata.get("version", "")
+    if version.isdigit() and int(version) > VERSION:
+        raise ValueError(f"{path} has delta version {version}, this reads up to {VERSION}: update lota")
+    with open(path, "rb") as file:
+        digest = _checksum(file)[1]
+    if digest != metadata.get("checksum"):
+        raise ValueError(
+            f"{path} is truncated or changed: its checksum does not fit; copy it again from its source"
+        )
+    return read_header(path)
+
+
+def _decompressed_index(path: Path, stored: StoredTensor) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        file.seek(stored.offset)
+        compressed = file.read(stored.numel)
+    if zstandard.frame_content_size(compressed) > _LARGEST_INDEX:
+        raise ValueError("its index is too large")
+    return dict(json.loads(zstandard.ZstdDecompressor().decompress(compressed)))
+
+
+def check_target(path: Path) -> None:
+    """Raise ValueError if a delta file would take the place of a folder or of another kind of file."""
+    if path.is_dir():
+        raise ValueError(f"out={path} is a folder: name a file, such as {path / 'delta.safetensors'}")
+    if path.exists() and not is_delta(path):
+        raise ValueError(f"out={path} exists and is no delta file: name a new file")
+
+
+def write_delta(
+    path: Path,
+    parameters: Sequence[Parameter],
+    codings: Sequence[Coding],
+    data: BinaryIO,
+    meta: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a delta file atomically, in memory of a block; returns its metadata.
+
+    parameters: in sorted order. codings: one for each of their `segments`, whose codes `data` holds. meta:
+    metadata, of which None is left out.
+    """
+    meta = {
+        "format": DELTA_FORMAT,
+        "version": VERSION,
+        **{key: value for key, value in meta.items() if value is not None},
+        "changed": sum(parameter.changed for parameter in parameters),
+        "entries": sum(parameter.numel for parameter in parameters),
+    }
+    index = _compressed_index(parameters, codings)
+    with atomic_path(path) as temporary, open(temporary, "w+b") as file:
+        sizes = {"data": data.tell(), "index": len(index)}
+        tensors = {n: torch.empty(size, dtype=torch.uint8, device="meta") for n, size in sizes.items()}
+        texts = {key: str(value) for key, value in meta.items()}
+        file.write(header_bytes(tensors, {"checksum": _BLANK.decode(), **texts})[0])
+        data.seek(0)
+        shutil.copyfileobj(data, file, _BLOCK)
+        file.write(index)
+        place, digest = _checksum(file)
+        file.seek(place)
+        file.write(digest.encode())
+    return meta
+
+
+def _compressed_index(parameters: Sequence[Parameter], codings: Sequence[Coding]) -> bytes:
+    listed = [[p.name, str(p.dtype).removeprefix("torch."), p.shape, p.changed] for p in parameters]
+    text = json.dumps({"parameters": listed, "segments": codings}, separators=(",", ":"))
+    return zstandard.ZstdCompressor(level=19, write_content_size=True).compress(text.encode())
+
+
+def _checksum(file: BinaryIO) -> tuple[int, str]:
+    """Returns (byte at which the checksum's digits stand, what they ought to be)."""
+    file.seek(0)
+    head = file.read(8)
+    head += file.read(int.from_bytes(head, "little"))
+    place = head.find(b'"checksum":"') + len(b'"checksum":"')
+    digest = hashlib.sha256(head[:place] + _BLANK + head[place + len(_BLANK) :])
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return place, digest.hexdigest()
+
+
+# Bit patterns
+
+
+def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds the values of both. torch promotes no fp8, whose values bf16 holds."""
+    if a == b:
+        return a
+    a, b = (torch.bfloat16 if d.itemsize == 1 and d.is_floating_point else d for d in (a, b))
+    return torch.promote_types(a, b)
 
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MODULUS = 1 << 64
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's entries as signed integers of the same width; the same memory, 1-D."""
+    """A contiguous tensor's entries as signed integers of the same width: the same memory, 1-D."""
     return tensor.view(-1).view(_SIGNED[tensor.element_size()])
 
 
 def xor_(tensor: Tensor, positions: Tensor, xors: Tensor) -> None:
-    """XOR bit patterns of a contiguous tensor at flat positions, in place; twice is nothing.
+    """XOR bit patterns of a contiguous tensor at flat positions, in place; doing it twice undoes it.
 
-    positions: int64; xors: signed integers of the tensor's width; on the tensor's device.
+    positions: (c,) int64; xors: (c,) signed integers of the tensor's width; both on the tensor's device.
     """
     bits = as_integers(tensor)
     bits.index_copy_(0, positions, bits.index_select(0, positions) ^ xors)
 
 
-def fingerprint(positions: Tensor, bits: Tensor) -> int:
-    """The sum of bits * (2 * position + 1): modulo 2^64 another value at one position is another sum.
+def entry_checksum(number: int, positions: Tensor, bits: Tensor) -> int:
+    """Returns (2 number + 1) * sum of (2 position + 1) * bits, over entries of the parameter of that number.
 
-    Parts of a parameter add up; those of several parameters are multiplied by `weight` first. positions:
-    int64; bits: signed integers, taken as unsigned ones.
+    Modulo 2^64 (`checksum_digits`), another value at one position is another sum, as both factors are odd.
+    Parts of a parameter and parameters add up. positions: (c,) int64; bits: (c,) signed integers of the
+    entries' width, taken as unsigned ones.
     """
     wide = bits.to(torch.int64)
     if bits.element_size() < 8:
-        wide &= (1 << 8 * bits.element_size()) - 1
+        wide &= (1 << 8 * bits.element_size()) - 1  # undoes the sign's extension
     # int64 wraps around, which keeps the remainder; only a CPU has a dot product of integers
     products = wide.dot(positions) if wide.device.type == "cpu" else (wide * positions).sum()
-    return 2 * int(products) + int(wide.sum())
+    return (2 * number + 1) * (2 * int(products) + int(wide.sum()))
 
 
-def weight(number: int) -> int:
-    """Odd, and another one for each parameter."""
-    return 2 * number + 1
-
-
-def as_hex(total: int) -> str:
-    """A sum of fingerprints modulo 2^64."""
-    return f"{total % _MODULUS:016x}"
+def checksum_digits(total: int) -> str:
+    """A sum of entry checksums modulo 2^64, as the metadata hold it."""
+    return f"{total % (1 << 64):016x}"

@@ -1,77 +1,75 @@
-"""Delta: the changes in a delta file, parameter by parameter."""
+"""Delta: the changes in a delta file, parameter by parameter; and a model on disk seen through them."""
 
 from __future__ import annotations
 
 import functools
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lota.share.delta import format as container
 from lota.share.delta.codec import decode
-from lota.share.delta.format import SEGMENT, Piece, as_integers, segments, xor_
+from lota.share.delta.format import DeltaIndex, Piece, as_integers, common_dtype, read_index, xor_
 
 
 class Changes(NamedTuple):
-    """Flat positions, int64, ascending, and XORs as signed integers of the parameter's width."""
+    """Changed entries of a parameter, or of a part of it."""
 
-    positions: Tensor
-    xors: Tensor
+    positions: Tensor  # (c,) int64, ascending, in the flattened parameter
+    xors: Tensor  # (c,) signed integers of the parameter's width: bit patterns of base ^ tuned
 
 
 class Delta:
     """The changes that turn a base into a tuned model, read from a file piece by piece; made by `open`.
 
-    meta: format, version, base and tuned (ids), base_hash and tuned_hash (`lota.weights.content_hash`, the
-    tuned model in the base's dtypes), dtype (of most entries), sparsity (of the mask; without one, the
-    unchanged share), changed and entries (how many); kept where a mask was given, task where one was named.
-    names: parameters with changes, as in the loaded model's `named_parameters()`; shapes: theirs.
-    An entry is listed when its bits changed: one that was trained and came back to its value is not.
+    An entry is listed if its bits changed: one that was trained and came back to its value is not.
     """
 
-    def __init__(self, path: Path, content: container.Content):
-        self.path, self.checksum, self.meta = path, content.checksum, dict(content.meta)
-        self.parameters = {parameter.name: parameter for parameter in content.parameters}
-        self.names = [p.name for p in content.parameters if p.changed]
-        self.shapes = {name: self.parameters[name].shape for name in self.names}
-        self._segments = segments(content.parameters)
-        self._rows, self._starts = content.rows, content.starts
-        self._pieces: dict[str, list[tuple[int, Piece]]] = {}
-        for i, segment in enumerate(self._segments):
+    def __init__(self, path: Path, index: DeltaIndex):
+        self.path = path
+        self.checksum = index.checksum  # of the file: copies have the same
+        self.meta = dict(index.meta)  # lota/share/delta/format.py lists the keys
+        # every parameter of the base, in sorted order; names as in the loaded model's `named_parameters()`
+        self.parameters = {parameter.name: parameter for parameter in index.parameters}
+        self.names = [p.name for p in index.parameters if p.changed]  # of the parameters with changes
+        self._index = index
+        self._pieces: dict[str, list[tuple[int, Piece]]] = {}  # name -> (number of the segment, piece of it)
+        for i, segment in enumerate(index.segments):
             for piece in segment.pieces:
                 self._pieces.setdefault(piece.name, []).append((i, piece))
-        self._loaded: dict[tuple[str, str], Changes] = {}
+        self._on_device: dict[tuple[torch.device, str], Changes] = {}
         self._lock = threading.Lock()
+        # neighbouring parameters and parts share segments: the last two are kept
         self._decoded = functools.lru_cache(maxsize=2)(self._decode)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the same changes are there, be it from another copy of the file."""
+        return isinstance(other, Delta) and other.checksum == self.checksum
+
+    def __hash__(self) -> int:
+        return hash(self.checksum)
+
     def __repr__(self) -> str:
-        return (
-            f"Delta({str(self.path)!r}, {len(self.names)} tensors, {self.meta['changed']:,} entries changed)"
-        )
+        return f"Delta({str(self.path)!r}, {len(self.names)} tensors, {self.n_changed:,} entries changed)"
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> Delta:
+    def open(cls, path: str | os.PathLike[str]) -> Delta:
         """Read a delta file's index. Raises ValueError unless every byte of the file is as it was written."""
         path = Path(path).expanduser()
-        return cls(path, container.read(path))
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of the parameter in the base's file."""
-        return self.parameters[name].dtype
+        return cls(path, read_index(path))
 
     @property
     def widest(self) -> torch.dtype:
         """The narrowest dtype that holds the values of every parameter that changes."""
-        return functools.reduce(torch.promote_types, map(self.dtype, self.names))
+        return functools.reduce(common_dtype, (self.parameters[name].dtype for name in self.names))
 
     @property
     def n_changed(self) -> int:
-        return self.meta["changed"]
+        return int(self.meta["changed"])
 
     def changed(self, name: str) -> int:
         """Changed entries of the parameter; 0 for one that is not listed."""
@@ -80,46 +78,47 @@ class Delta:
     def changes(self, name: str, start: int = 0, stop: int | None = None) -> Changes:
         """Changed entries in [start, stop) of the flattened parameter, positions counted from `start`."""
         stop = self.parameters[name].numel if stop is None else stop
-        overlapping = [(i, p) for i, p in self._pieces.get(name, ()) if p.start < stop and p.stop > start]
-        if not self.changed(name) or not overlapping:
-            return Changes(
-                torch.empty(0, dtype=torch.int64), as_integers(torch.empty(0, dtype=self.dtype(name)))
-            )
-        found = [self._of_piece(i, piece, start, stop) for i, piece in overlapping]
-        positions, xors = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return Changes(torch.from_numpy(positions), torch.from_numpy(xors.view(f"i{xors.itemsize}")))
-
-    def on(self, device: torch.device | str, name: str) -> Changes:
-        """All changes of a parameter on a device, where they stay (positions as int32) for the next time."""
-        key = (str(device), name)
-        if key not in self._loaded:
-            positions, xors = (part.to(device) for part in self.changes(name))
-            small = self.parameters[name].numel <= 1 << 31
-            self._loaded[key] = Changes(positions.int() if small else positions, xors)
-        positions, xors = self._loaded[key]
-        return Changes(positions.long(), xors)
-
-    def _of_piece(self, i: int, piece: Piece, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        with self._lock:
-            positions, xors = self._decoded(i)
-        shift = piece.offset - piece.start  # position in the segment minus position in the parameter
-        bounds = [max(start, piece.start) + shift, min(stop, piece.stop) + shift]
-        low, high = np.searchsorted(positions, bounds)
-        return positions[low:high] - (shift + start), xors[low:high]
-
-    def _decode(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[i])
-            data = file.read(self._starts[i + 1] - self._starts[i])
-        segment = self._segments[i]
-        try:
-            return decode(segment.n, segment.unsigned, self._rows[i], data)
-        except ValueError as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+        nothing = as_integers(torch.empty(0, dtype=self.parameters[name].dtype))
+        parts = [Changes(torch.empty(0, dtype=torch.int64), nothing), *self._parts(name, start, stop)]
+        positions, xors = zip(*parts, strict=True)
+        return Changes(torch.cat(positions), torch.cat(xors))
 
     def positions(self, name: str) -> Tensor:
         """Flat positions of the changed entries, ascending, int64; empty for a name that is not listed."""
         return self.changes(name).positions if self.changed(name) else torch.empty(0, dtype=torch.int64)
+
+    def changes_on(self, device: torch.device, name: str) -> Changes:
+        """All changes of a parameter on a device, where they stay (positions as int32) for the next time."""
+        if (device, name) not in self._on_device:
+            positions, xors = (part.to(device) for part in self.changes(name))
+            small = self.parameters[name].numel <= 1 << 31
+            self._on_device[device, name] = Changes(positions.int() if small else positions, xors)
+        positions, xors = self._on_device[device, name]
+        return Changes(positions.long(), xors)
+
+    def _parts(self, name: str, start: int, stop: int) -> Iterator[Changes]:
+        """The changes in [start, stop) segment by segment, positions counted from `start`."""
+        for i, piece in self._pieces.get(name, ()) if self.changed(name) else ():
+            if piece.start < stop and piece.stop > start:
+                with self._lock:
+                    positions, xors = self._decoded(i)
+                shift = piece.offset - piece.start  # position in the segment minus position in the parameter
+                bounds = torch.tensor([max(start, piece.start), min(stop, piece.stop)]) + shift
+                low, high = torch.searchsorted(positions, bounds).tolist()
+                yield Changes(positions[low:high] - (shift + start), xors[low:high])
+
+    def _decode(self, i: int) -> Changes:
+        """All changes of segment `i`, positions counted from its begin."""
+        begin, end = self._index.starts[i : i + 2]
+        with open(self.path, "rb") as file:
+            file.seek(begin)
+            data = file.read(end - begin)
+        segment = self._index.segments[i]
+        try:
+            positions, xors = decode(segment.n, segment.unsigned, self._index.codings[i], data)
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+        return Changes(torch.from_numpy(positions), torch.from_numpy(xors.view(f"i{xors.itemsize}")))
 
     def overlap(self, other: Delta) -> int:
         """Entries that both change."""
@@ -128,19 +127,20 @@ class Delta:
             int(torch.isin(self.positions(n), other.positions(n), assume_unique=True).sum()) for n in names
         )
 
+    def flip_(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Turn entries of a parameter from the base's into the tuned ones in place, or back.
+
+        values: contiguous, on the CPU, in the base's dtype: entries of the parameter from `start` on.
+        """
+        for positions, xors in self._parts(name, start, start + values.numel()):
+            xor_(values, positions, xors)
+
     def tuned(self, name: str, base: Tensor) -> Tensor:
         """The tuned parameter, bit for bit, in memory of its own. base: the base's, in its file's dtype."""
         self.check_fits(name, base)
-        result = base.detach().cpu().contiguous().clone()
+        result = base.detach().cpu().clone(memory_format=torch.contiguous_format)
         self.flip_(name, result)
         return result
-
-    def flip_(self, name: str, value: Tensor) -> None:
-        """Turn a contiguous CPU tensor from the base's into the tuned parameter in place, or back."""
-        flat = value.view(-1)
-        for start in range(0, flat.numel(), SEGMENT):
-            part = flat[start : start + SEGMENT]
-            xor_(part, *self.changes(name, start, start + part.numel()))
 
     def differences(self, name: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """(positions, tuned - base there in fp32): the task vector's entries that are not 0."""

@@ -60,7 +60,7 @@ class DeltaVector:
         self.prompts = {name: delta.meta.get(name) for name in PROMPT_SETTINGS}
 
     def entries(self, name: str, base: Tensor) -> Entries | None:
-        if name not in self.delta.shapes:
+        if not self.delta.changed(name):
             return None
         positions, xors = self.delta.changes(name)
         before = base.reshape(-1)[positions]
