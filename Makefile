@@ -1,4 +1,4 @@
-# make demo: the whole method on the embedded model.  make test: the tests.  make lint: style.
+# make demo: the whole method on the embedded model.  make test: the tests.  make lint: style and types.
 # Each makes the environment it needs in .venv when that is missing or its pins have changed.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,6 +14,7 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf .venv demo
@@ -22,10 +23,14 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed (make PYTHON=python3.12 ...)" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 
-.venv/.run: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The checkout itself is installed too, so that its scripts find lota/ and tasks/ from wherever they are started.
+.venv/.run: requirements.txt pyproject.toml | .venv/bin/python
+	$(PIP_INSTALL) -r requirements.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 .venv/.dev: requirements-dev.txt .venv/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@

@@ -1,8 +1,8 @@
 """Sparse task vector files: size against the entropy, speed of the coding, switching tasks on a loaded model.
 
-    OMP_NUM_THREADS=1 python benchmarks/delta.py codec      # random positions and values
-    python benchmarks/delta.py adapted                      # models really trained, at s = 0.9 and 0.99
-    python benchmarks/delta.py switch                       # against loading, PEFT LoRA and PEFT SHiRA
+    OMP_NUM_THREADS=1 python -m benchmarks.delta codec      # random positions and values
+    python -m benchmarks.delta adapted                      # models really trained, at s = 0.9 and 0.99
+    python -m benchmarks.delta switch                       # against loading, PEFT LoRA and PEFT SHiRA
 
 Contestants take turns within one process; medians, and ratios of medians.
 """
@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Extraction of masks, measured: time against torch.topk and against plain reading, and peak memory.
 
-    python benchmarks/extraction.py --entries 200000000
+    python -m benchmarks.extraction --entries 200000000
 
 Contestants take turns in one process, everything in the page cache; medians and ratios are reported, as JSON
 lines and a table. Peak memory: getrusage of a fresh process that runs extract_masks.py at three sparsities.
@@ -24,17 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lota.masks import kept_count
+from lota.masks.extract.saliency import as_float32
+from lota.masks.extract.select import Quota, Rule, select
+from lota.models import chunks as streaming
+from lota.models.pair import ModelPair, open_pair
+from lota.models.scope import meta_model
+from lota.models.tensor_files import SafetensorsWriter
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not installed
-
-from lota.masks import kept_count  # noqa: E402
-from lota.masks.extract.saliency import as_float32  # noqa: E402
-from lota.masks.extract.select import Quota, Rule, select  # noqa: E402
-from lota.models import chunks as streaming  # noqa: E402
-from lota.models.pair import ModelPair, open_pair  # noqa: E402
-from lota.models.scope import meta_model  # noqa: E402
-from lota.models.tensor_files import SafetensorsWriter  # noqa: E402
-
 SPARSITIES = [0.5, 0.9, 0.99]
 
 
@@ -118,14 +116,13 @@ def timed(function: Callable[[], object]) -> float:
 def peak_of_command(base: Path, tuned: Path, out: Path) -> tuple[int, float]:
     """Peak resident bytes and seconds of extract_masks.py in a fresh process, imports included."""
     script = (
-        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import extract_masks; "
-        "extract_masks.main(sys.argv[1:]); "
+        "import resource, sys, extract_masks; extract_masks.main(sys.argv[1:]); "
         "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    command = [sys.executable, "-c", script, str(ROOT), "--base", base, "--tuned", tuned, "--name", "x"]
+    command = [sys.executable, "-c", script, "--base", base, "--tuned", tuned, "--name", "x"]
     command += ["--out", out, "--sparsities", *map(str, SPARSITIES)]
     start = time.perf_counter()
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024
     return int(result.stdout.split("PEAK")[1]) * unit, time.perf_counter() - start
 
@@ -133,12 +130,9 @@ def peak_of_command(base: Path, tuned: Path, out: Path) -> tuple[int, float]:
 def measure(folder: Path, arguments: argparse.Namespace) -> list[dict]:
     base, tuned = folder / "base", folder / "tuned"
     # in a process of its own, and the peak first: Linux hands a parent's peak down to the programs it starts
-    make = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import benchmarks.extraction"
-    )
-    make += "; benchmarks.extraction.make_pair(Path(sys.argv[2]), int(sys.argv[3]), dtype=sys.argv[4])"
-    command = [sys.executable, "-c", make, ROOT, folder, arguments.entries, arguments.dtype]
-    subprocess.run(list(map(str, command)), check=True)
+    made = f"pathlib.Path({str(folder)!r}), {arguments.entries}, dtype={arguments.dtype!r}"
+    code = f"import pathlib, benchmarks.extraction as e; e.make_pair({made})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     peak, elapsed = peak_of_command(base, tuned, folder / "masks")
     pair = open_pair(base, tuned)
     contestants = {
@@ -214,7 +208,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where the pair is written (default: a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        rows = measure(Path(folder), arguments)
+        rows = measure(Path(folder).absolute(), arguments)
     for row in rows:
         print(json.dumps(row))
     print(f"\n{'':34} {'median s':>9} {'x read':>7} {'topk/this':>10} {'peak MiB':>9}")

@@ -1,6 +1,6 @@
 """Completions per second: lota.generation.generate against transformers' own `generate`.
 
-    python benchmarks/generation.py --model ../shared/models/stories260K --data_dir ../shared/data
+    python -m benchmarks.generation --model ../shared/models/stories260K --data_dir ../shared/data
 
 Greedy, over the first rows of each task's test split, at the same batch size and the same number of new
 tokens. transformers takes the rows in file order, as a plain evaluation loop does, without stop texts and
@@ -15,13 +15,9 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,6 +1,6 @@
 """Merging measured: seconds and peak memory from deltas, from whole models, and with mergekit.
 
-    python benchmarks/merging.py --sparsity 0.9
+    python -m benchmarks.merging --sparsity 0.9
 
 A random Llama of 124M parameters in bf16 and three neighbours, each with 1 - s of the matrices changed,
 are merged by TIES. Every contestant is a command in a process of its own, imports included; they take turns,
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, from a clone that is not installed
 NAMES = ("a", "b", "c")
 SHAPE = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -102,12 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         # in a process of its own: this one stays small, for Linux hands its peak down to what it starts
-        code = (
-            "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import benchmarks.merging"
-        )
-        code += "; benchmarks.merging.make(Path(sys.argv[2]), float(sys.argv[3]))"
-        command = [sys.executable, "-c", code, str(ROOT), scratch, str(args.sparsity)]
-        subprocess.run(command, check=True, capture_output=True)
+        code = f"import pathlib, benchmarks.merging as m; m.make(pathlib.Path({scratch!r}), {args.sparsity})"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
         rows = measure(Path(scratch), args.rounds)
     print(f"{'contestant':<24} {'median s':>9} {'peak MiB':>9}")
     for row in rows:

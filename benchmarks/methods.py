@@ -1,7 +1,7 @@
 """Step time, peak memory and trained entries of every method as the training loop runs it, side by side.
 
-    python benchmarks/methods.py                      # CPU, 124M-parameter Llama shape, 4 x 128 tokens
-    python benchmarks/methods.py --shape 1b --batch 8 --length 512 --dtype bfloat16 --device cuda
+    python -m benchmarks.methods                      # CPU, 124M-parameter Llama shape, 4 x 128 tokens
+    python -m benchmarks.methods --shape 1b --batch 8 --length 512 --dtype bfloat16 --device cuda
 
 All with RMSprop fused into the backward pass, but SHiRA, which is peft's own with torch's. Methods take turns
 within one process; peak memory is that of a process of its own. Prints a Markdown table.
@@ -15,14 +15,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 import lota
 from benchmarks.step import (
+    ROOT,
     Step,
     adapter_step,
     backward,
@@ -98,8 +96,19 @@ def own_process_peak(args: argparse.Namespace, name: str) -> int:
     """Peak bytes of a process that builds one method and makes three steps."""
     options = [f"--{key}={getattr(args, key)}" for key in SETTING]
     flags = ["--checkpointing"] if args.checkpointing else []
-    command = [sys.executable, "-W", "ignore", __file__, "--peak-of", name, *options, *flags]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.methods",
+        "--peak-of",
+        name,
+        *options,
+        *flags,
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    return int(done.stdout.split()[-1])
 
 
 def print_peak(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Step time and peak memory of preference tuning under a mask against SFT on the same number of sequences.
 
-    python benchmarks/preference.py         # CPU, 124M-parameter Llama shape, 4 pairs = 8 rows of 128 tokens
+    python -m benchmarks.preference         # CPU, 124M-parameter Llama shape, 4 pairs = 8 rows of 128 tokens
 
 SFT reads --batch rows; the others read them as half as many pairs. The reference is the policy with its kept
 entries swapped, a second model, or log-probabilities computed before. Method as in benchmarks/step.py.
@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
@@ -89,4 +85,4 @@ CONTESTANTS: steps.Contestants = {
 
 
 if __name__ == "__main__":
-    steps.main(CONTESTANTS, list(CONTESTANTS), batch=8, description=__doc__, script=__file__)
+    steps.main(CONTESTANTS, list(CONTESTANTS), batch=8, description=__doc__, module="benchmarks.preference")

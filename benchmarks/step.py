@@ -1,9 +1,9 @@
 """Step time and peak memory of one optimizer step: LoTA against a dense masked RMSprop, PEFT LoRA and PEFT
 SHiRA.
 
-    python benchmarks/step.py                         # CPU, 124M-parameter Llama shape, 4 x 128 tokens
-    python benchmarks/step.py --contestants lota lota_rows lota_columns   # whole neurons against entries
-    python benchmarks/step.py --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
+    python -m benchmarks.step                         # CPU, 124M-parameter Llama shape, 4 x 128 tokens
+    python -m benchmarks.step --contestants lota lota_rows lota_columns   # whole neurons against entries
+    python -m benchmarks.step --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
 
 Contestants take turns within one process, so that drift of the machine hits all alike; a line of JSON per
 contestant, then a table with ratios of medians. Peak memory is measured in a process of its own per
@@ -23,8 +23,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,6 +35,7 @@ from lota.models.scope import find_scope
 from lota.system import peak_memory_bytes
 from lota.train.losses import sequence_logps
 
+ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[torch.Tensor], None]  # one training step on a batch of token ids
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTING = ("shape", "sparsity", "batch", "length", "dtype", "device")
@@ -210,14 +209,13 @@ def times(args: argparse.Namespace, contestants: Contestants) -> dict[str, list[
     return seconds
 
 
-def own_process_peak(args: argparse.Namespace, name: str, script: str) -> int:
+def own_process_peak(args: argparse.Namespace, name: str, module: str) -> int:
     """Peak bytes of a process that builds one contestant and makes three steps."""
-    options = [
-        f"--{key}={getattr(args, key)}" for key in ("shape", "sparsity", "batch", "length", "dtype", "device")
-    ]
+    options = [f"--{key}={getattr(args, key)}" for key in SETTING]
     flags = ["--checkpointing"] if args.checkpointing else []
-    command = [sys.executable, "-W", "ignore", script, "--peak-of", name, *options, *flags]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [sys.executable, "-W", "ignore", "-m", module, "--peak-of", name, *options, *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    return int(done.stdout.split()[-1])
 
 
 def print_peak(args: argparse.Namespace, contestants: Contestants) -> None:
@@ -234,9 +232,9 @@ def main(
     default: list[str] = DEFAULT,
     batch: int = 4,
     description: str = __doc__,
-    script: str = __file__,
+    module: str = "benchmarks.step",
 ) -> None:
-    """Compare contestants; ratios are those of the first one. script: the file that has them all."""
+    """Compare contestants; ratios are those of the first one. module: the one that has them all."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -263,7 +261,7 @@ def main(
     }
     rows = []
     for name in args.contestants:
-        peak = own_process_peak(args, name, script)
+        peak = own_process_peak(args, name, module)
         rows.append((name, statistics.median(seconds[name]), peak))
         print(
             json.dumps(

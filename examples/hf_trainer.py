@@ -1,12 +1,8 @@
-"""LoTA in Hugging Face's Trainer: python examples/hf_trainer.py [--fused] [--steps N] [--resume]"""
+"""LoTA in Hugging Face's Trainer: python -m examples.hf_trainer [--fused] [--steps N] [--resume]"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a clone that is not installed
 
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 

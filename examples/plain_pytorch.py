@@ -1,12 +1,9 @@
-"""LoTA in a loop of your own: python examples/plain_pytorch.py [--fused] [--steps N] [--resume]"""
+"""LoTA in a loop of your own: python -m examples.plain_pytorch [--fused] [--steps N] [--resume]"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a clone that is not installed
 
 import torch
 

@@ -1,12 +1,8 @@
-"""LoTA in TRL's DPOTrainer: python examples/trl_dpo.py [--fused] [--steps N] [--resume]"""
+"""LoTA in TRL's DPOTrainer: python -m examples.trl_dpo [--fused] [--steps N] [--resume]"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a clone that is not installed
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer

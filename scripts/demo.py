@@ -1,13 +1,15 @@
 """The whole method on the embedded tiny model, on a CPU in a few minutes: `make demo`.
 
-Calibrate on toy_sort, extract masks at three sparsities, adapt at each, convert, evaluate, sample: every
-stage is one of the project's commands, run as a user would. Then two tasks one after the other in one model.
+Calibrate on toy_sort, extract masks at three sparsities, adapt at each, convert, evaluate, sample, then learn
+two tasks one after the other in one model, and draw it all. Every stage is one of the project's commands, run
+as a user would, and nothing of lota/ is imported: the script runs from a clone that is not installed.
 Results go to demo/, which each call makes anew.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -16,17 +18,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # this script is started by its path
-
-from lota.models.tensor_files import read_header  # noqa: E402
-from lota.plots import against_sparsity  # noqa: E402
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 BASE, OUT, TASK = "assets/tiny-llama", "demo", "toy_sort"
 PROMPTS = "assets/prompts/demo_prompts.json"
 DENSE_LR = 1e-3
@@ -46,16 +41,16 @@ COLUMNS = "{:<17} {:>8} {:>12} {:>6} {:>16} {:>8} {:>9}".format
 
 @dataclass
 class Row:
-    """A line of the table. seconds: of the training command; memory: bytes, None where nothing trained."""
+    """A line of the table; None if nothing trained."""
 
     method: str
     sparsity: float | None
     lr: float | None
-    kept: int
+    kept: int  # entries that train
     score: float
-    stderr: float
-    seconds: float | None = None
-    memory: int | None = None
+    stderr: float  # of the score
+    seconds: float | None = None  # of the training command
+    memory: int | None = None  # bytes, peak of its process
 
 
 class Demo:
@@ -116,8 +111,8 @@ def peak_memory(run: str) -> int:
 
 def n_parameters(folder: str) -> int:
     """All entries of a model's safetensors file, from its header."""
-    header = read_header(ROOT / folder / "model.safetensors")
-    return sum(tensor.numel for tensor in header.entries.values())
+    with safe_open(ROOT / folder / "model.safetensors", "np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
 
 
 def run_pipeline(demo: Demo) -> tuple[list[Row], list[dict[str, str]]]:
@@ -155,21 +150,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path) -> Figure:
-    """Accuracy against sparsity, with full fine-tuning and the base model as levels."""
-    base, dense, *lota = rows
-    return against_sparsity(
-        {"LoTA": [(row.sparsity, 100 * row.score, 100 * row.stderr) for row in lota]},
-        path,
-        label=f"accuracy on {TASK}, test split (%)",
-        levels={
-            "full fine-tuning": (100 * dense.score, 100 * dense.stderr),
-            "base model": (100 * base.score, 100 * base.stderr),
-        },
-        limits=(0, 100),
-    )
-
-
 def main() -> None:
     start = time.perf_counter()
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
@@ -177,8 +157,9 @@ def main() -> None:
     rows, samples = run_pipeline(demo)
     text = table(rows)
     (ROOT / OUT / "table.txt").write_text(text + "\n")
-    plot(rows, ROOT / OUT / "accuracy.png")
     demo.run("two tasks, one after the other, each in weights of its own", f"lotto.py {SEQUENCE}")
+    runs = " ".join(f"{OUT}/runs/{name}" for name in ("calibrate", *(f"lota_{s}" for s in MASK_LR), "lotto"))
+    demo.run("figures of all runs", f"plot_runs.py {runs} --base {OUT}/base --out {OUT}/figures")
     print("\nThe same by hand:\n")
     print("\n".join(f"  {command}" for command in demo.commands))
     print(f"\nSamples of LoTA at 0.9, prompts of {PROMPTS}:\n")
@@ -187,7 +168,8 @@ def main() -> None:
     print("seconds: of the training command; peak: memory of its process")
     print(f"\n{(ROOT / OUT / 'runs/lotto/forgetting.txt').read_text()}")
     print(f"of the two tasks: {OUT}/runs/lotto/ledger.txt, forgetting.png")
-    print(f"plot: {OUT}/accuracy.png   all files: {OUT}/   {time.perf_counter() - start:.0f} s in all")
+    print(f"figures: {OUT}/figures/index.html   all files: {OUT}/")
+    print(f"{time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the structure of the code: sizes, import floors, circles and arrows against the order of layers.
 
-    python scripts/house.py [--root FOLDER] [--json FILE] [--compare REF]
+    python -m scripts.house [--root FOLDER] [--json FILE] [--compare REF]
 
 The order of layers stands in scripts/layers.py. Sizes of functions and shares of comments are those of all
 Python files outside tests/; a file of a working tree counts whether git tracks it or not.
@@ -14,7 +14,6 @@ import io
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import tokenize
 import zipfile
@@ -24,11 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from scripts import layers
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # this script is started by its path
-
-from scripts import layers  # noqa: E402
-
 LONG_FUNCTION, LONG_FILE = 50, 300  # lines
 SIZE = ": modules / lines"  # ends the labels of sizes
 
@@ -191,14 +188,14 @@ def compared(ref: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> I
         yield f"| {label} | {before.get(label, '-')} | {after.get(label, '-')} |"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent)
+    parser.add_argument("--root", type=Path, default=ROOT)
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--compare", metavar="REF", help="git ref; prints a Markdown table, before and after")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     measured = measure(args.root)
     if args.json:
         args.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

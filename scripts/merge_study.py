@@ -1,6 +1,6 @@
 """Merging dense task vectors against sparse ones: three toy tasks, the embedded model, several seeds.
 
-    python scripts/merge_study.py --out study --seeds 0 1 2
+    python -m scripts.merge_study --out study --seeds 0 1 2
 
 Each task is learnt alone by full fine-tuning (FFT), by LoTA under a mask of its own at two learning rates, or
 by LoTA under masks that share no entry. Then the three are merged by each method, and every merged model is
@@ -20,23 +20,21 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
+from lota.data.batches import Example, encode
+from lota.data.prompts import Prompter
+from lota.evaluate.cli import load_model_and_tokenizer
+from lota.evaluate.decoding import Decoding
+from lota.evaluate.estimates import mean_and_stderr
+from lota.evaluate.evaluator import evaluate_task
+from lota.evaluate.loglik import logliks
+from lota.plots import heatmap
+from lota.utils import write_json
+from tasks import get_task
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from lota.data.batches import Example, encode  # noqa: E402
-from lota.data.prompts import Prompter  # noqa: E402
-from lota.evaluate.cli import load_model_and_tokenizer  # noqa: E402
-from lota.evaluate.decoding import Decoding  # noqa: E402
-from lota.evaluate.estimates import mean_and_stderr  # noqa: E402
-from lota.evaluate.evaluator import evaluate_task  # noqa: E402
-from lota.evaluate.loglik import logliks  # noqa: E402
-from lota.plots import heatmap  # noqa: E402
-from lota.utils import write_json  # noqa: E402
-from tasks import get_task  # noqa: E402
-
 BASE = ROOT / "assets" / "tiny-llama"
 TASKS = ("toy_sort", "toy_shift", "toy_reverse")
 LR = {"FFT": 1e-3, "LoTA": 1e-2, "LoTA, lr 3e-3": 3e-3, "LoTA, disjoint": 1e-2}

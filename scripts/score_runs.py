@@ -1,6 +1,6 @@
 """Convert and evaluate the last checkpoint of every run below ROOT that has no score yet, in one process.
 
-    python scripts/score_runs.py ROOT --task gsm8k [--base_out FOLDER] [arguments of eval_model_all.py]
+    python -m scripts.score_runs ROOT --task gsm8k [--base_out FOLDER] [arguments of eval_model_all.py]
 
 Each run goes through `convert_policy_to_hf_resize.py`, with its defaults, and `eval_model_all.py`.
 --base_out: where the results of the weights go that the runs started from.
@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import convert_policy_to_hf_resize
 import eval_model_all

@@ -1,6 +1,6 @@
 """One table of methods over seeds, from the run folders below ROOT.
 
-    python scripts/summarize.py ROOT --task gsm8k --out sweep
+    python -m scripts.summarize ROOT --task gsm8k --out sweep
 
 Runs whose settings differ in the seed, and in the mask that belongs to it, are repetitions of one method. A
 run counts once its last checkpoint was converted and evaluated (scripts/score_runs.py). Figures of the same
@@ -13,8 +13,6 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lota.report.method_table import compare, text_table, write_table
 from lota.report.reading import read_base

@@ -81,6 +81,6 @@ for method in $METHODS; do
     *) train "$method" "$@" ;;
   esac
 done
-"$PYTHON" scripts/score_runs.py "$OUT/runs" --task "$task" --base_out "$OUT/base" --bs 200 $EVAL
+"$PYTHON" -m scripts.score_runs "$OUT/runs" --task "$task" --base_out "$OUT/base" --bs 200 $EVAL
 "$PYTHON" plot_runs.py "$OUT"/runs/*/* --base "$OUT/base" --out "$OUT/figures"
-"$PYTHON" scripts/summarize.py "$OUT/runs" --task "$task" --base "$OUT/base" --out "$OUT"
+"$PYTHON" -m scripts.summarize "$OUT/runs" --task "$task" --base "$OUT/base" --out "$OUT"

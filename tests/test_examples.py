@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import sys
 
 import pytest
 import torch
@@ -20,9 +19,8 @@ LOOPS = ("plain_pytorch", "hf_trainer", "trl_sft", "trl_dpo")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     """Run an example in this process; returns the weights and the optimizer's state after it."""
-    monkeypatch.setattr(sys, "path", [*sys.path])  # which the scripts extend
     mask = tmp_path / "mask.pt"
     write_mask(mask, density=0.1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -243,18 +242,19 @@ def test_text_is_counted(tmp_path):
     assert (measured["any"], measured["functions"], measured["function_median"]) == (1, 1, 61)
 
 
-def test_the_command_measures_and_compares_with_a_git_ref(tmp_path):
+def test_the_command_measures_and_compares_with_a_git_ref(tmp_path, capsys):
     tree(tmp_path, {"utils": "", "models": "from lota import utils"})
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *arguments], check=True)
     (tmp_path / "lota" / "utils.py").write_text("from lota import models\n", encoding="utf-8")
-    command = [sys.executable, str(ROOT / "scripts" / "house.py"), "--root", str(tmp_path)]
     numbers = tmp_path / "numbers.json"
-    done = subprocess.run([*command, "--json", str(numbers)], capture_output=True, text=True, check=True)
-    assert "circle of modules: lota.models, lota.utils" in done.stdout
-    assert "back: lota.utils:1 -> lota.models" in done.stdout
+    house.main(["--root", str(tmp_path), "--json", str(numbers)])
+    shown = capsys.readouterr().out
+    assert "circle of modules: lota.models, lota.utils" in shown
+    assert "back: lota.utils:1 -> lota.models" in shown
     assert json.loads(numbers.read_text())["module_circles"] == [["lota.models", "lota.utils"]]
-    done = subprocess.run([*command, "--compare", "HEAD"], capture_output=True, text=True, check=True)
-    assert "| lota: modules / lines | 3 / 1 | 3 / 2 |" in done.stdout
-    assert "| back-arrows | 0 | 1 |" in done.stdout
+    house.main(["--root", str(tmp_path), "--compare", "HEAD"])
+    shown = capsys.readouterr().out
+    assert "| lota: modules / lines | 3 / 1 | 3 / 2 |" in shown
+    assert "| back-arrows | 0 | 1 |" in shown
