@@ -50,23 +50,26 @@ def test_there_and_back_in_shards(tmp_path, dtype):
     assert same_files(tmp_path / "back", base)
 
 
+KINDS = {
+    "norm": torch.float32, "down_proj": torch.float16, "up_proj": torch.float8_e4m3fn,
+    "gate_proj": torch.float8_e5m2, "q_proj": torch.int8, "k_proj": torch.int16, "v_proj": torch.bool,
+}  # fmt: skip
+
+
 def test_dtypes_may_be_mixed(tmp_path):
-    model = hf_models.new_model("llama").bfloat16()
-    for name, p in model.named_parameters():
-        if "norm" in name or "down_proj" in name:
-            p.data = p.data.float()
-    (tmp_path / "base").mkdir()
-    (tmp_path / "tuned").mkdir()
-    model.config.save_pretrained(tmp_path / "base")
-    model.config.save_pretrained(tmp_path / "tuned")
-    save_file(
-        {n: p.detach().clone() for n, p in model.named_parameters()}, tmp_path / "base" / "model.safetensors"
-    )
-    change(model)
-    save_file(
-        {n: p.detach().clone() for n, p in model.named_parameters()}, tmp_path / "tuned" / "model.safetensors"
-    )
+    """Whatever a file may have: parameters are XORed, other tensors copied."""
+    model = hf_models.new_model("llama")
+    for name in ("base", "tuned"):
+        state = {}
+        for n, p in model.named_parameters():
+            dtype = next((KINDS[kind] for kind in KINDS if kind in n), torch.bfloat16)
+            state[n] = p > 0 if dtype == torch.bool else (100 * p.detach()).to(dtype)
+        others = {f"other.{dtype}": torch.arange(5).to(dtype) for dtype in KINDS.values()}
+        model.config.save_pretrained(tmp_path / name)
+        save_file({**state, **others}, tmp_path / name / "model.safetensors")
+        change(model, density=0.5)
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.safetensors")
+    assert all(any(kind in name for name in Delta.open(tmp_path / "d.safetensors").names) for kind in KINDS)
     apply(tmp_path / "base", tmp_path / "d.safetensors", tmp_path / "there")
     assert same_files(tmp_path / "there", tmp_path / "tuned")
     revert(tmp_path / "tuned", tmp_path / "d.safetensors", tmp_path / "back")

@@ -67,6 +67,27 @@ def test_a_model_in_a_wider_dtype(tmp_path, stored):
         assert equal(model, {name: value.to(dtype) for name, value in base.items()})
 
 
+@pytest.mark.parametrize(
+    "stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int16, torch.uint16, torch.bool]
+)
+def test_any_dtype_that_a_file_may_have(tmp_path, stored):
+    base = torch.arange(-50, 50).remainder(2).to(stored)
+    tuned = torch.arange(-50, 50).remainder(3).clamp(max=1).to(stored)
+    for name, value in (("base", base), ("tuned", tuned)):
+        hf_models.save_policy(tmp_path / f"{name}.pt", {"w": value})
+    extract(tmp_path / "base.pt", tmp_path / "tuned.pt", tmp_path / "d.safetensors")
+    for dtype in (stored, torch.bfloat16) if stored.is_floating_point else (stored,):
+        model = torch.nn.Module()
+        model.w = torch.nn.Parameter(base.to(dtype), requires_grad=False)
+        lota.attach(model, tmp_path / "d.safetensors")
+        assert equal(model, {"w": tuned.to(dtype)})
+        lota.detach(model)
+        assert equal(model, {"w": base.to(dtype)})
+    with pytest.raises(ValueError, match="quantized weights have no task vector"):
+        hf_models.save_policy(tmp_path / "int8.pt", {"w": tuned.to(torch.int32)})
+        extract(tmp_path / "base.pt", tmp_path / "int8.pt", tmp_path / "e.safetensors")
+
+
 def test_several_at_once_in_any_order(tmp_path):
     base, tuned, (a, b, c) = make(tmp_path)
     model = load(tmp_path / "base")

@@ -16,6 +16,7 @@ from lota.config_checks import CHAT_TEMPLATES
 from lota.data.prompts import Limits, Prompter, recorded_choice
 from lota.models.loading import cast_parameters, dtype_of, load_config, load_model, load_tokenizer
 from lota.share.delta.attach import attach
+from lota.share.delta.format import common_dtype
 from lota.share.delta.reader import Delta
 
 
@@ -42,7 +43,7 @@ def load_model_and_tokenizer(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    wide = functools.reduce(torch.promote_types, (delta.widest for delta in deltas if delta.names), chosen)
+    wide = functools.reduce(common_dtype, (delta.widest for delta in deltas if delta.names), chosen)
     model = load_model(name_or_path, archive=archive, dtype=wide, device=device, tokenizer=tokenizer)
     attach(model, *deltas)
     if wide != chosen:

@@ -59,6 +59,7 @@ def open_pair(
             own = meta_model(folders[role])
         sources[role] = open_weights(path, own)
         partner = base if role != "base" else f"a {type(structure).__name__} of this configuration"
+        _check_floating(sources[role], expected)
         _check_same(expected, _in_scope(sources[role], expected, own, scope), partner, sources[role])
     shapes = {name: tuple(parameter.shape) for name, parameter in structure.named_parameters()}
     return ModelPair(sources, found, shapes, scope, structure_path)
@@ -69,6 +70,7 @@ def open_whole(
 ) -> tuple[WeightSource, WeightSource]:
     """Index base and tuned and check that all their parameters have the same names and shapes.
 
+    Weights that are no floating-point numbers must have the same dtype in both.
     model: folder whose config gives the structure, needed where neither side has one and names differ.
     Raises ValueError naming the first few differences both ways.
     """
@@ -82,6 +84,10 @@ def open_whole(
         role: folder is not None and (folder / "config.json").is_file() for role, folder in folders.items()
     }
     sources = {role: open_weights(path, None if own[role] else structure) for role, path in sides.items()}
+    before, after = sources["base"], sources["tuned"]
+    recast = [n for n in before.names() if n in after and before.dtype(n) != after.dtype(n)]
+    for source in (before, after):
+        _check_floating(source, recast)
     expected, held = ({n: source.shape(n) for n in source.names()} for source in sources.values())
     held |= _further(sources["tuned"], expected)
     differing = [n for n in expected if held.get(n) != expected[n]]
@@ -140,18 +146,21 @@ def _further(source: WeightSource, expected: Iterable[str]) -> dict[str, tuple[i
     return {name: shape for name, shape in source.unused.items() if re.sub(r"\d+", "#", name) in alike}
 
 
+def _check_floating(source: WeightSource, names: Iterable[str]) -> None:
+    strange = [name for name in names if name in source and not source.dtype(name).is_floating_point]
+    if strange:
+        raise ValueError(
+            f"{source.id}: {strange[0]} is {source.dtype(strange[0])}; quantized weights have no task "
+            "vector, give the model from before quantization"
+        )
+
+
 def _check_same(
     expected: Mapping[str, tuple[int, ...]],
     held: Mapping[str, tuple[int, ...]],
     partner: Any,
     source: WeightSource,
 ) -> None:
-    strange = [name for name in expected if name in source and not source.dtype(name).is_floating_point]
-    if strange:
-        raise ValueError(
-            f"{source.id}: {strange[0]} is {source.dtype(strange[0])}; quantized weights have no task "
-            "vector, give the model from before quantization"
-        )
     absent = [name for name in expected if name not in held]
     extra = [name for name in held if name not in expected]
     shapes = [

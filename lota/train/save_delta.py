@@ -15,6 +15,7 @@ from lota.models.loading import dtype_of
 from lota.models.policy import is_policy
 from lota.models.weights import open_weights
 from lota.share.delta.extract import extract
+from lota.share.delta.format import common_dtype
 
 FILE = "delta.safetensors"
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def check_run(config: Config, structure: nn.Module) -> None:
             "does not have; use model.pad_token=null (padding with an existing token), or save_delta=false"
         )
     policy, stored = dtype_of(config.model.policy_dtype), {source.dtype(name) for name in source.names()}
-    lossy = sorted(str(dtype) for dtype in stored if torch.promote_types(policy, dtype) != policy)
+    lossy = sorted(str(dtype) for dtype in stored if common_dtype(policy, dtype) != policy)
     if lossy:
         raise ValueError(
             f"save_delta=true: model.policy_dtype={config.model.policy_dtype} cannot hold the {lossy[0]} "
