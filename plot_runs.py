@@ -4,7 +4,7 @@
 
 writes figures/index.html, which needs no other file, and its pictures as PNG: losses, scores against
 sparsity, masks by layer and module and their overlap, forgetting matrices of sequences, rewards of preference
-losses, memory and speed. What a folder does not have is left out, and said on the page.
+losses, memory and speed. What a folder does not have is left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lota.report.groups import groups
-from lota.report.mask_sections import mask_sections
-from lota.report.page import Section, write_report
-from lota.report.reading import Run, Score, read_base, read_runs
-from lota.report.run_sections import curves, memory_and_speed, overview
-from lota.report.score_sections import score_sections
-from lota.report.sequence_sections import compared, sequence_sections
+from lota.report.page import Section, write_page
+from lota.report.reading import RunRecord, TaskScore, read_base, read_runs
+from lota.report.replicates import find_replicates
+from lota.report.run_sections import (
+    curve_sections,
+    mask_sections,
+    memory_and_speed,
+    overview,
+    score_sections,
+)
+from lota.report.sequence_sections import sequence_comparison, sequence_sections
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,17 +42,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def sections_of(runs: Sequence[Run], base: Sequence[Score] = ()) -> list[Section]:
-    """All that the runs have; the last section says what they have not."""
-    trained = [run for run in runs if not run.is_sequence]
-    grouped = groups(trained)
-    trained = [run for group in grouped for run in group.runs]
+def make_sections(runs: Sequence[RunRecord], base: Sequence[TaskScore] = ()) -> list[Section]:
+    """All that the runs have; the last section names what they do not have."""
+    replicates = find_replicates([run for run in runs if not run.is_sequence])
+    trained = [run for found in replicates for run in found.runs]
+    sequences = [run for run in runs if run.stages]
     notes: list[str] = []
-    sections = [overview(grouped)] if trained else []
-    sections += [*curves(grouped), *score_sections(grouped, base), *mask_sections(trained, notes)]
-    sections += compared([run for run in runs if run.stages])
-    sections += [section for run in runs if run.stages for section in sequence_sections(run)]
-    sections += memory_and_speed(grouped)
+    sections = [overview(replicates)] if trained else []
+    sections += [*curve_sections(replicates), *score_sections(replicates, base)]
+    sections += mask_sections(trained, notes)
+    sections += sequence_comparison(sequences)
+    sections += [section for run in sequences for section in sequence_sections(run)]
+    sections += memory_and_speed(replicates)
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
     if notes:
         sections.append(Section("Left out", items=notes))
@@ -60,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         base = read_base(args.base) if args.base else []
         runs = read_runs(args.runs)
-        sections = sections_of(runs, base)
-        files = write_report(Path(args.out), args.title, sections)
+        sections = make_sections(runs, base)
+        files = write_page(Path(args.out), args.title, sections)
     except (ValueError, OSError) as error:
         sys.exit(f"plot_runs.py: {error}")
     for note in sections[-1].items:

@@ -14,7 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-from lota.report.method_table import compare, text_table, write_table
+from lota.report.method_table import markdown, score_on, summarize_methods, write_table
 from lota.report.reading import read_base
 
 
@@ -30,13 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     out = args.out or args.root
     try:
-        rows = compare(args.root, args.task)
-        scores = read_base(args.base) if args.base else []
-        base = next((score.value for score in scores if score.task == args.task), None)
+        rows = summarize_methods(args.root, args.task)
+        base = score_on(args.task, read_base(args.base)) if args.base else None
         write_table(out, rows, args.task, base)
     except (ValueError, OSError) as error:
         sys.exit(f"summarize.py: {error}")
-    print(text_table(rows, args.task, base))
+    print(markdown(rows, args.task, base))
     print(f"\nfiles: {out}/summary.md, summary.json, summary.csv")
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lota.masks import Mask
-from lota.report.method_table import compare
+from lota.report.method_table import summarize_methods
 from scripts import summarize
 
 TASK = "toy"
@@ -57,7 +57,7 @@ def root(tmp_path):
 
 
 def test_mean_and_standard_error_over_seeds(root):
-    rows = {row.method: row for row in compare(root, TASK)}
+    rows = {row.method: row for row in summarize_methods(root, TASK)}
     assert list(rows) == ["full fine-tuning", "LoTA", "LoRA r = 8"]  # best first
     dense = rows["full fine-tuning"]
     assert dense.mean == pytest.approx(0.7)
@@ -71,20 +71,20 @@ def test_mean_and_standard_error_over_seeds(root):
 def test_a_run_without_a_score_is_left_out_and_named(root, caplog):
     a_run(root, "fft/seed=3", None, seed=3)
     with caplog.at_level("WARNING"):
-        rows = compare(root, TASK)
+        rows = summarize_methods(root, TASK)
     assert "fft/seed=3" in caplog.text
     assert next(row for row in rows if row.method == "full fine-tuning").seeds == (0, 1, 2)
     with pytest.raises(ValueError, match=r"no run below .* has a score on other"):
-        compare(root, "other")
+        summarize_methods(root, "other")
 
 
 def test_learning_rates_are_methods_of_their_own_and_a_seed_counts_once(root):
     a_run(root, "fft/more", 0.5, seed=0, lr=5e-3)
-    methods = [row.method for row in compare(root, TASK)]
+    methods = [row.method for row in summarize_methods(root, TASK)]
     assert {"full fine-tuning, lr=0.001", "full fine-tuning, lr=0.005"} <= set(methods)
     a_run(root, "fft/again", 0.5, seed=0, lr=5e-3)
-    with pytest.raises(ValueError, match="a seed is there twice"):
-        compare(root, TASK)
+    with pytest.raises(ValueError, match="more than one run has the same seed"):
+        summarize_methods(root, TASK)
 
 
 def test_the_command_writes_table_json_and_csv(root, tmp_path, capsys):

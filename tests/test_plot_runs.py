@@ -52,7 +52,8 @@ def write_sequence(folder):
         {"name": "b", **stage, **second, "scores": {"a": 0.85, "b": 0.95}, "losses": {"a": 0.6, "b": 0.4}},
     ]
     (folder / "ledger.json").write_text(json.dumps({"tasks": tasks}))
-    part = {"stderr": [[0.03, None], [0.04, 0.02]], "base": [0.05, 0.1], "base_stderr": [0.01, 0.01]}
+    part = {"matrix": [[0.9, 0.1], [0.85, 0.95]], "stderr": [[0.03, None], [0.04, 0.02]]}
+    part |= {"base": [0.05, 0.1], "base_stderr": [0.01, 0.01]}
     part |= {"average": {"value": 0.9, "stderr": 0.02}, "forgetting": {"value": 0.05, "stderr": None}}
     forgetting = {"tasks": ["a", "b"], "metrics": {"a": "exact_match", "b": "exact_match"}, "score": part}
     (folder / "forgetting.json").write_text(json.dumps(forgetting))
@@ -60,7 +61,7 @@ def write_sequence(folder):
 
 
 def sections(folders):
-    return {section.title: section for section in plot_runs.sections_of(read_runs([str(f) for f in folders]))}
+    return {section.title: section for section in plot_runs.make_sections(read_runs([str(f) for f in folders]))}
 
 
 def test_the_page_holds_everything_and_needs_nothing(folders, tmp_path, capsys):

@@ -10,80 +10,79 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lota.evaluate.estimates import mean_and_stderr
-from lota.report.groups import Group, groups
-from lota.report.reading import Run, read_runs
+from lota.report.reading import TaskScore, read_runs
+from lota.report.replicates import Replicates, find_replicates
 from lota.utils import atomic_path, write_json
 
-COLUMNS = ("method", "sparsity", "trained entries", "lr", "score", "seeds", "examples/s", "peak MiB")
+COLUMNS = ["method", "sparsity", "trained entries", "lr", "score", "seeds", "examples/s", "peak MiB"]
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method over its seeds. stderr: of the mean over seeds, None for one seed; trained: mean over them;
-    examples_per_second: median of the log's lines, then the mean; peak_memory_bytes: the largest.
-    """
+class MethodSummary:
+    """A method over its seeds."""
 
     method: str
     sparsity: float | None
-    trained: int
+    trained: int  # entries, mean over the seeds
     lr: float
-    mean: float
-    stderr: float | None
-    scores: tuple[float, ...]
+    mean: float  # score, over the seeds
+    stderr: float | None  # of that mean; None for one seed
+    scores: tuple[float, ...]  # by seed
     seeds: tuple[int, ...]
-    examples_per_second: float | None
-    peak_memory_bytes: int
+    examples_per_second: float | None  # median of the log's lines, then the mean over the seeds
+    peak_memory_bytes: int  # the largest
 
 
-def compare(root: str | Path, task: str) -> list[Row]:
-    """A row per method of the runs below `root`, at any depth, best first.
+def summarize_methods(root: str | Path, task: str) -> list[MethodSummary]:
+    """Every method of the runs below `root`, at any depth, best first.
 
-    Runs that were not evaluated on `task` are left out, and named in the log. Raises ValueError when no run
-    was, or when a seed is there twice.
+    Runs that were not evaluated on `task` are left out, and named in the log. Raises ValueError if no run was
+    evaluated on it, or if a method has a seed twice.
     """
-    folders = [str(path.parent) for path in sorted(Path(root).rglob("config.yaml"))]
-    runs = read_runs(folders)
-    for run in runs:
-        if score_of(run, task) is None:
+    scored = []
+    for run in read_runs([path.parent for path in sorted(Path(root).rglob("config.yaml"))]):
+        if score_on(task, run.scores) is None:
             logger.warning("left out, as it has no score on %s: %s", task, run.path)
-    scored = [run for run in runs if score_of(run, task) is not None]
+        else:
+            scored.append(run)
     if not scored:
         raise ValueError(
             f"no run below {root} has a score on {task}: train, then score_runs.py {root} --task {task}"
         )
-    return sorted((_row(group, task) for group in groups(scored)), key=lambda row: -row.mean)
+    return sorted((_summarize(found, task) for found in find_replicates(scored)), key=lambda row: -row.mean)
 
 
-def score_of(run: Run, task: str) -> float | None:
-    """The task's own metric, at the newest evaluated checkpoint."""
-    return next((score.value for score in run.scores if score.task == task), None)
+def score_on(task: str, scores: Sequence[TaskScore]) -> float | None:
+    """The task's own metric."""
+    return next((score.value for score in scores if score.task == task), None)
 
 
-def _row(group: Group, task: str) -> Row:
-    runs = sorted(group.runs, key=lambda run: run.settings["seed"])
+def _summarize(replicates: Replicates, task: str) -> MethodSummary:
+    runs = sorted(replicates.runs, key=lambda run: run.settings["seed"])
     seeds = tuple(run.settings["seed"] for run in runs)
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{group.name}: a seed is there twice: {', '.join(str(run.path) for run in runs)}")
-    scores = tuple(score_of(run, task) for run in runs)
+        paths = ", ".join(str(run.path) for run in runs)
+        raise ValueError(f"{replicates.name}: more than one run has the same seed: {paths}")
+    scores = tuple(score for run in runs if (score := score_on(task, run.scores)) is not None)
     mean, stderr = mean_and_stderr(scores)
-    speeds = [statistics.median(rates) for run in runs if (rates := run.series("examples_per_second")[1])]
-    return Row(
-        method=group.method,
-        sparsity=group.sparsity,
+    speed = replicates.mean(lambda run: run.reduce("examples_per_second", statistics.median))
+    return MethodSummary(
+        method=replicates.method,
+        sparsity=replicates.sparsity,
         trained=round(statistics.fmean(run.series("trained_entries")[1][-1] for run in runs)),
         lr=runs[0].settings["lr"],
         mean=mean,
         stderr=stderr,
         scores=scores,
         seeds=seeds,
-        examples_per_second=statistics.fmean(speeds) if speeds else None,
+        examples_per_second=speed[0] if speed else None,
         peak_memory_bytes=max(int(max(run.series("peak_memory_bytes")[1])) for run in runs),
     )
 
 
-def text_table(rows: Sequence[Row], task: str, base: float | None = None) -> str:
-    """The rows in Markdown. base: the score of the model that training started from."""
+def markdown(rows: Sequence[MethodSummary], task: str, base: float | None = None) -> str:
+    """The rows as a table. base: the score of the model that training started from."""
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
     for row in rows:
         sparsity = "-" if row.sparsity is None else f"{row.sparsity:g}"
@@ -97,10 +96,10 @@ def text_table(rows: Sequence[Row], task: str, base: float | None = None) -> str
     return "\n".join([*text, "", f"score: on {task}, mean ± standard error over seeds"])
 
 
-def write_table(folder: Path, rows: Sequence[Row], task: str, base: float | None = None) -> None:
+def write_table(folder: Path, rows: Sequence[MethodSummary], task: str, base: float | None = None) -> None:
     """summary.md, summary.json and summary.csv; the CSV has a line per method and seed."""
     with atomic_path(folder / "summary.md") as temporary:
-        temporary.write_text(text_table(rows, task, base) + "\n", encoding="utf-8")
+        temporary.write_text(markdown(rows, task, base) + "\n", encoding="utf-8")
     methods = [asdict(row) for row in rows]
     write_json(folder / "summary.json", {"task": task, "base": base, "methods": methods})
     with atomic_path(folder / "summary.csv") as temporary, temporary.open("w", newline="") as file:

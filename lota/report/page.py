@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,29 +16,33 @@ from lota.utils import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 PAGE = "index.html"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
-h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
-img { max-width: 100%; height: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0; }
-th, td { padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-"""
+HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em;
+  color: #222; }}
+h2 {{ margin-top: 2em; border-bottom: 1px solid #ccc; }}
+img {{ max-width: 100%; height: auto; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 13px; margin: 1em 0; }}
+th, td {{ padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; }}
+</style></head><body>
+<h1>{title}</h1>"""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. file: name of the picture, no ending; table: lines of cells, the header first."""
+    """A part of the page."""
 
     title: str
     text: str = ""
     figure: Figure | None = None
-    file: str = ""
-    table: Sequence[Sequence[str]] = field(default_factory=list)
-    items: Sequence[str] = field(default_factory=list)
+    file: str = ""  # name of the picture, without its ending
+    table: Sequence[Sequence[str]] = ()  # lines of cells, the header first
+    items: Sequence[str] = ()
 
 
 def file_name(*words: str) -> str:
@@ -46,52 +50,37 @@ def file_name(*words: str) -> str:
     return re.sub(r"[^\w.-]+", "_", "_".join(words))
 
 
-def write_report(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
+def write_page(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
     """Write index.html and a PNG per figure; returns their paths, the page first.
 
     All is drawn before anything is written. Each file replaces one of its name; others in the folder stay.
     """
     pictures = [png(section.figure) if section.figure is not None else None for section in sections]
-    files = []
+    parts = [HEAD.format(title=escape(title))]
+    files = {}
     for section, picture in zip(sections, pictures, strict=True):
+        parts += _html(section, picture)
         if picture is not None:
-            files.append(folder / f"{section.file}.png")
-            with atomic_path(files[-1]) as temporary:
-                temporary.write_bytes(picture)
-    with atomic_path(folder / PAGE) as temporary:
-        temporary.write_text(page(title, sections, pictures), encoding="utf-8")
-    return [folder / PAGE, *files]
+            files[folder / f"{section.file}.png"] = picture
+    files = {folder / PAGE: "\n".join([*parts, "</body></html>", ""]).encode(), **files}
+    for path, content in files.items():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return list(files)
 
 
-def page(title: str, sections: Sequence[Section], pictures: Sequence[bytes | None]) -> str:
-    """The HTML text; pictures: PNG content per section, embedded."""
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-    ]
-    for section, picture in zip(sections, pictures, strict=True):
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        if section.text:
-            parts.append(f"<p>{html.escape(section.text)}</p>")
-        if picture is not None:
-            content = base64.b64encode(picture).decode()
-            alt = html.escape(section.title, quote=True)
-            parts.append(f'<p><img alt="{alt}" src="data:image/png;base64,{content}"></p>')
-        if section.table:
-            parts.append(_table(section.table))
-        if section.items:
-            parts.append(
-                "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in section.items) + "</ul>"
-            )
-    return "\n".join([*parts, "</body></html>", ""])
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    rows = []
-    for at, line in enumerate(lines):
-        tag = "td" if at else "th"
-        rows.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>")
-    return '<div class="wide"><table>' + "\n".join(rows) + "</table></div>"
+def _html(section: Section, picture: bytes | None) -> Iterator[str]:
+    """picture: content of a PNG file, which is embedded."""
+    yield f"<h2>{escape(section.title)}</h2>"
+    if section.text:
+        yield f"<p>{escape(section.text)}</p>"
+    if picture is not None:
+        source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        yield f'<p><img alt="{escape(section.title)}" src="{source}"></p>'
+    if section.table:
+        yield '<div class="wide"><table>'
+        for tag, line in zip(["th", *["td"] * len(section.table)], section.table, strict=False):
+            yield "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line) + "</tr>"
+        yield "</table></div>"
+    if section.items:
+        yield "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in section.items) + "</ul>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import yaml
 
 from lota.config import Config
 from lota.config_checks import WEIGHT_NEUTRAL
+from lota.lotto.config import METHODS, LottoConfig
 from lota.lotto.forgetting import NAME as FORGETTING_NAME
 from lota.lotto.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
@@ -23,37 +24,30 @@ FORGETTING = f"{FORGETTING_NAME}.json"
 SUMMARY = "metrics/summary.json"
 
 
-class Score(NamedTuple):
-    """A result of an evaluation: mean of a metric over n examples, standard error None for one."""
+class TaskScore(NamedTuple):
+    """A result of an evaluation."""
 
     task: str
     metric: str
-    value: float
-    stderr: float | None
-    n: int
+    value: float  # mean over the examples
+    stderr: float | None  # None for one example
+    n: int  # examples
 
 
 @dataclass
-class Run:
-    """What a run folder holds; what it does not have is empty, and said in `notes`.
-
-    settings: flat, `model.name_or_path` and so on; settings that the run did not know have their defaults.
-    log: lines of metrics.jsonl. mask: what is in mask_path, before it is flipped; None for dense training, or
-    where the file is lost. scores: of the newest evaluated checkpoint. stages: tasks of ledger.json.
-    forgetting: content of forgetting.json.
-    name: as short as tells it from the other runs.
-    """
+class RunRecord:
+    """What a run folder holds; what it does not have is empty, and `notes` says so."""
 
     path: Path
-    settings: dict[str, Any]
-    log: list[dict[str, Any]] = field(default_factory=list)
-    mask: Mask | None = None
-    scores: list[Score] = field(default_factory=list)
-    stages: list[Entry] = field(default_factory=list)
-    forgetting: dict[str, Any] = field(default_factory=dict)
-    device: str | None = None
+    settings: dict[str, Any]  # flat: model.name_or_path; keys that the run did not know have their defaults
+    log: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
+    mask: Mask | None = None  # before it is flipped; None for dense training, or if the file is lost
     lost_mask: bool = False
-    name: str = ""
+    scores: list[TaskScore] = field(default_factory=list)  # of the newest evaluated checkpoint
+    stages: list[Entry] = field(default_factory=list)  # of ledger.json
+    forgetting: dict[str, Any] = field(default_factory=dict)  # content of forgetting.json
+    device: str | None = None
+    name: str = ""  # the last parts of the path, as many as tell it from the other runs
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -70,30 +64,46 @@ class Run:
 
     @property
     def sparsity(self) -> float | None:
-        """Frozen share of the scope under the mask, as extracted; None for dense training."""
+        """Frozen share of the scope under its masks, as extracted; None for dense training."""
+        if "method" in self.settings:  # of a sequence
+            return self.settings["sparsity"] if METHODS[self.settings["method"]].score else None
         if self.mask is None:
             return None
         extracted = self.mask.meta.get("sparsity", 1 - self.mask.density)
         return round(1 - extracted if self.settings["flip_mask"] else extracted, 6)
 
+    @property
+    def weight_settings(self) -> dict[str, Any]:
+        """The settings that can change weights."""
+        return {k: value for k, value in self.settings.items() if k.split(".")[0] not in WEIGHT_NEUTRAL}
+
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """(training examples, values) of a key of the log, where it has a number."""
+        """(training examples, values) of a key of the log, wherever it has a number."""
         points = [
             (line["examples"], line[key]) for line in self.log if isinstance(line.get(key), int | float)
         ]
-        return [at for at, _ in points], [value for _, value in points]
+        return [examples for examples, _ in points], [value for _, value in points]
+
+    def reduce(self, key: str, reduction: Callable[[list[float]], float]) -> float | None:
+        """A number made of all values of a key of the log, None if it has none."""
+        _, values = self.series(key)
+        return reduction(values) if values else None
+
+    def last(self, key: str) -> float | None:
+        """The last value of a key of the log."""
+        return self.reduce(key, lambda values: values[-1])
 
 
-def read_runs(paths: list[str]) -> list[Run]:
-    """Every run of the folders given; a sequence of tasks stands for its stages' runs, too.
+def read_runs(paths: Iterable[str | Path], with_stages: bool = True) -> list[RunRecord]:
+    """Every run of the folders given; a sequence of tasks is followed by the runs of its stages.
 
-    Raises ValueError naming all folders that are none of a run.
+    Raises ValueError naming all folders that hold no run.
     """
     runs, problems = [], []
     for path in dict.fromkeys(Path(path).expanduser().resolve() for path in paths):
         try:
             runs.append(read_run(path))
-            stages = sorted(path.glob("*/*/config.yaml")) if runs[-1].is_sequence else []
+            stages = sorted(path.glob("*/*/config.yaml")) if with_stages and runs[-1].is_sequence else []
             runs += [read_run(stage.parent, of_sequence=True) for stage in stages]
         except ValueError as error:
             problems.append(str(error))
@@ -104,31 +114,30 @@ def read_runs(paths: list[str]) -> list[Run]:
     return runs
 
 
-def read_run(path: Path, of_sequence: bool = False) -> Run:
-    """The run in a folder. Raises ValueError when it is no run folder or its config.yaml cannot be read.
+def read_run(path: Path, of_sequence: bool = False) -> RunRecord:
+    """The run in a folder. Raises ValueError if it is no run folder or its config.yaml cannot be read.
 
-    of_sequence: the run of a stage, whose scores the sequence's ledger has.
+    of_sequence: it is a stage, whose scores are in the ledger of the sequence.
     """
-    run = Run(path, _settings(path))
+    run = RunRecord(path, _read_settings(path))
     if run.is_sequence or (path / LEDGER).is_file():
         run.stages = Ledger(path).entries
         run.notes += [] if run.stages else [f"{LEDGER} has no finished stage"]
-        run.forgetting = _forgetting(path / FORGETTING, run.notes)
+        run.forgetting = _read_forgetting(path / FORGETTING, run.notes)
     else:
-        run.log = _log(path / "metrics.jsonl", run.notes)
-        run.scores = [] if of_sequence else _scores(path, run.notes)
-        run.mask = _mask(run)
-        versions = _json(path / "versions.json", run.notes)
+        run.log = _read_log(path / "metrics.jsonl", run.notes)
+        run.scores = [] if of_sequence else _newest_scores(path, run.notes)
+        _read_mask(run)
+        versions = _read_json(path / "versions.json", run.notes)
         run.device = versions.get("device") if isinstance(versions, dict) else None
     return run
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     file = path / "config.yaml"
     if not file.is_file():
-        below = [found.parent.relative_to(path) for found in sorted(path.glob("*/config.yaml"))]
-        below += [found.parent.relative_to(path) for found in sorted(path.glob("*/*/config.yaml"))]
-        hint = f"; it holds runs: give {path / below[0]} and so on" if below else ""
+        below = [run.parent for depth in ("*", "*/*") for run in sorted(path.glob(f"{depth}/config.yaml"))]
+        hint = f"; it holds runs: give {below[0]} and so on" if below else ""
         missing = "there is no config.yaml" if path.is_dir() else "there is no such folder"
         raise ValueError(f"{path} is not a run folder: {missing}{hint}")
     try:
@@ -137,35 +146,26 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is not a run folder: config.yaml holds no settings of a run")
-    return _defaults(Config) | _flat(content)
+    return _defaults(LottoConfig if "tasks" in content else Config) | _flatten(content)
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in content.items():
-        nested = isinstance(value, dict) and key != "task_overrides"
-        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
+def _defaults(schema: type[Config]) -> dict[str, Any]:
+    values = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(schema)
+    }
+    return _flatten({key: vars(value) if is_dataclass(value) else value for key, value in values.items()})
 
 
-def _defaults(kind: type, prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for item in fields(kind):
-        value = item.default if item.default is not MISSING else item.default_factory()
-        nested = is_dataclass(value)
-        found |= (
-            _defaults(type(value), f"{prefix}{item.name}.") if nested else {f"{prefix}{item.name}": value}
-        )
-    return found
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
-def weight_settings(run: Run) -> dict[str, Any]:
-    """The settings that can change weights."""
-    return {key: value for key, value in run.settings.items() if key.split(".")[0] not in WEIGHT_NEUTRAL}
-
-
-def _json(file: Path, notes: list[str]) -> Any:
-    """The content of a file; None, with a note, where it is absent or no JSON."""
+def _read_json(file: Path, notes: list[str]) -> Any:
+    """The content of a file; None, with a note, if it is absent or no JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -175,7 +175,7 @@ def _json(file: Path, notes: list[str]) -> Any:
     return None
 
 
-def _log(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _read_log(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
@@ -189,63 +189,66 @@ def _log(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def _scores(path: Path, notes: list[str]) -> list[Score]:
-    checkpoints = [p for p in path.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)]
-    checkpoints.sort(
-        key=lambda p: ((p / "policy.pt").stat().st_mtime if (p / "policy.pt").is_file() else 0, p.name)
-    )
-    for checkpoint in reversed(checkpoints):
-        if not (checkpoint / SUMMARY).is_file():
-            continue
-        if checkpoint != checkpoints[-1]:
-            notes.append(f"scores are of {checkpoint.name}, {checkpoints[-1].name} is not evaluated")
-        return read_scores(checkpoint, notes)
-    notes.append("no evaluated checkpoint: no scores")
-    return []
+def _newest_scores(path: Path, notes: list[str]) -> list[TaskScore]:
+    """Those of the newest checkpoint that was evaluated."""
+
+    def written(checkpoint: Path) -> tuple[float, str]:
+        policy = checkpoint / "policy.pt"
+        return policy.stat().st_mtime if policy.is_file() else 0, checkpoint.name
+
+    checkpoints = sorted((p for p in path.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)), key=written)
+    evaluated = [checkpoint for checkpoint in checkpoints if (checkpoint / SUMMARY).is_file()]
+    if not evaluated:
+        notes.append("no evaluated checkpoint: no scores")
+        return []
+    if evaluated[-1] != checkpoints[-1]:
+        notes.append(f"scores are of {evaluated[-1].name}, {checkpoints[-1].name} is not evaluated")
+    return _read_scores(evaluated[-1], notes)
 
 
-def read_base(folder: str) -> list[Score]:
-    """Scores of a model that is no run. Raises ValueError where its folder has no evaluation."""
+def read_base(folder: str) -> list[TaskScore]:
+    """Scores of a model that is no run. Raises ValueError if its folder has no evaluation."""
     notes: list[str] = []
-    found = read_scores(Path(folder), notes)
-    if not found:
+    scores = _read_scores(Path(folder), notes)
+    if not scores:
         raise ValueError(
-            f"--base {folder}: {', '.join(notes)}: evaluate it first (eval_model_all.py --model ... --out)"
+            f"{folder} holds no scores of a base model: {', '.join(notes)}; "
+            "evaluate it first (eval_model_all.py --model ... --out)"
         )
-    return found
+    return scores
 
 
-def read_scores(folder: Path, notes: list[str]) -> list[Score]:
-    """What eval_model_all.py left in a model's folder; tasks without a score have none here."""
-    content = _json(folder / SUMMARY, notes)
+def _read_scores(folder: Path, notes: list[str]) -> list[TaskScore]:
+    """What eval_model_all.py left in a model's folder."""
+    content = _read_json(folder / SUMMARY, notes)
     try:
-        return [Score(t["task"], t["metric"], t["score"], t["stderr"], t["n"]) for t in content["tasks"]]
+        return [TaskScore(t["task"], t["metric"], t["score"], t["stderr"], t["n"]) for t in content["tasks"]]
     except (KeyError, TypeError):
         if content is not None:
             notes.append(f"{folder / SUMMARY} is no summary of an evaluation")
         return []
 
 
-def _mask(run: Run) -> Mask | None:
+def _read_mask(run: RunRecord) -> None:
     path = run.mask_path
     try:
-        return mask_or_dense(path, mapped=True)
+        run.mask = mask_or_dense(path, mapped=True)
     except (ValueError, OSError) as error:
-        where = "is not there any more" if not Path(str(path)).exists() else f"cannot be read: {error}"
+        reason = f"cannot be read: {error}" if Path(str(path)).exists() else "is not there any more"
         run.lost_mask = True
-        run.notes.append(f"its mask {path} {where}: its density, overlap and sparsity are left out")
-        return None
+        run.notes.append(f"its mask {path} {reason}: its density, overlap and sparsity are left out")
 
 
-def _forgetting(file: Path, notes: list[str]) -> dict[str, Any]:
-    content = _json(file, notes)
+def _read_forgetting(file: Path, notes: list[str]) -> dict[str, Any]:
+    content = _read_json(file, notes)
     if content is None:
         return {}
     try:
         n = len(content["tasks"])
         for part in (content[key] for key in ("score", "loss") if key in content):
-            lines = [*part["stderr"], *(part[key] for key in ("base", "base_stderr") if key in part)]
-            if any(len(line) != n for line in lines) or ("base" in part) != ("base_stderr" in part):
+            lines = [*part["matrix"], *part["stderr"]]
+            lines += [part["base"], part["base_stderr"]] if "base" in part else []
+            if len(part["matrix"]) != len(part["stderr"]) or any(len(line) != n for line in lines):
                 raise ValueError("rows of another length than its tasks")
         return content
     except (KeyError, TypeError, ValueError):

@@ -1,20 +1,29 @@
-"""Parts of the report on runs: what they are, losses, rewards, memory and speed."""
+"""Parts of the page on training runs: what they are, losses and rewards, scores, masks, memory and speed."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, NamedTuple
 
-from lota.plots import Line, bars, over_examples
-from lota.report.groups import Group
-from lota.report.page import Section
-from lota.report.reading import Run
+from lota.evaluate.estimates import mean_and_stderr
+from lota.masks import Mask
+from lota.masks.statistics import density, overlap
+from lota.masks.views import density_table, draw_density, draw_overlap, overlap_table
+from lota.plots import Line, against_sparsity, bars, over_examples
+from lota.report.page import Section, file_name
+from lota.report.reading import RunRecord, TaskScore
+from lota.report.replicates import Replicates
+from lota.utils import short_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WINDOWS = 200  # points of a curve at most
 SPLITS = {"training": "train", "held-out": "eval"}
 NATS = "loss (nats per response token)"
-GIB = 2**30
 COLUMNS = [
     "run",
     "in the figures",
@@ -25,22 +34,35 @@ COLUMNS = [
     "training loss",
     "held-out loss",
 ]
+MEMORY_AND_SPEED_TEXT = (
+    "Memory: the peak, of the device or, on a CPU, of the whole process. Speed: the median of the log. "
+    "Devices: {devices}. Means over seeds, with standard errors if there are several."
+)
+HELD_OUT = "held-out loss"
+# endings of metrics that are shares of the examples, and drawn in per cent
+SHARES = ("match", "accuracy", "rate", "acc", "acc_norm")
+SCORE_TEXT = "Error bars and bands: one standard error, over seeds if there are several, else over examples."
+OVERLAP_TEXT = (
+    "Below the diagonal: entries that both masks keep, over those that either keeps (IoU). Above it, and as "
+    "'by chance' in the table: random masks that keep as many entries of each tensor, +- their deviation."
+)
 
 
-def overview(groups: Sequence[Group]) -> Section:
+def overview(replicates: Sequence[Replicates]) -> Section:
     """A line per run: the name that it has in the figures, and its last numbers."""
     table = [[*COLUMNS, "peak memory (GiB)", "tokens/s", "device"]]
-    for group in groups:
-        for run in group.runs:
-            examples = max((line["examples"] for line in run.log), default=None)
-            losses = [last(run, f"nats_per_token/{split}") for split in SPLITS.values()]
-            cells = [run.name, group.name, str(run.settings["seed"]), f"{run.settings['lr']:g}", _kept(run)]
-            cells += [number(examples, ",.0f"), *(number(loss, ".4f") for loss in losses)]
-            table.append([*cells, number(memory(run), ".3f"), number(speed(run), ",.0f"), run.device or "-"])
+    for found in replicates:
+        for run in found.runs:
+            cells = [run.name, found.name, str(run.settings["seed"]), f"{run.settings['lr']:g}", _kept(run)]
+            cells.append(number(max((line["examples"] for line in run.log), default=None), ",.0f"))
+            cells += [number(run.last(f"nats_per_token/{split}"), ".4f") for split in SPLITS.values()]
+            table.append(
+                [*cells, number(_memory(run), ".3f"), number(_speed(run), ",.0f"), run.device or "-"]
+            )
     return Section("Runs", "Losses: nats per response token, the last of the log.", table=table)
 
 
-def _kept(run: Run) -> str:
+def _kept(run: RunRecord) -> str:
     if run.mask is None:
         return "-"
     return f"{run.mask.n_total - run.mask.n_kept if run.settings['flip_mask'] else run.mask.n_kept:,}"
@@ -50,29 +72,21 @@ def number(value: float | None, fmt: str) -> str:
     return "-" if value is None else f"{value:{fmt}}"
 
 
-def last(run: Run, key: str) -> float | None:
-    """The last value of a key of the log."""
-    values = run.series(key)[1]
-    return values[-1] if values else None
+def _memory(run: RunRecord) -> float | None:
+    """Peak memory in GiB."""
+    return run.reduce("peak_memory_bytes", lambda values: max(values) / 2**30)
 
 
-def memory(run: Run) -> float | None:
-    """Peak memory in GiB: of the device, or of the process on a CPU."""
-    values = run.series("peak_memory_bytes")[1]
-    return max(values) / GIB if values else None
+def _speed(run: RunRecord) -> float | None:
+    """Tokens per second of training."""
+    return run.reduce("tokens_per_second", statistics.median)
 
 
-def speed(run: Run) -> float | None:
-    """Tokens per second of training, the median of the log."""
-    values = run.series("tokens_per_second")[1]
-    return statistics.median(values) if values else None
-
-
-def curves(groups: Sequence[Group]) -> Iterable[Section]:
+def curve_sections(replicates: Sequence[Replicates]) -> Iterable[Section]:
     """Loss in nats per token, or the loss itself of runs that log no such number; rewards of preferences."""
-    runs = [(group, run) for group in groups for run in group.runs]
-    by_token = [(group, run) for group, run in runs if run.series("nats_per_token/train")[0]]
-    others = [(group, run) for group, run in runs if not run.series("nats_per_token/train")[0]]
+    runs = [(found.name, run) for found in replicates for run in found.runs]
+    by_token = [(name, run) for name, run in runs if run.series("nats_per_token/train")[0]]
+    others = [(name, run) for name, run in runs if not run.series("nats_per_token/train")[0]]
     for title, file, chosen, key, label in (
         ("Loss", "loss", by_token, "nats_per_token/{}", NATS),
         ("Loss per example", "loss_per_example", others, "loss/{}", "loss per example"),
@@ -86,44 +100,147 @@ def curves(groups: Sequence[Group]) -> Iterable[Section]:
         ),
     ):
         panels = {
-            panel: [line for group, run in chosen if (line := _line(group, run, key.format(split))).values]
+            panel: [line for name, run in chosen if (line := _line(name, run, key.format(split))).values]
             for panel, split in SPLITS.items()
         }
         if any(panels.values()):
-            yield Section(title, _curve_text(panels, chosen, key), over_examples(panels, label=label), file)
+            longest = max(
+                len(run.series(key.format(split))[0]) for _, run in chosen for split in SPLITS.values()
+            )
+            yield Section(title, _curve_text(panels, longest), over_examples(panels, label=label), file)
 
 
-def _line(group: Group, run: Run, key: str) -> Line:
+def _line(name: str, run: RunRecord, key: str) -> Line:
     """A curve of at most WINDOWS points, each the mean of a stretch of the log."""
     examples, values = run.series(key)
     size = math.ceil(len(examples) / WINDOWS) or 1
     stretches = [slice(start, start + size) for start in range(0, len(examples), size)]
-    return Line(group.name, *([statistics.fmean(part[s]) for s in stretches] for part in (examples, values)))
+    return Line(name, *([statistics.fmean(part[s]) for s in stretches] for part in (examples, values)))
 
 
-def _curve_text(panels: dict[str, list[Line]], chosen: Sequence[tuple[Group, Run]], key: str) -> str:
+def _curve_text(panels: Mapping[str, Sequence[Line]], longest: int) -> str:
     names = [line.name for lines in panels.values() for line in lines]
     text = ["Lines that look the same are runs with other seeds."] if len(set(names)) < len(names) / 2 else []
-    points = [len(run.series(key.format(split))[0]) for _, run in chosen for split in SPLITS.values()]
-    if max(points) > WINDOWS:
-        text.append(f"Each point is the mean of up to {math.ceil(max(points) / WINDOWS)} lines of the log.")
+    if longest > WINDOWS:
+        text.append(f"Each point is the mean of up to {math.ceil(longest / WINDOWS)} lines of the log.")
     return " ".join(text)
 
 
-def memory_and_speed(groups: Sequence[Group]) -> Iterable[Section]:
+class MethodScore(NamedTuple):
+    """A point of the figure and a line of the table."""
+
+    method: str
+    sparsity: float | None
+    mean: float
+    stderr: float | None
+    n_runs: int
+
+
+def score_sections(replicates: Sequence[Replicates], base: Sequence[TaskScore] = ()) -> Iterable[Section]:
+    """A figure and a table per task and metric. base: scores of the model that the runs started from."""
+    runs = [run for found in replicates for run in found.runs]
+    for task, metric in dict.fromkeys((score.task, score.metric) for run in runs for score in _scores(run)):
+        rows = [
+            MethodScore("base model", None, score.value, score.stderr, 1)
+            for score in base
+            if (score.task, score.metric) == (task, metric)
+        ]
+        for found in replicates:
+            scores = [s for run in found.runs for s in _scores(run) if (s.task, s.metric) == (task, metric)]
+            if scores:
+                mean, stderr = mean_and_stderr([score.value for score in scores])
+                stderr = scores[0].stderr if len(scores) == 1 else stderr
+                rows.append(MethodScore(found.method, found.sparsity, mean, stderr, len(scores)))
+        name = metric.replace("_", " ")
+        table = [["method", "sparsity", name, "standard error", "runs"]]
+        for row in rows:
+            cells = [number(row.sparsity, "g"), f"{row.mean:.4f}", number(row.stderr, ".4f")]
+            table.append([row.method, *cells, str(row.n_runs)])
+        title, file = f"{name.capitalize()} on {task}", file_name(metric, task)
+        yield Section(title, SCORE_TEXT, _draw_scores(rows, task, metric), file, table)
+
+
+def _scores(run: RunRecord) -> list[TaskScore]:
+    """Those of the evaluation, and the last held-out loss of the log."""
+    loss = run.last("nats_per_token/eval")
+    own = [] if loss is None else [TaskScore(", ".join(run.settings["datasets"]), HELD_OUT, loss, None, 0)]
+    return [*run.scores, *own]
+
+
+def _draw_scores(rows: Sequence[MethodScore], task: str, metric: str) -> Figure:
+    """Over sparsity; bars if no run has one."""
+    scale, unit = (100, " (%)") if metric.endswith(SHARES) else (1, "")
+    unit = " (nats per response token)" if metric == HELD_OUT else unit
+    label = f"{metric.replace('_', ' ')} on {task}{unit}"
+    curves: dict[str, list[tuple[float, float, float | None]]] = {}
+    levels: dict[str, tuple[float, float | None]] = {}
+    ends: list[float] = []  # of the error bars
+    for row in rows:
+        mean, error = scale * row.mean, None if row.stderr is None else scale * row.stderr
+        ends += [mean - (error or 0), mean + (error or 0)]
+        if row.sparsity is None:
+            levels[row.method] = (mean, error)
+        else:
+            curves.setdefault(row.method, []).append((row.sparsity, mean, error))
+    if not curves:
+        return bars({label: list(levels.values())}, list(levels))
+    room = max(5.0, 0.1 * (max(ends) - min(ends)))
+    limits = (max(0.0, min(ends) - room), min(100.0, max(ends) + room)) if scale == 100 else None
+    return against_sparsity(curves, label=label, levels=levels, limits=limits)
+
+
+def mask_sections(runs: Sequence[RunRecord], notes: list[str]) -> Iterable[Section]:
+    """Density of each mask of the runs, and how the masks of one model overlap."""
+    masks = {str(run.mask_path): run.mask for run in runs if run.mask is not None}
+    short = short_names(list(masks))
+    names = {path: name.removesuffix("_mask.pt") for path, name in zip(masks, short, strict=True)}
+    for path, mask in masks.items():
+        found = density(mask)
+        text = f"{path}: {mask.n_kept:,} of {mask.n_total:,} entries kept ({100 * mask.density:.4g} %)."
+        figure, file = draw_density(found, None, ""), file_name("density", names[path])
+        yield Section(f"Density of {names[path]}", text, figure, file, density_table(found))
+    models = _by_model(masks)
+    if len(models) > 1:
+        shown = "; ".join(", ".join(names[path] for path in paths) for paths in models)
+        notes.append(f"masks of different models have no overlap: {shown}")
+    for at, paths in enumerate(paths for paths in models if len(paths) > 1):
+        pairs = combinations(range(len(paths)), 2)
+        overlaps = {(i, j): overlap(masks[paths[i]], masks[paths[j]]) for i, j in pairs}
+        listed = [names[path] for path in paths]
+        file = "overlap" if at == 0 else f"overlap_{at + 1}"
+        figure, table = draw_overlap(listed, overlaps, None), overlap_table(listed, overlaps)
+        yield Section("Overlap of masks", OVERLAP_TEXT, figure, file, table)
+
+
+def _by_model(masks: Mapping[str, Mask]) -> list[list[str]]:
+    """Paths of the masks that belong to one model."""
+    models: list[list[str]] = []
+    for path, mask in masks.items():
+        home = next((paths for paths in models if _same_model(masks[paths[0]], mask)), None)
+        if home is None:
+            models.append([path])
+        else:
+            home.append(path)
+    return models
+
+
+def _same_model(first: Mask, second: Mask) -> bool:
+    try:
+        first.check_same_model(second)
+    except ValueError:
+        return False
+    return True
+
+
+def memory_and_speed(replicates: Sequence[Replicates]) -> Iterable[Section]:
     """Bars of the means over seeds."""
-    rows = [group for group in groups if group.mean(memory) or group.mean(speed)]
-    if not rows:
-        return
-    panels = {
-        "peak memory (GiB)": [group.mean(memory) for group in rows],
-        "training speed (tokens/s)": [group.mean(speed) for group in rows],
-    }
-    text = (
-        "Memory: the peak, of the device or, on a CPU, of the whole process. Speed: the median of the log. "
-    )
-    devices = list(dict.fromkeys(run.device for group in rows for run in group.runs if run.device))
-    text += f"Devices: {'; '.join(devices)}. " if devices else ""
-    text += "Means over seeds, with standard errors where there are several."
-    figure = bars(panels, [group.name for group in rows])
-    yield Section("Memory and speed", text, figure, "memory_and_speed")
+    measured = [found for found in replicates if found.mean(_memory) or found.mean(_speed)]
+    if measured:
+        panels = {
+            "peak memory (GiB)": [found.mean(_memory) for found in measured],
+            "training speed (tokens/s)": [found.mean(_speed) for found in measured],
+        }
+        devices = dict.fromkeys(run.device for found in measured for run in found.runs if run.device)
+        text = MEMORY_AND_SPEED_TEXT.format(devices="; ".join(devices) or "unknown")
+        figure = bars(panels, [found.name for found in measured])
+        yield Section("Memory and speed", text, figure, "memory_and_speed")

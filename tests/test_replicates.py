@@ -5,14 +5,14 @@ from __future__ import annotations
 import run_folders
 
 from lota.masks import Mask
-from lota.report.groups import groups
+from lota.report.replicates import find_replicates
 from lota.report.reading import read_runs
 
 
 def names(folder, *runs: str) -> dict[str, int]:
     """Name of a group -> number of its runs, for runs with these settings."""
     made = [run_folders.write_run(folder / f"r{i}", *run.split()) for i, run in enumerate(runs)]
-    found = groups(read_runs([str(path) for path in made]))
+    found = find_replicates(read_runs([str(path) for path in made]))
     return {group.name: len(group.runs) for group in found}
 
 
@@ -91,5 +91,5 @@ def test_masks_of_snip_are_found_where_the_run_keeps_them(tmp_path):
     folders.append(
         run_folders.write_run(tmp_path / "r2", "snip=true", "seed=2", f"save_snip_mask_path={elsewhere}")
     )
-    (group,) = groups(read_runs([str(folder) for folder in folders]))
+    (group,) = find_replicates(read_runs([str(folder) for folder in folders]))
     assert (group.name, len(group.runs)) == ("SNIP mask, s = 0.9", 3)
