@@ -11,7 +11,7 @@ import torch
 import lota
 from lota.masks import Mask
 from lota.models.loading import enable_activation_checkpointing
-from lota.optim.compact_linear import _KeptGradientLinear, _Lines, _products
+from lota.optim.compact_linear import _CompactLinear, _Lines, _products
 
 
 def run(model, mask, *, compact, accumulation=1, strategy="even", checkpointing=False):
@@ -115,7 +115,7 @@ def test_gradients_of_inputs_are_exact(transposed):
     weight, bias = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     weight = weight.t().contiguous() if transposed else weight
     assert torch.autograd.gradcheck(
-        lambda x: _KeptGradientLinear.apply(x, weight, bias, lambda a, b: None, transposed), (x,)
+        lambda x: _CompactLinear.apply(x, weight, bias, lambda a, b: None, transposed), (x,)
     )
 
 
@@ -138,35 +138,15 @@ def test_bf16_weights(compact):
         torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-3)
 
 
-def test_a_layer_that_runs_twice_is_refused():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(50, 50, bias=False)
-
-        def forward(self, x):
-            return self.layer(self.layer(x))
-
-    model = Twice()
-    mask = Mask.from_positions({"layer.weight": torch.tensor([3, 70])}, {"layer.weight": (50, 50)})
-    optimizer = lota.MaskedSGD(model, mask, lr=0.1)
-    unfuse = lota.fuse_in_backward(optimizer, gradient_accumulation_steps=2)
-    with pytest.raises(RuntimeError, match="compact_linear=False"):
-        model(torch.randn(3, 50)).sum().backward()
-    unfuse()
-    lota.fuse_in_backward(optimizer, compact_linear=False)
-    model(torch.randn(3, 50)).sum().backward()
-
-
 def test_a_model_that_is_moved_afterwards_forms_gradients_as_usual():
     """As a Hugging Face trainer moves it to its GPU."""
     model = torch.nn.Sequential(torch.nn.Linear(50, 40, bias=False))
     mask = Mask.from_positions({"0.weight": torch.tensor([3, 70])}, {"0.weight": (40, 50)})
     lota.fuse_in_backward(lota.MaskedSGD(model, mask, lr=0.1))
     x = torch.randn(3, 50)
-    assert "_KeptGradientLinear" in type(model(x).grad_fn).__name__
+    assert "_CompactLinear" in type(model(x).grad_fn).__name__
     model.to("meta")
-    assert "_KeptGradientLinear" not in type(model(x.to("meta")).grad_fn).__name__
+    assert "_CompactLinear" not in type(model(x.to("meta")).grad_fn).__name__
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

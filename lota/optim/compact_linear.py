@@ -1,10 +1,15 @@
-"""Linear layers that hand over the gradient of their kept entries, without a weight gradient in between.
+"""Linear layers whose backward computes the gradient of their kept entries only.
 
-Autograd would allocate a gradient as large as the weight, page by page, to be gathered from and freed. Where
-a mask keeps whole rows or columns only their gradient is computed, on any device: a smaller product of the
-same kind. For other masks, on a CPU, the product goes to one scratch buffer that all layers share, and when
-very few entries are kept only those are computed (`torch.sparse.sampled_addmm`: at 1 % kept 3 times faster
-than the dense product, no faster from about 5 % on).
+Autograd would allocate a gradient as large as the weight, page by page, gather the kept entries from it and
+free it. If a mask keeps whole rows or columns, only their gradient is computed, on any device: a smaller
+product of the same kind. For other masks, on a CPU, the product goes to one scratch buffer that all layers
+share; if very few entries are kept, only those are computed (`torch.sparse.sampled_addmm`: at 1 % kept 3
+times faster than the dense product, no faster from about 5 % on).
+
+To autograd the weight stays a leaf like any other. The backward of a layer adds the compact gradient to what
+the optimizer holds for the running pass and returns an empty sparse tensor as the weight's gradient, so the
+weight's post-accumulate hook runs exactly once per pass, after every use of the weight, and does not run
+under `torch.autograd.grad` or `backward(inputs=...)` without the weight.
 """
 
 from __future__ import annotations
@@ -17,14 +22,15 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lota.optim.masked import MaskedOptimizer
 
 SAMPLED_DENSITY = 0.02  # kept share of a weight up to which the sampled product is clearly faster
 
 
-class _KeptGradientLinear(torch.autograd.Function):
-    """x W^T + b, whose backward hands a and b to `receive` instead of returning W's gradient a^T b.
+class _CompactLinear(torch.autograd.Function):
+    """x W^T + b with the weight's gradient a^T b at kept entries only.
 
     a: output gradient (tokens, out); b: input (tokens, in). transposed: W is stored (in, out), as GPT-2's
     Conv1D does; then the output is x W + b, and a and b change places.
@@ -32,26 +38,57 @@ class _KeptGradientLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, receive: Callable, transposed: bool = False
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        put_aside: Callable[[Tensor, Tensor], None],
+        transposed: bool = False,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.receive, ctx.transposed = receive, transposed
-        return _transposed_linear(x, weight, bias) if transposed else F.linear(x, weight, bias)
+        ctx.put_aside, ctx.transposed = put_aside, transposed
+        if not transposed:
+            return F.linear(x, weight, bias)
+        # what transformers' Conv1D computes, by the same operation
+        flat = torch.addmm(bias, x.reshape(-1, weight.shape[0]), weight)
+        return flat.view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:  # before the weight is updated
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
             grad_x = grad_output @ (weight.t() if ctx.transposed else weight)
-        a, b = (x, grad_output) if ctx.transposed else (grad_output, x)
-        ctx.receive(a.reshape(-1, weight.shape[0]), b.reshape(-1, weight.shape[1]))
-        return grad_x, None, None, None, None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out)
+        if need_bias:
+            grad_bias = rows.sum(0)
+        if need_weight:
+            columns = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            a, b = (columns, rows) if ctx.transposed else (rows, columns)
+            grad_weight = _weight_gradient(ctx, a, b)
+        return grad_x, grad_weight, grad_bias, None, None
 
 
-def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What transformers' Conv1D computes, by the same operation."""
-    return torch.addmm(bias, x.reshape(-1, weight.shape[0]), weight).view(*x.shape[:-1], weight.shape[1])
+def _weight_gradient(ctx: Any, a: Tensor, b: Tensor) -> Tensor | None:
+    """What the backward of `_CompactLinear` returns for the weight, (height, width).
+
+    A pass that accumulates into the weight gets an empty sparse tensor; the compact gradient is put aside. A
+    pass that asks for the gradient itself (`torch.autograd.grad`), or one whose gradients are to be
+    differentiated again (`create_graph=True`), gets the dense product. Other passes get None.
+    """
+    accumulates: bool | None
+    try:
+        accumulates = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+    except RuntimeError:  # torch's answer if the weight is one of autograd.grad's inputs
+        accumulates = None
+    if accumulates is False:
+        return None
+    if accumulates is None or torch.is_grad_enabled():
+        return a.t() @ b
+    ctx.put_aside(a, b)
+    shape = (a.shape[1], b.shape[1])
+    return torch.sparse_coo_tensor(size=shape, dtype=a.dtype, device=a.device, check_invariants=False)
 
 
 class _Product(Protocol):
@@ -77,7 +114,7 @@ class _Lines:
 
     @classmethod
     def of(cls, positions: Tensor, shape: torch.Size) -> _Lines | None:
-        """None where the kept positions are not whole lines."""
+        """None if the kept positions are not whole lines."""
         for axis in (0, 1):
             length = shape[1 - axis]
             if positions.numel() % length == 0:
@@ -85,7 +122,7 @@ class _Lines:
                     line = torch.div(positions, shape[1], rounding_mode="floor")
                 else:
                     line = torch.remainder(positions, shape[1])
-                kept = torch.bincount(line, minlength=shape[axis])
+                kept = torch.bincount(line, minlength=shape[axis])  # kept entries of each line
                 if bool(((kept == 0) | (kept == length)).all()):
                     return cls(kept.nonzero().view(-1), axis)
         return None
@@ -95,6 +132,7 @@ class _Sampled:
     """The product computed at the kept positions only, given as a sparse CSR pattern."""
 
     def __init__(self, positions: Tensor, shape: torch.Size, zeros: Tensor):
+        # CSR: entries of row r are those from ends[r - 1] to ends[r]; positions ascend, so rows do too
         rows = torch.div(positions, shape[1], rounding_mode="floor")
         ends = torch.bincount(rows, minlength=shape[0]).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
@@ -123,19 +161,14 @@ class _Gathered:
 
 
 def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Callable[[], None]:
-    """Let every suitable linear layer of `model` hand its kept gradient to `optimizer` itself.
+    """Let every suitable linear layer of `model` compute its kept gradient only.
 
-    Suitable: a plain `nn.Linear` or Conv1D that keeps some of its weight, is not shared, and whose bias is
-    frozen; on another device than the CPU only where whole rows or columns are kept. Other parameters, such
-    as stacks of experts, are untouched. Returns a function that undoes it.
+    Suitable: a plain `nn.Linear` or Conv1D that keeps some, not all, of its weight; on another device than
+    the CPU only if whole rows or columns are kept. Other parameters, such as stacks of experts, stay
+    autograd's. Returns a function that undoes it.
     """
-    uses: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                uses[p] = uses.get(p, 0) + 1
-    suitable = [m for m in model.modules() if _is_suitable(m, uses, optimizer)]
-    products = _products([m.weight for m in suitable], optimizer)
+    suitable = [m for m in model.modules() if _is_suitable(m, optimizer)]
+    products = _products(list(dict.fromkeys(m.weight for m in suitable)), optimizer)
     chosen = [m for m in suitable if m.weight in products]
     for module in chosen:
         module.forward = _forward(module, optimizer, products[module.weight])
@@ -147,13 +180,10 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
     return undo
 
 
-def _is_suitable(module: nn.Module, uses: dict[nn.Parameter, int], optimizer: MaskedOptimizer) -> bool:
+def _is_suitable(module: nn.Module, optimizer: MaskedOptimizer) -> bool:
     if (type(module) is not nn.Linear and not _is_conv1d(module)) or "forward" in vars(module):
         return False
-    weight, bias = module.weight, module.bias
-    if weight not in optimizer.names or uses[weight] > 1 or (bias is not None and bias.requires_grad):
-        return False
-    return optimizer.positions(weight) is not None
+    return module.weight in optimizer.names and optimizer.positions(module.weight) is not None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -162,8 +192,9 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _products(weights: list[nn.Parameter], optimizer: MaskedOptimizer) -> dict[nn.Parameter, _Product]:
-    """How each weight's kept gradient is computed, where that beats autograd; buffers are as large as the
-    largest weight needs.
+    """How each weight's kept gradient is computed, if that beats autograd.
+
+    Scratch buffers are as large as the largest weight needs, one per dtype.
     """
     lines = {w: _Lines.of(optimizer.positions(w), w.shape) for w in weights}
     scattered = [w for w in weights if lines[w] is None and w.device.type == "cpu"]
@@ -191,29 +222,28 @@ def _density(weight: nn.Parameter, optimizer: MaskedOptimizer) -> float:
 
 
 def _forward(module: nn.Module, optimizer: MaskedOptimizer, product: _Product) -> Callable[[Tensor], Tensor]:
-    """A forward bound to the module, so that a deep copy's is bound to the copy: that one computes as its
-    class does (a reference or an average of a model is often a deep copy of it).
+    """A forward bound to the module, so that a deep copy's is bound to the copy.
+
+    It computes as the layer's class does whenever the layer no longer is what the product was made for:
+    another weight stands in its place (a deep copy, `functional_call`, pruning, tying), the model was moved
+    or cast, or autocast or functorch transforms the computation.
     """
     weight, transposed = module.weight, _is_conv1d(module)
-    home = module.weight.device
-    last_pass = -1
+    device, dtype = weight.device, weight.dtype
 
-    def receive(a: Tensor, b: Tensor) -> None:
-        nonlocal last_pass
-        current = torch._C._current_graph_task_id()
-        if current == last_pass:
-            raise RuntimeError(
-                f"{optimizer.names[weight]} is used twice in one backward pass, which compact gradients do "
-                "not support: call fuse_in_backward(..., compact_linear=False)"
-            )
-        last_pass = current
-        optimizer.accumulate(weight, product(a, b))
+    def put_aside(a: Tensor, b: Tensor) -> None:
+        optimizer.put_aside(weight, product(a, b))
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        moved = self.weight.device != home  # the product stayed behind
-        other = self is not module or moved or x.dtype != weight.dtype
-        if other or torch.is_autocast_enabled(x.device.type):
-            return type(self).forward(self, x)
-        return _KeptGradientLinear.apply(x, weight, self.bias, receive, transposed)
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        same = self.weight is weight and weight.device == device and weight.dtype == dtype == input.dtype
+        if not same or _is_transformed(input):
+            return type(self).forward(self, input)
+        return _CompactLinear.apply(input, weight, self.bias, put_aside, transposed)
 
     return MethodType(forward, module)
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether autocast, functorch (vmap, torch.func.grad) or forward-mode autograd is at work."""
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type)

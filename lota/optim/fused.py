@@ -1,6 +1,4 @@
-"""Fusing a masked optimizer into the backward pass: each gradient is used and freed as soon as it is
-complete.
-"""
+"""Fusing a masked optimizer into the backward pass: each gradient is used and freed once it is complete."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lota.optim.compact_linear import use_compact_gradients
 from lota.optim.masked import MaskedOptimizer
@@ -16,17 +15,22 @@ from lota.optim.masked import MaskedOptimizer
 def fuse_in_backward(
     optimizer: MaskedOptimizer, gradient_accumulation_steps: int = 1, compact_linear: bool = True
 ) -> Callable[[], None]:
-    """Update each parameter as soon as its gradient is complete during `loss.backward()`, then free the
-    gradient.
+    """Update each parameter once its gradient is complete during `loss.backward()`, then free the gradient.
 
     gradient_accumulation_steps: backward passes per update; their compact gradients are *summed*, as `p.grad`
     would be, so divide the loss as in any PyTorch loop. Call `optimizer.step()` once per update all the
     same (a scheduler or a Hugging Face trainer does): it finishes `global` clipping and sets `grad_norm`.
-    compact_linear: linear layers hand over the gradient of their kept entries themselves, on a CPU, or where
-    whole rows or columns are kept (lota/kept_linear.py); False for a model that runs a layer twice in one
-    pass.
-    Needs non-reentrant activation checkpointing (`use_reentrant=False`): the reentrant kind runs the hook
-    of a shared parameter more than once.
+    compact_linear: linear layers compute the gradient of their kept entries only, on a CPU, or if whole
+    rows or columns are kept (lota/optim/compact_linear.py).
+
+    The step is that of a dense optimizer on the same loss with the frozen entries' gradient set to zero,
+    whatever else uses the weights; `torch.autograd.grad`, and `backward(inputs=...)` without a weight, do not
+    train it. Activation checkpointing must be the non-reentrant kind (`use_reentrant=False`): the reentrant
+    kind runs a backward pass per block. A GradScaler scales the loss, and the update has used the scaled
+    gradients when `scaler.step` is called, which raises RuntimeError: use bf16 instead of fp16.
+    DistributedDataParallel sums gradients after the update has used them: a forward pass of the optimizer's
+    model inside of it raises RuntimeError.
+
     Returns a function that removes what it attached. Raises ValueError for an optimizer that is fused
     already.
     """
@@ -36,14 +40,14 @@ def fuse_in_backward(
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: must be at least 1")
 
     def hook(p: nn.Parameter) -> None:
-        if p.grad is None:  # kept_linear handed its gradient over already
-            return
         with torch.no_grad():
-            optimizer._receive(p)
+            optimizer.receive(p)
 
     handles = [p.register_post_accumulate_grad_hook(hook) for p in optimizer.names]
-    compact = compact_linear and optimizer.model is not None
-    undo = use_compact_gradients(optimizer.model, optimizer) if compact else None
+    undo = None
+    if optimizer.model is not None:
+        handles.append(optimizer.model.register_forward_pre_hook(_refuse_data_parallel))
+        undo = use_compact_gradients(optimizer.model, optimizer) if compact_linear else None
     optimizer.fused, optimizer._accumulation = True, gradient_accumulation_steps
 
     def unfuse() -> None:
@@ -52,9 +56,17 @@ def fuse_in_backward(
         if undo is not None:
             undo()
         optimizer.fused, optimizer._accumulation = False, 1
-        optimizer._pending.clear()
+        optimizer.forget_gradients()
 
     return unfuse
+
+
+def _refuse_data_parallel(module: nn.Module, inputs: object) -> None:
+    if DistributedDataParallel._active_ddp_module is not None:
+        raise RuntimeError(
+            "DistributedDataParallel sums gradients after the fused optimizer has used them, so each process "
+            "would train a model of its own: leave out lota.fuse_in_backward or DistributedDataParallel"
+        )
 
 
 apply_mask_in_backward = fuse_in_backward

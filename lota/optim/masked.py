@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lota.masks import Mask
 
@@ -56,7 +58,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self.names: dict[nn.Parameter, str] = {}
         self.fused = False
         self._accumulation = 1
-        self._pending: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self._pending: dict[nn.Parameter, tuple[Tensor, int]] = {}  # summed gradient, passes it came from
+        self._aside: dict[nn.Parameter, tuple[int, Tensor]] = {}  # autograd's number of the pass, gradient
         self._square_norms: list[Tensor] = []
         self._grad_norm: Tensor | None = None
         for name, p in named:
@@ -71,6 +74,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().__init__(list(self.names), settings)
         for p, name in self.names.items():
             self._init_state(p, mask.positions(name) if mask is not None else None)
+            if "positions" in self.state[p]:
+                _clear_frozen_gradients(p, self)
 
     def _init_state(self, p: nn.Parameter, positions: Tensor | None) -> None:
         state = self.state[p]
@@ -128,6 +133,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
         tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks first in `scaler.step(optimizer)`."""
+        if self.fused:
+            raise RuntimeError(
+                "a GradScaler unscales gradients after the backward pass, where the fused optimizer has used "
+                "them already: train in bf16 without a GradScaler, or leave out lota.fuse_in_backward"
+            )
+        return False
+
     # Steps
 
     @torch.no_grad()
@@ -146,7 +161,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if not self.fused:
             for p in self.names:
                 if p.grad is not None:
-                    self._receive(p)
+                    self.receive(p)
         scale = self._global_scale()
         for p in list(self._pending):
             grad, _ = self._pending.pop(p)
@@ -158,17 +173,37 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._square_norms = []
         return loss
 
-    def _receive(self, p: nn.Parameter) -> None:
-        """Take over p.grad: gather its kept entries and, when fused, free it."""
-        grad = p.grad.reshape(-1)
-        state = self.state[p]
-        if "positions" in state:
-            grad = grad.index_select(0, state["positions"])
-        elif not self.fused:
-            grad = grad.clone()  # p.grad stays the caller's
+    def put_aside(self, p: nn.Parameter, grad: Tensor) -> None:
+        """Keep a part of p's compact fp32 gradient (kept,) until the running backward pass has all of it."""
+        number = torch._C._current_graph_task_id()
+        before, total = self._aside.get(p, (None, None))
+        # what another pass left here died with it: an error stopped that pass before p's hook
+        self._aside[p] = (number, grad if before != number else total.add_(grad))
+
+    def receive(self, p: nn.Parameter) -> None:
+        """Take over p.grad: gather its kept entries, add what compact layers put aside; fused: free it."""
+        aside = self._aside.pop(p, None)
+        if aside is not None and aside[0] == torch._C._current_graph_task_id():
+            grad = aside[1]
+            if not p.grad.is_sparse:  # something else than compact layers used the weight too
+                grad = grad.add_(self._gathered_gradient(p))
+        else:
+            grad = self._gathered_gradient(p)
         if self.fused:
             p.grad = None
-        self.accumulate(p, grad.float())
+        self.accumulate(p, grad)
+
+    def _gathered_gradient(self, p: nn.Parameter) -> Tensor:
+        """The kept entries of p.grad in fp32, (kept,); unless fused, in memory of their own."""
+        grad = (p.grad.to_dense() if p.grad.is_sparse else p.grad).reshape(-1)
+        if "positions" in self.state[p]:
+            return grad.index_select(0, self.state[p]["positions"]).float()
+        return grad.float() if self.fused or grad.dtype != torch.float32 else grad.clone()
+
+    def forget_gradients(self) -> None:
+        """Drop gradients that no update has used yet."""
+        self._pending.clear()
+        self._aside.clear()
 
     def accumulate(self, p: nn.Parameter, grad: Tensor) -> None:
         """Add a compact fp32 gradient (kept,); update when it is complete and no other tensor's norm is
@@ -191,7 +226,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         state, group = self.state[p], self._group_of(p)
         state["step"] += 1
         in_place = "positions" not in state and p.dtype == torch.float32
-        values = state["master"] if "master" in state else self.working_values(p)
+        values = self._current_values(p)
         self._update(values, grad, state, group)
         if not in_place:
             self.write(p, values)
@@ -222,6 +257,23 @@ class MaskedOptimizer(torch.optim.Optimizer):
         flat = p.detach().view(-1)
         positions = self.state[p].get("positions")
         return flat if positions is None else flat.index_select(0, positions)
+
+    def _current_values(self, p: nn.Parameter) -> Tensor:
+        """The values to update, (kept,) in fp32: masters if there are any.
+
+        An entry that somebody else has changed since the last update (a moving average, a merge,
+        `load_state_dict`) no longer is its master rounded; its master becomes the new value.
+        """
+        values = self.working_values(p)
+        if ("master" in self.state[p]) != (p.dtype != torch.float32):
+            raise RuntimeError(
+                f"{self.names[p]} has become {p.dtype} since the optimizer was made: cast the model first"
+            )
+        if "master" not in self.state[p]:
+            return values
+        master = self.state[p]["master"]
+        changed = master.to(p.dtype) != values
+        return master.copy_(torch.where(changed, values.float(), master))
 
     def write(self, p: nn.Parameter, values: Tensor) -> None:
         """Set the parameter's kept entries, rounding to its dtype; a master stays as it is."""
@@ -278,6 +330,37 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if "positions" in current and not torch.equal(state["positions"], current["positions"]):
             raise ValueError(f"optimizer state of {name} belongs to another mask: the kept positions differ")
         return state
+
+
+# parameter -> the optimizers of masks that train it
+_MASKED_OPTIMIZERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _clear_frozen_gradients(p: nn.Parameter, optimizer: MaskedOptimizer) -> None:
+    """Set p.grad's frozen entries to zero after each backward pass, unless an optimizer is fused into it.
+
+    So that whatever reads p.grad in an ordinary loop, such as a trainer's clipping, sees the gradient that
+    trains. If several optimizers with masks of their own share a parameter, entries that any of them keeps
+    stay.
+    """
+    if p in _MASKED_OPTIMIZERS:
+        _MASKED_OPTIMIZERS[p].add(optimizer)
+        return
+    optimizers = _MASKED_OPTIMIZERS[p] = WeakSet([optimizer])
+
+    @torch.no_grad()
+    def hook(p: nn.Parameter) -> None:
+        alive = list(optimizers)
+        if not alive or any(other.fused for other in alive) or p.grad.is_sparse:
+            return
+        flat = p.grad.view(-1)
+        kept = [other.positions(p) for other in alive]
+        values = [flat.index_select(0, positions) for positions in kept]
+        flat.zero_()
+        for positions, gradient in zip(kept, values, strict=True):
+            flat.scatter_(0, positions.long(), gradient)
+
+    p.register_post_accumulate_grad_hook(hook)
 
 
 def _check_settings(strategy: str, max_grad_norm: float | None, settings: dict[str, Any]) -> None:
