@@ -15,12 +15,11 @@ from lota.models.loading import (
     choose_pad_token_id,
     dtype_of,
     enable_activation_checkpointing,
-    find_block_class,
     load_model,
     load_tokenizer,
     resize_vocabulary,
-    transformer_blocks,
 )
+from lota.models.scope import transformer_blocks
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -60,7 +59,7 @@ def test_folder_without_a_weight_is_refused(tmp_path):
 
 
 def test_folder_that_is_absent_names_the_key(tmp_path):
-    with pytest.raises(ValueError, match=r"model\.name_or_path=.*nothing"):
+    with pytest.raises(ValueError, match=r"name_or_path=.*nothing"):
         load_model(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"no policy file at .*absent\.pt"):
         new_model("llama").save_pretrained(tmp_path)
@@ -176,19 +175,6 @@ def test_activation_checkpointing_gives_the_same_gradients(base, monkeypatch):
     assert len(recomputed) == 2  # once forward, once more in backward
     for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
-
-
-def test_block_class_is_found_and_chosen(base):
-    kind, model, _ = base
-    names = {
-        "llama": "LlamaDecoderLayer", "gpt2": "GPT2Block", "mixtral": "MixtralDecoderLayer",
-        "gpt_neox": "GPTNeoXLayer", "qwen2": "Qwen2DecoderLayer", "gptj": "GPTJBlock",
-    }  # fmt: skip
-    assert find_block_class(model).__name__ == names[kind]
-    assert find_block_class(model, names[kind]) is find_block_class(model)
-    assert len(transformer_blocks(model)) == 2
-    with pytest.raises(ValueError, match=rf"model\.block_name=NoSuchLayer.*{names[kind]}"):
-        find_block_class(model, "NoSuchLayer")
 
 
 def test_dtype_names():

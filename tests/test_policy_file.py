@@ -10,7 +10,8 @@ import torch
 from hf_models import CONFIGS, ROWS, TIED, logits, new_model, save_policy
 from transformers import AutoModelForCausalLM
 
-from lota.models.loading import load_model, read_policy, resize_vocabulary
+from lota.models.loading import load_model, resize_vocabulary
+from lota.models.policy import read_policy
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -55,7 +56,7 @@ def test_wrapped_names_are_unwrapped(wrap, tmp_path):
         for name, value in model.state_dict().items()
     }
     assert set(state) != set(model.state_dict())
-    read = read_policy(save_policy(tmp_path / "policy.pt", state))
+    read = read_policy(save_policy(tmp_path / "policy.pt", state)).state
     assert list(read) == list(model.state_dict())
     assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
 
@@ -167,7 +168,7 @@ def test_other_layouts_are_refused(content, message, tmp_path):
 def test_policy_of_the_old_torch_format_is_read(tmp_path):
     content = {"step_idx": 1, "state": {"w": torch.arange(3.0)}, "metrics": {}}
     torch.save(content, tmp_path / "policy.pt", _use_new_zipfile_serialization=False)
-    assert torch.equal(read_policy(tmp_path)["w"], torch.arange(3.0))
+    assert torch.equal(read_policy(tmp_path).state["w"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("rows", [ROWS - 4, ROWS + 3])

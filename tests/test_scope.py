@@ -52,10 +52,12 @@ def test_scope_by_pattern():
         find_scope(model, "no_such_name")
     with pytest.raises(ValueError, match="not a regular expression"):
         find_scope(model, "(")
+    with pytest.raises(ValueError, match="block_name=GPT2Block"):
+        find_scope(model, r"layers\.1", "GPT2Block")
 
 
 def test_blocks_by_class_name():
     model = tiny.make("gpt2")
     assert transformer_blocks(model) == transformer_blocks(model, "GPT2Block")
-    with pytest.raises(ValueError, match="no module of class"):
+    with pytest.raises(ValueError, match=r"block_name=LlamaDecoderLayer: .*one of GPT2Block"):
         transformer_blocks(model, "LlamaDecoderLayer")

@@ -393,7 +393,7 @@ def test_samples_with_activation_checkpointing_are_those_of_the_saved_model(work
         (["mask_path=0.90_mask.pt"], "0.90_mask.pt does not exist"),
         (["model.name_or_path=/nowhere"], "/nowhere"),
         (["model.archive=/nowhere/policy.pt"], "model.archive=/nowhere/policy.pt"),
-        (["model.block_name=GPT2Block"], "model.block_name=GPT2Block"),
+        (["model.block_name=GPT2Block"], "block_name=GPT2Block"),
         (["model.scope=nothing_is_called_so"], "matches no parameter"),
         (["model.tokenizer_name_or_path=/nowhere"], "no tokenizer at /nowhere"),
         (["fast_forward=1000"], "fast_forward=1000 skips the whole run"),

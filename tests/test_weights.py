@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Concatenate, Interleave, Transpose, WeightConverter
 
 from lota.models.hashing import content_hash
-from lota.models.key_mapping import Conversion, row_runs
+from lota.models.key_mapping import Conversion
 from lota.models.scope import meta_model
 from lota.models.weights import open_weights
 
@@ -79,8 +81,8 @@ def test_mixtral_is_stored_with_separate_experts_and_read_in_rows(tmp_path):
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert name not in on_disk
     source = open_weights(tmp_path)
-    runs = row_runs(source._targets[name].conversion, source._stored)[name]
-    assert len(runs) == 22  # w1 and w3 of every expert, one run each
+    spans = source._targets[name].source.row_spans[name]
+    assert len(spans) == 22  # w1 and w3 of every expert, one span each
     expected = dict(model.named_parameters())[name].detach().reshape(-1)
     pieces = [
         source.read_flat(name, i, min(i + 1000, expected.numel())) for i in range(0, expected.numel(), 1000)
@@ -248,39 +250,31 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
         open_weights("somebody/llama")
 
 
-@pytest.mark.parametrize("kind", ["mixtral"])
-def test_conversion_that_moves_more_than_rows_is_done_whole(kind, tmp_path, monkeypatch):
-    model = save_tiny(kind, tmp_path)
-    monkeypatch.setattr("lota.models.weights.row_runs", lambda conversion, stored: None)
+def test_conversion_that_moves_more_than_rows_is_done_whole(tmp_path, monkeypatch):
+    model = save_tiny("mixtral", tmp_path)
+    monkeypatch.setattr(Conversion, "row_spans", {})
     assert_same_weights(open_weights(tmp_path), model)
 
 
-def test_row_runs_refuse_what_reorders_columns(tmp_path):
+@pytest.mark.parametrize(
+    ("operation", "whole_rows"),
+    [
+        (Concatenate(dim=0), True),
+        (Interleave(dim=0), True),
+        (Transpose(0, 1), False),
+        (Interleave(dim=1), False),
+        (Concatenate(dim=1), False),
+    ],
+)
+def test_row_spans_refuse_what_reorders_columns(operation, whole_rows):
     """A transposed or column-shuffled weight is not made of whole rows."""
-    from transformers.core_model_loading import Concatenate, Interleave, Transpose, WeightConverter
-
-    class Stored:
-        shape, dtype = (4, 12), torch.float32
-
-    for operations, whole_rows in [
-        ([Concatenate(dim=0)], True),
-        ([Transpose(0, 1)], False),
-        ([Interleave(dim=1)], False),
-        ([Concatenate(dim=1)], False),
-        ([Interleave(dim=0)], True),
-    ]:
-        sources = ["a.x", "a.y"] if isinstance(operations[0], Concatenate) else ["a.x"]
-        conversion = Conversion(
-            WeightConverter(list(sources), "a.z", operations),
-            "a.z",
-            torch.nn.Module(),
-            [(s, s) for s in sources],
-        )
-        conversion.model.config = None
-        stored = {name: Stored() for name in sources}
-        runs = row_runs(conversion, stored)
-        assert (runs is not None) == whole_rows, operations
-        if runs:
-            data = {name: torch.randn(4, 12) for name in sources}
-            built = torch.cat([data[r.source].reshape(-1)[r.source_start :][: r.length] for r in runs["a.z"]])
-            assert torch.equal(built, conversion.apply(data.get)["a.z"].reshape(-1))
+    names = ["a.x", "a.y"] if isinstance(operation, Concatenate) else ["a.x"]
+    data = {name: torch.randn(4, 12) for name in names}
+    model = SimpleNamespace(config=None)
+    converter = WeightConverter(names, "a.z", [operation])
+    conversion = Conversion(converter, "a.z", model, data, [(name, name) for name in names])
+    spans = conversion.row_spans.get("a.z", [])
+    assert bool(spans) == whole_rows
+    if spans:
+        built = torch.cat([data[s.source].reshape(-1)[s.source_start :][: s.length] for s in spans])
+        assert torch.equal(built, conversion.apply(data.get)["a.z"].reshape(-1))

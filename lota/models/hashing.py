@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lota.models.weights import HASH_CHUNK, WeightSource
+from lota.models.weights import WeightReader
 from lota.utils import content_key
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-def content_hash(source: WeightSource) -> str:
+HASH_CHUNK = 1 << 20  # entries that are read at a time
+
+
+def content_hash(source: WeightReader) -> str:
     """Hex sha256 over (name, dtype, shape, bytes) of every parameter in the order of names."""
     return StreamingHash(source).finish()
 
@@ -27,7 +32,7 @@ class StreamingHash:
     and in parts of `chunk` entries keep what waits here small.
     """
 
-    def __init__(self, source: WeightSource, shared: Iterable[str] = (), chunk: int = HASH_CHUNK):
+    def __init__(self, source: WeightReader, shared: Iterable[str] = (), chunk: int = HASH_CHUNK):
         """shared: names whose parts will be put in."""
         self._source = source
         self._shared = {name for name in shared if source.numel(name)}
@@ -78,7 +83,7 @@ class StreamingHash:
         if start == 0:
             shape, dtype = self._source.shape(name), str(self._source.dtype(name)).removeprefix("torch.")
             self._digest.update(f"{name}\0{dtype}\0{'x'.join(map(str, shape))}\0".encode())
-        self._digest.update(part.reshape(-1).view(torch.uint8).numpy())
+        self._digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
         self._next += 1
 
 
@@ -92,7 +97,7 @@ def weights_key(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,47 +2,59 @@
 
 transformers renames, merges and splits tensors while it loads a checkpoint (Mixtral's experts become one 3-D
 tensor, GPT-NeoX's `embed_out` becomes `lm_head`). Here its own mapping is applied to names and shapes only;
-the data of one parameter is converted when it is asked for. Most conversions only move whole rows, and those
-are turned into a list of runs (target position, source tensor, source position, length), so that a part of
-a merged tensor can be read without building it.
+the data of one parameter is converted when it is asked for. Most conversions only move whole rows. Those
+become a list of `RowSpan`s, so that a part of a merged tensor is read without building it: on a Mixtral shape
+that takes a third of the memory and half of the time (docs/DECISIONS.md).
 """
 
 from __future__ import annotations
 
-import bisect
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-_PROBE_COLUMNS = 6  # even and composite: an operation that reorders columns cannot leave 0..5 in place
+from lota.models.tensor_files import Shaped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COLUMNS = 6  # of a probe; even and composite: what reorders columns cannot leave 0..5 in place
+_CONVERSION_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True)
-class Run:
-    """`length` entries of `source` from `source_start` on stand at `start` in the flat target."""
+class RowSpan:
+    """Whole rows that stand one after the other, in a stored tensor and in the parameter alike."""
 
-    start: int
-    source: str
-    source_start: int
-    length: int
+    start: int  # first entry in the flattened parameter
+    source: str  # name of the stored tensor
+    source_start: int  # first entry in the flattened stored tensor
+    length: int  # entries
 
 
-@dataclass
+@dataclass(eq=False)
 class Conversion:
-    """Several stored tensors that become one or several parameters.
+    """Several stored tensors that become one or several parameters."""
 
-    sources: (stored name, converter's pattern) in the order in which transformers collects them.
-    """
+    converter: Any  # transformers' WeightConverter
+    first_target: str  # name that the converter derives the parameters' names from
+    model: PreTrainedModel
+    stored: Mapping[str, Shaped]  # all of the checkpoint, by name
+    sources: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (stored name, converter's pattern), in order
 
-    converter: Any
-    first_target: str
-    model: nn.Module
-    sources: list[tuple[str, str]] = field(default_factory=list)
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the stored tensors that are read."""
+        return [name for name, _ in self.sources]
 
     def apply(self, fetch: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Parameter name -> tensor; `fetch` gives the stored tensors."""
@@ -52,6 +64,77 @@ class Conversion:
         result = converter.convert(self.first_target, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
 
+    @cached_property
+    def results(self) -> dict[str, Tensor]:
+        """Parameter name -> meta tensor. Raises ValueError if transformers' conversion cannot be applied."""
+        try:
+            return self.apply(
+                lambda name: torch.empty(
+                    tuple(self.stored[name].shape), dtype=self.stored[name].dtype, device="meta"
+                )
+            )
+        except _CONVERSION_ERRORS as error:
+            raise ValueError(
+                f"{', '.join(self.stored_names[:3])} ... cannot be converted to {self.first_target}; the "
+                f"checkpoint is incomplete, quantized or of another model: {error}"
+            ) from error
+
+    @cached_property
+    def row_spans(self) -> dict[str, list[RowSpan]]:
+        """Parameter name -> the rows that it is made of; empty if the conversion does more than move rows.
+
+        The conversion is run on small integer tensors that number the rows: of the stored shapes with the
+        last dimension cut to six columns. The result counts only if each row comes out whole, in the real
+        shape.
+        """
+        shapes = {name: tuple(self.stored[name].shape) for name in self.stored_names}
+        if any(len(shape) < 2 for shape in shapes.values()) or len({s[-1] for s in shapes.values()}) != 1:
+            return {}
+        n_columns = next(iter(shapes.values()))[-1]
+        first_row, total = {}, 0  # number of each tensor's first row; the gap of one ends every span with it
+        for name, shape in shapes.items():
+            first_row[name] = total
+            total += math.prod(shape[:-1]) + 1
+
+        def probe(name: str) -> Tensor:
+            """(..., columns) -> int64 (..., 6): 6 x number of the row + number of the column."""
+            lead = shapes[name][:-1]
+            rows = first_row[name] + torch.arange(math.prod(lead))
+            return (rows[:, None] * _COLUMNS + torch.arange(_COLUMNS)).reshape(*lead, _COLUMNS)
+
+        try:
+            moved = self.apply(probe)
+        except _CONVERSION_ERRORS:
+            return {}
+        spans = {}
+        for target, value in moved.items():
+            if value.dtype != torch.int64 or value.shape != (*self.results[target].shape[:-1], _COLUMNS):
+                return {}
+            flat = value.reshape(-1, _COLUMNS)  # (rows of the parameter, 6)
+            rows = flat[:, 0] // _COLUMNS  # (rows,): which stored row stands there
+            whole = torch.equal(flat, rows[:, None] * _COLUMNS + torch.arange(_COLUMNS))
+            if not whole or self.results[target].shape[-1] != n_columns:
+                return {}
+            spans[target] = _join_rows(rows.numpy(), first_row, n_columns)
+        return spans
+
+
+def _join_rows(rows: np.ndarray, first_row: Mapping[str, int], n_columns: int) -> list[RowSpan]:
+    """rows: (rows of a parameter,), the number of the stored row at each place -> as few spans as can be."""
+    names, firsts = list(first_row), np.array(list(first_row.values()))
+    begins = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # where a row does not follow the one before
+    ends = [*begins[1:].tolist(), len(rows)]
+    sources = np.searchsorted(firsts, rows[begins], side="right") - 1  # the tensor that each begins in
+    return [
+        RowSpan(
+            begin * n_columns,
+            names[source],
+            (int(rows[begin]) - int(firsts[source])) * n_columns,
+            (end - begin) * n_columns,
+        )
+        for begin, end, source in zip(begins.tolist(), ends, sources.tolist(), strict=True)
+    ]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -59,17 +142,23 @@ class Target:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: str | None = None
-    conversion: Conversion | None = None
+    source: str | Conversion  # name of the stored tensor, or what makes the parameter of several
+
+    @property
+    def conversion(self) -> Conversion | None:
+        """The conversion, if there is one."""
+        return None if isinstance(self.source, str) else self.source
 
 
-def translate(stored: Mapping[str, Any], model: nn.Module, loaded_names: bool = False) -> dict[str, Target]:
+def translate(
+    stored: Mapping[str, Shaped], model: PreTrainedModel, loaded_names: bool = False
+) -> dict[str, Target]:
     """Parameter or buffer name of `model` -> Target.
 
-    stored: name in the file -> anything with `shape` and `dtype`. model: a transformers model, on the meta
-    device is enough. loaded_names: the file was written from a loaded model's state dict, so that a name
-    that the model has is taken as it is. Stored tensors that the model has no place for are left out.
-    Raises ValueError where transformers' conversion cannot be applied.
+    stored: name in the file -> shape and dtype. model: a transformers model, on the meta device is enough.
+    loaded_names: the file was written from a loaded model's state dict, so that a name that the model has is
+    taken as it is. Stored tensors that the model has no place for are left out.
+    Raises ValueError if transformers' conversion cannot be applied.
     """
     known = model.state_dict()
     rename, converter_of, order = _transformers_mapping(model, known)
@@ -80,43 +169,25 @@ def translate(stored: Mapping[str, Any], model: nn.Module, loaded_names: bool = 
         if renamed not in known:
             continue
         if pattern is None:
-            tensor = stored[name]
-            targets[renamed] = Target(tuple(tensor.shape), tensor.dtype, source=name)
+            targets[renamed] = Target(tuple(stored[name].shape), stored[name].dtype, name)
         else:
-            conversion = conversions.setdefault(renamed, Conversion(converter_of[pattern], renamed, model))
-            conversion.sources.append((name, pattern))
+            new = Conversion(converter_of[pattern], renamed, model, stored)
+            conversions.setdefault(renamed, new).sources.append((name, pattern))
     for conversion in conversions.values():
-        targets.update(_converted_targets(conversion, stored))
+        for name, value in conversion.results.items():
+            targets[name] = Target(tuple(value.shape), value.dtype, conversion)
     return targets
 
 
-def _converted_targets(conversion: Conversion, stored: Mapping[str, Any]) -> dict[str, Target]:
-    """Names and shapes that a conversion gives, found by running it on tensors without data."""
-
-    def shape_only(name: str) -> Tensor:
-        return torch.empty(tuple(stored[name].shape), dtype=stored[name].dtype, device="meta")
-
-    try:
-        results = conversion.apply(shape_only)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-        names = ", ".join(name for name, _ in conversion.sources[:3])
-        raise ValueError(
-            f"{names} ... cannot be converted to {conversion.first_target}; the checkpoint is incomplete, "
-            f"quantized or of another model: {error}"
-        ) from error
-    return {
-        name: Target(tuple(value.shape), value.dtype, conversion=conversion)
-        for name, value in results.items()
-    }
-
-
-def _transformers_mapping(model: nn.Module, known: Mapping[str, Tensor]):
-    """The one place that touches transformers' loading internals (present from 5.17 to 5.23 at least).
+def _transformers_mapping(
+    model: PreTrainedModel, known: dict[str, Tensor]
+) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any], Callable[[str], Any]]:
+    """What touches transformers' loading internals when reading (present from 5.17 to 5.23 at least).
 
     Returns rename(stored name) -> (name, converter's pattern or None), pattern -> converter, and the sort
     key that puts expert 10 after expert 9, as `convert_and_load_state_dict_in_model` does.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping  # slow to import
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -136,54 +207,3 @@ def _transformers_mapping(model: nn.Module, known: Mapping[str, Tensor]):
         return renamed, pattern
 
     return rename, {p: entry for entry in converters for p in entry.source_patterns}, dot_natural_key
-
-
-def row_runs(conversion: Conversion, stored: Mapping[str, Any]) -> dict[str, list[Run]] | None:
-    """Parameter name -> runs of whole rows, or None where the conversion does more than move rows.
-
-    The conversion is run on small integer tensors that number the rows: the same shapes with the last
-    dimension cut to six columns. The result counts only if each row comes out whole, in the real shape.
-    """
-    names = [name for name, _ in conversion.sources]
-    columns = {tuple(stored[name].shape)[-1] for name in names if len(stored[name].shape) >= 2}
-    if len(columns) != 1 or any(len(stored[name].shape) < 2 for name in names):
-        return None
-    n_columns = columns.pop()
-    first_row, offset = {}, 0
-    for name in names:
-        first_row[name] = offset
-        offset += int(np.prod(tuple(stored[name].shape)[:-1])) + 1  # a gap keeps runs within one tensor
-
-    def numbered(name: str) -> Tensor:
-        lead = tuple(stored[name].shape)[:-1]
-        rows = torch.arange(int(np.prod(lead))) + first_row[name]
-        return (rows[:, None] * _PROBE_COLUMNS + torch.arange(_PROBE_COLUMNS)).reshape(*lead, _PROBE_COLUMNS)
-
-    try:
-        results = conversion.apply(numbered)
-        real = _converted_targets(conversion, stored)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
-        return None
-    runs = {}
-    for target, value in results.items():
-        if tuple(value.shape) != (*real[target].shape[:-1], _PROBE_COLUMNS):
-            return None
-        if value.dtype != torch.int64 or real[target].shape[-1] != n_columns:
-            return None
-        flat = value.reshape(-1, _PROBE_COLUMNS)
-        rows = flat[:, 0] // _PROBE_COLUMNS
-        if not torch.equal(flat, rows[:, None] * _PROBE_COLUMNS + torch.arange(_PROBE_COLUMNS)):
-            return None
-        runs[target] = _merge_rows(rows.numpy(), first_row, n_columns)
-    return runs
-
-
-def _merge_rows(rows: np.ndarray, first_row: Mapping[str, int], n_columns: int) -> list[Run]:
-    names, starts = list(first_row), list(first_row.values())
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    runs = []
-    for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
-        index = bisect.bisect_right(starts, int(rows[begin])) - 1
-        source_row = int(rows[begin]) - starts[index]
-        runs.append(Run(begin * n_columns, names[index], source_row * n_columns, (end - begin) * n_columns))
-    return runs

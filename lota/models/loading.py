@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from torch import nn
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,25 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lota.models.policy import is_policy, model_from_policy, policy_path, read_policy, refuse_misfit
-from lota.models.scope import transformer_blocks
+from lota.models.policy import is_policy, policy_path, read_policy
 
-__all__ = [
-    "add_pad_token",
-    "choose_pad_token_id",
-    "dtype_of",
-    "enable_activation_checkpointing",
-    "find_block_class",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "read_policy",
-    "resize_vocabulary",
-    "transformer_blocks",
-    "turn_dropout_off",
-]
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Buffers that older transformers releases saved (rotary frequencies, causal masks): computed, not learnt.
+COMPUTED = (r"\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -107,20 +98,20 @@ def load_model(
     """A causal LM in `dtype` on `device`, in eval mode, every dropout at 0.
 
     archive: weights to use instead of name_or_path's: a Hugging Face folder, a policy.pt, or a folder with
-    policy.pt alone. pad_token: added to `tokenizer` (name_or_path's when None) and, where the embeddings
-    have no row for it, to the model.
+    policy.pt alone. pad_token: added to `tokenizer` (name_or_path's when None) and, if the embeddings have no
+    row for it, to the model.
     Raises ValueError when weights are missing, left over or of another shape.
     """
     if archive is not None and is_policy(archive):
-        config = load_config(name_or_path)
-        model = model_from_policy(config, read_policy(archive), source=str(policy_path(archive)))
+        policy = read_policy(archive)
+        model = model_from_policy(load_config(name_or_path), policy.state, source=str(policy_path(archive)))
         cast_parameters(model, dtype, device, copy=True)  # off the mapped file
     else:
         model = _from_pretrained(name_or_path if archive is None else archive, dtype, device)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
         model.config.pad_token_id = add_pad_token(tokenizer, pad_token)
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if len(tokenizer) > embedding_rows(model):
             resize_vocabulary(model, len(tokenizer))
     turn_dropout_off(model)
     return model.eval()
@@ -129,16 +120,136 @@ def load_model(
 def _from_pretrained(
     name_or_path: str | Path, dtype: torch.dtype, device: str | torch.device
 ) -> PreTrainedModel:
-    """transformers' loader; weights that it would have drawn at random are an error."""
+    """transformers' loader; weights that it would have drawn at random or left out are an error."""
     placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(name_or_path), dtype=dtype, output_loading_info=True, **placement
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(_no_model(name_or_path, error)) from error
-    refuse_misfit(name_or_path, info["missing_keys"])
+    refuse_misfit(name_or_path, info["missing_keys"], _left_over(model, info["unexpected_keys"]))
     return model
+
+
+def model_from_policy(
+    config: PreTrainedConfig, state: dict[str, Tensor], source: str = "the checkpoint"
+) -> PreTrainedModel:
+    """A model whose parameters *are* the tensors of `state`: no copy, no change of dtype.
+
+    `config.vocab_size` becomes the checkpoint's number of embedding rows. Names of older transformers
+    releases (experts apart, `embed_out`) are translated by transformers. Raises ValueError listing what is
+    missing, what is not in the model and what has another shape.
+    """
+    model = _empty_model(config)
+    rows, text = _stored_rows(model, state), config.get_text_config()
+    if rows is not None and rows != text.vocab_size:
+        logger.info("%s: vocabulary of %d rows instead of the base's %d", source, rows, text.vocab_size)
+        text.vocab_size = rows
+        if config.pad_token_id is not None and config.pad_token_id >= rows:
+            config.pad_token_id = None
+        model = _empty_model(config)
+    missing, unexpected, misshaped = _differences(model, state)
+    if missing and unexpected:  # another release's names?
+        translated = _translated(model, state)
+        if translated is not None:
+            return translated
+    refuse_misfit(source, missing, unexpected, misshaped)
+    model.load_state_dict(_with_tied(source, model, state), strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are in no file)."""
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """{name of a tied weight: name of the weight it shares memory with}, from transformers' own table."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the token embedding, which may be more than the tokenizer has tokens."""
+    return model.get_input_embeddings().get_parameter("weight").shape[0]
+
+
+def _stored_rows(model: PreTrainedModel, state: dict[str, Tensor]) -> int | None:
+    """Rows of the checkpoint's token embedding; None when it is not there under the model's name."""
+    embedding = model.get_input_embeddings()
+    names = [f"{prefix}.weight" for prefix, module in model.named_modules() if module is embedding]
+    names += [target for target, origin in tied_names(model).items() if origin in names]
+    return next((state[name].shape[0] for name in names if name in state), None)
+
+
+def _differences(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """(missing, unexpected, mis-shaped) names of `state` against the model; a tied name may be there once."""
+    expected = model.state_dict()
+    partner = tied_names(model)
+    partner |= {origin: target for target, origin in partner.items()}
+    missing = [name for name in expected if name not in state and partner.get(name) not in state]
+    unexpected = _left_over(model, [name for name in state if name not in expected])
+    misshaped = [
+        f"{name} (file {tuple(state[name].shape)}, model {tuple(value.shape)})"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    return missing, unexpected, misshaped
+
+
+def _left_over(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of the names that the model has no place for, those of weights that this would lose."""
+    ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]))
+    return [name for name in names if not ignored.search(name)]
+
+
+def refuse_misfit(
+    source: object, missing: Iterable[str], unexpected: Iterable[str] = (), misshaped: Iterable[str] = ()
+) -> None:
+    """One ValueError with the first few names of each kind; nothing when there are none."""
+    kinds = {"missing": missing, "not in the model": unexpected, "of another shape": misshaped}
+    parts = []
+    for kind, found in kinds.items():
+        names = sorted(found)
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            parts.append(f"{len(names)} {kind}: {', '.join(names[:4])}{more}")
+    if parts:
+        raise ValueError(f"{source} does not fit the model, weights {'; '.join(parts)}. Is the base right?")
+
+
+def _with_tied(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with both names of each tied pair; two different values would lose one and are refused."""
+    state = dict(state)
+    for target, origin in tied_names(model).items():
+        one = state[target if target in state else origin]  # _differences has found one of them
+        other = state.get(origin, one)
+        state |= {target: one, origin: other}
+        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
+            raise ValueError(f"{source}: {target} and {origin} differ, but the base ties them")
+    return state
+
+
+def _translated(empty: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel | None:
+    """The model with weights under names of another transformers release, by its own conversion (a copy).
+
+    None if they do not fit then either.
+    """
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    try:
+        model, info = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=dict(state),
+            dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, RuntimeError):
+        return None
+    misfit = info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]
+    return None if misfit else model
 
 
 def cast_parameters(
@@ -157,7 +268,7 @@ def cast_parameters(
 
 def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
     """Give the embeddings `rows` rows; new ones are the mean of the old, at every call alike. Ties stay."""
-    old = model.get_input_embeddings().weight.shape[0]
+    old = embedding_rows(model)
     with torch.random.fork_rng():  # transformers draws new rows at random, which are replaced below
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
@@ -167,7 +278,7 @@ def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
                     tensor[old:] = mean_row(tensor[:old])
 
 
-def mean_row(tensor: torch.Tensor) -> torch.Tensor:
+def mean_row(tensor: Tensor) -> Tensor:
     """The mean over rows, (1, ...): what a row added to the vocabulary starts from."""
     return tensor.mean(dim=0, keepdim=True, dtype=torch.float64).to(tensor.dtype)
 
@@ -196,24 +307,6 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     model.config.use_cache = False
 
 
-def find_block_class(model: nn.Module, name: str | None = None) -> type[nn.Module]:
-    """The class of the repeated transformer block, found from the structure or chosen by its class `name`.
-
-    Raises ValueError with the candidates when no module is of that class.
-    """
-    if name is None:
-        return type(transformer_blocks(model)[0][1])
-    classes = {type(module).__name__: type(module) for module in model.modules()}
-    if name in classes:
-        return classes[name]
-    repeated = [type(entry).__name__ for m in model.modules() if isinstance(m, nn.ModuleList) for entry in m]
-    candidates = list(dict.fromkeys([*repeated, *difflib.get_close_matches(name, classes)]))
-    raise ValueError(
-        f"model.block_name={name}: {type(model).__name__} has no such class;"
-        f" use null (found by itself) or one of {', '.join(candidates)}"
-    )
-
-
 def _first(ids: int | list[int] | None) -> int | None:
     """The first of a config's eos ids, which may be one id or a list."""
     return (ids[0] if ids else None) if isinstance(ids, list | tuple) else ids
@@ -225,6 +318,6 @@ def _short(error: Exception) -> str:
 
 def _no_model(name_or_path: str | Path, error: Exception) -> str:
     return (
-        f"no causal language model at model.name_or_path={name_or_path}: give a folder with config.json and"
+        f"no causal language model at name_or_path={name_or_path}: give a folder with config.json and"
         f" weights, or a hub id that this machine can reach. Cause: {_short(error)}"
     )

@@ -7,12 +7,17 @@ MoE routers are outside.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ATTENTION = re.compile(r"attn|attention|deltanet|mamba", re.IGNORECASE)
 _ROUTER_CLASS = re.compile(r"router|gating", re.IGNORECASE)
@@ -22,59 +27,61 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 
 @dataclass(frozen=True)
 class ScopedTensor:
-    """A parameter of the scope. layer: index of its block, None outside; role: attention, mlp or other;
-    transposed: matrices are stored (in, out) instead of (out, in).
-    """
+    """A parameter of the scope."""
 
     shape: tuple[int, ...]
-    role: str
-    layer: int | None
-    module_type: str
-    transposed: bool = False
+    role: str  # attention, mlp, or other where a pattern chose it
+    layer: int | None  # index of its transformer block, None outside
+    module_type: str  # class name of the module that holds it
+    transposed: bool = False  # matrices are stored (in, out) instead of (out, in)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
-def meta_model(name_or_path: str | Path, trust_remote_code: bool = False) -> nn.Module:
+def meta_model(name_or_path: str | Path) -> PreTrainedModel:
     """The causal LM of a Hugging Face folder or hub id on the meta device: names, shapes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
 
-    config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(str(name_or_path))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return model
 
 
-def transformer_blocks(model: nn.Module, class_name: str | None = None) -> list[tuple[str, nn.Module]]:
+def transformer_blocks(model: nn.Module, block_name: str | None = None) -> list[tuple[str, nn.Module]]:
     """(prefix, block) of every transformer block in order.
 
-    class_name: what the blocks' class is called; None takes the module list that holds the most parameters.
+    block_name: class of the blocks; None takes the module list that holds the most parameters.
     Raises ValueError when there are none.
     """
-    if class_name is not None:
-        named = [(prefix, m) for prefix, m in model.named_modules() if type(m).__name__ == class_name]
+    lists = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if block_name is not None:
+        named = [(prefix, m) for prefix, m in model.named_modules() if type(m).__name__ == block_name]
         if not named:
-            raise ValueError(f"{type(model).__name__} has no module of class {class_name}")
+            choices = dict.fromkeys(type(entry).__name__ for _, entries in lists for entry in entries)
+            raise ValueError(
+                f"block_name={block_name}: {type(model).__name__} has no module of this class;"
+                f" use null (the blocks are found) or one of {', '.join(choices)}"
+            )
         return named
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            size = sum(p.numel() for p in module.parameters())
-            if best is None or size > best[0]:
-                best = (size, prefix, module)
-    if best is None:
+    if not lists:
         raise ValueError(
             f"{type(model).__name__} has no list of transformer blocks; give scope as a regular expression"
         )
-    return [(f"{best[1]}.{index}", block) for index, block in enumerate(best[2])]
+    prefix, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [(f"{prefix}.{index}", block) for index, block in enumerate(blocks)]
 
 
 def find_scope(
-    model: nn.Module, pattern: str | None = None, class_name: str | None = None
+    model: nn.Module, pattern: str | None = None, block_name: str | None = None
 ) -> dict[str, ScopedTensor]:
     """Parameters that masks are chosen over, in the order of `named_parameters()`.
 
     pattern: regular expression searched in the parameter's name instead of the default rule.
-    class_name: class of the transformer blocks; None finds them.
+    block_name: class of the transformer blocks; None finds them.
     Raises ValueError for a pattern that does not compile or matches nothing, or a model without such weights.
     """
     try:
@@ -83,42 +90,50 @@ def find_scope(
         raise ValueError(f"scope={pattern!r} is not a regular expression: {error}") from error
     modules = dict(model.named_modules())
     try:
-        layers = {prefix: i for i, (prefix, _) in enumerate(transformer_blocks(model, class_name))}
+        layers = {prefix: i for i, (prefix, _) in enumerate(transformer_blocks(model, block_name))}
     except ValueError:
-        if regex is None:
+        if regex is None or block_name is not None:
             raise
-        layers = {}
+        layers = {}  # a pattern needs no blocks
     scope = {}
     for name, parameter in model.named_parameters():
         block = next((b for b in layers if name.startswith(b + ".")), None)
         role = _role(name, parameter, block, modules, model)
         if (role != "other") if regex is None else regex.search(name):
             owner = modules[name.rpartition(".")[0]]
-            scope[name] = ScopedTensor(
-                tuple(parameter.shape), role, layers.get(block), type(owner).__name__, _is_transposed(owner)
-            )
+            layer = None if block is None else layers[block]
+            shape = tuple(parameter.shape)
+            scope[name] = ScopedTensor(shape, role, layer, type(owner).__name__, _is_transposed(owner))
     if not scope:
         raise ValueError(f"scope={pattern!r} matches no parameter of {type(model).__name__}")
     return scope
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's linear map, its weight stored (in, out); by its name, without transformers."""
+    if type(module).__name__ != "Conv1D":
+        return False
+    return isinstance(module.weight, Tensor) and module.weight.ndim == 2 and module.bias is not None
+
+
 def _role(
-    name: str, parameter: torch.Tensor, block: str | None, modules: dict[str, nn.Module], model: nn.Module
+    name: str, parameter: Tensor, block: str | None, modules: dict[str, nn.Module], model: nn.Module
 ) -> str:
     if block is None:
         return "other"
+    # names and modules between the block and the parameter: ["mlp", "up_proj"] and [LlamaMLP, Linear]
     owner_path = name.rpartition(".")[0]
     below = owner_path[len(block) + 1 :].split(".") if owner_path != block else []
     path = [modules[".".join([block, *below[: i + 1]])] for i in range(len(below))]
     if not path or not _is_matrix(path[-1], parameter) or _is_router(below, path, model):
         return "other"
-    words = [*below, *(type(module).__name__ for module in path)]
+    words = [*below, *(type(module).__name__ for module in path)]  # either may say "attention"
     return "attention" if any(_ATTENTION.search(word) for word in words) else "mlp"
 
 
-def _is_matrix(owner: nn.Module, parameter: torch.Tensor) -> bool:
+def _is_matrix(owner: nn.Module, parameter: Tensor) -> bool:
     kind = type(owner).__name__
-    if isinstance(owner, nn.Linear) or kind == "Conv1D" or kind.endswith("Linear"):
+    if isinstance(owner, nn.Linear) or is_conv1d(owner) or kind.endswith("Linear"):
         return parameter.ndim == 2
     return parameter.ndim == 3 and "expert" in kind.lower()  # (experts, out, in)
 
@@ -129,12 +144,14 @@ def _is_transposed(owner: nn.Module) -> bool:
     transformers says so of most experts; of the others the shapes tell: gate_up_proj has twice the inner
     width among its outputs, which are down_proj's inputs.
     """
-    if type(owner).__name__ == "Conv1D":
+    if is_conv1d(owner):
         return True
-    if isinstance(getattr(owner, "is_transposed", None), bool):
-        return owner.is_transposed
+    stated = getattr(owner, "is_transposed", None)
+    if isinstance(stated, bool):
+        return stated
+    # stored (experts, in, out): up (experts, hidden, 2 inner), down (experts, inner, hidden)
     up, down = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
-    if not (isinstance(up, torch.Tensor) and isinstance(down, torch.Tensor) and up.ndim == down.ndim == 3):
+    if not (isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3):
         return False
     return up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
 
@@ -144,6 +161,7 @@ def _is_router(below: list[str], path: list[nn.Module], model: nn.Module) -> boo
         return True
     if not _ROUTER_NAMES.intersection(below):
         return False
+    # a layer called "gate" is a router if it has an output per expert, or one for the shared expert
     config = getattr(model, "config", None)
     sizes = {1, *(getattr(config, key, None) for key in _EXPERT_COUNTS)}
-    return path[-1].weight.shape[0] in sizes
+    return path[-1].get_parameter("weight").shape[0] in sizes

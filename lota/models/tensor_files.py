@@ -1,6 +1,6 @@
-"""Tensors in files: where each lies, without reading it; the only reader and writer of safetensors headers.
+"""The weight files of a model, and where each tensor lies in a safetensors file, without reading it.
 
-Safetensors folders (one or many shards), `pytorch_model.bin`, `policy.pt` and other `torch.save` files.
+The only reader and writer of safetensors headers; lota/models/policy.py indexes `torch.save` files.
 
 A safetensors file: the header's length (8 bytes, little endian), the header as JSON, padded with blanks to 8
 bytes, then the tensors without gaps. The header has an entry {dtype, shape, data_offsets} per tensor, offsets
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from lota.utils import torch_reason
 
 DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
 # Every dtype of safetensors whose entries are whole bytes; F4 and F6 are packed, and no tensor here has them.
@@ -33,17 +30,6 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_UNREADABLE = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-    TypeError,
-    pickle.UnpicklingError,
-    LookupError,
-    AttributeError,
-)
 
 
 @dataclass(frozen=True)
@@ -270,38 +256,3 @@ class SafetensorsWriter:
         while view:
             written = os.pwrite(self._handle, view, position)
             view, position = view[written:], position + written
-
-
-def index_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """Name -> place in a `torch.save` file: {step_idx, state, metrics}, or a plain state dict.
-
-    The file is unpickled (weights only) without its data: under FakeTensorMode a storage knows its place in
-    the file (torch's notes on serialization). Raises ValueError naming a damaged or unsafe file.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{path} cannot be read: it is truncated, in the layout of before torch 1.6, or holds more than "
-            f"plain tensors and numbers. torch says: {torch_reason(error)}"
-        ) from error
-    state = content.get("state", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} is no checkpoint: expected {{step_idx, state, metrics}} or a state dict")
-    from lota.models.policy import unwrapped
-
-    size = path.stat().st_size
-    index: dict[str, StoredTensor] = {}
-    for wrapped, value in state.items():
-        name = unwrapped(wrapped)
-        if name in index:
-            raise ValueError(f"{path}: two tensors are both called {name} once wrapper names are removed")
-        place = value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.dtype.itemsize
-        stride = None if value.is_contiguous() else tuple(value.stride())
-        index[name] = StoredTensor(path, place, value.dtype, tuple(value.shape), stride)
-        if place + index[name].span * value.dtype.itemsize > size:
-            raise ValueError(f"{path} is truncated: {name} lies outside of the file")
-    return index

@@ -11,20 +11,25 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lota.models.key_mapping import Conversion, Run, Target, row_runs, translate
-from lota.models.tensor_files import StoredTensor, checkpoint_files, index_torch_file, read_header
+from lota.models.key_mapping import Conversion, Target, translate
+from lota.models.policy import index_torch_file
+from lota.models.scope import meta_model
+from lota.models.tensor_files import StoredTensor, checkpoint_files, read_header
 
-HASH_CHUNK = 1 << 20  # entries
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-class Group(NamedTuple):
+@dataclass
+class ReadUnit:
     """Parameters and the stored tensors that they are read from: one of each, or those of a conversion."""
 
     parameters: list[str]
@@ -32,16 +37,32 @@ class Group(NamedTuple):
     converted: bool
 
 
+class WeightReader(Protocol):
+    """Weights that are read a part at a time: a WeightSource, or one changed by a delta or cast."""
+
+    @property
+    def id(self) -> str:
+        """Path or hub id."""
+        ...
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def numel(self, name: str) -> int: ...
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries [start, stop) of the flattened parameter, 1-D."""
+        ...
+
+
 class WeightSource:
     """The weights of one model on disk; made by `open_weights`. Reading is safe from several threads."""
 
     def __init__(self, id: str, stored: Mapping[str, StoredTensor], targets: Mapping[str, Target]):
-        self.id = id
-        self._stored = dict(stored)
-        self._targets = dict(targets)
-        self._files: dict[Path, int] = {}
-        self._runs: dict[str, list[Run] | None] = {}
-        self._converted: tuple[Conversion | None, dict[str, Tensor]] = (None, {})
+        self.id = id  # the path or hub id that was opened
+        self.stored = dict(stored)  # stored name -> place in its file, parameters or not
+        self._targets = dict(targets)  # parameter name -> where its values come from
+        self._files: dict[Path, int] = {}  # open files' handles
+        self._converted: tuple[Conversion | None, dict[str, Tensor]] = (None, {})  # the last one converted
         self._lock = threading.RLock()
         self.close = weakref.finalize(self, _close_all, self._files)
 
@@ -57,42 +78,31 @@ class WeightSource:
 
     @property
     def unused(self) -> dict[str, tuple[int, ...]]:
-        """Stored names (of whatever shape) from which no parameter is read: buffers, or another model's."""
-        used = {target.source for target in self._targets.values()}
-        for target in self._targets.values():
-            used.update(name for name, _ in target.conversion.sources) if target.conversion else None
-        return {name: tensor.shape for name, tensor in self._stored.items() if name not in used}
+        """Stored names and shapes from which no parameter is read: buffers, or another model's."""
+        used = {name for unit in self.units() for name in unit.stored}
+        return {name: tensor.shape for name, tensor in self.stored.items() if name not in used}
 
-    @property
-    def stored(self) -> dict[str, StoredTensor]:
-        """Stored name -> place in its file, parameters or not."""
-        return dict(self._stored)
-
-    def groups(self) -> list[Group]:
+    def units(self) -> list[ReadUnit]:
         """Which stored tensors belong to which parameters, in the order of names."""
-        found: dict[int | str, Group] = {}
+        found: dict[str | Conversion, ReadUnit] = {}
         for name, target in self._targets.items():
-            if target.conversion is None:
-                found[name] = Group([name], [target.source], converted=False)
+            if isinstance(target.source, str):
+                found[target.source] = ReadUnit([name], [target.source], converted=False)
             else:
-                sources = [source for source, _ in target.conversion.sources]
-                group = found.setdefault(id(target.conversion), Group([], sources, converted=True))
-                group.parameters.append(name)
+                unit = ReadUnit([], target.source.stored_names, converted=True)
+                found.setdefault(target.source, unit).parameters.append(name)
         return list(found.values())
 
-    def read_stored(self, name: str) -> Tensor:
-        """One tensor under its name in the file, in its own memory."""
-        tensor = self._stored[name]
-        return self._read_stored(name, 0, tensor.numel).reshape(tensor.shape)
-
     def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's shape in the loaded model."""
         return self._targets[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """As in the file."""
+        """The parameter's dtype in the file."""
         return self._targets[name].dtype
 
     def numel(self, name: str) -> int:
+        """Entries of the parameter."""
         return math.prod(self.shape(name))
 
     def read(self, name: str) -> Tensor:
@@ -102,74 +112,62 @@ class WeightSource:
     def read_flat(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> Tensor:
         """Entries [start, stop) of the flattened parameter: 1-D, the file's dtype.
 
-        In its own memory, or, where that saves a copy, in `out` (uint8, as many bytes as asked for).
+        In its own memory, or, if that saves a copy, in `out` (uint8, as many bytes as asked for).
         """
-        target = self._targets[name]
-        if target.source is not None:
-            return self._read_stored(target.source, start, stop, out)
-        runs = self._row_runs(name)
-        if runs is None:
-            return self._convert(name).reshape(-1)[start:stop].clone()
+        source = self._targets[name].source
+        if isinstance(source, str):
+            return self._read_part(self.stored[source], start, stop, out)
+        with self._lock:
+            spans = source.row_spans.get(name)
+        if spans is None:
+            return self._convert(source)[name].reshape(-1)[start:stop].clone()
+        # Of every span its overlap with [start, stop), at the place in the file that the span says.
         parts = []
-        for run in runs:
-            low, high = max(start, run.start), min(stop, run.start + run.length)
+        for span in spans:
+            low, high = max(start, span.start), min(stop, span.start + span.length)
             if low < high:
-                shift = run.source_start - run.start
-                parts.append(self._read_stored(run.source, low + shift, high + shift))
+                shift = span.source_start - span.start  # from positions in the parameter to those in the file
+                parts.append(self._read_part(self.stored[span.source], low + shift, high + shift))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _row_runs(self, name: str) -> list[Run] | None:
-        with self._lock:
-            if name not in self._runs:
-                conversion = self._targets[name].conversion
-                runs = row_runs(conversion, self._stored) or {}
-                self._runs.update({target: runs.get(target) for target in self._targets_of(conversion)})
-            return self._runs[name]
+    def read_stored(self, name: str) -> Tensor:
+        """One tensor under its name in the file, in its own memory."""
+        tensor = self.stored[name]
+        return self._read_part(tensor, 0, tensor.numel).reshape(tensor.shape)
 
-    def _targets_of(self, conversion: Conversion) -> list[str]:
-        return [name for name, target in self._targets.items() if target.conversion is conversion]
-
-    def _convert(self, name: str) -> Tensor:
-        """A parameter through transformers' conversion; the last one is remembered for the next part."""
+    def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
+        """Parameters through transformers' conversion; the last ones are remembered for the next part."""
         with self._lock:
-            conversion = self._targets[name].conversion
             if self._converted[0] is not conversion:
-                self._converted = (None, {})
-                results = conversion.apply(
-                    lambda stored: self._read_stored(stored, 0, self._stored[stored].numel).reshape(
-                        self._stored[stored].shape
-                    )
-                )
-                self._converted = (conversion, results)
-            return self._converted[1][name]
+                self._converted = (None, {})  # frees the memory of the last ones first
+                self._converted = (conversion, conversion.apply(self.read_stored))
+            return self._converted[1]
 
-    def _read_stored(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> Tensor:
-        tensor = self._stored[name]
-        if tensor.stride is not None:
-            whole = self._read_bytes(tensor, 0, tensor.span)
-            return whole.as_strided(tensor.shape, tensor.stride).reshape(-1)[start:stop].clone()
-        return self._read_bytes(tensor, start, stop, out)
+    def _read_part(
+        self, tensor: StoredTensor, start: int, stop: int, out: np.ndarray | None = None
+    ) -> Tensor:
+        if tensor.stride is None:
+            return self._read_bytes(tensor, start, stop, out)
+        whole = self._read_bytes(tensor, 0, tensor.span)
+        return whole.as_strided(tensor.shape, tensor.stride).reshape(-1)[start:stop].clone()
 
     def _read_bytes(
         self, tensor: StoredTensor, start: int, stop: int, out: np.ndarray | None = None
     ) -> Tensor:
         buffer = np.empty((stop - start) * tensor.dtype.itemsize, dtype=np.uint8) if out is None else out
-        view, position = memoryview(buffer), tensor.offset + start * tensor.dtype.itemsize
-        while view:
-            n_read = os.preadv(self._handle(tensor.path), [view], position)
+        view, position = buffer.data, tensor.offset + start * tensor.dtype.itemsize
+        with self._lock:
+            if tensor.path not in self._files:
+                self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+        while view:  # a read may stop short of what was asked for
+            n_read = os.preadv(self._files[tensor.path], [view], position)
             if n_read == 0:
                 raise ValueError(f"{tensor.path} is truncated: it ends at byte {position}")
             view, position = view[n_read:], position + n_read
         return torch.from_numpy(buffer).view(tensor.dtype)
 
-    def _handle(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
-            return self._files[path]
 
-
-def open_weights(path: str | os.PathLike, model: nn.Module | None = None) -> WeightSource:
+def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> WeightSource:
     """Index the weights of a Hugging Face folder or hub id, a `policy.pt`, or a run folder that holds one.
 
     A folder with both Hugging Face weights and a `policy.pt` is read as a Hugging Face folder.
@@ -183,8 +181,6 @@ def open_weights(path: str | os.PathLike, model: nn.Module | None = None) -> Wei
         index = read_header(file).entries if file.suffix == ".safetensors" else index_torch_file(file)
         stored.update(index)
     if model is None and folder is not None and (folder / "config.json").is_file():
-        from lota.models.scope import meta_model
-
         model = meta_model(folder)
     if model is None:
         return WeightSource(str(path), stored, _untied(stored))
@@ -192,7 +188,7 @@ def open_weights(path: str | os.PathLike, model: nn.Module | None = None) -> Wei
     return WeightSource(str(path), stored, _parameters(targets, model))
 
 
-def _parameters(targets: Mapping[str, Target], model: nn.Module) -> dict[str, Target]:
+def _parameters(targets: Mapping[str, Target], model: PreTrainedModel) -> dict[str, Target]:
     """The targets of `named_parameters()`; a tied parameter may be stored under any of its names."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -211,7 +207,7 @@ def _untied(stored: Mapping[str, StoredTensor]) -> dict[str, Target]:
     targets = {}
     for name, tensor in stored.items():
         if tensor not in seen:
-            targets[name] = Target(tensor.shape, tensor.dtype, source=name)
+            targets[name] = Target(tensor.shape, tensor.dtype, name)
         seen.add(tensor)
     return targets
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lota.models.scope import is_conv1d
 from lota.optim.masked import MaskedOptimizer
 
 SAMPLED_DENSITY = 0.02  # kept share of a weight up to which the sampled product is clearly faster
@@ -181,14 +182,9 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
 
 
 def _is_suitable(module: nn.Module, optimizer: MaskedOptimizer) -> bool:
-    if (type(module) is not nn.Linear and not _is_conv1d(module)) or "forward" in vars(module):
+    if (type(module) is not nn.Linear and not is_conv1d(module)) or "forward" in vars(module):
         return False
     return module.weight in optimizer.names and optimizer.positions(module.weight) is not None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, by name: transformers need not be there for other models."""
-    return type(module).__name__ == "Conv1D" and module.weight.ndim == 2 and module.bias is not None
 
 
 def _products(weights: list[nn.Parameter], optimizer: MaskedOptimizer) -> dict[nn.Parameter, _Product]:
@@ -228,7 +224,7 @@ def _forward(module: nn.Module, optimizer: MaskedOptimizer, product: _Product) -
     another weight stands in its place (a deep copy, `functional_call`, pruning, tying), the model was moved
     or cast, or autocast or functorch transforms the computation.
     """
-    weight, transposed = module.weight, _is_conv1d(module)
+    weight, transposed = module.weight, is_conv1d(module)
     device, dtype = weight.device, weight.dtype
 
     def put_aside(a: Tensor, b: Tensor) -> None:

@@ -13,8 +13,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lota.models.loading import add_pad_token, load_config, load_tokenizer, resize_vocabulary
-from lota.models.policy import model_from_policy, policy_path, read_policy_record
+from lota.models.loading import (
+    add_pad_token,
+    embedding_rows,
+    load_config,
+    load_tokenizer,
+    model_from_policy,
+    resize_vocabulary,
+)
+from lota.models.policy import policy_path, read_policy
 from lota.models.provenance import run_settings
 from lota.share.hf_folder import (
     TOKENIZER_FILES,
@@ -68,14 +75,14 @@ def convert_policy(
     base_rows, base_pad = config.get_text_config().vocab_size, config.pad_token_id
     most, dtypes = disk_dtypes(model_path, config) if dtype is None else (dtype, {})
 
-    record = read_policy_record(file)
-    model = model_from_policy(config, record["state"], source=str(file))
+    record = read_policy(file)
+    model = model_from_policy(config, record.state, source=str(file))
     if vocab == "base":
         added = _cut(model, base_rows, base_pad)
     else:
         added = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
-    rows = model.get_input_embeddings().weight.shape[0]
-    origin = {"base": str(model_path), "policy": str(file), "step_idx": record["step_idx"], "rows": rows}
+    rows = embedding_rows(model)
+    origin = {"base": str(model_path), "policy": str(file), "step_idx": record.step_idx, "rows": rows}
     origin |= run.prompts  # evaluation renders and cuts prompts as the run did
     with new_model_files(folder, origin) as staged:
         write_weights(model, staged, most, dtypes, max_shard_size)
@@ -85,7 +92,7 @@ def convert_policy(
         if added is not None:
             tokenizer.save_pretrained(staged)
             _set_pad(staged / "generation_config.json", added)
-    return Converted(folder, most, rows, record["step_idx"], run.datasets)
+    return Converted(folder, most, rows, record.step_idx, run.datasets)
 
 
 def _check_arguments(vocab: str, pad_token: str | None, max_shard_size: str) -> None:
@@ -98,7 +105,7 @@ def _check_arguments(vocab: str, pad_token: str | None, max_shard_size: str) -> 
 
 def _cut(model: PreTrainedModel, base_rows: int, base_pad: int | None) -> None:
     """Drop embedding rows beyond the base's; no token is added (None)."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if rows < base_rows:
         raise ValueError(
             f"--vocab base: the checkpoint has {rows} embedding rows, fewer than the base's {base_rows};"
@@ -113,7 +120,7 @@ def _add_pad_token(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_rows: int, pad_token: str | None
 ) -> int | None:
     """Add the pad token to tokenizer and config; its id, None where there is no such token."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if pad_token is None:
         if rows > base_rows:
             logger.warning(

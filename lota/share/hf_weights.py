@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from lota.models.policy import tied_names
+from lota.models.loading import tied_names
 from lota.models.scope import meta_model
 from lota.models.tensor_files import SafetensorsWriter, Shaped, checkpoint_files
-from lota.models.weights import Group, WeightSource, open_weights
+from lota.models.weights import ReadUnit, WeightSource, open_weights
 from lota.share.hf_folder import TOKENIZER_FILES, copy_small_files
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -103,12 +103,12 @@ def write_like(
     """
     check_writable(source, model)
     copied = [name for name in source.unused if name not in tied_names(model)]
-    groups = sorted(source.groups(), key=lambda group: min(group.stored))
-    order = [name for group in groups for name in group.stored] + copied
+    units = sorted(source.units(), key=lambda unit: min(unit.stored))
+    order = [name for unit in units for name in unit.stored] + copied
     with _Shards(folder, {name: source.stored[name] for name in order}, max_shard_size) as shards:
-        for group in groups:
-            values = {name: value_of(name) for name in group.parameters}
-            for name, value in _on_disk(model, values, group).items():
+        for unit in units:
+            values = {name: value_of(name) for name in unit.parameters}
+            for name, value in _on_disk(model, values, unit).items():
                 shards.put(name, value)
         for name in copied:
             shards.put(name, source.read_stored(name))
@@ -117,24 +117,24 @@ def write_like(
 
 def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
     """Raise ValueError unless every parameter can be written under the names that it was read from."""
-    for group in (group for group in source.groups() if group.converted):
+    for unit in (unit for unit in source.units() if unit.converted):
         empty = {
             name: torch.empty(source.shape(name), dtype=source.dtype(name), device="meta")
-            for name in group.parameters
+            for name in unit.parameters
         }
-        written = {name: tuple(value.shape) for name, value in _on_disk(model, empty, group).items()}
-        if written != {name: tuple(source.stored[name].shape) for name in group.stored}:
+        written = {name: tuple(value.shape) for name, value in _on_disk(model, empty, unit).items()}
+        if written != {name: tuple(source.stored[name].shape) for name in unit.stored}:
             raise ValueError(
-                f"{source.id}: {group.stored[0]} cannot be written as it was read: {type(model).__name__}"
+                f"{source.id}: {unit.stored[0]} cannot be written as it was read: {type(model).__name__}"
                 " converts it on loading. Load it with transformers, save_pretrained it, and use that folder"
             )
 
 
-def _on_disk(model: PreTrainedModel, values: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Parameters of a group -> stored name -> tensor."""
-    if group.converted:
+def _on_disk(model: PreTrainedModel, values: Mapping[str, Tensor], unit: ReadUnit) -> dict[str, Tensor]:
+    """Parameters of a unit -> stored name -> tensor."""
+    if unit.converted:
         return revert_weight_conversion(model, dict(values))
-    return {group.stored[0]: values[group.parameters[0]]}
+    return {unit.stored[0]: values[unit.parameters[0]]}
 
 
 class _Shards:

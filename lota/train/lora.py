@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lota.models.scope import find_scope
+from lota.models.scope import find_scope, is_conv1d
 from lota.train.checkpoint import saved_state
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def lora_targets(
     found, frozen = [], []
     for name in find_scope(model, pattern, block_name):
         path, _, key = name.rpartition(".")
-        adaptable = isinstance(modules[path], nn.Linear) or _is_conv1d(modules[path])
+        adaptable = isinstance(modules[path], nn.Linear) or is_conv1d(modules[path])
         if adaptable and key == "weight":
             found.append(path)
         else:
@@ -51,10 +51,6 @@ def lora_targets(
             f"adapter=lora: {type(model).__name__} has no linear layer in the scope (model.scope={pattern})"
         )
     return found, frozen
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # GPT-2's linear map, its weight stored (in, out)
 
 
 def add_lora(
@@ -75,7 +71,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
-        fan_in_fan_out=any(_is_conv1d(modules[path]) for path in targets),
+        fan_in_fan_out=any(is_conv1d(modules[path]) for path in targets),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it right itself

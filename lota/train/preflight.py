@@ -19,7 +19,6 @@ from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, trainable_mask
-from lota.models.loading import find_block_class
 from lota.models.scope import find_scope
 from lota.train import save_delta as saving
 from lota.train.lora import lora_targets
@@ -119,7 +118,6 @@ def _content_hash(examples: Sequence[Example]) -> str:
 def _checked_structure(config: Config, tokenizer: Any) -> nn.Module:
     """Names and shapes of the model that will train; shows the scope."""
     model = run_structure(config, tokenizer)
-    find_block_class(model, config.model.block_name)
     show_scope(model, config.model.scope, config.model.block_name)
     if config.adapter.name == "lora":
         show_adapted(model, config)

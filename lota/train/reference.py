@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lota.config import Config
 from lota.data.batches import Batch, Encoded, Example, batch_order, encoded_hash_and_lengths
 from lota.models.hashing import config_key, content_hash
-from lota.models.loading import dtype_of, load_config, load_model, mean_row
+from lota.models.loading import dtype_of, embedding_rows, load_config, load_model, mean_row
 from lota.models.policy import model_folder
 from lota.models.weights import WeightSource, open_weights
 from lota.optim.masked import MaskedOptimizer
@@ -180,7 +180,7 @@ class PrecomputedReference:
         return {
             "model": content_hash(source),
             "model_config": config_key(load_config(folder)),
-            "vocabulary": model.get_input_embeddings().weight.shape[0],
+            "vocabulary": embedding_rows(model),
             "dtype": str(model.dtype if own else _model_dtype(self.run)),
             "mixed_precision": settings.fsdp_policy_mp,
         }

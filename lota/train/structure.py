@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lota.config import Config
-from lota.models.loading import add_pad_token, load_tokenizer
+from lota.models.loading import add_pad_token, embedding_rows, load_tokenizer
 from lota.models.policy import is_policy, model_folder
 from lota.models.scope import meta_model
 from lota.models.weights import open_weights
@@ -31,7 +31,7 @@ def check_reference(config: Config, tokenizer: Any) -> None:
     if archive is None:
         return
     structures = (run_structure(config, tokenizer, key) for key in ("reference_archive", "archive"))
-    rows, own_rows = (model.get_input_embeddings().weight.shape[0] for model in structures)
+    rows, own_rows = (embedding_rows(model) for model in structures)
     try:
         theirs = None if is_policy(archive) else _vocabulary(load_tokenizer(archive), config)
     except ValueError:  # it has no tokenizer of its own
@@ -65,12 +65,12 @@ def run_structure(config: Config, tokenizer: Any, key: str = "archive") -> nn.Mo
             f"model.name_or_path={config.model.name_or_path}: no model there: {error}"
         ) from error
     _check_positions(model, config)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if from_policy:
         rows = _policy_rows(model, archive)
     if config.model.pad_token is not None:
         rows = max(rows, len(tokenizer))
-    if rows != model.get_input_embeddings().weight.shape[0]:
+    if rows != embedding_rows(model):
         model.resize_token_embeddings(rows, mean_resizing=False)
     return model
 

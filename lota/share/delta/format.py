@@ -36,6 +36,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from lota.models.hashing import HASH_CHUNK
 from lota.models.tensor_files import (
     DELTA_FORMAT,
     Header,
@@ -45,7 +46,6 @@ from lota.models.tensor_files import (
     read_header,
     read_metadata,
 )
-from lota.models.weights import HASH_CHUNK
 from lota.share.delta.codec import Coding
 from lota.utils import atomic_path
 
