@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lota.models.weights import WeightReader
+from lota.models.weights import WeightSource
 from lota.utils import content_key
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HASH_CHUNK = 1 << 20  # entries that are read at a time
 
 
-def content_hash(source: WeightReader) -> str:
+def content_hash(source: WeightSource) -> str:
     """Hex sha256 over (name, dtype, shape, bytes) of every parameter in the order of names."""
     return StreamingHash(source).finish()
 
@@ -32,7 +32,7 @@ class StreamingHash:
     and in parts of `chunk` entries keep what waits here small.
     """
 
-    def __init__(self, source: WeightReader, shared: Iterable[str] = (), chunk: int = HASH_CHUNK):
+    def __init__(self, source: WeightSource, shared: Iterable[str] = (), chunk: int = HASH_CHUNK):
         """shared: names whose parts will be put in."""
         self._source = source
         self._shared = {name for name in shared if source.numel(name)}

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,23 +35,6 @@ class ReadUnit:
     parameters: list[str]
     stored: list[str]
     converted: bool
-
-
-class WeightReader(Protocol):
-    """Weights that are read a part at a time: a WeightSource, or one changed by a delta or cast."""
-
-    @property
-    def id(self) -> str:
-        """Path or hub id."""
-        ...
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def numel(self, name: str) -> int: ...
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of the flattened parameter, 1-D."""
-        ...
 
 
 class WeightSource:
