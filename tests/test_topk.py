@@ -135,6 +135,7 @@ def test_memory_of_a_search_grows_with_distinct_keys_only(monkeypatch):
     for part in parts:
         search.add(topk.Span("t", 0, 60), 0, np.zeros(8, np.uint8), np.arange(60), part)
         assert len(search.values) <= 8 and search.n_inside <= 100
+    search.finish()
     ordered = np.sort(np.concatenate(parts))[::-1]
-    assert search.cut().threshold == ordered[699]
-    assert search.cut().ties in (0, 700 - int((ordered > ordered[699]).sum()))
+    assert search.cut.threshold == ordered[699]
+    assert search.cut.ties in (0, 700 - int((ordered > ordered[699]).sum()))

@@ -23,6 +23,11 @@ class Span(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def packed(self) -> slice:
+        """Bytes of the tensor's packed bits that hold these entries."""
+        return slice(self.start // 8, (self.stop + 7) // 8)
+
 
 class Scratch(threading.local):
     """Buffers of the calling thread, used again for every chunk, so that they stay in its cache."""
@@ -52,16 +57,15 @@ def spans(sizes: Mapping[str, int], order: Iterable[str] | None = None) -> list[
     ]
 
 
-def in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Item], Result], todo: Iterable[Item]
-) -> Iterator[tuple[Item, Result]]:
-    """(item, work(item)) in the order of `todo`, a few items ahead of the consumer and no more."""
+def in_order(work: Callable[[Item], Result], todo: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """(item, work(item)) in the order of `todo`; threads work a few items ahead of the consumer, no more."""
     waiting: deque[tuple[Item, Future[Result]]] = deque()
-    for item in todo:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > 2 * worker_count():
+    with ThreadPoolExecutor(worker_count()) as pool:
+        for item in todo:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > 2 * worker_count():
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
-    while waiting:
-        done, future = waiting.popleft()
-        yield done, future.result()

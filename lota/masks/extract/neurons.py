@@ -8,7 +8,6 @@ transposed; there a row is one pair of expert and output. A unit's saliency is t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from lota.masks.extract.saliency import SaliencyStream, uniform
 from lota.masks.extract.topk import Progress
-from lota.models.chunks import Span, in_order, spans, worker_count
+from lota.models.chunks import Span, in_order, spans
 from lota.models.scope import ScopedTensor
 
 GRANULARITIES = ("element", "row", "column")
@@ -174,7 +173,5 @@ def _sum_saliencies(
         return units[span.name].sums(span.start, stream.saliencies(span))
 
     sizes = {name: each.count * each.length for name, each in units.items()}
-    with ThreadPoolExecutor(worker_count()) as pool:
-        parts = in_order(pool, part, spans(sizes, order))
-        for span, (first, found) in parts:  # added in order: the sums are the same at every run
-            sums[span.name][first : first + len(found)] += found
+    for span, (first, found) in in_order(part, spans(sizes, order)):  # in order: the same sums at every run
+        sums[span.name][first : first + len(found)] += found

@@ -34,26 +34,20 @@ class Source(Protocol):
     def read_flat(self, name: str, start: int, stop: int, out: NDArray[np.uint8] | None = None) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Saliency:
+    """A way to rate entries."""
+
+    compute: Callable[[Read, Span, int], np.ndarray]  # (read, span, seed) -> fp32 (entries,), not negative
+    needs: tuple[str, ...]  # roles of the sources that it reads
+    collects: str = ""  # what is summed of the gradients beforehand, `sum` or `squares`; empty: nothing
+
+
 def _task_vector(read: Read, span: Span, seed: int) -> np.ndarray:
     """|tuned - base| in fp32."""
     base, tuned = read("base"), read("tuned")
     np.subtract(tuned, base, out=tuned)
     return np.abs(tuned, out=tuned)
-
-
-def _magnitude(read: Read, span: Span, seed: int) -> np.ndarray:
-    """|base|."""
-    return np.abs(read("base"))
-
-
-def _random(read: Read, span: Span, seed: int) -> np.ndarray:
-    """Uniform on (0, 1], whatever the weights are."""
-    return uniform(span, seed)
-
-
-def _collected(read: Read, span: Span, seed: int) -> np.ndarray:
-    """|what was collected|: the sum of the gradients, or of their squares."""
-    return np.abs(read("collected"))
 
 
 def _snip(read: Read, span: Span, seed: int) -> np.ndarray:
@@ -64,22 +58,17 @@ def _snip(read: Read, span: Span, seed: int) -> np.ndarray:
     return np.abs(product, out=product)
 
 
-@dataclass(frozen=True)
-class Saliency:
-    """A way to rate entries."""
-
-    compute: Callable[[Read, Span, int], np.ndarray]  # (read, span, seed) -> fp32 (entries,), not negative
-    needs: tuple[str, ...]  # roles of the sources that it reads
-    collects: str = ""  # what is summed of the gradients beforehand, `sum` or `squares`; empty: nothing
+def _size_of(role: str) -> Callable[[Read, Span, int], np.ndarray]:
+    return lambda read, span, seed: np.abs(read(role))
 
 
-# A new one is a function above and a line here.
+# masks/README.md explains each. A new one is a function above and a line here.
 SALIENCIES = {
     "task_vector": Saliency(_task_vector, ("base", "tuned")),
-    "magnitude": Saliency(_magnitude, ("base",)),
-    "random": Saliency(_random, ()),
-    "gradient": Saliency(_collected, ("collected",), collects="sum"),
-    "fisher": Saliency(_collected, ("collected",), collects="squares"),
+    "magnitude": Saliency(_size_of("base"), ("base",)),
+    "random": Saliency(lambda read, span, seed: uniform(span, seed), ()),
+    "gradient": Saliency(_size_of("collected"), ("collected",), collects="sum"),
+    "fisher": Saliency(_size_of("collected"), ("collected",), collects="squares"),
     "snip": Saliency(_snip, ("base", "collected"), collects="sum"),
 }
 DATA_DRIVEN = tuple(name for name, saliency in SALIENCIES.items() if saliency.collects)

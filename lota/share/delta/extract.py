@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lota.masks import Mask
-from lota.models.chunks import in_order, worker_count
+from lota.models.chunks import in_order
 from lota.models.hashing import StreamingHash
 from lota.models.pair import open_whole
 from lota.models.provenance import run_settings, trained_prompts
@@ -60,9 +59,9 @@ def extract(
     before, after = open_whole(base, tuned, model)
     comparison = _Comparison(before, after, mask)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=out.parent) as data, ThreadPoolExecutor(worker_count()) as pool:
+    with TemporaryFile(dir=out.parent) as data:
         codings = []
-        for _, (coding, code) in in_order(pool, comparison.code, segments(comparison.parameters)):
+        for _, (coding, code) in in_order(comparison.code, segments(comparison.parameters)):
             codings.append(coding)
             data.write(code)
         comparison.check_mask()
