@@ -13,6 +13,7 @@ import sys
 from lota.delta import apply
 from lota.models.loading import DTYPES, dtype_of
 from lota.share.convert import VOCABULARIES, convert_policy
+from lota.utils import with_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             pad_token=args.pad_token,
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {with_flags(error, args, out='save_path')}")
     dtype, datasets = str(done.dtype).removeprefix("torch."), ",".join(done.datasets) or "gsm8k"
     print(f"wrote {done.folder} ({dtype}, {done.rows} embedding rows, step {done.step_idx})")
     folder = shlex.quote(str(done.folder))

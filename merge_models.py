@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lota.share.merge.folder import Merged, plan_merge
-from lota.share.merge.mergekit_yaml import equivalent, write_yaml
+from lota.share.merge.folder import MergeResult, prepare_merge
+from lota.share.merge.mergekit_yaml import mergekit_config, write_yaml
 from lota.share.merge.rules import METHODS, make_rule
+from lota.utils import with_flags
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,21 +48,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def report(merged: Merged, method: str) -> str:
+def describe(result: MergeResult, method: str) -> str:
     """Statistics per vector and pair; whether `sum` is exact."""
-    lines = [merged.statistics.table(), ""]
-    if merged.exact:
+    lines = [result.statistics.table(), ""]
+    if result.exact:
         lines.append("exact: no entry is changed by two; the result is what applying each gives, bit for bit")
     elif method == "sum":
         lines.append(
-            f"not exact: {merged.shared:,} entries are changed by several and hold base + their sum, rounded"
+            f"not exact: {result.shared:,} entries are changed by several and hold base + their sum, rounded"
         )
-    if len(merged.prompts["chat_template"]) > 1:
+    templates = result.prompts["chat_template"]
+    if len(templates) > 1:
         lines.append(
-            f"trained with chat_template {' and '.join(merged.prompts['chat_template'])}: say which by "
-            "--chat_template when you evaluate; without it, prompts are written without one"
+            f"trained with chat_template {' and '.join(templates)}: set --chat_template when you evaluate; "
+            "without it, prompts are written without a template"
         )
-    return "\n".join([*lines, f"wrote {merged.folder}"])
+    return "\n".join([*lines, f"wrote {result.folder}"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,17 +78,20 @@ def main(arguments: list[str] | None = None) -> None:
             scale=args.scale,
             seed=args.seed,
         )
-        plan = plan_merge(args.base, args.deltas, rule, args.out, args.max_shard_size)
-        if args.export_mergekit and Path(args.export_mergekit).is_dir():
-            raise ValueError(f"--export-mergekit {args.export_mergekit} is a folder: name a file")
-        config = equivalent(plan) if args.export_mergekit else None
-        with tqdm(total=plan.entries, unit=" entries", unit_scale=True, desc="merge", disable=None) as bar:
-            merged = plan.run(bar.update)
+        merge = prepare_merge(args.base, args.deltas, rule, args.out, args.max_shard_size)
+        export = args.export_mergekit
+        if export and Path(export).is_dir():
+            raise ValueError(f"--export-mergekit {export} is a folder: name a file")
+        config = mergekit_config(merge) if export else None
+        with tqdm(
+            total=merge.source.n_entries, unit=" entries", unit_scale=True, desc="merge", disable=None
+        ) as bar:
+            result = merge.run(bar.update)
         if config is not None:
-            write_yaml(config, Path(args.export_mergekit))
+            write_yaml(config, Path(export))
     except (ValueError, OSError) as error:
-        sys.exit(f"merge_models.py: {error}")
-    print(report(merged, args.method))
+        sys.exit(f"merge_models.py: {with_flags(error, args, scale='lambda')}")
+    print(describe(result, args.method))
 
 
 if __name__ == "__main__":

@@ -213,9 +213,9 @@ def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 def with_flags(error: Exception, args: argparse.Namespace, **flags: str) -> str:
     """An error of the library, which names arguments (`seed=3`), with a command's flags instead (`--seed 3`).
 
-    args: the command's parsed arguments. flags: of those whose flag is another word than the argument.
+    args: the command's parsed arguments. flags: for arguments whose flag is another word.
     """
-    names = "|".join(vars(args))
+    names = "|".join([*vars(args), *flags])
     return re.sub(rf"(?<![^\s(])({names})=", lambda found: f"--{flags.get(found[1], found[1])} ", str(error))
 
 

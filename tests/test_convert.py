@@ -279,7 +279,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(llama, tmp_pa
         "no tokenizer at": (base, epoch, epoch, {"tokenizer_path": epoch}),
         "--vocab all: choose one of": (base, epoch, epoch, {"vocab": "all"}),
         "drop --pad_token": (base, epoch, epoch, {"vocab": "base", "pad_token": "<PAD>"}),
-        "--max_shard_size big": (base, epoch, epoch, {"max_shard_size": "big"}),
+        "max_shard_size=big": (base, epoch, epoch, {"max_shard_size": "big"}),
         "would be id 64, but the checkpoint has 64": (base, epoch, epoch, {"pad_token": "<PAD>"}),
     }
     for message, (model_path, policy, save_path, options) in cases.items():

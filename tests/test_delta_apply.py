@@ -156,7 +156,7 @@ def test_folders_that_must_not_be_replaced(tmp_path):
     base, tuned, delta = make(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for out in (base, tuned, delta):
-        with pytest.raises(ValueError, match=r"--out .*name"):
+        with pytest.raises(ValueError, match=r"out=.*name"):
             apply(base, delta, out)
     with pytest.raises(ValueError, match="is no Hugging Face folder"):
         apply(hf_models.save_policy(tmp_path / "policy.pt", {"w": torch.zeros(1)}), delta, tmp_path / "out")

@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,19 @@ class WeightSource:
                 unit = ReadUnit([], target.source.stored_names, converted=True)
                 found.setdefault(target.source, unit).parameters.append(name)
         return list(found.values())
+
+    @property
+    def n_entries(self) -> int:
+        """Of all parameters."""
+        return sum(self.numel(name) for name in self._targets)
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most entries."""
+        entries: Counter[torch.dtype] = Counter()
+        for name in self._targets:
+            entries[self.dtype(name)] += self.numel(name)
+        return entries.most_common(1)[0][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The parameter's shape in the loaded model."""

@@ -70,18 +70,18 @@ def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
     model.config.save_pretrained(folder)
 
 
-def check_replaceable(folder: Path, base: str | Path, option: str = "--save_path") -> None:
+def check_replaceable(folder: Path, base: str | Path, argument: str = "save_path") -> None:
     """Raise ValueError when `folder` is the base, or holds a model that no conversion wrote."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{option} {folder} is a file: name a folder")
+        raise ValueError(f"{argument}={folder} is a file: name a folder")
     if folder == Path(base).expanduser().resolve():
         raise ValueError(
-            f"{option} {folder} is the base itself and would be overwritten: name another folder"
+            f"{argument}={folder} is the base itself and would be overwritten: name another folder"
         )
     models = [*safetensors_files(folder), *folder.glob("config.json")]
     if models and not (folder / RECORD).is_file():
         raise ValueError(
-            f"{option} {folder} holds a model ({models[0].name}) that no conversion wrote, and it would be"
+            f"{argument}={folder} holds a model ({models[0].name}) that no conversion wrote, and it would be"
             " overwritten: name another folder"
         )
 

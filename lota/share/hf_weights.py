@@ -42,7 +42,7 @@ def check_shard_size(max_shard_size: str) -> None:
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"--max_shard_size {max_shard_size}: give a size such as 500MB or 2GB") from error
+        raise ValueError(f"max_shard_size={max_shard_size}: give a size such as 500MB or 2GB") from error
 
 
 def write_weights(

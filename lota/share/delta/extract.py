@@ -148,16 +148,13 @@ class _Comparison:
 
     def metadata(self) -> dict[str, Any]:
         """What the file says of both models, once all segments are counted."""
-        entries: Counter[torch.dtype] = Counter()
-        for parameter in self.parameters:
-            entries[parameter.dtype] += parameter.numel
-        sparsity = 1 - (self.changed.total() / entries.total() if self.mask is None else self.mask.density)
+        density = self.changed.total() / self.base.n_entries if self.mask is None else self.mask.density
         return {
             "base_hash": self.hashes[0].finish(),
             "tuned_hash": self.hashes[1].finish(),
             "base_fingerprint": checksum_digits(self.checksums[0]),
             "tuned_fingerprint": checksum_digits(self.checksums[1]),
-            "dtype": str(entries.most_common(1)[0][0]).removeprefix("torch."),
-            "sparsity": round(sparsity, 12),
+            "dtype": str(self.base.main_dtype).removeprefix("torch."),
+            "sparsity": round(1 - density, 12),
             "kept": None if self.mask is None else self.mask.n_kept,
         }

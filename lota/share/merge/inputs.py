@@ -1,7 +1,7 @@
 """Where task vectors come from: delta files, and fine-tuned models read beside their base.
 
-Either gives one tensor's part of its vector at a time: the entries that it changes where those are few, all
-of them where they are many.
+Either gives one tensor's part of its vector at a time: the entries that it changes if those are few, all of
+them if they are many.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lota.models.tensor_files import is_delta
 from lota.models.weights import WeightSource
 from lota.share.delta.format import as_integers
 from lota.share.delta.reader import Delta
+from lota.utils import Problems
 
 SPARSE_BELOW = 1 / 3  # a listed entry takes three times the memory of one that is not (position and value)
 SHOWN = 3
@@ -28,27 +29,28 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Entries:
-    """One tensor's part of a task vector.
+    """One tensor's part of a task vector; (n,) are the entries that it lists."""
 
-    positions: 1-D int64, ascending, of the changed entries; None: every entry is listed, changed or not.
-    values: 1-D float32, tuned - base there. tuned: the tuned values there, in the base's dtype.
-    changed: bool, which of the listed entries have other bits than the base's.
-    """
+    positions: Tensor | None  # (n,) int64, ascending, of the changed entries; None: every entry is listed
+    values: Tensor  # (n,) float32, tuned - base
+    tuned: Tensor  # (n,) the tuned values, in the base's dtype
+    changed: Tensor  # (n,) bool, which of the listed entries have other bits than the base's
 
-    positions: Tensor | None
-    values: Tensor
-    tuned: Tensor
-    changed: Tensor
+    def places(self, positions: Tensor | None) -> Tensor | slice:
+        """Where these entries stand among `positions`, which list at least as much (None: everything)."""
+        if self.positions is None:
+            return slice(None)
+        return self.positions if positions is None else torch.searchsorted(positions, self.positions)
 
 
-class Vector(Protocol):
-    """A task vector that is read tensor by tensor. prompts: how its run wrote them, None where not known."""
+class TaskVector(Protocol):
+    """A task vector that is read tensor by tensor."""
 
     id: str
-    prompts: dict[str, Any]
+    prompts: dict[str, Any]  # PROMPT_SETTINGS of its run, None if not known
 
     def entries(self, name: str, base: Tensor) -> Entries | None:
-        """The part in the parameter `name`, whose base value is given; None where nothing changes."""
+        """The part in the parameter `name`, whose base value is given; None if nothing changes."""
         ...
 
 
@@ -80,6 +82,7 @@ class ModelVector:
         before, after = base.reshape(-1), self.source.read(name).reshape(-1)
         if after.dtype == before.dtype and torch.equal(as_integers(after), as_integers(before)):
             return None
+        # in float32, or in the bits of the base's dtype, to which the tuned value is rounded
         values, tuned = after.float() - before.float(), after.to(base.dtype)
         changed = (values != 0) | (as_integers(tuned) != as_integers(before))
         n_changed = int(changed.sum())
@@ -91,36 +94,33 @@ class ModelVector:
         return Entries(positions, values[positions], tuned[positions], changed[positions])
 
 
-def open_vectors(paths: Sequence[str | os.PathLike], base: WeightSource) -> tuple[list[Vector], str | None]:
-    """The task vectors at `paths`, checked against the base, and the base's hash where delta files name it.
+def open_vectors(
+    paths: Sequence[str | os.PathLike[str]], base: WeightSource
+) -> tuple[list[TaskVector], str | None]:
+    """The task vectors at `paths`, checked against the base, and the base's hash if delta files name it.
 
     Nothing but headers is read. Raises one ValueError with everything that does not fit.
     """
-    vectors: list[Vector] = []
-    problems: list[str] = []
-    for path in paths:
-        try:
-            vectors.append(_open(path, base))
-        except ValueError as error:
-            problems.append(str(error))
-    hashes = {v.id: v.delta.meta["base_hash"] for v in vectors if isinstance(v, DeltaVector)}
+    problems = Problems()
+    vectors = [problems.attempt(_open_vector, path, base) for path in paths]
+    opened = [vector for vector in vectors if vector is not None]
+    hashes = {v.id: v.delta.meta["base_hash"] for v in opened if isinstance(v, DeltaVector)}
     if len(set(hashes.values())) > 1:
         named = ", ".join(f"{path} of {digest[:9]}" for path, digest in hashes.items())
-        problems.append(f"the deltas are of different bases ({named}): merge those of one base")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return vectors, next(iter(hashes.values()), None)
+        problems.found.append(f"the deltas are of different bases ({named}): merge those of one base")
+    problems.refuse()
+    return opened, next(iter(hashes.values()), None)
 
 
-def prompt_settings(vectors: Sequence[Vector]) -> dict[str, list[Any]]:
-    """PROMPT_SETTINGS -> the values that the vectors' runs had, each once, where they are known."""
+def prompt_settings(vectors: Sequence[TaskVector]) -> dict[str, list[Any]]:
+    """PROMPT_SETTINGS -> the values that the vectors' runs had, each once, as far as they are known."""
     return {
         name: list(dict.fromkeys(v.prompts[name] for v in vectors if v.prompts[name] is not None))
         for name in PROMPT_SETTINGS
     }
 
 
-def _open(path: str | os.PathLike, base: WeightSource) -> Vector:
+def _open_vector(path: str | os.PathLike[str], base: WeightSource) -> TaskVector:
     """A delta file, or a folder with one and no model (RUN/epoch-1 unconverted), as such; else a model."""
     local = Path(path).expanduser()
     if local.is_dir() and not (local / "config.json").is_file() and (local / "delta.safetensors").is_file():
@@ -128,20 +128,20 @@ def _open(path: str | os.PathLike, base: WeightSource) -> Vector:
     if not (local.is_file() and (local.suffix == ".safetensors" or is_delta(local))):
         return ModelVector(open_whole(base.id, path)[1])
     delta = Delta.open(local)
-    taken = {name: (parameter.shape, parameter.dtype) for name, parameter in delta.parameters.items()}
-    here = {name: (base.shape(name), base.dtype(name)) for name in base.names()}
-    differing = [name for name in {**here, **taken} if taken.get(name) != here.get(name)]
+    taken = {name: _form(p.dtype, p.shape) for name, p in delta.parameters.items()}
+    here = {name: _form(base.dtype(name), base.shape(name)) for name in base.names()}
+    differing = [
+        f"{name} ({taken.get(name, 'none')} there, {here.get(name, 'none')} in the base)"
+        for name in {**here, **taken}
+        if taken.get(name) != here.get(name)
+    ]
     if differing:
-        shown = [
-            f"{name} ({_shown(taken.get(name))} there, {_shown(here.get(name))} in the base)"
-            for name in differing[:SHOWN]
-        ]
         raise ValueError(
             f"{path} was not taken from the base {base.id}; {len(differing)} parameters differ:"
-            f" {', '.join(shown)}"
+            f" {', '.join(differing[:SHOWN])}"
         )
     return DeltaVector(delta)
 
 
-def _shown(parameter: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "none" if parameter is None else f"{str(parameter[1]).removeprefix('torch.')} {list(parameter[0])}"
+def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

@@ -6,17 +6,15 @@ Written out in full, so that nothing rests on mergekit's defaults: arithmetic in
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from lota.share.merge.folder import Merge
-from lota.share.merge.inputs import DeltaVector
-from lota.share.merge.rules import METHODS, Rule
-from lota.utils import atomic_path
+from lota.share.merge.folder import PreparedMerge
+from lota.share.merge.inputs import DeltaVector, TaskVector
+from lota.share.merge.rules import METHODS, MergeRule
+from lota.utils import Problems, atomic_path
 
 NAMES = {
     "sum": "task_arithmetic",
@@ -28,27 +26,28 @@ NAMES = {
 }
 
 
-def equivalent(merge: Merge) -> dict[str, Any]:
+def mergekit_config(merge: PreparedMerge) -> dict[str, Any]:
     """The configuration. Raises one ValueError for inputs that mergekit cannot read, or a rule it lacks."""
-    paths = [_readable(vector) for vector in merge.vectors]
-    problems = [problem for _, problem in paths if problem]
-    if len({path for path, _ in paths}) < len(paths):
-        problems.append("mergekit takes each model once")
-    weights, scale, problem = _weights(merge.rule)
-    problems += [problem] if problem else []
-    if problems:
-        raise ValueError("\n".join(f"--export-mergekit: {problem}" for problem in problems))
+    problems, rule = Problems(), merge.rule
+    paths = [problems.attempt(_readable_path, vector) for vector in merge.vectors]
+    known = [path for path in paths if path is not None]
+    if len(set(known)) < len(known):
+        problems.found.append("mergekit takes each model once")
+    factors = problems.attempt(_weights_and_scale, rule)
+    problems.refuse()
+    assert factors is not None
+    weights, scale = factors
     models = []
-    for (path, _), weight, density in zip(paths, weights, merge.rule.densities, strict=True):
-        parameters = {"weight": weight} | ({"density": density} if METHODS[merge.rule.method].thin else {})
+    for path, weight, density in zip(paths, weights, rule.densities, strict=True):
+        parameters = {"weight": weight} | ({"density": density} if METHODS[rule.method].thin else {})
         models.append({"model": path, "parameters": parameters})
     return {
-        "merge_method": NAMES[merge.rule.method],
+        "merge_method": NAMES[rule.method],
         "base_model": _absolute(merge.base),
         "models": models,
-        "parameters": _shared(merge.rule, scale),
+        "parameters": _shared_parameters(rule, scale),
         "dtype": "float32",
-        "out_dtype": str(_usual_dtype(merge)).removeprefix("torch."),
+        "out_dtype": str(merge.source.main_dtype).removeprefix("torch."),
     }
 
 
@@ -58,25 +57,21 @@ def write_yaml(config: dict[str, Any], path: Path) -> None:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def _weights(rule: Rule) -> tuple[list[float], float, str | None]:
-    """(weight per model, lambda, why it cannot be said): 1/density goes wherever no division cancels it."""
-    if METHODS[rule.method].thin != "random":
-        return list(rule.weights), rule.scale, None
-    if not METHODS[rule.method].consensus:
-        total = sum(rule.weights) if rule.normalize else 1.0
-        return [w / d / total for w, d in zip(rule.weights, rule.densities, strict=True)], rule.scale, None
-    if not rule.normalize:
-        return [w / d for w, d in zip(rule.weights, rule.densities, strict=True)], rule.scale, None
-    if len(set(rule.densities)) > 1:
-        return (
-            [],
-            rule.scale,
-            "mergekit has no dare_ties with a mean over several densities: give one --density",
-        )
-    return list(rule.weights), rule.scale / rule.densities[0], None
+def _weights_and_scale(rule: MergeRule) -> tuple[list[float], float]:
+    """(weight per model, lambda), with DARE's 1/density wherever no division cancels it."""
+    method = METHODS[rule.method]
+    if method.thin != "random":
+        return list(rule.weights), rule.scale
+    if method.consensus and rule.normalize:  # the mean divides the weights out again
+        if len(set(rule.densities)) > 1:
+            shown = " ".join(f"{density:g}" for density in rule.densities)
+            raise ValueError(f"density={shown}: mergekit has no dare_ties with a mean over several; give one")
+        return list(rule.weights), rule.scale / rule.densities[0]
+    total = sum(rule.weights) if rule.normalize else 1.0
+    return [w / d / total for w, d in zip(rule.weights, rule.densities, strict=True)], rule.scale
 
 
-def _shared(rule: Rule, scale: float) -> dict[str, Any]:
+def _shared_parameters(rule: MergeRule, scale: float) -> dict[str, Any]:
     method = METHODS[rule.method]
     shared: dict[str, Any] = {"normalize": rule.normalize and (method.thin != "random" or method.consensus)}
     if method.thin == "random":
@@ -88,27 +83,22 @@ def _shared(rule: Rule, scale: float) -> dict[str, Any]:
     return shared
 
 
-def _readable(vector: Any) -> tuple[str, str | None]:
-    """(path for the configuration, why mergekit cannot read it)."""
+def _readable_path(vector: TaskVector) -> str:
+    """The vector's path for the configuration. Raises ValueError if mergekit cannot read it."""
     path = _absolute(vector.id)
     if isinstance(vector, DeltaVector):
-        return (
-            path,
-            f"{vector.id} is a delta file, which mergekit does not read: `python -m lota.delta apply` first",
+        raise ValueError(
+            f"{vector.id} is a delta file, which mergekit does not read: `python -m lota.delta apply` first"
         )
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        return path, f"{vector.id} is no Hugging Face folder: convert_policy_to_hf_resize.py first"
-    return path, f"mergekit takes what follows @ in {path} for a revision" if "@" in path else None
+        raise ValueError(
+            f"{vector.id} is no Hugging Face folder, as mergekit needs: convert_policy_to_hf_resize.py first"
+        )
+    if "@" in path:
+        raise ValueError(f"mergekit takes what follows @ in {path} for a revision")
+    return path
 
 
 def _absolute(path: str) -> str:
     local = Path(path).expanduser()
     return str(local.resolve()) if local.exists() else path
-
-
-def _usual_dtype(merge: Merge) -> torch.dtype:
-    """The dtype of most of the base's entries; mergekit writes everything in one."""
-    counts: Counter[torch.dtype] = Counter()
-    for name in merge.source.names():
-        counts[merge.source.dtype(name)] += merge.source.numel(name)
-    return counts.most_common(1)[0][0]

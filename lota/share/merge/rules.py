@@ -15,6 +15,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,41 +24,37 @@ DRAW_CHUNK = 1 << 20  # entries whose drop is drawn at a time
 
 
 @dataclass(frozen=True)
-class Method:
-    """What a method does before and while it adds. thin: largest, random or None; source: who says so."""
+class MergeMethod:
+    """What a method does before and while it adds."""
 
-    thin: str | None
-    consensus: bool
-    normalize: bool
-    source: str
+    thin: Literal["largest", "random"] | None  # which entries of a vector stay
+    consensus: bool  # elect a sign per entry and average what agrees; else a weighted sum
+    normalize: bool  # by default: divide by the weights
 
 
 METHODS = {
-    "sum": Method(None, False, False, "task arithmetic with weight 1"),
-    "task_arithmetic": Method(None, False, False, "Ilharco et al. 2022, arXiv 2212.04089"),
-    "ties": Method("largest", True, True, "Yadav et al. 2023, arXiv 2306.01708"),
-    "dare": Method("random", False, False, "Yu et al. 2023, arXiv 2311.03099"),
-    "dare_ties": Method("random", True, True, "arXiv 2311.03099 before 2306.01708"),
-    "magnitude_prune": Method("largest", False, False, "the first step of 2306.01708, then 2212.04089"),
+    "sum": MergeMethod(None, consensus=False, normalize=False),
+    "task_arithmetic": MergeMethod(None, consensus=False, normalize=False),  # Ilharco et al., 2212.04089
+    "ties": MergeMethod("largest", consensus=True, normalize=True),  # Yadav et al., 2306.01708
+    "dare": MergeMethod("random", consensus=False, normalize=False),  # Yu et al., 2311.03099
+    "dare_ties": MergeMethod("random", consensus=True, normalize=True),  # 2311.03099, then 2306.01708
+    "magnitude_prune": MergeMethod("largest", consensus=False, normalize=False),  # first step of 2306.01708
 }
 
 
-def kept_of(density: float, numel: int) -> int:
-    """Entries that density d keeps of n: max(1, floor(d n)), mergekit's count."""
-    return max(1, int(density * numel)) if numel else 0
-
-
 def keep_largest(values: Tensor, density: float, numel: int | None = None) -> Tensor:
-    """Which entries are among the `kept_of(density, numel)` largest by magnitude: bool, shape of `values`.
+    """Which entries are among the max(1, floor(density * numel)) largest by magnitude: bool, as `values`.
 
-    The trimming of TIES (2306.01708, section 3, step 1), tensor by tensor. values: 1-D; numel: entries of the
-    whole tensor where `values` lists only some of them and all others are 0. Of equal magnitudes the earliest
-    stay; a 0 may be reported as not kept, which changes no sum.
+    The trimming of TIES (2306.01708, section 3, step 1) per tensor, with mergekit's count. values: 1-D.
+    numel: entries of the whole tensor, if `values` lists only some of them and all others are 0. Of equal
+    magnitudes the earliest stay; a 0 may be reported as not kept, which changes no sum.
     """
-    count = kept_of(density, values.numel() if numel is None else numel)
+    numel = values.numel() if numel is None else numel
+    count = max(1, int(density * numel)) if numel else 0
     if density >= 1 or count >= values.numel():
         return torch.ones_like(values, dtype=torch.bool)
     size = values.abs()
+    # the count-th largest magnitude: all above it stay, and of those equal to it as many as still fit
     threshold = size.kthvalue(values.numel() - count + 1).values
     kept = size > threshold
     if threshold > 0:
@@ -82,6 +79,7 @@ def keep_random(
         stop = min(start + DRAW_CHUNK, numel)
         drawn = torch.bernoulli(torch.full((stop - start,), density), generator=generator).bool()
         if positions is not None:
+            # all are drawn; kept are the outcomes of the listed positions in [start, stop)
             low, high = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
             drawn = drawn[positions[low:high] - start]
         parts.append(drawn)
@@ -104,7 +102,9 @@ def consensus(vectors: Sequence[Tensor], weights: Sequence[float], normalize: bo
     agreeing nonzero entries, weighted by w_i (the paper's disjoint mean); False: their weighted sum.
     """
     weighted = [vector * weight for vector, weight in zip(vectors, weights, strict=True)]
+    # elect: the sign with the larger weighted mass, per entry; all tensors are (entries,) float32
     positive = sum(weighted[1:], weighted[0].clone()) >= 0
+    # average: of each entry's weighted values those that have the elected sign; a 0 has neither
     total, divisor = torch.zeros_like(weighted[0]), torch.zeros_like(weighted[0])
     for value, weight in zip(weighted, weights, strict=True):
         agrees = torch.where(positive, value > 0, value < 0)
@@ -116,15 +116,15 @@ def consensus(vectors: Sequence[Tensor], weights: Sequence[float], normalize: bo
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A method with its numbers; made by `make_rule`. scale: the merged vector's factor (lambda)."""
+class MergeRule:
+    """A method with its numbers; made by `make_rule`."""
 
-    method: str
-    weights: tuple[float, ...]
-    densities: tuple[float, ...]
+    method: str  # of METHODS
+    weights: tuple[float, ...]  # one per task vector
+    densities: tuple[float, ...]  # share of entries that stay, one per task vector
     normalize: bool
-    scale: float = 1.0
-    seed: int = 0
+    scale: float = 1.0  # factor of the merged vector (lambda)
+    seed: int = 0  # of the draws
 
     def generator(self) -> torch.Generator:
         """The draws of one merge, one stream through its tensors, which come in the order of sorted names.
@@ -142,36 +142,27 @@ class Rule:
     ) -> Tensor:
         """One float32 vector out of as many 1-D ones as there are weights.
 
-        numel, positions: entries of the whole tensor, and which of them the vectors list (ascending), where
-        they do not list all.
+        numel, positions: entries of the whole tensor, and which of them the vectors list (ascending), if they
+        do not list all.
         """
+        method, thinned = METHODS[self.method], []
         numel = vectors[0].numel() if numel is None else numel
-        thinned = self._thinned(vectors, generator, numel, positions)
-        if METHODS[self.method].consensus:
-            merged = consensus(thinned, self.weights, self.normalize)
-        else:
-            merged = weighted_sum(thinned, self.weights, self.normalize)
+        for vector, density in zip(vectors, self.densities, strict=True):
+            if method.thin == "largest" and density < 1:
+                vector = vector * keep_largest(vector, density, numel)
+            elif method.thin == "random" and density < 1:
+                # rescaled by 1/density, which leaves the expectation as it was (2311.03099, equation 1)
+                vector = vector * keep_random(density, numel, generator, positions) * (1 / density)
+            thinned.append(vector)
+        combine = consensus if method.consensus else weighted_sum
+        merged = combine(thinned, self.weights, self.normalize)
         return merged if self.scale == 1 else merged * self.scale
 
     def skip(self, generator: torch.Generator, numel: int) -> None:
         """Pass over a tensor that no vector changes, so that later draws are what they would have been."""
         if METHODS[self.method].thin == "random":
-            nothing = torch.empty(0, dtype=torch.int64)
-            self._thinned([torch.empty(0)] * len(self.weights), generator, numel, nothing)
-
-    def _thinned(
-        self, vectors: Sequence[Tensor], generator: torch.Generator, numel: int, positions: Tensor | None
-    ) -> list[Tensor]:
-        how, thinned = METHODS[self.method].thin, []
-        for vector, density in zip(vectors, self.densities, strict=True):
-            if how is None or density >= 1:
-                thinned.append(vector)
-            elif how == "largest":
-                thinned.append(vector * keep_largest(vector, density, numel))
-            else:  # rescaled by 1/density, which leaves the expectation as it was (2311.03099, equation 1)
-                kept = keep_random(density, numel, generator, positions)
-                thinned.append(vector * kept * (1 / density))
-        return thinned
+            for density in self.densities:
+                keep_random(density, numel, generator, positions=torch.empty(0, dtype=torch.int64))
 
 
 def make_rule(
@@ -183,45 +174,41 @@ def make_rule(
     normalize: bool | None = None,
     scale: float = 1.0,
     seed: int | None = None,
-) -> Rule:
+) -> MergeRule:
     """The rule for `count` task vectors. weights: default 1 each; density: one, or one each, default 1.
 
-    normalize: None is the method's own. Raises one ValueError with everything that cannot be honoured.
+    normalize: None is the method's own. Raises one ValueError with everything that is invalid.
     """
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--method {method}: not one of {', '.join(METHODS)}{hint}")
+        raise ValueError(f"method={method}: not one of {', '.join(METHODS)}{hint}")
     thin = METHODS[method].thin
     weights = [1.0] * count if weights is None else list(weights)
     densities = list(density or [1.0])
     densities = densities * count if len(densities) == 1 else densities
     problems = []
     if len(weights) != count:
-        problems.append(f"--weights has {len(weights)} numbers for {count} task vectors: give one each")
+        problems.append(f"weights={_shown(weights)}: give one each for the {count} task vectors")
     if not all(math.isfinite(number) for number in [*weights, scale]):
-        problems.append(f"--weights {_shown(weights)} --lambda {scale:g}: every one must be a finite number")
+        problems.append(f"weights={_shown(weights)} scale={scale:g}: every one must be a finite number")
     if len(densities) != count:
-        problems.append(
-            f"--density has {len(densities)} numbers for {count} task vectors: give one, or one each"
-        )
+        problems.append(f"density={_shown(densities)}: give one, or one each for the {count} task vectors")
     wrong = list(dict.fromkeys(number for number in densities if not 0 < number <= 1))
     if wrong:
-        problems.append(f"--density {_shown(wrong)}: the share that stays must be above 0 and at most 1")
+        problems.append(f"density={_shown(wrong)}: the share that stays must be above 0 and at most 1")
     elif thin is None and min(densities) < 1:
         problems.append(
-            f"--density {_shown(density)}: {method} keeps every entry; leave it out, or use magnitude_prune"
+            f"density={_shown(densities)}: {method} keeps every entry; leave it out, or use magnitude_prune"
         )
     if method == "sum" and (set(weights) != {1.0} or scale != 1 or normalize):
-        problems.append(
-            "sum adds every vector with weight 1: use task_arithmetic for --weights, --lambda, --normalize"
-        )
+        problems.append("method=sum adds every vector with weight 1: use task_arithmetic for other weights")
     if seed is not None and thin != "random":
-        problems.append(f"--seed {seed}: {method} draws nothing; leave it out")
+        problems.append(f"seed={seed}: {method} draws nothing; leave it out")
     if problems:
         raise ValueError("\n".join(problems))
-    chosen = METHODS[method].normalize if normalize is None else normalize
-    return Rule(method, tuple(weights), tuple(densities), chosen, scale, seed or 0)
+    normalize = METHODS[method].normalize if normalize is None else normalize
+    return MergeRule(method, tuple(weights), tuple(densities), normalize, scale, seed or 0)
 
 
 def _shown(numbers: Sequence[float]) -> str:

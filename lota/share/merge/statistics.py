@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from torch import Tensor
 
-ROW = "{:<9} {:>14} {:>10} {:>14} {:>15} {:>8} {:>8}".format
+from lota.utils import aligned
 
 
-class Statistics:
+@dataclass
+class _PairCounts:
+    """What two vectors have in common."""
+
+    overlap: int = 0  # entries that both change
+    by_chance: float = 0.0  # the overlap to expect of as many entries drawn at random, tensor by tensor
+    sign_conflicts: int = 0  # entries that both change, in opposite directions
+    dot: float = 0.0
+
+
+class VectorStatistics:
     """Counts over whole models, gathered tensor by tensor."""
 
     def __init__(self, ids: Sequence[str]):
         self.ids = list(ids)
         self.entries = 0
-        self.changed = [0] * len(ids)
-        self.squares = [0.0] * len(ids)
-        self.pairs = {
-            pair: {"overlap": 0, "by_chance": 0.0, "sign_conflicts": 0, "dot": 0.0}
-            for pair in combinations(range(len(ids)), 2)
-        }
+        self.changed = [0] * len(ids)  # entries that are not 0, per vector
+        self.squares = [0.0] * len(ids)  # sums of squares, per vector
+        self.pairs = {pair: _PairCounts() for pair in combinations(range(len(ids)), 2)}
 
     def add(self, vectors: Sequence[Tensor], numel: int) -> None:
         """One tensor's aligned parts, 1-D float32. numel: its entries; those not listed are 0 in all."""
@@ -35,38 +43,32 @@ class Statistics:
             self.squares[i] += float(vector.dot(vector))
         for (i, j), pair in self.pairs.items():
             both = present[i] & present[j]
-            pair["overlap"] += int(both.sum())
-            pair["by_chance"] += counts[i] * counts[j] / numel
-            pair["sign_conflicts"] += int((both & ((vectors[i] < 0) != (vectors[j] < 0))).sum())
-            pair["dot"] += float(vectors[i].dot(vectors[j]))
-
-    def skip(self, numel: int) -> None:
-        """A tensor that no vector changes."""
-        self.entries += numel
+            pair.overlap += int(both.sum())
+            pair.by_chance += counts[i] * counts[j] / numel
+            pair.sign_conflicts += int((both & ((vectors[i] < 0) != (vectors[j] < 0))).sum())
+            pair.dot += float(vectors[i].dot(vectors[j]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; shares and cosines are None where they are 0 over 0."""
-        vectors = [
-            {"path": path, "changed": n, "share": _share(n, self.entries), "norm": math.sqrt(square)}
-            for path, n, square in zip(self.ids, self.changed, self.squares, strict=True)
-        ]
+        """Plain values; shares and cosines are None if they are 0 over 0."""
+        norms = [math.sqrt(square) for square in self.squares]
         return {
             "entries": self.entries,
-            "vectors": vectors,
-            "pairs": [self._pair(i, j) for i, j in self.pairs],
-        }
-
-    def _pair(self, i: int, j: int) -> dict[str, Any]:
-        pair = self.pairs[i, j]
-        norms = math.sqrt(self.squares[i]) * math.sqrt(self.squares[j])
-        return {
-            "vectors": [i, j],
-            "overlap": pair["overlap"],
-            "overlap_share": _share(pair["overlap"], min(self.changed[i], self.changed[j])),
-            "by_chance": pair["by_chance"],
-            "sign_conflicts": pair["sign_conflicts"],
-            "sign_conflict_share": _share(pair["sign_conflicts"], pair["overlap"]),
-            "cosine": pair["dot"] / norms if norms else None,
+            "vectors": [
+                {"path": path, "changed": n, "share": _share(n, self.entries), "norm": norm}
+                for path, n, norm in zip(self.ids, self.changed, norms, strict=True)
+            ],
+            "pairs": [
+                {
+                    "vectors": [i, j],
+                    "overlap": pair.overlap,
+                    "overlap_share": _share(pair.overlap, min(self.changed[i], self.changed[j])),
+                    "by_chance": pair.by_chance,
+                    "sign_conflicts": pair.sign_conflicts,
+                    "sign_conflict_share": _share(pair.sign_conflicts, pair.overlap),
+                    "cosine": _share(pair.dot, norms[i] * norms[j]),
+                }
+                for (i, j), pair in self.pairs.items()
+            ],
         }
 
     def table(self) -> str:
@@ -76,18 +78,20 @@ class Statistics:
             f"{i}: {v['path']} changes {v['changed']:,} of {self.entries:,} entries, {_percent(v['share'])}"
             for i, v in enumerate(stats["vectors"], 1)
         ]
-        if stats["pairs"]:
-            lines += [
-                "",
-                ROW("pair", "in both", "of smaller", "by chance", "signs differ", "of both", "cosine"),
-            ]
-        for p in stats["pairs"]:
-            cosine = "-" if p["cosine"] is None else f"{p['cosine']:.3f}"
-            shares = _percent(p["overlap_share"]), _percent(p["sign_conflict_share"])
-            pair = " and ".join(str(i + 1) for i in p["vectors"])
-            counts = f"{p['overlap']:,}", f"{p['by_chance']:,.0f}", f"{p['sign_conflicts']:,}"
-            lines.append(ROW(pair, counts[0], shares[0], counts[1], counts[2], shares[1], cosine))
-        return "\n".join(lines)
+        cells = [("pair", "in both", "of smaller", "by chance", "signs differ", "of both", "cosine")]
+        for pair in stats["pairs"]:
+            cells.append(
+                (
+                    " and ".join(str(i + 1) for i in pair["vectors"]),
+                    f"{pair['overlap']:,}",
+                    _percent(pair["overlap_share"]),
+                    f"{pair['by_chance']:,.0f}",
+                    f"{pair['sign_conflicts']:,}",
+                    _percent(pair["sign_conflict_share"]),
+                    "-" if pair["cosine"] is None else f"{pair['cosine']:.3f}",
+                )
+            )
+        return "\n".join(lines if len(cells) == 1 else [*lines, "", *aligned(cells)])
 
 
 def _share(part: float, whole: float) -> float | None:
