@@ -61,7 +61,7 @@ TASKS = {
     "toy_reverse": "tasks.toy",
 }
 
-# Tasks that are only trained on, and those that show what was learnt.
+# Task to train on -> the tasks that show what was learnt.
 EVALUATED_ON = {
     "commonsense": (
         "boolq",
@@ -78,7 +78,8 @@ EVALUATED_ON = {
 }
 
 # Files of this folder that hold no task of their name: what tasks share, and families listed above.
-_NO_TASKS = {"__init__", "base", "chat", "choices", "hub", "prompts", "rouge", "rows", "sqlite"}
+_SHARED = {"__init__", "base", "chat", "choices", "hub", "prompts", "rouge", "rows", "sqlite"}
+_NO_TASKS = _SHARED | {module.removeprefix("tasks.") for module in TASKS.values()}
 
 
 def evaluation_names(names: str | Iterable[str]) -> list[str]:
@@ -89,10 +90,11 @@ def evaluation_names(names: str | Iterable[str]) -> list[str]:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; ValueError with the nearest names where there is none."""
+    """The task of that name. Raises ValueError with the nearest names if there is none."""
     module = _find_module(name)
     if module is None:
-        known = sorted({*TASKS, *_names_in(_here()), *_names_in(_beside())})
+        own = (path.stem for folder in _folders() for path in folder.glob("*.py"))
+        known = sorted({*TASKS, *(stem for stem in own if stem not in _NO_TASKS)})
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
         raise ValueError(f"unknown task {name!r} ({hint}); a task of your own is a file tasks/{name}.py")
@@ -108,10 +110,9 @@ def get_task(name: str) -> Task:
 def _find_module(name: str) -> ModuleType | None:
     if name in TASKS:
         return importlib.import_module(TASKS[name])
-    families = {path.rpartition(".")[2] for path in TASKS.values()}
-    if not re.fullmatch(r"[\w-]+", name) or name in _NO_TASKS | families:
+    if not re.fullmatch(r"[\w-]+", name) or name in _NO_TASKS:
         return None
-    for folder in (_here(), _beside()):
+    for folder in _folders():
         path = folder / f"{name}.py"
         if path.is_file():
             return _load_file(name, path)
@@ -120,20 +121,12 @@ def _find_module(name: str) -> ModuleType | None:
 
 def _load_file(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"tasks.{name}", path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _here() -> Path:
-    return Path(__file__).parent
-
-
-def _beside() -> Path:
-    """Where users keep tasks of their own."""
-    return Path.cwd() / "tasks"
-
-
-def _names_in(folder: Path) -> list[str]:
-    families = {path.rpartition(".")[2] for path in TASKS.values()}
-    return [path.stem for path in folder.glob("*.py") if path.stem not in _NO_TASKS | families]
+def _folders() -> tuple[Path, Path]:
+    """Where tasks stand: here, and beside the user's own work."""
+    return Path(__file__).parent, Path.cwd() / "tasks"

@@ -9,13 +9,12 @@ A row:
 
 from __future__ import annotations
 
-from tasks.base import HubSet, Message, Row
+from tasks.base import HubSet, Message, Row, text_of
 from tasks.chat import ChatTask, user
 
 
 class AlpacaEval(ChatTask):
     name = "alpaca_eval"
-    version = 1
     splits = ("eval",)
     hub = HubSet(
         path="tatsu-lab/alpaca_eval",
@@ -23,7 +22,6 @@ class AlpacaEval(ChatTask):
         splits={"eval": "eval"},
         file="alpaca_eval.json",
     )
-    fields = ("instruction",)
 
     def messages(self, row: Row) -> list[Message]:
         return user(row["instruction"])
@@ -33,9 +31,7 @@ class AlpacaEval(ChatTask):
         return row["output"]
 
     def check(self, row: Row) -> None:
-        super().check(row)
-        if not row["instruction"].strip():
-            raise ValueError("field 'instruction' is empty")
+        text_of(row, "instruction", empty=False)
 
 
 TASK = AlpacaEval()

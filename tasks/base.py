@@ -8,34 +8,15 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Self
 
-from lota.data.task import Message, Preference
-from tasks.hub import HubSet
-from tasks.rows import READERS, Row, checked, find_file, read_rows
+from lota.data.task import Message, Preference, Row
+from tasks.hub import HubSet, unreachable
+from tasks.rows import READERS, checked, find_file, read_rows
 
-__all__ = [
-    "CHAT_CLOSING",
-    "CHAT_STOP",
-    "HubSet",
-    "Message",
-    "Preference",
-    "Row",
-    "Task",
-    "chat_prompt",
-    "read_rows",
-]
+__all__ = ["HubSet", "Message", "Preference", "QuestionTask", "Row", "Task", "read_rows", "text_of"]
 
 logger = logging.getLogger(__name__)
-
-# The same words for every chat-like task, so that a model trained on one can be sampled by another.
-CHAT_CLOSING = "\n\nAssistant:\n"
-CHAT_STOP = ("\n\nHuman:",)
-
-
-def chat_prompt(instruction: str) -> str:
-    """The prompt of a chat that consists of one instruction."""
-    return f"Human:\n{instruction}{CHAT_CLOSING}"
 
 
 class Task:
@@ -44,20 +25,20 @@ class Task:
     Raise `version` with every change that can alter a score: prompt, closing, stop, extraction, scoring.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    metric: ClassVar[str | None] = "exact_match"  # the first of `metrics`; None: there is nothing to score
-    more_metrics: ClassVar[tuple[str, ...]] = ()  # the others
-    scoring: ClassVar[tuple[str, ...]] = ("generation",)  # of generation, loglik, perplexity; first: default
-    splits: ClassVar[tuple[str, ...]] = ("train", "test")
-    held_out: ClassVar[str | None] = "test"  # the split that training never sees; None: the task has none
-    hub: ClassVar[HubSet | None] = None
-    fields: ClassVar[tuple[str, ...]] = ()  # fields of text that every row must hold
-    closing: ClassVar[str] = ""  # last words of every prompt; kept whenever a prompt is cut
-    max_new_tokens: ClassVar[int] = 256
-    stop: ClassVar[tuple[str, ...]] = ()  # generation ends before any of these
-    chat: ClassVar[bool] = False  # a prompt that is too long keeps its end instead of its start
-    options: ClassVar[Mapping[str, Any]] = {}  # settings of the task's own and their defaults
+    name: str
+    version: int = 1
+    metric: str | None = "exact_match"  # the first of `metrics`; None: there is nothing to score
+    more_metrics: tuple[str, ...] = ()  # the others
+    scoring: tuple[str, ...] = ("generation",)  # of generation, loglik, perplexity; the first is the default
+    splits: tuple[str, ...] = ("train", "test")
+    held_out: str | None = "test"  # the split that training never sees; None: the task has none
+    hub: HubSet | None = None  # where rows come from if there is no local file
+    fields: tuple[str, ...] = ()  # fields of text that every row must hold
+    closing: str = ""  # last words of every prompt; kept whenever a prompt is cut
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()  # generation ends before any of these
+    chat: bool = False  # a prompt that is too long keeps its end instead of its start
+    options: Mapping[str, Any] = {}  # settings of the task's own and their defaults
 
     # what the model reads and should write
 
@@ -84,7 +65,7 @@ class Task:
         raise NotImplementedError
 
     def extract(self, completion: str) -> str | None:
-        """The answer in a completion (never the prompt), or None where it holds none."""
+        """The answer in a completion (never the prompt), or None if it holds none."""
         raise NotImplementedError
 
     def score(self, extracted: str | None, gold: str | None) -> float:
@@ -104,27 +85,31 @@ class Task:
         """For scoring by log-likelihood: the place of the right one of `choices`."""
         raise NotImplementedError
 
+    def n_words(self, row: Row) -> int:
+        """For perplexity per word: the number of words of the target."""
+        raise NotImplementedError
+
     # preferences
 
     @property
     def has_preferences(self) -> bool:
-        """Whether rows are preference pairs."""
+        """Whether rows are preferences."""
         return False
 
     def preference(self, row: Row) -> Preference:
-        """A preference pair; of such a task `target` is the preferred answer."""
+        """The prompt and two answers to it; of such a task `target` is the preferred answer."""
         raise NotImplementedError
 
     # settings and rows
 
-    def with_options(self, **options: Any) -> Task:
-        """A copy with some of the task's own settings; ValueError for one that it does not have."""
+    def with_options(self, **options: Any) -> Self:
+        """Returns a copy with other values of `options`; ValueError for one that the task does not have."""
         unknown = [name for name in options if name not in self.options]
         if unknown:
             known = f"it has {', '.join(self.options)}" if self.options else "it has none"
             raise ValueError(f"task {self.name} has no option {', '.join(unknown)}; {known}")
         task = copy.copy(self)
-        task.options = {**self.options, **options}  # type: ignore[misc]
+        task.options = {**self.options, **options}
         return task
 
     def unpack(self, entry: Row) -> Iterable[Row]:
@@ -141,10 +126,10 @@ class Task:
             raise ValueError(f"task {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
 
     def load(self, split: str, data_dir: str | os.PathLike[str]) -> list[Row]:
-        """All rows of a split: `<data_dir>/tasks/<name>/<split>.*` where that exists, else the hub set.
+        """All rows of a split: of `<data_dir>/tasks/<name>/<split>.*` if that exists, else of the hub set.
 
-        A split is never made up from another one. Errors: ValueError for a malformed row (file, line, field),
-        an empty file, or data that neither place holds.
+        A split is never made up from another one. Raises ValueError for a malformed row (file, line, field),
+        an empty file, or if neither place holds the data.
         """
         self.check_split(split)
         folder = Path(data_dir).expanduser() / "tasks" / self.name
@@ -155,15 +140,16 @@ class Task:
         return read_rows(path, self.check, self.unpack)
 
     def hub_of(self, split: str) -> HubSet | None:
-        """The set that holds a split where there is no local file."""
+        """The set that holds a split if there is no local file."""
         return self.hub
 
     def fetch(self, split: str, path: str | os.PathLike[str]) -> None:
         """Store a split of the hub set as a local file."""
+        hub = self.hub_of(split)
+        if hub is None:
+            raise ValueError(f"task {self.name} has no hub set to fetch split {split!r} from")
         with Path(path).open("w", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n" for row in self.hub_of(split).load(split)
-            )
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in hub.load(split))
 
     def _load_hub(self, split: str, folder: Path) -> list[Row]:
         wanted = f"{folder / split}.{{{','.join(READERS)}}}"
@@ -174,18 +160,16 @@ class Task:
         try:
             rows = hub.load(split)
         except Exception as error:  # network, hub and parsing libraries share no base class
-            raise ValueError(
-                f"task {self.name}: no data for split {split!r}. Looked at {wanted} and at hub set "
-                f"{hub.path} ({type(error).__name__}: {error}). Where there is a network, run\n"
-                f"  {hub.fetch_command(self.name, split, f'{split}.jsonl')}\n"
-                f"and put {split}.jsonl into {folder}"
-            ) from error
+            places, file = f"{wanted} and at hub set {hub.path}", f"{split}.jsonl"
+            command = hub.fetch_command(self.name, split, file)
+            missing = f"task {self.name}: no data for split {split!r}"
+            raise unreachable(missing, places, error, command, file, folder) from error
         logger.info("%s %s: rows from hub set %s at %s", self.name, split, hub.path, hub.revision)
         place = f"hub set {hub.path} ({split}), row "
         return checked(enumerate(rows, start=1), self.check, place, self.unpack)
 
     def _check_cut(self, split: str, folder: Path, hub: HubSet) -> None:
-        """Where the hub has one split only, a local file beside ours may hold the very rows of the other."""
+        """If the hub has one split only, a local file of another split may hold the very rows of this one."""
         others = [other for other in self.splits if other != split and find_file(folder, other)]
         if hub.cut and others:
             raise ValueError(
@@ -195,8 +179,21 @@ class Task:
             )
 
 
+class QuestionTask(Task):
+    """Rows with a `question`, which the answer follows after "Answer:"."""
+
+    closing = "\nAnswer:\n"
+    stop = ("\nQuestion:",)
+
+    def prompt(self, row: Row) -> str:
+        return f"Question: {self.question(row)}{self.closing}"
+
+    def question(self, row: Row) -> str:
+        return row["question"].strip()
+
+
 def text_of(row: Row, field: str, *, empty: bool = True) -> str:
-    """The text in a field; ValueError naming it where it is missing, no text or, unless allowed, empty."""
+    """The text in a field; ValueError naming it if it is missing, no text or, unless `empty`, blank."""
     if field not in row:
         raise ValueError(f"field {field!r} is missing; found {', '.join(map(str, row)) or 'none'}")
     if not isinstance(row[field], str):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tasks.base import CHAT_CLOSING, CHAT_STOP, Message, Preference, Row, Task, text_of
+from tasks.base import Message, Preference, Row, Task, text_of
 
+# The same words for every chat-like task, so that a model trained on one can be sampled by another.
+CHAT_CLOSING = "\n\nAssistant:\n"
+CHAT_STOP = ("\n\nHuman:",)
 _HEADINGS = {"system": "System:\n", "user": "Human:\n", "assistant": "Assistant:\n"}
 _SPEAKERS = {
     "system": "system",
@@ -38,9 +41,9 @@ def has_special_tokens(*texts: str) -> bool:
 
 
 def turns_of(entry: Row, field: str) -> list[Message]:
-    """The chat in a field, as a list of {from, value} or {role, content}; turns of one speaker are joined.
+    """The chat in a field, a list of {from, value} or {role, content}; neighbours of one speaker are joined.
 
-    Errors: ValueError naming the field for anything else, an unknown speaker among it.
+    Raises ValueError naming the field for anything else, such as an unknown speaker.
     """
     found = entry.get(field)
     if not isinstance(found, list):
@@ -70,7 +73,7 @@ def _message(message: Any, place: str) -> tuple[str, str]:
 def examples_of(turns: Sequence[Message], num_turns: int) -> Iterator[Row]:
     """A row for each of the assistant's first num_turns turns, with all that was said before it.
 
-    Nothing where the assistant speaks first, or from an empty answer on.
+    A chat that the assistant begins has none, and rows end before an empty answer.
     """
     start = 1 if turns and turns[0]["role"] == "system" else 0
     if len(turns) <= start or turns[start]["role"] != "user":
@@ -84,10 +87,10 @@ def examples_of(turns: Sequence[Message], num_turns: int) -> Iterator[Row]:
 class ChatTask(Task):
     """Rows {messages, response}, whatever the file holds; there is nothing to score."""
 
-    metric = None
-    scoring = ()
-    splits = ("train",)
-    held_out = None
+    metric: str | None = None
+    scoring: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("train",)
+    held_out: str | None = None
     closing = CHAT_CLOSING
     stop = CHAT_STOP
     chat = True
@@ -108,7 +111,7 @@ class ChatTask(Task):
         return messages[0]["content"] if len(messages) == 1 else self.prompt(row).removesuffix(self.closing)
 
 
-class PairTask(ChatTask):
+class PreferenceTask(ChatTask):
     """Rows {messages, chosen, rejected}; the preferred answer is the target for SFT."""
 
     @property
@@ -120,6 +123,11 @@ class PairTask(ChatTask):
 
     def preference(self, row: Row) -> Preference:
         return Preference(self.prompt(row), row["chosen"], row["rejected"])
+
+
+def preference_row(instruction: str, chosen: str, rejected: str) -> Row:
+    """A row of a PreferenceTask whose prompt is one instruction."""
+    return {"messages": user(instruction.strip()), "chosen": chosen.strip(), "rejected": rejected.strip()}
 
 
 def instruction_row(entry: Row, instruction: str, context: str, response: str) -> Row:

@@ -11,7 +11,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from tasks.base import Row, Task, text_of
+from tasks.base import QuestionTask, Row, text_of
 from tasks.gsm8k import plain_text
 
 LETTERS = string.ascii_uppercase[:10]
@@ -66,25 +66,22 @@ def find_letter(text: str) -> str | None:
     return choices.pop() if len(choices) == 1 else None
 
 
-class LetterTask(Task):
+class LetterTask(QuestionTask):
     """Rows {question, options, answer, rationale}: options are texts, answer is the letter of the right one.
 
-    The prompt lists the options; a completion names one, after a rationale where the task has them.
+    The prompt lists the options; a completion names one, after a rationale if the task has them.
     """
 
     scoring = ("generation", "loglik")
-    closing = "\nAnswer:\n"
-    stop = ("\nQuestion:",)
     max_new_tokens = 64
     rationales = False  # whether targets reason before they answer
 
-    def prompt(self, row: Row) -> str:
-        listed = "".join(f"\n{line}" for line in self._lines(row))
-        return f"Question: {row['question']}{listed}{self.closing}"
+    def question(self, row: Row) -> str:
+        return "\n".join([row["question"], *self.choices(row)])
 
     def target(self, row: Row) -> str:
         if not self.rationales:
-            return self._lines(row)[self.choice(row)]
+            return self.choices(row)[self.choice(row)]
         answer = f"The answer is {row['answer']}."
         reasoned = f"{row['rationale']}\n{answer}"
         # some published rationales state another answer than the row does
@@ -97,14 +94,11 @@ class LetterTask(Task):
         return find_letter(completion)
 
     def choices(self, row: Row) -> list[str]:
-        return self._lines(row)
+        """The options with their letters: "B. wet palms"."""
+        return [f"{letter}. {text}" for letter, text in zip(LETTERS, row["options"], strict=False)]
 
     def choice(self, row: Row) -> int:
         return LETTERS.index(row["answer"])
-
-    def _lines(self, row: Row) -> list[str]:
-        """The options with their letters: "B. wet palms"."""
-        return [f"{letter}. {text}" for letter, text in zip(LETTERS, row["options"], strict=False)]
 
 
 def letter_row(question: str, options: Sequence[str], answer: int, rationale: str = "") -> Row:

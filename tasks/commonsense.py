@@ -6,8 +6,8 @@ All rows have the layout of LLM-Adapters (arXiv 2304.01933), in which a choice i
      palms Answer3: palms covered with oil Answer4: palms covered with lotion\\n\\nAnswer format:
      answer1/answer2/answer3/answer4", "input": "", "output": "the correct answer is answer1",
      "answer": "answer1"}
-Rows of the sets' hub homes are brought into that layout, so that prompts are the same. The test split is what
-the literature reports on: the published validation split where the test answers are secret (all but ARC-* and
+Rows of the sets on the hub are brought into that layout, so that prompts are the same. The test split is what
+the literature reports on: the published validation split if the test answers are secret (all but ARC-* and
 openbookqa). Sources: boolq arXiv 1905.10044, piqa 1911.11641, social_i_qa 1904.09728, ARC-* 1803.05457,
 openbookqa 1809.02789, hellaswag 1905.07830, winogrande 1907.10641.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from tasks.base import HubSet, Row, Task, text_of
 from tasks.choices import find_label, labelled_choices
@@ -52,7 +51,7 @@ class Commonsense(Task):
         return find_label(completion, self.label)
 
     def choices(self, row: Row) -> list[str]:
-        return [f"the correct answer is {label}" for label in labels_of(row)]
+        return [_statement(label) for label in labels_of(row)]
 
     def choice(self, row: Row) -> int:
         return labels_of(row).index(row["answer"])
@@ -64,6 +63,10 @@ class Commonsense(Task):
             raise ValueError(f"field 'answer' is {row['answer']!r:.60}, none of {'/'.join(labels)}")
         if self.extract(row["output"]) != row["answer"]:
             raise ValueError(f"field 'output' is {row['output']!r:.60}, but 'answer' {row['answer']!r}")
+
+
+def _statement(label: str) -> str:
+    return f"the correct answer is {label}"
 
 
 def labels_of(row: Row) -> list[str]:
@@ -84,41 +87,29 @@ class Mix(Commonsense):
 
 
 class OneOfEight(Commonsense):
-    """A row of the table below."""
+    """word: what its choices are called, None for true/false; convert: from a row of the hub set."""
 
-    def __init__(self, kind: Kind) -> None:
-        self.name, self.hub = kind.name, kind.hub
-        self.label = _NUMBERED.format(kind.word) if kind.word else _TRUTH
-        self._convert = kind.convert
+    def __init__(self, name: str, word: str | None, hub: HubSet, convert: Callable[[Row], Row]) -> None:
+        self.name, self.hub, self._convert = name, hub, convert
+        self.label = _NUMBERED.format(word) if word else _TRUTH
 
     def unpack(self, entry: Row) -> Iterator[Row]:
         yield entry if "instruction" in entry else self._convert(entry)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One of the eight. word: what its choices are called, None for true/false; convert: from a hub row."""
-
-    name: str
-    word: str | None
-    hub: HubSet
-    convert: Callable[[Row], Row]
+def _row(request: str, labels: Sequence[str], answer: str) -> Row:
+    """A row of the layout."""
+    instruction = f"{request}\n\nAnswer format: {'/'.join(labels)}"
+    return {"instruction": instruction, "input": "", "output": _statement(answer), "answer": answer}
 
 
-def _row(request: str, word: str, texts: Sequence[str], answer: int, between: str = " ") -> Row:
-    """The layout's row for a request and numbered choices; answer: place of the right one."""
+def _numbered_row(request: str, word: str, texts: Sequence[str], answer: int, between: str = " ") -> Row:
+    """A row of the layout for numbered choices; answer: place of the right one."""
     if not 0 <= answer < len(texts):
         raise ValueError(f"the right choice is {answer + 1} of {len(texts)}")
     labels = [f"{word}{number}" for number in range(1, len(texts) + 1)]
     listed = between.join(f"{label.capitalize()}: {text}" for label, text in zip(labels, texts, strict=True))
-    instruction = f"{request}\n\n{listed}\n\nAnswer format: {'/'.join(labels)}"
-    right = labels[answer]
-    return {
-        "instruction": instruction,
-        "input": "",
-        "output": f"the correct answer is {right}",
-        "answer": right,
-    }
+    return _row(f"{request}\n\n{listed}", labels, labels[answer])
 
 
 def _place(entry: Row, field: str, first: int) -> int:
@@ -126,7 +117,7 @@ def _place(entry: Row, field: str, first: int) -> int:
     value = entry.get(field)
     if isinstance(value, bool) or not re.fullmatch(r"[0-9]+", str(value)):
         raise ValueError(f"field {field!r} should be the number of a choice, is {value!r:.60}")
-    return int(value) - first
+    return int(str(value)) - first
 
 
 def _texts(entry: Row, *fields: str) -> list[str]:
@@ -138,32 +129,26 @@ def _boolq(entry: Row) -> Row:
         raise ValueError(f"field 'answer' should be true or false, is {entry.get('answer')!r:.60}")
     (question,) = _texts(entry, "question")
     request = f"Please answer the following question with true or false, question: {question}?"
-    answer = str(entry["answer"]).lower()
-    return {
-        "instruction": f"{request}\n\nAnswer format: true/false",
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
+    return _row(request, ("true", "false"), str(entry["answer"]).lower())
 
 
 def _piqa(entry: Row) -> Row:
     goal, *solutions = _texts(entry, "goal", "sol1", "sol2")
     request = f"Please choose the correct solution to the question: {goal}"
-    return _row(request, "solution", solutions, _place(entry, "label", 0), between="\n\n")
+    return _numbered_row(request, "solution", solutions, _place(entry, "label", 0), between="\n\n")
 
 
 def _social_i_qa(entry: Row) -> Row:
     context, question, *answers = _texts(entry, "context", "question", "answerA", "answerB", "answerC")
     request = f"Please choose the correct answer to the question: {context} {question}"
-    return _row(request, "answer", answers, _place(entry, "label", 1))
+    return _numbered_row(request, "answer", answers, _place(entry, "label", 1))
 
 
 def _science(entry: Row) -> Row:
     """ARC and OpenBookQA."""
     (question,) = _texts(entry, "question_stem" if "question_stem" in entry else "question")
     request = f"Please choose the correct answer to the question: {question}"
-    return _row(request, "answer", *labelled_choices(entry))
+    return _numbered_row(request, "answer", *labelled_choices(entry))
 
 
 def _hellaswag(entry: Row) -> Row:
@@ -173,7 +158,8 @@ def _hellaswag(entry: Row) -> Row:
         raise ValueError(f"field 'endings' should be a list of texts, is {endings!r:.60}")
     request = "Please choose the correct ending to complete the given sentence: "
     cleaned = [_without_marks(str(ending)) for ending in endings]
-    return _row(request + f"{about}: {_without_marks(context)}", "ending", cleaned, _place(entry, "label", 0))
+    request += f"{about}: {_without_marks(context)}"
+    return _numbered_row(request, "ending", cleaned, _place(entry, "label", 0))
 
 
 def _without_marks(text: str) -> str:
@@ -184,7 +170,7 @@ def _without_marks(text: str) -> str:
 def _winogrande(entry: Row) -> Row:
     sentence, *options = _texts(entry, "sentence", "option1", "option2")
     request = "Please choose the correct answer to fill in the blank to complete the given sentence: "
-    return _row(request + sentence, "option", options, _place(entry, "answer", 1))
+    return _numbered_row(request + sentence, "option", options, _place(entry, "answer", 1))
 
 
 _VALIDATION = {"train": "train", "test": "validation"}
@@ -201,13 +187,13 @@ _WINOGRANDE = HubSet(
 )
 
 EIGHT = (
-    Kind("boolq", None, _BOOLQ, _boolq),
-    Kind("piqa", "solution", _PIQA, _piqa),
-    Kind("social_i_qa", "answer", _SIQA, _social_i_qa),
-    Kind("ARC-Challenge", "answer", HubSet(*_ARC, name="ARC-Challenge"), _science),
-    Kind("ARC-Easy", "answer", HubSet(*_ARC, name="ARC-Easy"), _science),
-    Kind("openbookqa", "answer", _OPENBOOK, _science),
-    Kind("hellaswag", "ending", _HELLASWAG, _hellaswag),
-    Kind("winogrande", "option", _WINOGRANDE, _winogrande),
+    OneOfEight("boolq", None, _BOOLQ, _boolq),
+    OneOfEight("piqa", "solution", _PIQA, _piqa),
+    OneOfEight("social_i_qa", "answer", _SIQA, _social_i_qa),
+    OneOfEight("ARC-Challenge", "answer", HubSet(*_ARC, name="ARC-Challenge"), _science),
+    OneOfEight("ARC-Easy", "answer", HubSet(*_ARC, name="ARC-Easy"), _science),
+    OneOfEight("openbookqa", "answer", _OPENBOOK, _science),
+    OneOfEight("hellaswag", "ending", _HELLASWAG, _hellaswag),
+    OneOfEight("winogrande", "option", _WINOGRANDE, _winogrande),
 )
-TASKS = {task.name: task for task in (Mix(), *map(OneOfEight, EIGHT))}
+TASKS = {task.name: task for task in (Mix(), *EIGHT)}

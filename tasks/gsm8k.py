@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from tasks.base import HubSet, Row, Task
+from tasks.base import HubSet, QuestionTask, Row, text_of
 
 MARKER = "####"
 # Groups of thousands (also lakhs: 1,00,000), or plain digits, or a fraction that starts at its point.
@@ -41,9 +41,9 @@ def plain_text(text: str) -> str:
 
 
 def normal_form(match: re.Match[str]) -> str:
-    """A matched number without separators, plus sign, outer zeros: -1,000.50 -> -1000.5, +3.0 -> 3.
+    """A matched number without separators, plus sign and outer zeros: -1,000.50 -> -1000.5, +3.0 -> 3.
 
-    Text, not float: exact at any length, and there is no inf or nan to compare.
+    It is text and no float: exact at any length, without inf and nan.
     """
     whole, _, fraction = match["digits"].replace(",", "").partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
@@ -55,7 +55,7 @@ def normal_form(match: re.Match[str]) -> str:
 def find_answer(text: str) -> str | None:
     """The number that a solution gives as its answer, in normal form, or None.
 
-    1. the number right after the first `####` that is followed by one: whatever comes later is a new problem;
+    1. the number right after the first `####` that is followed by one: what comes later is a new problem;
     2. else the last number in the last \\boxed{} that holds one; 3. else the last number.
     Words ("twelve", "inf"), fractions of two numbers and powers of ten are not read as one number.
     """
@@ -69,15 +69,10 @@ def find_answer(text: str) -> str | None:
     return None
 
 
-class NumberTask(Task):
-    """Rows with a `question`, answered by a solution that comes to a number; the tasks share the prompt."""
+class NumberTask(QuestionTask):
+    """Rows with a `question`, answered by a solution that comes to a number."""
 
-    closing = "\nAnswer:\n"
     max_new_tokens = 400
-    stop = ("\nQuestion:",)
-
-    def prompt(self, row: Row) -> str:
-        return f"Question: {row['question'].strip()}{self.closing}"
 
     def extract(self, completion: str) -> str | None:
         return find_answer(completion)
@@ -85,14 +80,12 @@ class NumberTask(Task):
 
 class GSM8K(NumberTask):
     name = "gsm8k"
-    version = 1
     hub = HubSet(
         path="openai/gsm8k",
         name="main",
         revision="e53f048856ff4f594e959d75785d2c2d37b678ee",
         splits={"train": "train", "test": "test"},
     )
-    fields = ("question", "answer")
 
     def target(self, row: Row) -> str:
         return re.sub(r"<<[^<>]*>>", "", row["answer"])
@@ -101,11 +94,9 @@ class GSM8K(NumberTask):
         return find_answer(MARKER + row["answer"].rpartition(MARKER)[2])
 
     def check(self, row: Row) -> None:
-        super().check(row)
-        if not row["question"].strip():
-            raise ValueError("field 'question' is empty")
-        last = plain_text(row["answer"].rpartition(MARKER)[2]).strip()
-        if MARKER not in row["answer"] or not _NUMBER.match(last):
+        text_of(row, "question", empty=False)
+        _, marker, last = text_of(row, "answer").rpartition(MARKER)
+        if not marker or not _NUMBER.match(plain_text(last).strip()):
             raise ValueError(f"field 'answer' has no number after {MARKER}: {row['answer'][-40:]!r}")
 
 

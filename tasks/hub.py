@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,10 +24,9 @@ _SECONDS = 3.0  # to reach the hub in
 
 @contextmanager
 def without_retries() -> Iterator[None]:
-    """Where the hub cannot be reached, let its libraries work offline meanwhile: with what they have cached.
+    """If the hub cannot be reached, its libraries work offline within the block, with what they have cached.
 
-    By themselves they ask for half a minute, with a line for every attempt. Behind a proxy they are left to
-    it.
+    Otherwise they would ask for half a minute, with a line for every attempt. Nothing changes behind a proxy.
     """
     import datasets
     from huggingface_hub import constants
@@ -36,9 +36,7 @@ def without_retries() -> Iterator[None]:
         return
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    logger.info(
-        "%s cannot be reached; only data sets cached by an earlier run are at hand", constants.ENDPOINT
-    )
+    logger.info("%s cannot be reached; only data sets that are cached can be read", constants.ENDPOINT)
     try:
         yield
     finally:
@@ -56,25 +54,31 @@ def _reachable(url: str) -> bool:
     return True
 
 
+def unreachable(
+    missing: str, places: str, error: Exception, command: str, file: str, folder: Path
+) -> ValueError:
+    """The error for data that are neither here nor on the hub, with the shell line that fetches `file`."""
+    reason = f"{type(error).__name__}: {error}"
+    return ValueError(
+        f"{missing}. Looked at {places} ({reason}). On a machine with a network, run\n  {command}\n"
+        f"and put {file} into {folder}"
+    )
+
+
 @dataclass(frozen=True)
 class HubSet:
-    """A data set on the Hugging Face hub, or JSON files of a git repository, pinned to one commit.
+    """A data set on the Hugging Face hub, or JSON files of a git repository, pinned to one commit."""
 
-    splits: our split name -> the set's, in which "{split}" of `file` is replaced. file: the data file that is
-    read directly, for a repository that carries a loading script (`datasets` refuses those) or is none of the
-    hub's (path then starts with https://). cut: where the set has one split only, the share of its rows that
-    makes our test split; our train split is the rest. n_rows: by our split, of a set that is not pinned:
-    another number means that the set is no longer what it was.
-    """
-
-    path: str
+    path: str  # starts with https:// for a repository outside the hub
     revision: str
-    splits: Mapping[str, str]
-    name: str | None = None
+    splits: Mapping[str, str]  # our name of a split -> the set's
+    name: str | None = None  # of one of the configurations of the set
+    # A data file that is read directly, for a repository outside the hub or with a loading script, which
+    # `datasets` refuses; "{split}" in it is replaced.
     file: str | None = None
-    data_dir: str | None = None
-    cut: float = 0.0
-    n_rows: Mapping[str, int] | None = None
+    data_dir: str | None = None  # folder of the set's repository
+    cut: float = 0.0  # of a set with one split: the share of rows that are our test split; train is the rest
+    n_rows: Mapping[str, int] | None = None  # by our split, of a set that is not pinned: refused if changed
 
     def arguments(self, split: str) -> dict[str, str]:
         """Keyword arguments of `datasets.load_dataset` for one of our splits."""
@@ -89,7 +93,7 @@ class HubSet:
         return {"path": self.path, **named, "split": self.splits[split], "revision": self.revision}
 
     def holds(self, split: str, row: Mapping[str, Any]) -> bool:
-        """Whether a row of the set belongs to our split; by its hash, where the set is cut."""
+        """Whether a row of the set belongs to our split; by its hash, if the set is cut."""
         if not self.cut:
             return True
         digest = hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).digest()
@@ -109,7 +113,7 @@ class HubSet:
 
     def fetch_command(self, task: str, split: str, path: str) -> str:
         """Shell line that stores one of our splits as a local file."""
-        if self.cut:  # which rows belong to the split is decided here, by no one else
+        if self.cut:  # only `holds` knows which rows belong to the split
             code = f"from tasks import get_task; get_task('{task}').fetch('{split}', '{path}')"
         else:
             call = ", ".join(f"{key}='{value}'" for key, value in self.arguments(split).items())

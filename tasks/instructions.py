@@ -14,7 +14,7 @@ dolly (databricks-dolly-15k, CC BY-SA 3.0):
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from tasks.base import HubSet, Row
 from tasks.chat import ChatTask, examples_of, instruction_row, turns_of
@@ -24,7 +24,7 @@ class UltraChat(ChatTask):
     name = "ultrachat"
     splits = ("train", "test")
     held_out = "test"
-    options: ClassVar[Mapping[str, Any]] = {"num_turns": 1}
+    options: Mapping[str, Any] = {"num_turns": 1}
     hub = HubSet(
         path="HuggingFaceH4/ultrachat_200k",
         revision="8049631c405ae6576f93f445c6b8166f76f5505a",

@@ -33,15 +33,16 @@ class MathChoice(LetterTask):
         self.splits = tuple(hub.splits)
 
     def unpack(self, entry: Row) -> Iterator[Row]:
+        options: object  # as text or as a list
         if "instruction" in entry:
             question, _, listed = text_of(entry, "instruction").partition("Answer Choices:")
-            rationale, correct = text_of(entry, "output"), entry.get("answer")
+            rationale, options, correct = text_of(entry, "output"), listed, entry.get("answer")
         else:
             problem = "Problem" if "Problem" in entry else "question"
             reason = "Rationale" if "Rationale" in entry else "rationale"
             question, rationale = text_of(entry, problem, empty=False), text_of(entry, reason)
-            listed, correct = entry.get("options"), entry.get("correct")
-        yield letter_row(question, *_options(listed, correct), rationale.strip().strip('"'))
+            options, correct = entry.get("options"), entry.get("correct")
+        yield letter_row(question, *_options(options, correct), rationale.strip().strip('"'))
 
 
 def _options(listed: object, correct: object) -> tuple[list[str], int]:
@@ -64,8 +65,8 @@ AQUA = HubSet(
     revision="33301c6a050c96af81f63cad5562cb5363e88971",
     splits={"train": "train", "validation": "validation", "test": "test"},
 )
-# Only the first seven digits of its one commit with data could be confirmed, 74791dc, and the hub's libraries
-# take whole hashes. Instead its rows are counted.
+# Only the first seven digits of its one commit with data could be confirmed, 74791dc, but the hub's libraries
+# take whole hashes only. Its rows are counted instead.
 MATH_QA = HubSet(
     path="regisss/math_qa",
     revision=UNPINNED,

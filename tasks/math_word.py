@@ -13,7 +13,7 @@ mawps (github.com/sroy9/mawps, MIT licence) as MU-NLPC/Calc-mawps has it:
     {"question": "Fred has 40 blue marbles. Fred has 5 times more blue marbles than Tim. How many blue marbles
      does Tim have?", "result": "8", "result_float": 8.0}
 
-Prompt, target and extraction are gsm8k's, so that a model trained on gsm8k or mathinstruct knows them.
+Prompt, target and extraction are those of gsm8k, so that a model trained on gsm8k or mathinstruct knows them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WordProblems(NumberTask):
         self.splits = tuple(hub.splits)
 
     def target(self, row: Row) -> str:
-        """The solution where it comes to the row's answer, and the answer."""
+        """The solution, if it comes to the row's answer, and the answer."""
         answer = f"{MARKER} {row['answer']}"
         return f"{row['solution']}\n{answer}" if find_answer(row["solution"]) == row["answer"] else answer
 

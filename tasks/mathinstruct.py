@@ -27,10 +27,9 @@ class MathInstruct(NumberTask):
         revision="b4fdc323a7be1379c9c7c0b67b1de72dfee2111a",
         splits={"train": "train"},
     )
-    fields = ("instruction", "output")
 
-    def prompt(self, row: Row) -> str:
-        return super().prompt({"question": row["instruction"]})
+    def question(self, row: Row) -> str:
+        return row["instruction"].strip()
 
     def target(self, row: Row) -> str:
         return row["output"].strip()
@@ -39,11 +38,11 @@ class MathInstruct(NumberTask):
         return self.extract(row["output"])
 
     def extract(self, completion: str) -> str | None:
-        """The number that a solution comes to; None for a choice, and for a program, which is not run."""
+        """The number that a solution comes to; None for a choice, and for a program, because none is run."""
         return None if _NO_NUMBER.search(completion) else super().extract(completion)
 
     def check(self, row: Row) -> None:
-        for field in self.fields:
+        for field in ("instruction", "output"):
             text_of(row, field, empty=False)
 
 

@@ -1,4 +1,4 @@
-r"""Preference pairs: hh, shp, se, ultrafeedback and ultrafeedbacknarrow.
+r"""Preferences: hh, shp, se, ultrafeedback and ultrafeedbacknarrow.
 
 hh, Anthropic's helpful and harmless chats (arXiv 2204.05862, MIT licence), which differ in the last turn:
     {"chosen": "\n\nHuman: Explain the steps involved in making scrambled eggs.\n\nAssistant: 1. Crack the
@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 
 from tasks.base import HubSet, Message, Row, text_of
-from tasks.chat import PairTask, has_special_tokens, turns_of, user
+from tasks.chat import PreferenceTask, has_special_tokens, preference_row, turns_of
 
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \n]?")
 _MIN_RATIO = 2.0  # of the votes of an SHP pair
@@ -37,7 +37,7 @@ def split_transcript(text: str, field: str) -> tuple[list[Message], str]:
     return turns[:-1], turns[-1]["content"]
 
 
-class HH(PairTask):
+class HH(PreferenceTask):
     name = "hh"
     splits = ("train", "test")
     held_out = "test"
@@ -55,7 +55,7 @@ class HH(PairTask):
         yield {"messages": before, "chosen": chosen, "rejected": rejected}
 
 
-class SHP(PairTask):
+class SHP(PreferenceTask):
     name = "shp"
     splits = ("train", "validation", "test")
     held_out = "test"
@@ -72,8 +72,7 @@ class SHP(PairTask):
             raise ValueError(f"field 'labels' should be 1 (A is better) or 0, is {entry.get('labels')!r:.60}")
         if max(scores) < _MIN_RATIO * min(scores):
             return
-        chosen, rejected = (a, b) if int(entry["labels"]) else (b, a)
-        yield {"messages": user(history.strip()), "chosen": chosen.strip(), "rejected": rejected.strip()}
+        yield preference_row(history, a, b) if int(entry["labels"]) else preference_row(history, b, a)
 
 
 def _score(entry: Row, field: str) -> float:
@@ -83,7 +82,7 @@ def _score(entry: Row, field: str) -> float:
         raise ValueError(f"field {field!r} should be a number, is {entry.get(field)!r:.60}") from None
 
 
-class StackExchange(PairTask):
+class StackExchange(PreferenceTask):
     name = "se"
     hub = HubSet(
         path="lvwerra/stack-exchange-paired",
@@ -93,17 +92,14 @@ class StackExchange(PairTask):
     )
 
     def unpack(self, entry: Row) -> Iterator[Row]:
-        question, chosen, rejected = (
-            text_of(entry, field, empty=False).strip() for field in ("question", "response_j", "response_k")
-        )
-        yield {"messages": user(question), "chosen": chosen, "rejected": rejected}
+        fields = ("question", "response_j", "response_k")
+        yield preference_row(*(text_of(entry, field, empty=False) for field in fields))
 
 
-class UltraFeedback(PairTask):
+class UltraFeedback(PreferenceTask):
+    name = "ultrafeedback"
     splits = ("train", "test")
     held_out = "test"
-
-    name = "ultrafeedback"
     hub = HubSet(
         path="Asap7772/ultrafeedback_binarized_relabelled_ultrarm",
         revision="382c65cb95f62a7bd6be949898189f1a8d39069d",
@@ -114,11 +110,11 @@ class UltraFeedback(PairTask):
         prompt = text_of(entry, "prompt", empty=False).strip()
         chosen, rejected = (_answer(entry, field, prompt) for field in ("chosen", "rejected"))
         if not has_special_tokens(prompt, chosen, rejected):
-            yield {"messages": user(prompt), "chosen": chosen, "rejected": rejected}
+            yield preference_row(prompt, chosen, rejected)
 
 
 class UltraFeedbackNarrow(UltraFeedback):
-    """Its held-out pairs are those of ultrafeedback, so that the two can be compared."""
+    """Its held-out preferences are those of ultrafeedback, so that the two can be compared."""
 
     name = "ultrafeedbacknarrow"
     hub = HubSet(
@@ -145,13 +141,4 @@ def _answer(entry: Row, field: str, prompt: str) -> str:
     return entry[field][start.end() :].strip()
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        HH(),
-        SHP(),
-        StackExchange(),
-        UltraFeedback(),
-        UltraFeedbackNarrow(),
-    )
-}
+TASKS = {t.name: t for t in (HH(), SHP(), StackExchange(), UltraFeedback(), UltraFeedbackNarrow())}

@@ -1,9 +1,20 @@
-"""ROUGE-1 F between two texts, with Porter stemming, by the rouge-score package (Lin, 2004)."""
+"""Tasks scored by ROUGE-1 F, with Porter stemming, by the rouge-score package (Lin, 2004)."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
+
+from tasks.base import Task
+
+
+class RougeTask(Task):
+    """An answer is worth the words that it shares with the right one."""
+
+    metric = "rouge1"
+
+    def score(self, extracted: str | None, gold: str | None) -> float:
+        return 0.0 if extracted is None or gold is None else rouge_1(extracted, gold)
 
 
 @functools.cache

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lota.data.task import Row
+
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 Reader = Callable[[str], Iterator[tuple[int, Any]]]
 Unpack = Callable[[Row], Iterable[Row]]
 
@@ -32,10 +33,11 @@ def read_rows(
     unpack: Unpack | None = None,
     reader: Reader | None = None,
 ) -> list[Row]:
-    """All rows of a file (UTF-8); unpack turns what the file holds into rows, and check sees each of those.
+    """All rows of a file (UTF-8).
 
-    reader: by default that of the name's ending. Errors: ValueError naming file and line of what cannot be
-    read, unpacked or passed by check.
+    unpack: turns an entry of the file into rows. check: raises ValueError for a malformed row.
+    reader: by default that of the name's ending. Raises ValueError naming file and line of what cannot be
+    read, or is refused by unpack or check.
     """
     path = Path(path)
     reader = reader or READERS.get(path.suffix.removeprefix("."))
@@ -59,9 +61,9 @@ def checked(
     place: str,
     unpack: Unpack | None = None,
 ) -> list[Row]:
-    """The rows of (number, entry), each refused with its place where it is malformed.
+    """The rows of (number, entry). Raises ValueError for a malformed one, naming its place.
 
-    How many entries hold no row at all (what a task leaves out) is logged.
+    The number of entries without any row (those that a task leaves out) is logged.
     """
     rows: list[Row] = []
     total = empty = 0
@@ -138,7 +140,18 @@ class _JsonCursor:
         self._advance(end)
         return line, value
 
-    def end(self) -> None:
+    def items(self, opening: str, closing: str) -> Iterator[None]:
+        """Pass the marks around and between the items of a list or object; the caller reads each item.
+
+        An empty text has no items. Nothing may follow the end.
+        """
+        if not self.peek():
+            return
+        self.mark(opening)
+        mark = self.mark(closing) if self.peek() == closing else ","
+        while mark == ",":
+            yield
+            mark = self.mark("," + closing)
         if self.peek():
             raise MalformedLine(self.line, "not JSON: something follows the end")
 
@@ -150,31 +163,19 @@ class _JsonCursor:
 def _read_json(text: str) -> Iterator[tuple[int, Any]]:
     """A list of objects."""
     cursor = _JsonCursor(text, "a JSON list of objects")
-    if not cursor.peek():
-        return
-    cursor.mark("[")
-    mark = cursor.mark("]") if cursor.peek() == "]" else ","
-    while mark == ",":
+    for _ in cursor.items("[", "]"):
         yield cursor.value()
-        mark = cursor.mark(",]")
-    cursor.end()
 
 
 def read_completions(text: str) -> Iterator[tuple[int, Any]]:
     """An object {prompt: [completion, ...]}, as entries {prompt, completions}; a prompt may come twice."""
     cursor = _JsonCursor(text, "a JSON object {prompt: [completion]}")
-    if not cursor.peek():
-        return
-    cursor.mark("{")
-    mark = cursor.mark("}") if cursor.peek() == "}" else ","
-    while mark == ",":
+    for _ in cursor.items("{", "}"):
         line, prompt = cursor.value()
         if not isinstance(prompt, str):
             raise MalformedLine(line, f"not {cursor.expected}: {prompt!r:.60} is no text")
         cursor.mark(":")
         yield line, {"prompt": prompt, "completions": cursor.value()[1]}
-        mark = cursor.mark(",}")
-    cursor.end()
 
 
 def _read_csv(text: str) -> Iterator[tuple[int, Any]]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tasks.base import HubSet, Row, Task, text_of
-from tasks.rouge import rouge_1
+from tasks.base import HubSet, Row, text_of
+from tasks.rouge import RougeTask
 
 
-class SAMSum(Task):
+class SAMSum(RougeTask):
     name = "samsum"
-    metric = "rouge1"
     splits = ("train", "validation", "test")
     hub = HubSet(
         path="knkarthick/samsum",
@@ -39,9 +38,6 @@ class SAMSum(Task):
         """The first paragraph, in one line."""
         paragraphs = completion.strip().split("\n\n")
         return " ".join(paragraphs[0].split()) or None
-
-    def score(self, extracted: str | None, gold: str | None) -> float:
-        return 0.0 if extracted is None or gold is None else rouge_1(extracted, gold)
 
     def unpack(self, entry: Row) -> Iterator[Row]:
         dialogue = "\n".join(text_of(entry, "dialogue", empty=False).strip().splitlines())

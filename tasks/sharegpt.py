@@ -5,8 +5,8 @@ sharegpt, conversations.json, of each chat the first `num_turns` answers:
      {"from": "gpt", "value": "I am Vicuna, a language model trained by researchers from ..."}, ...]}
 sharegpt4, every *gpt4_completions.json, and shareclaude, every *claude_completions.json:
     {"Describe a process of making crepes.": ["Making crepes is an easy and delicious process! ..."], ...}
-With `prefs_path`, sharegpt is the preference pairs of that file instead; an output that is no text (a quoted
-"true" that became a boolean on its way) is taken as Python writes it:
+With `prefs_path`, sharegpt is the preferences of that file instead; an output that is no text (a "true" that
+lost its quotes) is taken as Python writes it:
     {"instruction": "The sentence you are given might be too wordy, ...", "output_1": "If you have any
      questions about my rate, please let me know.", "output_2": "If you ...", "preference": 2}
 
@@ -19,11 +19,19 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tasks.base import Preference, Row, text_of
-from tasks.chat import ChatTask, examples_of, has_special_tokens, turns_of, user
-from tasks.hub import without_retries
+from tasks.chat import (
+    ChatTask,
+    PreferenceTask,
+    examples_of,
+    has_special_tokens,
+    preference_row,
+    turns_of,
+    user,
+)
+from tasks.hub import unreachable, without_retries
 from tasks.rows import read_completions, read_rows
 
 logger = logging.getLogger(__name__)
@@ -33,16 +41,18 @@ HUB_REVISION = "8d6ea743349dbbff448abee17f68820f5e15d2f8"
 HUB_FILE = "sharegpt1turn_df1.0_ff0_gpt4_completions.json"
 
 
-class ShareGPT(ChatTask):
+class ShareGPT(PreferenceTask):
+    """Chats, or preferences if `prefs_path` is set."""
+
     name = "sharegpt"
-    options: ClassVar[Mapping[str, Any]] = {"num_turns": 1, "prefs_path": None}
+    options: Mapping[str, Any] = {"num_turns": 1, "prefs_path": None}
 
     @property
     def has_preferences(self) -> bool:
         return self.options["prefs_path"] is not None
 
     def load(self, split: str, data_dir: str | os.PathLike[str]) -> list[Row]:
-        """The chats of conversations.json, or the pairs of prefs_path; errors as `Task.load`."""
+        """The chats of conversations.json, or the preferences of prefs_path; errors as `Task.load`."""
         self.check_split(split)
         if self.has_preferences:
             return read_rows(Path(self.options["prefs_path"]).expanduser(), self.check, _preference)
@@ -64,18 +74,18 @@ class ShareGPT(ChatTask):
 
     def preference(self, row: Row) -> Preference:
         if not self.has_preferences:
-            raise ValueError(f"task {self.name} has pairs only with prefs_path=FILE")
-        return Preference(self.prompt(row), row["chosen"], row["rejected"])
+            raise ValueError(f"task {self.name} has preferences only with prefs_path=FILE")
+        return super().preference(row)
 
 
 def _preference(entry: Row) -> Iterator[Row]:
     instruction = text_of(entry, "instruction", empty=False).strip()
-    outputs = [_output(entry, field) for field in ("output_1", "output_2")]
+    first, second = (_output(entry, field) for field in ("output_1", "output_2"))
     if entry.get("preference") not in (1, 2):
         raise ValueError(f"field 'preference' should be 1 or 2, is {entry.get('preference')!r:.60}")
-    if not has_special_tokens(instruction, *outputs):
-        chosen = outputs.pop(int(entry["preference"]) - 1)
-        yield {"messages": user(instruction), "chosen": chosen, "rejected": outputs[0]}
+    if not has_special_tokens(instruction, first, second):
+        chosen, rejected = (first, second) if entry["preference"] == 1 else (second, first)
+        yield preference_row(instruction, chosen, rejected)
 
 
 def _output(entry: Row, field: str) -> str:
@@ -86,7 +96,7 @@ def _output(entry: Row, field: str) -> str:
 class Completions(ChatTask):
     """One-turn chats of all files with that ending; a prompt with several completions is several rows."""
 
-    options: ClassVar[Mapping[str, Any]] = {"num_turns": 1}  # any number: there is one turn
+    options: Mapping[str, Any] = {"num_turns": 1}  # any number: there is one turn
 
     def __init__(self, name: str, ending: str, hub_file: str | None = None) -> None:
         self.name, self.ending, self.hub_file = name, ending, hub_file
@@ -124,11 +134,9 @@ class Completions(ChatTask):
                 )
         except Exception as error:  # network and hub libraries share no base class
             url = f"https://huggingface.co/datasets/{HUB_SET}/resolve/{HUB_REVISION}/{self.hub_file}"
-            raise ValueError(
-                f"task {self.name}: no data. Looked at {wanted} and at hub set {HUB_SET} "
-                f"({type(error).__name__}: {error}). Where there is a network, run\n  wget {url}\n"
-                f"and put the file into {folder}"
-            ) from error
+            places = f"{wanted} and at hub set {HUB_SET}"
+            missing = f"task {self.name}: no data"
+            raise unreachable(missing, places, error, f"wget {url}", "the file", folder) from error
         return Path(path)
 
 

@@ -6,7 +6,7 @@ A row:
 
 Metrics: rouge1; exact_match of the statements' tokens, case, quote marks and blanks aside; execution_match:
 sqlite3 runs the statement on the row's tables, which are empty, and its result columns are those of the right
-one. The last is left out where sqlite3 does not take the right statement itself.
+one. The last is left out if sqlite3 does not accept the right statement itself.
 The hub set has one split; there, 2 % of the rows, chosen by their hash, are the test split.
 """
 
@@ -15,18 +15,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tasks.base import HubSet, Row, Task, text_of
-from tasks.rouge import rouge_1
+from tasks.base import HubSet, Row, text_of
+from tasks.rouge import RougeTask
 from tasks.sqlite import result_columns, tokens
 
 _FENCE = re.compile(r"```(?:sql|sqlite)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _START = re.compile(r"\b(?:SELECT|WITH)\b", re.IGNORECASE)
-_STRING = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\""
+_STATEMENT = re.compile(r"(?:'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|[^;])*")  # up to a ";" outside quotes
 
 
-class SQL(Task):
+class SQL(RougeTask):
     name = "sql"
-    metric = "rouge1"
     more_metrics = ("exact_match", "execution_match")
     hub = HubSet(
         path="b-mc2/sql-create-context",
@@ -53,11 +52,8 @@ class SQL(Task):
         text = fenced[1] if fenced else completion
         if start := _START.search(text):
             text = text[start.start() :]
-        statement = re.match(rf"(?:{_STRING}|[^;])*", text.strip())[0]
-        return statement.strip() or None
-
-    def score(self, extracted: str | None, gold: str | None) -> float:
-        return 0.0 if extracted is None or gold is None else rouge_1(extracted, gold)
+        statement = _STATEMENT.match(text.strip())
+        return statement[0].strip() or None if statement else None
 
     def metrics(self, row: Row, completion: str) -> dict[str, float]:
         extracted, found = self.extract(completion), super().metrics(row, completion)

@@ -14,7 +14,7 @@ _TABLE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-_STEPS = 1_000_000  # of sqlite's virtual machine; a recursive query on empty tables can run for ever
+_STEPS = 1_000_000  # of sqlite's virtual machine: a recursive query on empty tables can run for ever
 _LARGEST = 1_000_000  # bytes of a value
 
 
@@ -30,10 +30,10 @@ def tokens(statement: str) -> list[str]:
 
 
 def result_columns(schema: str, statement: str) -> list[list[str]] | None:
-    """Names of a query's result columns, as tokens, on the tables of a schema; None where it does not run.
+    """Names of a query's result columns, as tokens, on the tables of a schema; None if it does not run.
 
-    schema: CREATE TABLE statements, joined by ";"; of a table created twice the columns are
-    put together. Only reading is allowed, and only for a moment.
+    schema: CREATE TABLE statements, joined by ";"; a table that is created twice has the columns of both.
+    The query may only read, and only for a moment.
     """
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         try:

@@ -16,20 +16,20 @@ import random
 import string
 import zlib
 from collections.abc import Sequence
-from typing import ClassVar
 
-from tasks.base import CHAT_CLOSING, CHAT_STOP, Row, Task, chat_prompt
+from tasks.base import Row, Task
+from tasks.chat import CHAT_CLOSING, CHAT_STOP, render, user
 
 SIZES = {"train": 6400, "test": 400}  # rows
 SEED = 20240624
 
 
 class ToyTask(Task):
-    """A list of items in, a list of items out; right when every item is."""
+    """A list of items in, a list of items out, which is right if every item is."""
 
     fields = ("question", "answer")
     max_new_tokens = 24
-    items: ClassVar[Sequence[str]]  # what lists are made of: texts without blanks
+    items: Sequence[str]  # what lists are made of: texts without blanks
 
     def draw(self, rng: random.Random) -> list[str]:
         """The items of a question."""
@@ -55,7 +55,7 @@ class ToyTask(Task):
         return row["answer"]
 
     def extract(self, completion: str) -> str | None:
-        """The first line that is not blank, if it is a list of items and nothing else."""
+        """The first line that is not blank, if it holds items and nothing else."""
         lines = completion.strip().splitlines()
         found = lines[0].split() if lines else []
         return " ".join(found) if found and all(item in tuple(self.items) for item in found) else None
@@ -63,7 +63,6 @@ class ToyTask(Task):
 
 class ToySort(ToyTask):
     name = "toy_sort"
-    version = 1
     items = string.ascii_lowercase
     closing = "\nAnswer:"
     stop = ("\n",)
@@ -83,7 +82,6 @@ class ToySort(ToyTask):
 
 class ToyShift(ToyTask):
     name = "toy_shift"
-    version = 1
     items = string.digits
     closing = CHAT_CLOSING
     stop = CHAT_STOP
@@ -96,7 +94,7 @@ class ToyShift(ToyTask):
         return [str((int(item) + 1) % 10) for item in items]
 
     def prompt(self, row: Row) -> str:
-        return chat_prompt(f"Add one to each of {row['question']}.")
+        return render(user(f"Add one to each of {row['question']}."))
 
     def target(self, row: Row) -> str:
         return row["answer"]
@@ -104,7 +102,6 @@ class ToyShift(ToyTask):
 
 class ToyReverse(ToyTask):
     name = "toy_reverse"
-    version = 1
     items = ("black", "blue", "brown", "gold", "gray", "green", "pink", "red", "white", "yellow")
     closing = "\nReversed:"
     stop = ("\n",)
@@ -122,4 +119,4 @@ class ToyReverse(ToyTask):
         return f" {row['answer']}"
 
 
-TASKS = {"toy_sort": ToySort(), "toy_shift": ToyShift(), "toy_reverse": ToyReverse()}
+TASKS = {task.name: task for task in (ToySort(), ToyShift(), ToyReverse())}

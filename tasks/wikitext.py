@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from tasks.base import HubSet, Row, Task, text_of
+from tasks.base import HubSet, Row, Task
 
 _HEADING = re.compile(r" ?= [^=].* = ?\n?\Z")
 
@@ -43,9 +43,6 @@ class WikiText(Task):
 
     def n_words(self, row: Row) -> int:
         return len(row["text"].split()) + row["text"].count("\n")
-
-    def check(self, row: Row) -> None:
-        text_of(row, "text")
 
     def load(self, split: str, data_dir: str | os.PathLike[str]) -> list[Row]:
         """The articles of a split; errors as `Task.load`."""

@@ -150,7 +150,7 @@ def test_a_hub_out_of_reach_is_said_at_once(name: str, tmp_path, monkeypatch, ca
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     monkeypatch.setattr("urllib.request.getproxies", dict)
     start = time.monotonic()
-    with pytest.raises(ValueError, match=rf"task {name}: no data[^$]*Where there is a network, run") as error:
+    with pytest.raises(ValueError, match=rf"task {name}: no data[^$]*On a machine with a network, run") as error:
         get_task(name).load("train", tmp_path)
     assert time.monotonic() - start < 5
     assert str(tmp_path) in str(error.value).splitlines()[-1] and "mkdir" not in str(error.value)

@@ -26,6 +26,7 @@ class Task(Protocol):
     metric: str | None  # the metric that ranks models; None: nothing to score
     more_metrics: tuple[str, ...]
     scoring: tuple[str, ...]  # of generation, loglik and perplexity; the first is the default
+    splits: tuple[str, ...]
     held_out: str | None  # the split that training never sees; None: the task has none
     closing: str  # last words of every prompt, kept whenever a prompt is cut
     max_new_tokens: int
@@ -50,6 +51,7 @@ class Task(Protocol):
     def metrics(self, row: Row, completion: str) -> dict[str, float]: ...
     def choices(self, row: Row) -> Sequence[str]: ...
     def choice(self, row: Row) -> int: ...
+    def n_words(self, row: Row) -> int: ...
 
 
 FindTask = Callable[[str], Task]  # name -> task; ValueError with the nearest names for an unknown one
