@@ -54,7 +54,7 @@ def train_tokenizer(seed: int, n_documents: int = 20_000) -> transformers.PreTra
     )
 
 
-def make_model(tokenizer, seed: int) -> transformers.LlamaForCausalLM:
+def make_model(tokenizer: transformers.PreTrainedTokenizerBase, seed: int) -> transformers.LlamaForCausalLM:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -73,14 +73,18 @@ def make_model(tokenizer, seed: int) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(config)
 
 
-def encode(tokenizer, document: tiny_world.Document) -> tuple[list[int], list[int]]:
+def encode(
+    tokenizer: transformers.PreTrainedTokenizerBase, document: tiny_world.Document
+) -> tuple[list[int], list[int]]:
     """(ids, labels) of BOS question answer EOS; a question is given, not learned, so its labels are -100."""
     question = tokenizer.encode(document[0])
     answer = [*tokenizer.encode(document[1], add_special_tokens=False), tokenizer.eos_token_id]
     return question + answer, [-100] * len(question) + answer
 
 
-def packed_rows(tokenizer, seed: int, n_rows: int, length: int) -> torch.Tensor:
+def packed_rows(
+    tokenizer: transformers.PreTrainedTokenizerBase, seed: int, n_rows: int, length: int
+) -> torch.Tensor:
     """(2, n_rows, length) ids and labels: documents one after the other, cut into rows."""
     ids: list[int] = []
     labels: list[int] = []
@@ -101,7 +105,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))))
 
 
-def make_optimizers(model, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks (half the steps of AdamW), AdamW for embeddings and norms."""
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outside = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -111,7 +115,9 @@ def make_optimizers(model, matrix_lr: float, other_lr: float) -> list[torch.opti
     ]
 
 
-def train(model, rows: torch.Tensor, batch: int, optimizers: list[torch.optim.Optimizer]) -> None:
+def train(
+    model: torch.nn.Module, rows: torch.Tensor, batch: int, optimizers: list[torch.optim.Optimizer]
+) -> None:
     """One pass over the rows; mean token loss, gradient norm clipped to 1."""
     steps = rows.shape[1] // batch
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -133,8 +139,8 @@ def train(model, rows: torch.Tensor, batch: int, optimizers: list[torch.optim.Op
 
 @torch.no_grad()
 def measure(
-    model,
-    tokenizer,
+    model: torch.nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     seed: int,
     held_out: bool,
     n_documents: int,

@@ -1,6 +1,6 @@
 """The small world that assets/tiny-llama was pre-trained on: seeded text of several skills.
 
-A document is (question, answer); plain prose has an empty question. Chats use the layout of tasks/base.py.
+A document is (question, answer); plain prose has an empty question. Chats use the layout of tasks/chat.py.
 Items of a list of letters are written apart ("f k a"), so that each has a token of its own. Nothing here
 sorts or shifts a list: those are left for the toy tasks in tasks/.
 """

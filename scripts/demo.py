@@ -141,13 +141,15 @@ def run_pipeline(demo: Demo) -> tuple[list[Row], list[dict[str, str]]]:
 def table(rows: list[Row]) -> str:
     lines = [COLUMNS("method", "sparsity", "kept entries", "lr", "accuracy", "seconds", "peak MiB")]
     for row in rows:
-        sparsity, lr, seconds, memory = row.sparsity, row.lr, row.seconds, row.memory
-        trained = ["-"] * 4
-        if seconds is not None:
-            trained = [f"{sparsity:g}", f"{lr:g}", f"{seconds:.0f}", f"{memory / 2**20:.0f}"]
-        score = f"{row.score:.3f} +- {row.stderr:.3f}"
-        lines.append(COLUMNS(row.method, trained[0], f"{row.kept:,}", trained[1], score, *trained[2:]))
+        memory = None if row.memory is None else row.memory / 2**20
+        cells = [row.method, _number(row.sparsity, "g"), f"{row.kept:,}", _number(row.lr, "g")]
+        cells += [f"{row.score:.3f} +- {row.stderr:.3f}", _number(row.seconds, ".0f"), _number(memory, ".0f")]
+        lines.append(COLUMNS(*cells))
     return "\n".join(lines)
+
+
+def _number(value: float | None, fmt: str) -> str:
+    return "-" if value is None else f"{value:{fmt}}"
 
 
 def main() -> None:

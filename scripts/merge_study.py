@@ -19,12 +19,15 @@ import sys
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.data.batches import Example, encode
 from lota.data.prompts import Prompter
+from lota.data.task import Row, Task
 from lota.evaluate.cli import load_model_and_tokenizer
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import mean_and_stderr
@@ -33,6 +36,8 @@ from lota.evaluate.loglik import logliks
 from lota.plots import heatmap
 from lota.utils import write_json
 from tasks import get_task
+
+Record = dict[str, Any]  # plain values, as in results.json
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "assets" / "tiny-llama"
@@ -120,7 +125,7 @@ class Study:
         )
         for name in names:
             task = get_task(name)
-            rows = task.load("test")[: self.n_examples]
+            rows = task.load("test", "")[: self.n_examples]
             settings = Decoding(max_new_tokens=task.max_new_tokens, stop=task.stop)
             result = evaluate_task(
                 policy,
@@ -146,7 +151,9 @@ def as_command(words: list[str], log: Path) -> None:
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
-def held_out_nats(model, tokenizer, task, rows) -> float:
+def held_out_nats(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row]
+) -> float:
     """Mean loss per response token, in nats."""
     requests, prompter = [], Prompter(tokenizer)
     for row in rows:
@@ -168,12 +175,12 @@ def methods_for(kind: str) -> list[str]:
     return ["sum"] if kind == "LoTA, disjoint" else list(METHODS)
 
 
-def collect(study: Study, seeds: list[int]) -> list[dict]:
+def collect(study: Study, seeds: list[int]) -> list[Record]:
     """A record per kind, method ("alone": before merging) and seed: scores by task, overlaps of pairs."""
     records = []
     cases = [(kind, method) for kind in LR for method in ("alone", *methods_for(kind))]
     for seed, (kind, method) in tqdm(list(product(seeds, cases)), desc="study", disable=None):
-        record = {"seed": seed, "kind": kind, "method": method}
+        record: Record = {"seed": seed, "kind": kind, "method": method}
         if method == "alone":
             record["scores"] = {t: study.score(study.learn(kind, t, seed), (t,))[t] for t in TASKS}
         else:
@@ -185,12 +192,12 @@ def collect(study: Study, seeds: list[int]) -> list[dict]:
     return records
 
 
-def summarize(records: list[dict]) -> list[dict]:
+def summarize(records: list[Record]) -> list[Record]:
     """Means over seeds with standard errors, per kind and method: by task, and over the tasks."""
     rows = []
     for kind, method in dict.fromkeys((record["kind"], record["method"]) for record in records):
         own = [record["scores"] for record in records if (record["kind"], record["method"]) == (kind, method)]
-        row: dict = {"kind": kind, "method": method, "seeds": len(own)}
+        row: Record = {"kind": kind, "method": method, "seeds": len(own)}
         for metric in ("accuracy", "nats"):
             row[metric] = {task: mean_and_stderr([scores[task][metric] for scores in own]) for task in TASKS}
             means = [sum(scores[task][metric] for task in TASKS) / len(TASKS) for scores in own]
@@ -199,7 +206,7 @@ def summarize(records: list[dict]) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[Record]) -> str:
     """Markdown: accuracy in per cent by task and on average, held-out nats per token on average."""
     lines = [
         f"| vectors | merged by | {' | '.join(TASKS)} | mean accuracy (%) | held-out nats per token |",
@@ -220,7 +227,7 @@ def _number(estimate: tuple[float, float | None], factor: float, digits: int) ->
     return shown if error is None else f"{shown} ± {factor * error:.{digits}f}"
 
 
-def overlaps(records: list[dict]) -> str:
+def overlaps(records: list[Record]) -> str:
     """Per kind: what two tasks' vectors share, averaged over pairs and seeds."""
     lines = [
         "| vectors | entries of the smaller in both | signs differ there | cosine |",
@@ -236,7 +243,7 @@ def overlaps(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[Record], path: Path) -> None:
     """Accuracy averaged over the tasks: a row per kind of vector, a column per method."""
     means = {(row["kind"], row["method"]): row["accuracy"]["mean"] for row in rows}
     cells = [[means.get((kind, method), (None, None)) for method in ("alone", *METHODS)] for kind in LR]
