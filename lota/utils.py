@@ -198,6 +198,12 @@ class Problems:
 # Text
 
 
+def first_few(items: Sequence[object], shown: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" ... and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(str(item) for item in items[:shown]) + more
+
+
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Lines of cells as lines of text: the first `left` columns to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

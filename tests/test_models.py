@@ -54,7 +54,7 @@ def test_folder_without_a_weight_is_refused(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     del state["model.layers.0.self_attn.q_proj.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"missing: model\.layers\.0\.self_attn\.q_proj\.weight"):
+    with pytest.raises(ValueError, match=r"missing there: model\.layers\.0\.self_attn\.q_proj\.weight"):
         load_model(tmp_path)
 
 

@@ -270,7 +270,9 @@ def test_pairs_that_do_not_belong_together(tmp_path):
         lota.extract(base_path, tmp_path / "deep.pt", [0.5])
     wider = {n: v.repeat(2, 1) if "up_proj" in n else v for n, v in base.state_dict().items()}
     torch.save({"step_idx": 1, "state": wider, "metrics": {}}, tmp_path / "wide.pt")
-    with pytest.raises(ValueError, match=r"of another shape: .*up_proj\.weight \(48, 32\) and \(96, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"of another shape: .*up_proj\.weight \(96, 32\) instead of \(48, 32\)"
+    ):
         lota.extract(base_path, tmp_path / "wide.pt", [0.5])
     fewer = {n: v for n, v in base.state_dict().items() if "down_proj" not in n}
     torch.save({"step_idx": 1, "state": fewer, "metrics": {}}, tmp_path / "fewer.pt")

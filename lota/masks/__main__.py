@@ -21,11 +21,10 @@ from pathlib import Path
 from lota.masks import Mask
 from lota.masks.combine import MAKE, made_of
 from lota.masks.extract.select import DEFAULT_SCOPE
-from lota.masks.files import first
 from lota.masks.statistics import density, overlap
 from lota.masks.views import density_text, draw_density, draw_overlap, overlap_text
 from lota.models.scope import find_scope, meta_model
-from lota.utils import short_names
+from lota.utils import first_few, short_names
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -86,7 +85,7 @@ def _in_scope(
     lost = [name for name in mask.names if mask.kept(name) and name not in scope]
     if lost:
         raise ValueError(
-            f"{path} keeps entries outside of the scope: {first(lost)}; give a --scope that covers them"
+            f"{path} keeps entries outside of the scope: {first_few(lost)}; give a --scope that covers them"
         )
     return Mask(mask.bits, mask.shapes, {"scope": pattern or DEFAULT_SCOPE}).only(scope)
 

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lota.utils import atomic_path, save_tensors, torch_reason
+from lota.utils import atomic_path, first_few, save_tensors, torch_reason
 
 FORMAT = "lota-mask"
 FORMAT_VERSION = 1
-SHOWN = 5  # names in a message
 
 
 class Content(NamedTuple):
@@ -59,7 +58,7 @@ def read(path: str | os.PathLike, mapped: bool = False) -> Content:
         return _packed(path, content)
     bad = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if bad:
-        raise ValueError(f"{path} is not a mask file: {first(bad)} hold no tensors")
+        raise ValueError(f"{path} is not a mask file: {first_few(bad)} hold no tensors")
     bits = {name: pack(value == 0) for name, value in content.items()}
     return Content(bits, {name: value.shape for name, value in content.items()}, {"layout": "dense"})
 
@@ -96,9 +95,3 @@ def write_dense(path: str | os.PathLike, content: Content, all_shapes: Mapping[s
             frozen[name] = ~kept.reshape(tuple(shape))
     with atomic_path(path) as temporary:
         save_tensors(frozen, temporary)
-
-
-def first(items: list[Any]) -> str:
-    """The first few of a list, and how many more there are."""
-    more = f" ... and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(str(item) for item in items[:SHOWN]) + more

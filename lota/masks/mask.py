@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lota.masks import files as mask_files
-from lota.masks.files import first, pack, unpack
+from lota.masks.files import pack, unpack
+from lota.utils import first_few
 
 ORIGIN = ("scope", "base", "base_hash", "score", "flipped")  # metadata of where a mask comes from
 
@@ -155,10 +156,12 @@ class Mask:
         problems = ["the mask does not belong to this model:"]
         if unknown:
             unlisted = [name for name in shapes if name not in self.bits]
-            problems.append(f"  {len(unknown)} names of the mask are not in the model: {first(unknown)}")
-            problems.append(f"  {len(unlisted)} names of the model are not in the mask: {first(unlisted)}")
+            problems.append(f"  {len(unknown)} names of the mask are not in the model: {first_few(unknown)}")
+            problems.append(
+                f"  {len(unlisted)} names of the model are not in the mask: {first_few(unlisted)}"
+            )
         if wrong:
-            problems.append(f"  {len(wrong)} shapes differ: {first(wrong)}")
+            problems.append(f"  {len(wrong)} shapes differ: {first_few(wrong)}")
         problems.append("  extract a mask from this model, or name the model that the mask came from")
         raise ValueError("\n".join(problems))
 
@@ -222,7 +225,7 @@ class Mask:
         if strange:
             raise ValueError(
                 "masks of different models: only one of them lists "
-                f"{first([name for name in [*self.bits, *other.bits] if name in strange])}"
+                f"{first_few([name for name in [*self.bits, *other.bits] if name in strange])}"
             )
 
     def _check_shapes(self, other: Mask) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -21,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lota.models.policy import is_policy, policy_path, read_policy
+from lota.models.policy import find_policy, is_policy, read_policy
+from lota.models.weights import refuse_misfit
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,7 +106,7 @@ def load_model(
     """
     if archive is not None and is_policy(archive):
         policy = read_policy(archive)
-        model = model_from_policy(load_config(name_or_path), policy.state, source=str(policy_path(archive)))
+        model = model_from_policy(load_config(name_or_path), policy.state, source=str(find_policy(archive)))
         cast_parameters(model, dtype, device, copy=True)  # off the mapped file
     else:
         model = _from_pretrained(name_or_path if archive is None else archive, dtype, device)
@@ -123,13 +125,22 @@ def _from_pretrained(
     """transformers' loader; weights that it would have drawn at random or left out are an error."""
     placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(name_or_path), dtype=dtype, output_loading_info=True, **placement
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(_no_model(name_or_path, error)) from error
-    refuse_misfit(name_or_path, info["missing_keys"], _left_over(model, info["unexpected_keys"]))
+    model, info = loaded
+    absent, extra = info["missing_keys"], _left_over(model, info["unexpected_keys"])
+    remedy = "its config.json and its weights are of different models"
+    refuse_misfit(
+        name_or_path, _described(model), dict.fromkeys(absent, ()), dict.fromkeys(extra, ()), remedy
+    )
     return model
+
+
+def _described(model: PreTrainedModel) -> str:
+    return f"a {type(model).__name__} of this configuration"
 
 
 def model_from_policy(
@@ -149,12 +160,13 @@ def model_from_policy(
         if config.pad_token_id is not None and config.pad_token_id >= rows:
             config.pad_token_id = None
         model = _empty_model(config)
-    missing, unexpected, misshaped = _differences(model, state)
-    if missing and unexpected:  # another release's names?
+    expected, held = _shapes_of_both(model, state)
+    if expected.keys() - held.keys() and held.keys() - expected.keys():  # another release's names?
         translated = _translated(model, state)
         if translated is not None:
             return translated
-    refuse_misfit(source, missing, unexpected, misshaped)
+    remedy = "give the base that it was trained from"
+    refuse_misfit(source, _described(model), expected, held, remedy)
     model.load_state_dict(_with_tied(source, model, state), strict=False, assign=True)
     model.tie_weights()
     return model.eval()
@@ -184,19 +196,16 @@ def _stored_rows(model: PreTrainedModel, state: dict[str, Tensor]) -> int | None
     return next((state[name].shape[0] for name in names if name in state), None)
 
 
-def _differences(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
-    """(missing, unexpected, mis-shaped) names of `state` against the model; a tied name may be there once."""
-    expected = model.state_dict()
+def _shapes_of_both(
+    model: PreTrainedModel, state: dict[str, Tensor]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """(the model's names and shapes, those of `state`); a tied name may be absent from `state`."""
     partner = tied_names(model)
     partner |= {origin: target for target, origin in partner.items()}
-    missing = [name for name in expected if name not in state and partner.get(name) not in state]
-    unexpected = _left_over(model, [name for name in state if name not in expected])
-    misshaped = [
-        f"{name} (file {tuple(state[name].shape)}, model {tuple(value.shape)})"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    return missing, unexpected, misshaped
+    known = model.state_dict()
+    left_over = _left_over(model, [name for name in state if name not in known])
+    expected = {n: tuple(v.shape) for n, v in known.items() if n in state or partner.get(n) not in state}
+    return expected, {n: tuple(v.shape) for n, v in state.items() if n in known or n in left_over}
 
 
 def _left_over(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
@@ -205,26 +214,11 @@ def _left_over(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     return [name for name in names if not ignored.search(name)]
 
 
-def refuse_misfit(
-    source: object, missing: Iterable[str], unexpected: Iterable[str] = (), misshaped: Iterable[str] = ()
-) -> None:
-    """One ValueError with the first few names of each kind; nothing when there are none."""
-    kinds = {"missing": missing, "not in the model": unexpected, "of another shape": misshaped}
-    parts = []
-    for kind, found in kinds.items():
-        names = sorted(found)
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            parts.append(f"{len(names)} {kind}: {', '.join(names[:4])}{more}")
-    if parts:
-        raise ValueError(f"{source} does not fit the model, weights {'; '.join(parts)}. Is the base right?")
-
-
 def _with_tied(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` with both names of each tied pair; two different values would lose one and are refused."""
     state = dict(state)
     for target, origin in tied_names(model).items():
-        one = state[target if target in state else origin]  # _differences has found one of them
+        one = state[target if target in state else origin]  # one of them is there
         other = state.get(origin, one)
         state |= {target: one, origin: other}
         if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
@@ -239,7 +233,7 @@ def _translated(empty: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedM
     """
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     try:
-        model, info = type(empty).from_pretrained(
+        loaded: Any = type(empty).from_pretrained(
             None,
             config=empty.config,
             state_dict=dict(state),
@@ -248,6 +242,7 @@ def _translated(empty: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedM
         )
     except (ValueError, KeyError, RuntimeError):
         return None
+    model, info = loaded
     misfit = info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]
     return None if misfit else model
 
@@ -262,7 +257,7 @@ def cast_parameters(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device=device, dtype=dtype, copy=copy)
     if device is not None:
-        model.to(device)
+        nn.Module.to(model, device)
     model.config.dtype = dtype
 
 
@@ -289,11 +284,10 @@ def turn_dropout_off(model: nn.Module) -> None:
     Attention keeps a float on its module, a few models read one from their config: both are set.
     """
     for module in model.modules():
-        if "Dropout" in type(module).__name__ and hasattr(module, "p"):
-            module.p = 0.0
+        is_dropout = "Dropout" in type(module).__name__
         for holder in (module, getattr(module, "config", module)):
             for key, value in list(vars(holder).items()):
-                if "drop" in key and isinstance(value, float):
+                if isinstance(value, float) and ("drop" in key or (is_dropout and key == "p")):
                     setattr(holder, key, 0.0)
 
 

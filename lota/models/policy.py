@@ -52,7 +52,7 @@ def model_folder(name_or_path: str, archive: str | None) -> str:
     return name_or_path if archive is None or is_policy(archive) else archive
 
 
-def policy_path(path: str | os.PathLike[str]) -> Path:
+def find_policy(path: str | os.PathLike[str]) -> Path:
     """The policy.pt meant by `path`: the file itself or a run folder such as epoch-1/ that holds one.
 
     Raises ValueError when there is no such file.
@@ -71,7 +71,7 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
     they are read. Raises ValueError, naming the file and the remedy, for a file that is missing, truncated,
     of another layout, or that would run code when unpickled.
     """
-    file = policy_path(path)
+    file = find_policy(path)
     # The zip directory is a file's last part: a truncated file has none, and only zip files can be mapped.
     record = _load(file, mmap=zipfile.is_zipfile(file))
     remedy = "wrap a plain state dict as {'step_idx': 0, 'state': state_dict, 'metrics': {}}"
@@ -94,7 +94,7 @@ def index_torch_file(path: Path) -> dict[str, StoredTensor]:
     """
     with FakeTensorMode():
         content = _load(path)
-    state = content.get("state", content) if isinstance(content, dict) else None
+    state = content.get("state", content) if isinstance(content, dict) else {}
     if not _is_state(state):
         raise ValueError(f"{path} is no checkpoint: expected {{step_idx, state, metrics}} or a state dict")
     size = path.stat().st_size
@@ -130,7 +130,7 @@ def _unwrap_names(file: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _is_state(state: object) -> bool:
+def _is_state(state: Any) -> bool:
     """Whether this is a dict of names and tensors, at least one."""
     if not isinstance(state, dict) or not state:
         return False

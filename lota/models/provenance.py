@@ -11,12 +11,15 @@ from typing import Any
 
 import yaml
 
-from lota.models.tensor_files import is_delta
-from lota.share.delta.reader import Delta
+from lota.models.tensor_files import is_delta, read_metadata
 
 logger = logging.getLogger(__name__)
 # What decides how prompts are written and cut; it goes along with the weights, for evaluation to do the same.
-PROMPT_SETTINGS = ("chat_template", "max_length", "max_prompt_length")
+PROMPT_LENGTHS = ("max_length", "max_prompt_length")  # in tokens
+PROMPT_SETTINGS = ("chat_template", *PROMPT_LENGTHS)
+Prompts = dict[str, str | int | None]  # of PROMPT_SETTINGS
+RECORD = "conversion.json"  # lists the files of a folder that we wrote and may replace
+MERGE_RECORD = "merge.json"  # of a folder that merging wrote: inputs, rule, statistics
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class RunSettings:
     max_prompt_length: int | None = None
 
     @property
-    def prompts(self) -> dict[str, str | int | None]:
+    def prompts(self) -> Prompts:
         return {name: getattr(self, name) for name in PROMPT_SETTINGS}
 
 
@@ -61,27 +64,28 @@ def run_settings(path: Path) -> RunSettings:
         return RunSettings()
 
 
-def recorded_prompts(model: str) -> dict[str, Any]:
+def recorded_prompts(model: str | os.PathLike[str]) -> Prompts:
     """PROMPT_SETTINGS of the runs that a converted or merged folder, or a delta, comes from.
 
     None for those not known, and for those in which merged runs differ.
     """
-    if Path(model).expanduser().is_file() and is_delta(Path(model).expanduser()):
-        return {name: Delta.open(model).meta.get(name) for name in PROMPT_SETTINGS}
-    files = [Path(model).expanduser() / name for name in (RECORD, MERGE_RECORD)]
-    file = next((file for file in files if file.is_file()), files[0])
+    path = Path(model).expanduser()
+    files = [path] if path.is_file() else [path / RECORD, path / MERGE_RECORD]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None or (file == path and not is_delta(path)):
+        return dict.fromkeys(PROMPT_SETTINGS)
     try:
-        record = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        return {name: record.get(name) for name in PROMPT_SETTINGS}
+        if file == path:  # a delta's metadata are strings
+            record: dict[str, Any] = dict(read_metadata(path))
+            record |= {key: int(record[key]) for key in PROMPT_LENGTHS if key in record}
+        else:
+            record = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): convert the model anew") from error
+        raise ValueError(f"{file} cannot be read ({error}): make it anew") from error
+    return {name: record.get(name) for name in PROMPT_SETTINGS}
 
 
-def trained_prompts(path: str | os.PathLike) -> dict[str, Any]:
+def trained_prompts(path: str | os.PathLike[str]) -> Prompts:
     """The same of what may also be a run's own folder or policy.pt."""
     run = run_settings(Path(path))
-    return run.prompts if run.chat_template else recorded_prompts(str(path))
-
-
-RECORD = "conversion.json"  # lists the files of a folder that we wrote and may replace
-MERGE_RECORD = "merge.json"  # of a folder that merging wrote: inputs, rule, statistics
+    return run.prompts if run.chat_template else recorded_prompts(path)

@@ -77,6 +77,12 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | N
     raise ValueError(f"{folder} holds no weights: expected *.safetensors, pytorch_model.bin or policy.pt")
 
 
+def config_folder(path: str | os.PathLike[str]) -> Path | None:
+    """The Hugging Face folder that `path` means, if it has a config.json. Errors: as `checkpoint_files`."""
+    folder = checkpoint_files(path)[1]
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
 def _weight_files(folder: Path) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"

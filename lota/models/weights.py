@@ -23,7 +23,8 @@ from torch import Tensor
 from lota.models.key_mapping import Conversion, Target, translate
 from lota.models.policy import index_torch_file
 from lota.models.scope import meta_model
-from lota.models.tensor_files import StoredTensor, checkpoint_files, read_header
+from lota.models.tensor_files import StoredTensor, checkpoint_files, config_folder, read_header
+from lota.utils import first_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,12 +178,35 @@ def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = N
     for file in files:
         index = read_header(file).entries if file.suffix == ".safetensors" else index_torch_file(file)
         stored.update(index)
-    if model is None and folder is not None and (folder / "config.json").is_file():
+    if model is None and folder is not None and config_folder(folder):
         model = meta_model(folder)
     if model is None:
         return WeightSource(str(path), stored, _untied(stored))
     targets = translate(stored, model, loaded_names=folder is None)
     return WeightSource(str(path), stored, _parameters(targets, model))
+
+
+def refuse_misfit(
+    source: object,
+    partner: object,
+    expected: Mapping[str, tuple[int, ...]],
+    held: Mapping[str, tuple[int, ...]],
+    remedy: str = "",
+) -> None:
+    """Raise ValueError with the first few differences of each kind unless names and shapes are the same."""
+    differences = {
+        "missing there": [name for name in expected if name not in held],
+        "only there": [name for name in held if name not in expected],
+        "of another shape": [
+            f"{name} {held[name]} instead of {expected[name]}"
+            for name in expected
+            if name in held and held[name] != expected[name]
+        ],
+    }
+    lines = [f"  {len(n)} {kind}: {first_few(n, 4)}" for kind, n in differences.items() if n]
+    if lines:
+        last = [f"  {remedy}"] if remedy else []
+        raise ValueError("\n".join([f"{source} does not belong to {partner}:", *lines, *last]))
 
 
 def _parameters(targets: Mapping[str, Target], model: PreTrainedModel) -> dict[str, Target]:

@@ -21,7 +21,7 @@ from lota.models.loading import (
     model_from_policy,
     resize_vocabulary,
 )
-from lota.models.policy import policy_path, read_policy
+from lota.models.policy import find_policy, read_policy
 from lota.models.provenance import run_settings
 from lota.share.hf_folder import (
     TOKENIZER_FILES,
@@ -29,7 +29,6 @@ from lota.share.hf_folder import (
     copy_small_files,
     disk_dtypes,
     new_model_files,
-    write_config,
 )
 from lota.share.hf_weights import check_shard_size, write_weights
 
@@ -39,18 +38,18 @@ VOCABULARIES = ("checkpoint", "base")
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written. rows: of the embedding; step_idx: the policy's; datasets: of its run, where known."""
+    """What was written."""
 
     folder: Path
-    dtype: torch.dtype
-    rows: int
-    step_idx: int
-    datasets: tuple[str, ...]
+    dtype: torch.dtype  # of most weights
+    rows: int  # of the embedding
+    step_idx: int  # the policy's
+    datasets: tuple[str, ...]  # of its run, if that is known
 
 
 def convert_policy(
     model_path: str | Path,
-    policy: str | Path,
+    policy_path: str | Path,
     save_path: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -66,9 +65,13 @@ def convert_policy(
     back to the base's rows and keeps its tokenizer. Raises ValueError for what does not fit, OSError when
     writing fails; either way save_path stays as it was.
     """
-    file, folder = policy_path(policy), Path(save_path).expanduser().resolve()
-    _check_arguments(vocab, pad_token, max_shard_size)
-    check_replaceable(folder, model_path)
+    file, folder = find_policy(policy_path), Path(save_path).expanduser().resolve()
+    if vocab not in VOCABULARIES:
+        raise ValueError(f"vocab={vocab}: choose one of {', '.join(VOCABULARIES)}")
+    if vocab == "base" and pad_token is not None:
+        raise ValueError(f"vocab=base keeps the base's tokenizer: drop pad_token={pad_token}, or vocab=base")
+    check_shard_size(max_shard_size)
+    check_replaceable("save_path", folder, model_path)
     run = run_settings(file)
     tokenizer_path = tokenizer_path or run.tokenizer or model_path
     config, tokenizer = load_config(model_path), load_tokenizer(tokenizer_path)
@@ -77,70 +80,65 @@ def convert_policy(
 
     record = read_policy(file)
     model = model_from_policy(config, record.state, source=str(file))
+    pad_id = None
     if vocab == "base":
-        added = _cut(model, base_rows, base_pad)
+        _cut_rows(model, base_rows)
+        model.config.pad_token_id = base_pad
     else:
-        added = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
+        pad_id = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
     rows = embedding_rows(model)
     origin = {"base": str(model_path), "policy": str(file), "step_idx": record.step_idx, "rows": rows}
-    origin |= run.prompts  # evaluation renders and cuts prompts as the run did
-    with new_model_files(folder, origin) as staged:
+    with new_model_files(folder, origin | run.prompts) as staged:  # evaluation writes prompts as the run did
         write_weights(model, staged, most, dtypes, max_shard_size)
-        write_config(model, staged, most)
+        model.config.dtype = most
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(staged)
         copy_small_files(tokenizer_path, TOKENIZER_FILES, staged)
         copy_small_files(model_path, ("generation_config.json",), staged)
-        if added is not None:
+        if pad_id is not None:
             tokenizer.save_pretrained(staged)
-            _set_pad(staged / "generation_config.json", added)
+            _set_pad(staged / "generation_config.json", pad_id)
     return Converted(folder, most, rows, record.step_idx, run.datasets)
 
 
-def _check_arguments(vocab: str, pad_token: str | None, max_shard_size: str) -> None:
-    if vocab not in VOCABULARIES:
-        raise ValueError(f"--vocab {vocab}: choose one of {', '.join(VOCABULARIES)}")
-    if vocab == "base" and pad_token is not None:
-        raise ValueError(f"--vocab base keeps the base's tokenizer: drop --pad_token {pad_token}, or --vocab")
-    check_shard_size(max_shard_size)
-
-
-def _cut(model: PreTrainedModel, base_rows: int, base_pad: int | None) -> None:
-    """Drop embedding rows beyond the base's; no token is added (None)."""
+def _cut_rows(model: PreTrainedModel, base_rows: int) -> None:
+    """Drop embedding rows beyond the base's."""
     rows = embedding_rows(model)
     if rows < base_rows:
         raise ValueError(
-            f"--vocab base: the checkpoint has {rows} embedding rows, fewer than the base's {base_rows};"
-            " use --vocab checkpoint"
+            f"vocab=base: the checkpoint has {rows} embedding rows, fewer than the base's {base_rows};"
+            " use vocab=checkpoint"
         )
     if rows > base_rows:
         resize_vocabulary(model, base_rows)
-    model.config.pad_token_id = base_pad
 
 
 def _add_pad_token(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_rows: int, pad_token: str | None
 ) -> int | None:
-    """Add the pad token to tokenizer and config; its id, None where there is no such token."""
+    """Add the pad token to tokenizer and config; returns its id, None if there is no such token."""
     rows = embedding_rows(model)
     if pad_token is None:
         if rows > base_rows:
             logger.warning(
                 "the checkpoint has %d embedding rows more than the base, with no token for them:"
-                " name it with --pad_token, or cut them off with --vocab base",
+                " name it with pad_token, or cut them off with vocab=base",
                 rows - base_rows,
             )
         return None
     pad_id = add_pad_token(tokenizer, pad_token)
     if pad_id >= rows:
         raise ValueError(
-            f"pad token {pad_token!r} would be id {pad_id}, but the checkpoint has {rows} embedding rows: it"
-            " was trained without it or with another tokenizer (--pad_token, --tokenizer_path, --vocab)"
+            f"pad_token={pad_token} would be id {pad_id}, but the checkpoint has {rows} embedding rows: it"
+            " was trained without this token or with another tokenizer; name the right pad_token or"
+            " tokenizer_path, or use vocab=base"
         )
     model.config.pad_token_id = pad_id
     return pad_id
 
 
 def _set_pad(file: Path, pad_id: int) -> None:
-    """Name the pad token in a generation config, where there is one."""
+    """Name the pad token in a generation config, if there is one."""
     if file.is_file():
         content = json.loads(file.read_text(encoding="utf-8")) | {"pad_token_id": pad_id}
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from lota.models.provenance import RECORD
 from lota.models.tensor_files import read_header, safetensors_files
@@ -46,7 +47,8 @@ def disk_dtypes(
                 dtypes[name] = tensor.dtype
                 entries[tensor.dtype] += tensor.numel
     if not entries:
-        return config.dtype or torch.float32, {}
+        declared = config.dtype
+        return declared if isinstance(declared, torch.dtype) else torch.float32, {}
     return entries.most_common(1)[0][0], dtypes
 
 
@@ -63,31 +65,26 @@ def copy_small_files(name_or_path: str | Path, patterns: tuple[str, ...], to: Pa
                 shutil.copyfile(file, destination)
 
 
-def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """config.json with the model's class and dtype."""
-    model.config.dtype = dtype
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+def check_replaceable(argument: str, folder: Path, base: str | os.PathLike[str]) -> None:
+    """Raise ValueError when `folder` is the base, or holds a model that no conversion wrote.
 
-
-def check_replaceable(folder: Path, base: str | Path, argument: str = "save_path") -> None:
-    """Raise ValueError when `folder` is the base, or holds a model that no conversion wrote."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{argument}={folder} is a file: name a folder")
-    if folder == Path(base).expanduser().resolve():
-        raise ValueError(
-            f"{argument}={folder} is the base itself and would be overwritten: name another folder"
-        )
+    argument: what gave the folder, for the error.
+    """
     models = [*safetensors_files(folder), *folder.glob("config.json")]
-    if models and not (folder / RECORD).is_file():
-        raise ValueError(
-            f"{argument}={folder} holds a model ({models[0].name}) that no conversion wrote, and it would be"
-            " overwritten: name another folder"
-        )
+    problem = None
+    if folder.exists() and not folder.is_dir():
+        problem = "is a file: name a folder"
+    elif folder == Path(base).expanduser().resolve():
+        problem = "is the base itself and would be overwritten: name another folder"
+    elif models and not (folder / RECORD).is_file():
+        problem = f"holds a model ({models[0].name}) that no conversion wrote, and it would be"
+        problem += " overwritten: name another folder"
+    if problem is not None:
+        raise ValueError(f"{argument}={folder} {problem}")
 
 
 @contextlib.contextmanager
-def new_model_files(folder: Path, record: dict) -> Iterator[Path]:
+def new_model_files(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     """Yield an empty folder inside `folder`; if the block succeeds its files move up, else nothing changes.
 
     The files of an earlier conversion are replaced, all others stay. config.json goes first and comes last,

@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lota.models.loading import tied_names
 from lota.models.scope import meta_model
-from lota.models.tensor_files import SafetensorsWriter, Shaped, checkpoint_files
+from lota.models.tensor_files import SafetensorsWriter, Shaped, config_folder
 from lota.models.weights import ReadUnit, WeightSource, open_weights
 from lota.share.hf_folder import TOKENIZER_FILES, copy_small_files
 
@@ -38,7 +38,7 @@ class _Form(NamedTuple):
 
 
 def check_shard_size(max_shard_size: str) -> None:
-    """Raise ValueError for what is no size of a file."""
+    """Raise ValueError for what is no size of a file, such as 2GB."""
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except (ValueError, KeyError) as error:
@@ -74,8 +74,8 @@ def open_folder(path: str | os.PathLike[str]) -> tuple[WeightSource, PreTrainedM
 
     Raises ValueError for what is no such folder, and for one that `write_like` could not write again.
     """
-    folder = checkpoint_files(path)[1]
-    if folder is None or not (folder / "config.json").is_file():
+    folder = config_folder(path)
+    if folder is None:
         raise ValueError(
             f"{path} is no Hugging Face folder with a config.json: convert it first, with "
             "convert_policy_to_hf_resize.py"

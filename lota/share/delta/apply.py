@@ -91,7 +91,7 @@ def _write(
     """roles: what `model` must be, and what is written."""
     folder = Path(out).expanduser().resolve()
     check_shard_size(max_shard_size)
-    check_replaceable(folder, str(model), "out")
+    check_replaceable("out", folder, model)
     source, structure = open_folder(model)
     check_model(source, delta, roles[0])
 
