@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lota.delta import extract
+
 
 def save_model(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **settings
@@ -27,6 +29,16 @@ def change(model: nn.Module, seed: int = 0, density: float = 0.1, mask=None) -> 
             chosen = mask.dense(name) if name in mask else torch.zeros_like(chosen)
         p.data += (torch.randn(p.shape, generator=generator) * 0.01 * chosen).to(p.dtype)
     return model
+
+
+def delta_pair(
+    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **settings
+) -> tuple[Path, Path, Path]:
+    """base/, tuned/ and the delta between them."""
+    base, tuned, delta = folder / "base", folder / "tuned", folder / "d.safetensors"
+    change(save_model(base, kind, dtype, **settings)).save_pretrained(tuned, **settings)
+    extract(base, tuned, delta)
+    return base, tuned, delta
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

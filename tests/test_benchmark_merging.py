@@ -11,13 +11,7 @@ from safetensors.torch import load_file
 import merge_models
 from benchmarks import merging
 
-SMALL = {
-    **merging.SHAPE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "vocab_size": 64,
-}
+SMALL = merging.SHAPE | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import hf_models
 import pytest
 import torch
-from delta_models import change, same_files, save_model, tensors
+from delta_models import change, delta_pair, same_files, save_model, tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,34 +21,26 @@ from lota.models.weights import open_weights
 from lota.share.delta.cli import entropy_bytes, main
 
 
-def make(tmp_path, kind="llama", dtype=torch.bfloat16, **settings):
-    """Folders base and tuned, and the delta between them."""
-    model = save_model(tmp_path / "base", kind, dtype, **settings)
-    change(model).save_pretrained(tmp_path / "tuned", **settings)
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.safetensors")
-    return tmp_path / "base", tmp_path / "tuned", tmp_path / "d.safetensors"
-
-
 @pytest.mark.parametrize("kind", list(hf_models.CONFIGS))
 def test_there_and_back_for_every_architecture(tmp_path, kind):
-    base, tuned, delta = make(tmp_path, kind)
+    base, tuned, delta = delta_pair(tmp_path, kind)
     apply(base, delta, tmp_path / "there")
     assert same_files(tmp_path / "there", tuned) and not same_files(tmp_path / "there", base)
     revert(tmp_path / "there", delta, tmp_path / "back")
     assert same_files(tmp_path / "back", base)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "there", dtype="auto")
-    expected = AutoModelForCausalLM.from_pretrained(tuned, dtype="auto")
-    assert torch.equal(hf_models.logits(again), hf_models.logits(expected))
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (tmp_path / "there", tuned)
+    ]
+    assert torch.equal(*map(hf_models.logits, models))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_there_and_back_in_shards(tmp_path, dtype):
-    base, tuned, delta = make(tmp_path, dtype=dtype, max_shard_size="15KB")
-    assert len(list(base.glob("*.safetensors"))) > 2
-    apply(base, delta, tmp_path / "there", max_shard_size="13KB")
-    assert same_files(tmp_path / "there", tuned) and len(list((tmp_path / "there").glob("*.safetensors"))) > 1
-    revert(tmp_path / "there", delta, tmp_path / "back")
-    assert same_files(tmp_path / "back", base)
+    base, tuned, delta = delta_pair(tmp_path, dtype=dtype, max_shard_size="15KB")
+    apply(base, delta, there := tmp_path / "there", max_shard_size="13KB")
+    assert all(len(list(folder.glob("*.safetensors"))) > 2 for folder in (base, there))
+    revert(there, delta, tmp_path / "back")
+    assert same_files(there, tuned) and same_files(tmp_path / "back", base)
 
 
 KINDS = {
@@ -79,17 +72,16 @@ def test_dtypes_may_be_mixed(tmp_path):
 def test_apply_writes_what_the_converter_writes(tmp_path):
     from lota.share.convert import convert_policy
 
-    model = save_model(tmp_path / "base")
-    hf_models.word_tokenizer(hf_models.ROWS).save_pretrained(tmp_path / "base")
-    state = change(model.float()).state_dict()
+    """From a policy in float32, too: the tuned model is taken in the dtype of the base's files."""
+    base, there = tmp_path / "base", tmp_path / "there"
+    state = change(save_model(base).float()).state_dict()
+    hf_models.word_tokenizer(hf_models.ROWS).save_pretrained(base)
     policy = hf_models.save_policy(tmp_path / "policy.pt", state)
-    convert_policy(tmp_path / "base", policy, tmp_path / "converted")
-    extract(tmp_path / "base", policy, tmp_path / "d.safetensors")
-    apply(tmp_path / "base", tmp_path / "d.safetensors", tmp_path / "there")
-    assert same_files(tmp_path / "there", tmp_path / "converted")
-    assert (tmp_path / "there" / "tokenizer.json").read_bytes() == (
-        tmp_path / "base" / "tokenizer.json"
-    ).read_bytes()
+    convert_policy(base, policy, tmp_path / "converted")
+    extract(base, policy, tmp_path / "d.safetensors")
+    apply(base, tmp_path / "d.safetensors", there)
+    assert same_files(there, tmp_path / "converted")
+    assert (there / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
 def listing(folder):
@@ -97,32 +89,34 @@ def listing(folder):
 
 
 def test_only_the_right_model_is_changed(tmp_path):
-    base, tuned, delta = make(tmp_path)
-    hf_models.new_model("llama", seed=3).bfloat16().save_pretrained(tmp_path / "other")
-    almost = tensors(base)
-    almost["model.norm.weight"][3] = 7.0  # a weight that the delta would not overwrite
-    change_file = tmp_path / "almost"
-    change_file.mkdir()
-    (change_file / "config.json").write_bytes((base / "config.json").read_bytes())
-    save_file(almost, change_file / "model.safetensors")
+    base, tuned, delta = delta_pair(tmp_path)
+    other, almost = tmp_path / "other", tmp_path / "almost"
+    hf_models.new_model("llama", seed=3).bfloat16().save_pretrained(other)
+    shutil.copytree(base, almost)
+    weights = tensors(base)
+    weights["model.norm.weight"][3] = 7.0  # a weight that the delta would not overwrite
+    save_file(weights, almost / "model.safetensors")
     before = listing(tmp_path)
-    for wrong in (tmp_path / "other", change_file):
-        with pytest.raises(ValueError, match=r"is not the base model of .*d\.safetensors: its weights have"):
-            apply(wrong, delta, tmp_path / "out")
-        with pytest.raises(ValueError, match="is not the tuned model"):
-            revert(wrong, delta, tmp_path / "out")
+    for write, wrong, message in (
+        *(
+            (apply, model, r"is not the base model of .*d\.safetensors: its weights")
+            for model in (other, almost)
+        ),
+        *((revert, model, "is not the tuned model") for model in (other, almost)),
+        (apply, tuned, "is not the base but the tuned model"),
+        (revert, base, "is not the tuned but the base model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(wrong, delta, tmp_path / "out")
+    for wrong in (other, almost):
         with pytest.raises(ValueError, match="is not the base model"):
             verify(wrong, delta)
-    with pytest.raises(ValueError, match="is not the base but the tuned model"):
-        apply(tuned, delta, tmp_path / "out")
-    with pytest.raises(ValueError, match="is not the tuned but the base model"):
-        revert(base, delta, tmp_path / "out")
     assert listing(tmp_path) == before
     assert verify(base, delta)["tuned_hash"] == content_hash(open_weights(tuned))
 
 
 def test_damage_is_found_before_anything_is_written(tmp_path):
-    base, tuned, delta = make(tmp_path)
+    base, tuned, delta = delta_pair(tmp_path)
     whole = delta.read_bytes()
     before = listing(tmp_path)
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:5000] + b"\0" + whole[5001:], b""):
@@ -135,7 +129,7 @@ def test_damage_is_found_before_anything_is_written(tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
-    base, _, delta = make(tmp_path)
+    base, _, delta = delta_pair(tmp_path)
     before = listing(tmp_path)
     flips = iter([None] * 7)
 
@@ -153,7 +147,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_folders_that_must_not_be_replaced(tmp_path):
-    base, tuned, delta = make(tmp_path)
+    base, tuned, delta = delta_pair(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for out in (base, tuned, delta):
         with pytest.raises(ValueError, match=r"out=.*name"):
@@ -171,14 +165,11 @@ def test_folders_that_must_not_be_replaced(tmp_path):
 
 
 def test_disjoint_deltas_commute(tmp_path):
-    model = save_model(tmp_path / "base")
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    first = {name: torch.rand(p.shape, generator=generator) < 0.3 for name, p in start.items()}
+    kept = {n: torch.rand(p.shape) < 0.3 for n, p in save_model(tmp_path / "base").named_parameters()}
     deltas = []
-    for i, kept in enumerate((first, {name: ~bits for name, bits in first.items()})):
-        model.load_state_dict(start, strict=False)
-        change(model, seed=i, mask=Mask.from_dense(kept)).save_pretrained(tmp_path / f"t{i}")
+    for i, mask in enumerate((kept, {name: ~bits for name, bits in kept.items()})):
+        tuned = change(save_model(tmp_path / "base"), seed=i, mask=Mask.from_dense(mask))
+        tuned.save_pretrained(tmp_path / f"t{i}")
         extract(tmp_path / "base", tmp_path / f"t{i}", tmp_path / f"{i}.safetensors")
         deltas.append(Delta.open(tmp_path / f"{i}.safetensors"))
     base, *tuned = (open_weights(tmp_path / name) for name in ("base", "t0", "t1"))
@@ -188,55 +179,50 @@ def test_disjoint_deltas_commute(tmp_path):
             delta.flip_(name, one)
             last.flip_(name, other)
         assert torch.equal(one, other)
-        assert torch.equal(one, torch.where(first[name], tuned[0].read(name), tuned[1].read(name)))
+        assert torch.equal(one, torch.where(kept[name], tuned[0].read(name), tuned[1].read(name)))
         deltas[0].flip_(name, one)
         assert torch.equal(one, tuned[1].read(name))
 
 
 def test_the_command_line(tmp_path, capsys):
-    model = save_model(tmp_path / "base")
-    change(model).save_pretrained(tmp_path / "tuned")
-    base, tuned, delta = (str(tmp_path / name) for name in ("base", "tuned", "sql.safetensors"))
-    assert main(["extract", "--base", base, "--tuned", tuned, "--out", delta, "--task", "sql"]) == 0
+    base, tuned, _ = delta_pair(tmp_path)
+    delta, there, back = (tmp_path / name for name in ("sql.safetensors", "there", "back"))
+
+    def run(line: str) -> tuple[int, str]:
+        code = main(line.split())
+        shown = capsys.readouterr()
+        return code, shown.out or shown.err
+
+    described = run(f"extract --base {base} --tuned {tuned} --out {delta} --task sql")
+    assert described[0] == 0 and described == run(f"show {delta}")
     found = Delta.open(delta)
-    assert main(["show", delta]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count(f"{found.n_changed:,} of {found.meta['entries']:,} entries changed") == 2
-    assert found.meta["base_hash"] in shown and "task          sql" in shown
-    assert f"{(tmp_path / 'sql.safetensors').stat().st_size:,} bytes" in shown
-    assert main(["verify", "--base", base, "--delta", delta]) == 0
-    assert "ok" in capsys.readouterr().out
-    assert main(["apply", "--model", base, "--delta", delta, "--out", str(tmp_path / "there")]) == 0
-    assert (
-        main(
-            ["revert", "--model", str(tmp_path / "there"), "--delta", delta, "--out", str(tmp_path / "back")]
-        )
-        == 0
-    )
-    assert same_files(tmp_path / "there", tmp_path / "tuned")
-    assert same_files(tmp_path / "back", tmp_path / "base")
-    capsys.readouterr()
-    assert main(["apply", "--model", tuned, "--delta", delta, "--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert f"{found.n_changed:,} of {found.meta['entries']:,} entries changed" in described[1]
+    assert found.meta["base_hash"] in described[1] and "task          sql" in described[1]
+    assert f"{delta.stat().st_size:,} bytes" in described[1]
+    assert run(f"verify --base {base} --delta {delta}")[1].startswith("ok: ")
+    assert run(f"apply --model {base} --delta {delta} --out {there}") == (0, f"wrote {there}\n")
+    assert run(f"revert --model {there} --delta {delta} --out {back}") == (0, f"wrote {back}\n")
+    assert same_files(there, tuned) and same_files(back, base)
+    code, shown = run(f"apply --model {tuned} --delta {delta} --out {tmp_path / 'out'}")
+    assert code == 1 and shown.startswith("error: ")
+    assert run(f"apply --model {base} --delta {delta} --out {base}")[1].startswith(f"error: --out {base} is")
 
 
 def test_the_module_runs_without_a_warning(tmp_path):
-    delta = make(tmp_path)[2]
+    delta = delta_pair(tmp_path)[2]
     command = [sys.executable, "-W", "error", "-m", "lota.delta", "show", str(delta)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == "" and "entries changed" in done.stdout
 
 
 def test_entropy_of_what_changed(tmp_path):
-    n = 100_000
-    base, tuned = torch.zeros(n).half(), torch.zeros(n).half()
-    tuned[torch.randperm(n)[:1000]] = 1.0
+    base, tuned = torch.zeros(100_000).half(), torch.zeros(100_000).half()
+    tuned[torch.randperm(100_000)[:1000]] = 1.0
     for name, value in (("b", base), ("t", tuned)):
         hf_models.save_policy(tmp_path / f"{name}.pt", {"w": value, "untouched": base.clone()})
     extract(tmp_path / "b.pt", tmp_path / "t.pt", tmp_path / "d.safetensors")
-    assert entropy_bytes(Delta.open(tmp_path / "d.safetensors")) == pytest.approx(
-        1000 * (8.079 + 16) / 8, rel=1e-3
-    )
+    found = entropy_bytes(Delta.open(tmp_path / "d.safetensors"))
+    assert found == pytest.approx(1000 * (8.079 + 16) / 8, rel=1e-3)
 
 
 PEAK = """

@@ -61,10 +61,9 @@ def test_a_model_in_a_wider_dtype(tmp_path, stored):
     base, tuned, deltas = make(tmp_path, dtype=stored, n=1)
     for dtype in (torch.float32, torch.float64):
         model = load(tmp_path / "base", dtype)
-        lota.attach(model, deltas[0])
-        assert equal(model, {name: value.to(dtype) for name, value in tuned[0].items()})
-        lota.detach(model)
-        assert equal(model, {name: value.to(dtype) for name, value in base.items()})
+        for change_model, state in ((lota.attach, tuned[0]), (lota.switch, tuned[0]), (lota.detach, base)):
+            change_model(model, deltas[0])
+            assert equal(model, {name: value.to(dtype) for name, value in state.items()})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_switch(tmp_path):
 def test_what_is_refused_leaves_the_model_as_it_was(tmp_path):
     base, tuned, deltas = make(tmp_path)
     model = load(tmp_path / "base")
-    overlapping = save_model(tmp_path / "base_again")
+    overlapping = save_model(tmp_path / "base")
     change(overlapping, seed=9, density=0.5).save_pretrained(tmp_path / "t9")
     extract(tmp_path / "base", tmp_path / "t9", tmp_path / "9.safetensors")
     other = Delta.open(tmp_path / "9.safetensors")
@@ -135,43 +134,46 @@ def test_what_is_refused_leaves_the_model_as_it_was(tmp_path):
         int(((overlapping.get_parameter(n) != base[n]) & (tuned[0][n] != base[n])).sum()) for n in base
     )
     lota.attach(model, deltas[0])
-    for wanted, match in (
-        ((other,), rf"changes {shared:,} entries of .*0\.safetensors, which is attached"),
-        ((deltas[1], other), "entries of"),  # the first of the two is taken off again
-        ((deltas[0],), "attached already"),
-        ((deltas[1], deltas[1]), "attached already"),
-        ((tmp_path / "nowhere",), "does not exist"),
+    for refused, wanted, match in (
+        (lota.attach, [other], rf"changes {shared:,} entries of .*0\.safetensors, which is attached"),
+        (lota.attach, [deltas[1], other], "entries of"),  # the first of the two is taken off again
+        (lota.attach, [deltas[0]], "attached already"),
+        (lota.attach, [deltas[1], deltas[1]], "attached already"),
+        (lota.attach, [tmp_path / "nowhere"], "does not exist"),
+        (lota.switch, [deltas[1], other], "entries of"),
+        (lota.detach, [deltas[1]], r"1\.safetensors is not attached"),
     ):
         with pytest.raises(ValueError, match=match):
-            lota.attach(model, *wanted)
+            refused(model, *wanted)
         assert equal(model, tuned[0]) and lota.attached(model) == [deltas[0]]
-    with pytest.raises(ValueError, match="entries of"):
-        lota.switch(model, deltas[1], other)
-    with pytest.raises(ValueError, match=r"1\.safetensors is not attached"):
-        lota.detach(model, deltas[1])
-    assert equal(model, tuned[0]) and lota.attached(model) == [deltas[0]]
     lota.switch(model, other)
     assert equal(model, values(overlapping))
 
 
 def test_another_model_or_dtype_is_refused(tmp_path):
     _, _, (delta, *_) = make(tmp_path)
-    wrong = hf_models.new_model("llama", seed=4).bfloat16()
     cut = load(tmp_path / "base").float()
-    name = delta.names[0]
-    position = int(delta.positions(name)[0])
-    cut.get_parameter(name).data.view(-1)[position] += 2**-20  # not a bf16 value
-    narrow = load(tmp_path / "base", torch.float16)
+    position = int(delta.positions(delta.names[0])[0])
+    cut.get_parameter(delta.names[0]).data.view(-1)[position] += 2**-20  # not a bf16 value
+    scattered = load(tmp_path / "base")
+    weight = scattered.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.t().contiguous().t()
     for model, match in (
-        (wrong, "is not the base of"),
+        (hf_models.new_model("llama", seed=4).bfloat16(), "is not the base of"),
         (cut, "is not the base of"),
-        (narrow, r"in torch\.bfloat16, which the model's torch\.float16 cannot hold: load it with"),
+        (
+            load(tmp_path / "base", torch.float16),
+            r"bfloat16, which the model's torch\.float16 cannot hold: load",
+        ),
         (hf_models.new_model("gpt2").bfloat16(), "has no such parameter"),
+        (scattered, "does not hold as one piece of memory"),
     ):
         before = values(model)
         with pytest.raises(ValueError, match=match):
             lota.attach(model, delta)
-        assert equal(model, before) and lota.attached(model) == []
+        assert lota.attached(model) == [] and all(
+            torch.equal(p, before[n]) for n, p in model.named_parameters()
+        )
 
 
 def test_changes_made_since_cannot_be_undone(tmp_path):

@@ -111,7 +111,13 @@ def test_the_rice_parameter_is_the_best_one():
 def test_bytes_that_were_never_coded_are_refused():
     positions, xors = sample(1000, 0.1, 2, seed=3)
     row, data = encode(1000, positions, xors)
-    for bad in (row[:-1], [row[0] + 1, *row[1:]], [-1, *row[1:]], [row[0], row[1] + 1, *row[2:]]):
+    for bad in (
+        row[:-1],
+        [row[0] + 1, *row[1:]],
+        [-1, *row[1:]],
+        [row[0], row[1] + 1, *row[2:]],
+        [row[0], 10**9, *row[2:]],
+    ):
         with pytest.raises(ValueError):
             decode(1000, np.uint16, bad, data)
     with pytest.raises(ValueError):

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import convert_policy_to_hf_resize
 import eval_model_all
 import generate_samples
-from lota.delta import apply, extract
+from lota.delta import Delta, apply, extract
 from lota.evaluate.cli import load_model_and_tokenizer
 from tests.chars import save_pair
 from tests.delta_models import bits, change, same_files
@@ -20,8 +21,6 @@ from tests.delta_models import bits, change, same_files
 @pytest.fixture
 def models(tmp_path):
     """(base, tuned, delta): the embedded alphabet's model, and what noise made of it."""
-    from transformers import AutoModelForCausalLM
-
     base = save_pair(tmp_path / "base")
     tuned = shutil.copytree(base, tmp_path / "tuned")
     change(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), density=0.3).save_pretrained(tuned)
@@ -39,17 +38,8 @@ def data(tmp_path):
 
 
 def evaluate(model, data, *more, code=0):
-    arguments = [
-        "--model",
-        str(model),
-        "--datasets",
-        "gsm8k",
-        "--data_dir",
-        str(data),
-        "--max_new_tokens",
-        "8",
-    ]
-    assert eval_model_all.main([*arguments, *map(str, more)]) == code
+    line = f"--model {model} --datasets gsm8k --data_dir {data} --max_new_tokens 8"
+    assert eval_model_all.main([*line.split(), *map(str, more)]) == code
 
 
 def predictions(folder):
@@ -67,28 +57,16 @@ def test_evaluation(models, data, tmp_path, dtype):
     assert predictions(results) == predictions(tuned) != predictions(base)
     stored = json.loads((results / "metrics" / "gsm8k.json").read_text())
     assert stored["model"] == f"{base} + {delta}"
-    keys = [
-        json.loads((f / "metrics/gsm8k_predictions.journal").read_text().splitlines()[0])
-        for f in (results, tuned, base)
-    ]
-    weights = [key["key"]["weights"] if "key" in key else key["weights"] for key in keys]
-    assert weights[0] == weights[1] != weights[2]
+    journals = (folder / "metrics/gsm8k_predictions.journal" for folder in (results, tuned, base))
+    keys = [json.loads(journal.read_text().splitlines()[0])["key"] for journal in journals]
+    assert keys[0]["weights"] == keys[1]["weights"] != keys[2]["weights"]
 
 
 def test_samples(models, data, tmp_path):
     base, tuned, delta = models
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"instruction": "Say hello."}, {"instruction": "Count."}]))
-    shared = [
-        "--prompt_set",
-        str(prompts),
-        "--model_name",
-        "me",
-        "--max_length",
-        "60",
-        "--max_prompt_length",
-        "40",
-    ]
+    shared = f"--prompt_set {prompts} --model_name me --max_length 60 --max_prompt_length 40".split()
     assert generate_samples.main([*shared, "--model_path", str(tuned)]) == 0
     assert generate_samples.main([*shared, "--model_path", str(base), "--delta", str(delta)]) == 0
     name = "prompts_temp0.7.json"
@@ -101,21 +79,15 @@ def test_conversion(models, tmp_path, capsys):
     shared = ["--model_path", str(base), "--save_path", str(tmp_path / "out")]
     convert_policy_to_hf_resize.main([*shared, "--delta", str(delta)])
     assert same_files(tmp_path / "out", tuned) and str(tmp_path / "out") in capsys.readouterr().out
-    for wrong in (
-        ["--delta", str(delta), "--dtype", "bfloat16"],
-        ["--delta", str(delta), "--policy_path", "x"],
-        [],
-    ):
+    for wrong in (f"--delta {delta} --dtype bfloat16", f"--delta {delta} --policy_path x", ""):
         with pytest.raises(SystemExit):
-            convert_policy_to_hf_resize.main([*shared, *wrong])
+            convert_policy_to_hf_resize.main([*shared, *wrong.split()])
     with pytest.raises(SystemExit, match="is not the base but the tuned model"):
         convert_policy_to_hf_resize.main(["--model_path", str(tuned), *shared[2:], "--delta", str(delta)])
 
 
 def test_a_narrower_dtype_rounds_the_tuned_weights_as_loading_them_does(models, tmp_path):
     base, _, delta = models
-    from lota.delta import Delta
-
     apply(base, delta, tmp_path / "applied")
     for dtype in ("bfloat16", "float32", "float16"):
         model, _ = load_model_and_tokenizer(str(base), dtype=dtype, device="cpu", deltas=[Delta.open(delta)])

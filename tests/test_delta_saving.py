@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +11,7 @@ from delta_models import same_files, tensors
 from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
 from transformers import AutoModelForCausalLM
 
+import trainers
 from lota.config_checks import differences, unused_settings
 from lota.delta import Delta, apply, extract, verify
 from lota.models.hashing import content_hash
@@ -45,12 +47,10 @@ def test_base_and_delta_are_what_the_converter_writes(tmp_path, precision):
     convert_policy(tmp_path / "base", folder, tmp_path / "converted")
     apply(tmp_path / "base", folder / "delta.safetensors", tmp_path / "applied")
     assert same_files(tmp_path / "applied", tmp_path / "converted")
+    config = trainer.config
+    prompts = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     for name in ("applied", "converted"):  # how the run wrote and cut its prompts goes along
-        assert recorded_prompts(str(tmp_path / name)) == {
-            "chat_template": "never",
-            "max_length": trainer.config.max_length,
-            "max_prompt_length": trainer.config.max_prompt_length,
-        }
+        assert recorded_prompts(str(tmp_path / name)) == {"chat_template": "never", **prompts}
     assert metrics(trainer)[-1]["step"] > 0
 
 
@@ -59,10 +59,10 @@ def test_a_checkpoint_with_a_delta_beside_it_is_still_a_checkpoint(tmp_path):
     _, folder = train("save_delta=true", f"mask_path={tmp_path / 'mask.pt'}")
     assert content_hash(open_weights(folder)) == content_hash(open_weights(folder / "policy.pt"))
     extract(MODEL, folder, tmp_path / "again.safetensors")  # as a user names it: RUN/epoch-1
-    assert (
-        Delta.open(tmp_path / "again.safetensors").meta["tuned_hash"]
-        == Delta.open(folder / "delta.safetensors").meta["tuned_hash"]
+    again, saved = (
+        Delta.open(file) for file in (tmp_path / "again.safetensors", folder / "delta.safetensors")
     )
+    assert again.meta["tuned_hash"] == saved.meta["tuned_hash"]
     convert_policy(MODEL, folder, folder)  # nor does it stand in the way of the converter
     apply(MODEL, folder / "delta.safetensors", tmp_path / "applied")
     assert content_hash(open_weights(folder)) == content_hash(open_weights(tmp_path / "applied"))
@@ -108,16 +108,11 @@ def test_what_cannot_be_is_refused_before_the_model_loads(tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_is_saved_even_where_the_delta_cannot_be(tmp_path, caplog):
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(MODEL, base)
     write_mask(tmp_path / "mask.pt")
-    settings_of_run = (f"model.name_or_path={base}", f"mask_path={tmp_path / 'mask.pt'}", "save_delta=true")
-
-    import trainers
-
-    trainer = trainers.TRAINERS["BasicTrainer"](settings(*settings_of_run))
+    options = (f"model.name_or_path={base}", f"mask_path={tmp_path / 'mask.pt'}", "save_delta=true")
+    trainer = trainers.TRAINERS["BasicTrainer"](settings(*options))
     other = AutoModelForCausalLM.from_pretrained(MODEL)
     other.model.embed_tokens.weight.data += 1
     other.save_pretrained(base)  # after the checks: frozen entries come from elsewhere
@@ -135,7 +130,5 @@ def test_a_checkpoint_is_saved_even_where_the_delta_cannot_be(tmp_path, caplog):
 
 
 def test_under_debug_it_is_not_used():
-    assert any(
-        "save_delta=True (debug=true" in line
-        for line in unused_settings(settings("save_delta=true", "debug=true"))
-    )
+    lines = unused_settings(settings("save_delta=true", "debug=true"))
+    assert any("save_delta=True (debug=true" in line for line in lines)

@@ -18,9 +18,8 @@ def vectors(count: int, numel: int, density: float = 1.0, seed: int = 0) -> list
     g = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):
-        value = (torch.randn(numel, generator=g) * 8).round() / 64 + torch.randn(
-            numel, generator=g
-        ).sign() / 256
+        value = (torch.randn(numel, generator=g) * 8).round() / 64
+        value += torch.randn(numel, generator=g).sign() / 256
         found.append(value * (torch.rand(numel, generator=g) < density))
     return found
 
@@ -84,14 +83,8 @@ def test_rule_entry_by_entry(method, normalize, weights):
     found = vectors(3, 400)
     thin = METHODS[method].thin
     densities = [0.5, 0.3, 0.8] if thin else [1.0] * 3
-    rule = make_rule(
-        method,
-        3,
-        weights=weights,
-        density=densities,
-        normalize=normalize,
-        seed=5 if thin == "random" else None,
-    )
+    seed = 5 if thin == "random" else None
+    rule = make_rule(method, 3, weights=weights, density=densities, normalize=normalize, seed=seed)
     merged = rule.merge(found, rule.generator())
     assert torch.equal(merged, plain(method, found, weights, densities, normalize, 5))
     assert merged.count_nonzero() > 0
@@ -112,22 +105,17 @@ def test_listed_entries_give_what_whole_tensors_give(method):
     assert torch.equal(dense, rebuilt)
 
 
-def test_lambda_scales_the_merged_vector():
-    found = vectors(2, 50)
-    one, half = (make_rule("ties", 2, density=[0.5], scale=scale) for scale in (1.0, 0.5))
-    assert torch.equal(half.merge(found, half.generator()), 0.5 * one.merge(found, one.generator()))
+def test_lambda_scales_and_negative_weights_take_away():
+    def merged(method: str, found: list[torch.Tensor], **numbers) -> torch.Tensor:
+        rule = make_rule(method, len(found), **numbers)
+        return rule.merge(found, rule.generator())
 
-
-def test_weights_that_cancel_do_not_divide_by_zero():
-    found = vectors(2, 50)
-    rule = make_rule("task_arithmetic", 2, weights=[1.0, -1.0], normalize=True)
-    assert torch.equal(rule.merge(found, rule.generator()), found[0] - found[1])
-
-
-def test_negative_weight_takes_a_task_away():
-    found = vectors(1, 50)
-    rule = make_rule("task_arithmetic", 1, weights=[-1.0])
-    assert torch.equal(rule.merge(found, rule.generator()), -found[0])
+    a, b = vectors(2, 50)
+    one, half = (merged("ties", [a, b], density=[0.5], scale=scale) for scale in (1.0, 0.5))
+    assert torch.equal(half, 0.5 * one)
+    assert torch.equal(merged("task_arithmetic", [a], weights=[-1.0]), -a)
+    # weights that cancel do not divide by zero
+    assert torch.equal(merged("task_arithmetic", [a, b], weights=[1.0, -1.0], normalize=True), a - b)
 
 
 def test_largest_of_equal_magnitudes_are_the_earliest():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from delta_models import bits
 from hf_models import new_model, save_policy, word_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -22,30 +23,19 @@ from lota.share.merge.rules import METHODS
 NAMES = ("a", "b", "c")
 
 
-def edit(model, kept, scale: float, seed: int) -> None:
-    """Move the entries that `kept(position)` picks, of every matrix of the blocks."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layers" in name and parameter.ndim > 1:
-                flat = parameter.view(-1)
-                chosen = kept(torch.arange(flat.numel()))
-                flat[chosen] += (scale * torch.randn(flat.numel(), generator=generator)[chosen]).to(
-                    flat.dtype
-                )
-
-
 def make(folder: Path, kind: str = "llama", dtype=torch.bfloat16, disjoint: bool = True) -> Path:
     """base/, and a, b, c/ that changed disjoint or overlapping parts of its blocks, with their deltas."""
-    new_model(kind).to(dtype).save_pretrained(folder / "base")
+    model = new_model(kind).to(dtype)
+    model.save_pretrained(folder / "base")
     word_tokenizer(64, eos_token="</s>").save_pretrained(folder / "base")
+    start = {n: p.clone() for n, p in model.named_parameters() if "layers" in n and p.ndim > 1}
+    generator = torch.Generator().manual_seed(0)
     for i, name in enumerate(NAMES):
-        model = new_model(kind).to(dtype)
-        g = torch.Generator().manual_seed(10 + i)
-        if disjoint:
-            edit(model, lambda p, i=i: p % 10 == i, 0.5, i)
-        else:
-            edit(model, lambda p, g=g: torch.rand(p.shape, generator=g) < 0.2, 0.5, i)
+        for n, before in start.items():
+            tenths = torch.arange(before.numel()) % 10 == i  # of its own, or any fifth
+            kept = tenths if disjoint else torch.rand(before.numel(), generator=generator) < 0.2
+            noise = 0.5 * torch.randn(before.shape, generator=generator) * kept.view(before.shape)
+            model.get_parameter(n).data = torch.where(noise != 0, before + noise.to(dtype), before)
         model.save_pretrained(folder / name)
         extract(folder / "base", folder / name, folder / f"{name}.safetensors")
     return folder
@@ -65,11 +55,10 @@ def files(folder: Path, kind: str) -> list[Path]:
     return [folder / (f"{name}.safetensors" if kind == "delta" else name) for name in NAMES]
 
 
-def merge(
-    folder: Path, inputs: list[Path], out: Path, method: str, *more: object, base: Path | None = None
-) -> Path:
-    words = ["--base", base or folder / "base", "--deltas", *inputs, "--method", method, "--out", out, *more]
-    merge_models.main([str(word) for word in words])
+def merge(folder: Path, inputs: list[Path], out: Path, method: str, more: str = "") -> Path:
+    """`more` may name another --base."""
+    line = f"--base {folder / 'base'} --method {method} --out {out} {more} --deltas"
+    merge_models.main([*line.split(), *map(str, inputs)])
     return out
 
 
@@ -78,18 +67,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a
-    )
+    return a.keys() == b.keys() and all(torch.equal(bits(a[n]), bits(b[n])) for n in a)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_deltas_give_what_folders_give(overlapping, tmp_path, method):
-    more = ["--density", "0.05"] if METHODS[method].thin else []
-    outs = [
-        merge(overlapping, files(overlapping, kind), tmp_path / kind, method, *more)
-        for kind in ("delta", "model")
-    ]
+    more = "--density 0.05" if METHODS[method].thin else ""
+    inputs = {kind: files(overlapping, kind) for kind in ("delta", "model")}
+    outs = [merge(overlapping, paths, tmp_path / kind, method, more) for kind, paths in inputs.items()]
     merged, other = (weights(out) for out in outs)
     assert same_bits(merged, other)
     assert not same_bits(merged, weights(overlapping / "base"))
@@ -100,9 +85,8 @@ def test_deltas_give_what_folders_give(overlapping, tmp_path, method):
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_against_whole_tensors_in_memory(overlapping, tmp_path, method):
     """The command against stacked dense tensors; the rules themselves are checked in test_merge.py."""
-    merged = weights(
-        merge(overlapping, files(overlapping, "model"), tmp_path / "out", method, "--weights", 1, 0.5, 2)
-    )
+    inputs = files(overlapping, "model")
+    merged = weights(merge(overlapping, inputs, tmp_path / "out", method, "--weights 1 0.5 2"))
     base, tuned = weights(overlapping / "base"), [weights(overlapping / name) for name in NAMES]
     factors = torch.tensor([1, 0.5, 2])[:, None]
     for name, before in base.items():
@@ -117,16 +101,11 @@ def test_against_whole_tensors_in_memory(overlapping, tmp_path, method):
 
 def apply_all(folder: Path) -> dict[str, torch.Tensor]:
     """XOR every delta into the base, one after the other, by the delta reader alone."""
-    base = open_weights(folder / "base")
-    result = {}
+    base, result = open_weights(folder / "base"), {}
     for name in base.names():
-        value = base.read(name)
+        result[name] = base.read(name)
         for file in files(folder, "delta"):
-            delta = Delta.open(file)
-            if name in delta.names:
-                positions, xors = delta.changes(name)
-                value.view(-1).view(torch.int16)[positions] ^= xors
-        result[name] = value
+            Delta.open(file).flip_(name, result[name])
     return result
 
 
@@ -142,14 +121,10 @@ def test_sum_of_disjoint_deltas_is_exact_and_says_so(disjoint, tmp_path, capsys,
 
 def test_differences_alone_would_not_be_exact(tmp_path):
     """1 -> 1e-20 in float32: 1 + (1e-20 - 1) is 0. The tuned value itself is taken instead."""
-    model = new_model("llama")
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, :2] = torch.tensor([1.0, -0.0])
-    model.save_pretrained(tmp_path / "base")
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, :2] = torch.tensor([1e-20, 0.0])
-    model.save_pretrained(tmp_path / "a")
-    name = "model.layers.0.mlp.up_proj.weight"
+    model, name = new_model("llama"), "model.layers.0.mlp.up_proj.weight"
+    for folder, values in (("base", [1.0, -0.0]), ("a", [1e-20, 0.0])):
+        model.get_parameter(name).data[0, :2] = torch.tensor(values)
+        model.save_pretrained(tmp_path / folder)
     out = weights(merge(tmp_path, [tmp_path / "a"], tmp_path / "sum", "sum"))
     assert same_bits(out, weights(tmp_path / "a"))
     added = weights(merge(tmp_path, [tmp_path / "a"], tmp_path / "added", "task_arithmetic"))
@@ -200,23 +175,17 @@ def test_statistics(overlapping, tmp_path, capsys):
 def test_architectures(tmp_path, kind):
     """Experts that are stacked in memory, renamed heads, tied embeddings: transformers loads the result."""
     make(tmp_path, kind, torch.float32)
-    expected = apply_all_by_loading(tmp_path)
-    out = merge(tmp_path, files(tmp_path, "delta"), tmp_path / "out", "sum")
-    assert same_bits(AutoModelForCausalLM.from_pretrained(out).state_dict(), expected)
-
-
-def apply_all_by_loading(folder: Path) -> dict[str, torch.Tensor]:
-    base, *tuned = (AutoModelForCausalLM.from_pretrained(folder / n).state_dict() for n in ("base", *NAMES))
-    result = {name: value.clone() for name, value in base.items()}
-    for state in tuned:
-        for name, value in state.items():
-            changed = value != base[name]
-            result[name][changed] = value[changed]
-    return result
+    folders = ["base", *NAMES, merge(tmp_path, files(tmp_path, "delta"), tmp_path / "out", "sum").name]
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in folders]
+    expected, *tuned, merged = states
+    for name, before in expected.items():
+        for state in tuned:  # disjoint: no two differ from the base at one entry
+            expected[name] = torch.where(state[name] != before, state[name], expected[name])
+    assert same_bits(merged, expected)
 
 
 def test_folder_is_whole(overlapping, tmp_path):
-    out = merge(overlapping, files(overlapping, "delta"), tmp_path / "out", "ties", "--density", "0.5")
+    out = merge(overlapping, files(overlapping, "delta"), tmp_path / "out", "ties", "--density 0.5")
     for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (out / file).read_bytes() == (overlapping / "base" / file).read_bytes()
     assert {value.dtype for value in weights(out).values()} == {torch.bfloat16}
@@ -228,22 +197,10 @@ def test_folder_is_whole(overlapping, tmp_path):
 def test_policy_and_mixed_inputs(disjoint, tmp_path):
     """A run's fp32 policy.pt beside a delta and a folder: rounded to the base's dtype as in conversion."""
     (tmp_path / "epoch-1").mkdir()
-    state = {
-        k: v.float() for k, v in AutoModelForCausalLM.from_pretrained(disjoint / "b").state_dict().items()
-    }
+    state = AutoModelForCausalLM.from_pretrained(disjoint / "b", dtype=torch.float32).state_dict()
     save_policy(tmp_path / "epoch-1" / "policy.pt", state)
     inputs = [disjoint / "a.safetensors", tmp_path / "epoch-1", disjoint / "c"]
     assert same_bits(weights(merge(disjoint, inputs, tmp_path / "out", "sum")), apply_all(disjoint))
-
-
-def refused(
-    capsys, folder: Path, inputs: list[Path], out: Path, method: str = "ties", *more, base=None
-) -> str:
-    before = sorted(path for path in out.parent.rglob("*"))
-    with pytest.raises(SystemExit) as error:
-        merge(folder, inputs, out, method, *more, base=base)
-    assert sorted(path for path in out.parent.rglob("*")) == before, "something was written"
-    return str(error.value)
 
 
 def test_evaluation_writes_prompts_as_the_runs_did(disjoint, tmp_path, capsys):
@@ -265,52 +222,56 @@ def test_evaluation_writes_prompts_as_the_runs_did(disjoint, tmp_path, capsys):
     assert "trained with chat_template auto and never" in capsys.readouterr().out
 
 
-def test_deltas_of_different_bases(disjoint, tmp_path, capsys):
+def refused(folder: Path, inputs: list[Path], out: Path, method: str = "ties", more: str = "") -> str:
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(SystemExit) as error:
+        merge(folder, inputs, out, method, more)
+    assert sorted(out.parent.rglob("*")) == before, "something was written"
+    return str(error.value)
+
+
+def test_deltas_of_different_bases(disjoint, tmp_path):
     new_model("llama", seed=9).bfloat16().save_pretrained(tmp_path / "other")
     new_model("llama", seed=8).bfloat16().save_pretrained(tmp_path / "tuned")
-    extract(tmp_path / "other", tmp_path / "tuned", tmp_path / "x.safetensors")
-    text = refused(
-        capsys, disjoint, [disjoint / "a.safetensors", tmp_path / "x.safetensors"], tmp_path / "out"
-    )
-    assert "different bases" in text
-    text = refused(capsys, disjoint, [tmp_path / "x.safetensors"], tmp_path / "out")
-    assert "is not what the deltas were taken from" in text
+    strange = tmp_path / "x.safetensors"
+    extract(tmp_path / "other", tmp_path / "tuned", strange)
+    assert "different bases" in refused(disjoint, [disjoint / "a.safetensors", strange], tmp_path / "out")
+    assert "is not what the deltas were taken from" in refused(disjoint, [strange], tmp_path / "out")
 
 
-def test_another_model_and_another_vocabulary(disjoint, tmp_path, capsys):
+def test_another_model_and_another_vocabulary(disjoint, tmp_path):
     model = new_model("llama").bfloat16()
     model.resize_token_embeddings(65)
     model.save_pretrained(tmp_path / "grown")
-    assert "vocabulary" in refused(capsys, disjoint, [disjoint / "a", tmp_path / "grown"], tmp_path / "out")
     new_model("gpt_neox").save_pretrained(tmp_path / "neox")
-    assert "does not belong to" in refused(capsys, disjoint, [tmp_path / "neox"], tmp_path / "out")
     extract(tmp_path / "neox", tmp_path / "neox", tmp_path / "neox.safetensors")
-    text = refused(capsys, disjoint, [tmp_path / "neox.safetensors"], tmp_path / "out")
-    assert "was not taken from the base" in text
     state = AutoModelForCausalLM.from_pretrained(disjoint / "a").state_dict()
     state["model.layers.2.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"]
-    deeper = save_policy(tmp_path / "deeper.pt", state)
-    assert "model.layers.2" in refused(capsys, disjoint, [deeper], tmp_path / "out")
+    save_policy(tmp_path / "deeper.pt", state)
+    for name, words in (
+        ("grown", "vocabulary"),
+        ("neox", "does not belong to"),
+        ("neox.safetensors", "was not taken from the base"),
+        ("deeper.pt", "model.layers.2"),
+    ):
+        assert words in refused(disjoint, [disjoint / "a", tmp_path / name], tmp_path / "out")
 
 
-def test_everything_is_refused_at_once_and_nothing_is_written(disjoint, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_everything_is_refused_at_once_and_nothing_is_written(disjoint, tmp_path):
+    out, new, policy = tmp_path / "out", tmp_path / "new", tmp_path / "policy.pt"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    text = refused(capsys, disjoint, [disjoint / "a", tmp_path / "absent", tmp_path / "gone"], out)
+    save_policy(policy, {"x": torch.ones(1)})
+    text = refused(disjoint, [disjoint / "a", tmp_path / "absent", tmp_path / "gone"], out)
     assert all(word in text for word in ("--out", "not empty", "absent", "gone"))
-    assert "--density" in refused(
-        capsys, disjoint, [disjoint / "a"], tmp_path / "new", "ties", "--density", 0
-    )
-    assert "--weights" in refused(
-        capsys, disjoint, [disjoint / "a"], tmp_path / "new", "ties", "--weights", 1, 2
-    )
-    assert "did you mean ties" in refused(capsys, disjoint, [disjoint / "a"], tmp_path / "new", "tiez")
-    policy = save_policy(tmp_path / "policy.pt", {"x": torch.ones(1)})
-    assert "config.json" in refused(capsys, disjoint, [disjoint / "a"], tmp_path / "new", base=policy)
-    assert "--max_shard_size" in refused(
-        capsys, disjoint, [disjoint / "a"], tmp_path / "new", "ties", "--max_shard_size", "big"
-    )
+    for method, more, words in (
+        ("ties", "--density 0", "--density 0: "),
+        ("ties", "--weights 1 2 --lambda inf", "--weights 1 2 --lambda inf: every one"),
+        ("tiez", "", "--method tiez: not one of"),
+        ("ties", f"--base {policy}", "config.json"),
+        ("ties", "--max_shard_size big", "--max_shard_size big: give"),
+    ):
+        assert words in refused(disjoint, [disjoint / "a"], new, method, more)
 
 
 def test_a_write_that_fails_leaves_nothing(disjoint, tmp_path, monkeypatch):

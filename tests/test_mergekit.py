@@ -27,32 +27,20 @@ for words in json.loads(sys.argv[1]):
     main([*words, "--quiet"], standalone_mode=False)
 """
 EXACT = {
-    "sum": [],
-    "task_arithmetic": ["--weights", "0.3", "0.5", "0.7"],
-    "task_arithmetic_mean": ["--normalize", "--lambda", "0.8"],
-    "ties": ["--density", "0.2", "--weights", "1", "0.5", "0.3"],
-    "ties_whole": ["--no-normalize"],
-    "dare": ["--density", "0.5", "--seed", "3"],
-    "dare_whole": [],
-    "dare_ties": ["--density", "0.4", "0.5", "0.6", "--no-normalize", "--seed", "1"],
-    "magnitude_prune": ["--density", "0.3"],
+    "sum": "",
+    "task_arithmetic": "--weights 0.3 0.5 0.7",
+    "task_arithmetic_mean": "--normalize --lambda 0.8",
+    "ties": "--density 0.2 --weights 1 0.5 0.3",
+    "ties_whole": "--no-normalize",
+    "dare": "--density 0.5 --seed 3",
+    "dare_whole": "",
+    "dare_ties": "--density 0.4 0.5 0.6 --no-normalize --seed 1",
+    "magnitude_prune": "--density 0.3",
 }
-IN_BF16 = ("task_arithmetic", "dare", "ties", "magnitude_prune")
+IN_BF16 = {case: EXACT[case] for case in ("task_arithmetic", "dare", "ties", "magnitude_prune")}
 ROUNDED = {
-    "dare": [
-        "--density",
-        "0.3",
-        "--normalize",
-        "--weights",
-        "1",
-        "0.5",
-        "0.3",
-        "--lambda",
-        "0.7",
-        "--seed",
-        "2",
-    ],
-    "dare_ties": ["--density", "0.3", "--weights", "1", "0.5", "0.3", "--seed", "2"],
+    "dare": "--density 0.3 --normalize --weights 1 0.5 0.3 --lambda 0.7 --seed 2",
+    "dare_ties": "--density 0.3 --weights 1 0.5 0.3 --seed 2",
 }
 
 
@@ -70,74 +58,66 @@ def make(folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def merge(folder: Path, out: Path, method: str, *more: str, inputs=("a", "b", "c")) -> Path:
-    deltas = [str(folder / name) for name in inputs]
-    yml = out.with_suffix(".yml")
-    words = ["--base", str(folder / "base"), "--deltas", *deltas, "--method", method, "--out", str(out)]
-    merge_models.main([*words, "--export-mergekit", str(yml), *more])
-    return yml
-
-
-def mergekit(jobs: dict[Path, tuple[Path, list[str]]]) -> None:
-    """out -> (configuration, settings of merge_models.py); the seed is handed on."""
-    calls = []
-    for out, (yml, more) in jobs.items():
-        seed = more[more.index("--seed") + 1] if "--seed" in more else "0"
-        calls.append([str(yml), str(out), "--random-seed", seed])
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(calls)], capture_output=True, text=True, env=quiet
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def merge(folder: Path, out: Path, method: str, more: str, inputs=("a", "b", "c")) -> Path:
+    """Merge, and return the configuration that was exported."""
+    deltas = " ".join(str(folder / name) for name in inputs)
+    line = f"--base {folder / 'base'} --deltas {deltas} --method {method} --out {out} {more}"
+    merge_models.main([*line.split(), "--export-mergekit", str(out.with_suffix(".yml"))])
+    return out.with_suffix(".yml")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Every case merged by both: <dtype>/<case> and <dtype>/<case>_mergekit."""
-    root, jobs = tmp_path_factory.mktemp("mergekit"), {}
-    for dtype in (torch.float32, torch.bfloat16):
+    """Every case merged by both: <dtype>/<exact or rounded>/<case> and .../<case>_mergekit."""
+    root, calls = tmp_path_factory.mktemp("mergekit"), []
+    for dtype, labelled in (
+        (torch.float32, {"exact": EXACT, "rounded": ROUNDED}),
+        (torch.bfloat16, {"exact": IN_BF16}),
+    ):
         folder = make(root / str(dtype), dtype)
-        labelled = {"exact": EXACT, "rounded": ROUNDED}
-        if dtype == torch.bfloat16:
-            labelled = {"exact": {case: EXACT[case] for case in IN_BF16}}
-        for label, cases in labelled.items():
-            for case, more in cases.items():
-                method = case.removesuffix("_whole").removesuffix("_mean")
-                out = folder / label / case
-                jobs[out.with_name(f"{case}_mergekit")] = (merge(folder, out, method, *more), more)
-    mergekit(jobs)
+        for label, case in ((label, case) for label, cases in labelled.items() for case in cases):
+            out, more = folder / label / case, labelled[label][case]
+            config = merge(folder, out, case.removesuffix("_whole").removesuffix("_mean"), more)
+            seed = more.rpartition("--seed ")[2] if "--seed" in more else "0"
+            calls.append([str(config), f"{out}_mergekit", "--random-seed", seed])
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0, done.stderr[-2000:]
     return root
 
 
-def both(runs: Path, dtype: torch.dtype, label: str, case: str) -> tuple[dict, dict]:
-    folder = runs / str(dtype) / label
-    mine, theirs = (load_file(folder / name / "model.safetensors") for name in (case, f"{case}_mergekit"))
+def load(runs: Path, dtype: torch.dtype, *folders: str) -> list[dict[str, torch.Tensor]]:
+    return [load_file(runs / str(dtype) / folder / "model.safetensors") for folder in folders]
+
+
+def both(runs: Path, dtype: torch.dtype, label: str, case: str) -> list[dict[str, torch.Tensor]]:
+    mine, theirs = load(runs, dtype, f"{label}/{case}", f"{label}/{case}_mergekit")
     assert mine.keys() == theirs.keys() and all(mine[n].dtype == theirs[n].dtype == dtype for n in mine)
-    return mine, theirs
+    return [mine, theirs]
 
 
-@pytest.mark.parametrize("case", EXACT)
-def test_to_the_last_bit(runs, case):
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        *((torch.float32, case) for case in EXACT),
+        (torch.bfloat16, "task_arithmetic"),
+        (torch.bfloat16, "dare"),
+    ],
+)
+def test_to_the_last_bit(runs, dtype, case):
     """DARE too: the draws are those of mergekit-yaml --random-seed."""
-    mine, theirs = both(runs, torch.float32, "exact", case)
-    base = load_file(runs / str(torch.float32) / "base" / "model.safetensors")
+    mine, theirs = both(runs, dtype, "exact", case)
+    (base,) = load(runs, dtype, "base")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert not any(torch.equal(mine[name], base[name]) for name in mine)
-
-
-@pytest.mark.parametrize("case", ["task_arithmetic", "dare"])
-def test_to_the_last_bit_in_bf16(runs, case):
-    mine, theirs = both(runs, torch.bfloat16, "exact", case)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize(("case", "density"), [("ties", 0.2), ("magnitude_prune", 0.3)])
 def test_trimming_in_bf16_differs_in_ties_alone(runs, case, density):
     """bf16 differences tie often; which of them stay at the threshold, an unstable sort decides there."""
     mine, theirs = both(runs, torch.bfloat16, "exact", case)
-    base, *tuned = (
-        load_file(runs / str(torch.bfloat16) / n / "model.safetensors") for n in ("base", "a", "b", "c")
-    )
+    base, *tuned = load(runs, torch.bfloat16, "base", "a", "b", "c")
     for name, before in base.items():
         tied = torch.zeros_like(before, dtype=torch.bool)
         for state in tuned:
@@ -153,9 +133,7 @@ def test_trimming_in_bf16_differs_in_ties_alone(runs, case, density):
 def test_to_rounding(runs, case):
     """Where mergekit has the factors in another order: 1e-6 of what is summed, and the last place."""
     mine, theirs = both(runs, torch.float32, "rounded", case)
-    base, *tuned = (
-        load_file(runs / str(torch.float32) / n / "model.safetensors") for n in ("base", "a", "b", "c")
-    )
+    base, *tuned = load(runs, torch.float32, "base", "a", "b", "c")
     for name, before in base.items():
         summed = sum((state[name] - before).abs() for state in tuned) / 0.3
         allowed = 1e-6 * summed + 2**-23 * theirs[name].abs()
@@ -164,11 +142,8 @@ def test_to_rounding(runs, case):
 
 def test_the_configuration_says_everything(runs):
     config = yaml.safe_load((runs / str(torch.bfloat16) / "exact" / "dare.yml").read_text())
-    assert (
-        config["merge_method"] == "dare_linear"
-        and config["dtype"] == "float32"
-        and config["out_dtype"] == "bfloat16"
-    )
+    methods = [config[key] for key in ("merge_method", "dtype", "out_dtype")]
+    assert methods == ["dare_linear", "float32", "bfloat16"]
     assert config["parameters"] == {"normalize": False, "rescale": False}
     assert [model["parameters"] for model in config["models"]] == [{"weight": 2.0, "density": 0.5}] * 3
     assert config["base_model"] == str((runs / str(torch.bfloat16) / "base").resolve())
@@ -178,15 +153,15 @@ def test_what_mergekit_cannot_do_is_refused_before_merging(runs, tmp_path):
     folder = runs / str(torch.float32)
     extract(folder / "base", folder / "a", tmp_path / "a.safetensors")
     for method, more, inputs, words in [
-        ("ties", [], [tmp_path / "a.safetensors", "b"], ["a.safetensors", "lota.delta apply"]),
-        ("dare_ties", ["--density", "0.1", "0.2"], ["a", "b"], ["--density 0.1 0.2", "a mean over several"]),
-        ("ties", [], ["a", "a"], ["each model once"]),
+        ("ties", "", [tmp_path / "a.safetensors", "b"], ["a.safetensors", "lota.delta apply"]),
+        ("dare_ties", "--density 0.1 0.2", ["a", "b"], ["--density 0.1 0.2", "a mean over several"]),
+        ("ties", "", ["a", "a"], ["each model once"]),
     ]:
         with pytest.raises(SystemExit) as error:
-            merge(folder, tmp_path / "out", method, *more, inputs=inputs)
+            merge(folder, tmp_path / "out", method, more, inputs)
         assert all(word in str(error.value) for word in ("mergekit", *words))
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.yml").exists()
     (tmp_path / "out.yml").mkdir()
     with pytest.raises(SystemExit, match=r"out\.yml is a folder"):
-        merge(folder, tmp_path / "out", "ties", inputs=["a", "b"])
+        merge(folder, tmp_path / "out", "ties", "", ["a", "b"])
     assert not (tmp_path / "out").exists() and (tmp_path / "out.yml").is_dir()

@@ -142,14 +142,6 @@ class Delta:
         self.flip_(name, result)
         return result
 
-    def differences(self, name: str, base: Tensor) -> tuple[Tensor, Tensor]:
-        """(positions, tuned - base there in fp32): the task vector's entries that are not 0."""
-        self.check_fits(name, base)
-        positions, xors = self.changes(name)
-        before = base.detach().cpu().reshape(-1)[positions]
-        after = (as_integers(before) ^ xors).view(before.dtype)
-        return positions, after.float() - before.float()
-
     def check_fits(self, name: str, base: Tensor) -> None:
         """Raise ValueError unless `base` has the shape and dtype of the parameter of the delta's base."""
         if name not in self.parameters:
