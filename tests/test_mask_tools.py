@@ -16,7 +16,7 @@ import lota
 from lota.masks import Mask
 from lota.masks import __main__ as mask_tools
 from lota.masks.combine import random_like
-from lota.masks.statistics import density, overlap
+from lota.masks.views import density, overlap
 from lota.utils import aligned, short_names
 
 OWN_MEMORY = """
@@ -74,7 +74,7 @@ def test_show_is_the_density_by_layer_and_module(files, tmp_path, capsys):
 
 def test_the_heat_map_has_the_tables_numbers(files):
     table = density(Mask.load(files[0]))
-    image = mask_tools.draw_density(table, None, "t").axes[0].images[0].get_array()
+    image = table.draw(None, "t").axes[0].images[0].get_array()
     assert np.allclose(image, 100 * table.kept / table.entries)
     assert table.kept.sum() == Mask.load(files[0]).n_kept
 

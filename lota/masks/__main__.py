@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
+from torch import nn
+
 from lota.masks import Mask
-from lota.masks.combine import MAKE, made_of
+from lota.masks.combine import TOOLS, combine
 from lota.masks.extract.select import DEFAULT_SCOPE
-from lota.masks.statistics import density, overlap
-from lota.masks.views import density_text, draw_density, draw_overlap, overlap_text
+from lota.masks.views import density, draw_overlap, overlap, overlap_table
 from lota.models.scope import find_scope, meta_model
-from lota.utils import first_few, short_names
+from lota.utils import aligned, first_few, short_names
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,39 +33,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m lota.masks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    for name in ("show", "compare", *MAKE):
-        add = tools.add_parser(name).add_argument
+    for name in ("show", "compare", *TOOLS):
+        tool = tools.add_parser(name)
+        tool.set_defaults(run={"show": show, "compare": compare}.get(name, make))
+        add = tool.add_argument
         add("files", nargs="+", metavar="FILE", help="mask files of one model, of either layout")
         add("--model", help="folder or hub id that the masks must fit; the older layout gets its scope")
         add("--scope", help="with --model: regular expression over names, instead of attention and MLP")
-        if name in MAKE:
+        if name in TOOLS:
             add("--out", required=True, metavar="NEW.pt", help="mask file to write")
             add(
                 "--format", choices=["packed", "dense"], default="packed", help="its layout; dense: the older"
             )
         else:
-            add("--png", metavar="FOLDER", help="where to put pictures")
+            add("--png", metavar="FOLDER", help="folder for pictures")
         if name == "random-like":
             add("--seed", type=int, default=0, help="of the draw (default: 0)")
     return parser.parse_args(arguments)
 
 
-def load_masks(paths: Sequence[str], model: str | None = None, pattern: str | None = None) -> list[Mask]:
-    """Masks of one model, their bits left on disk until they are looked at.
+def load_masks(
+    paths: Sequence[str], model: nn.Module | None = None, pattern: str | None = None
+) -> list[Mask]:
+    """Returns masks of one model, their bits left on disk until they are looked at.
 
-    model: folder or hub id to check them against; masks of the older layout then get its scope (or that of
-    `pattern`). Raises ValueError naming the file that cannot be read or does not belong.
+    model: checks them, and masks of the older layout get its scope (or that of `pattern`).
+    Raises ValueError naming the file that cannot be read or does not belong.
     """
-    if pattern is not None and model is None:
-        raise ValueError(f"--scope {pattern}: needs the model's names, give --model FOLDER")
     masks = [Mask.load(path, mapped=True) for path in paths]
     if model is not None:
-        structure = meta_model(model)
-        shapes = {name: tuple(p.shape) for name, p in structure.named_parameters()}
-        scope = list(find_scope(structure, pattern))
-        masks = [
-            _in_scope(path, mask, shapes, scope, pattern) for path, mask in zip(paths, masks, strict=True)
-        ]
+        masks = [_in_scope(path, mask, model, pattern) for path, mask in zip(paths, masks, strict=True)]
     for (path, mask), (other_path, other) in combinations(zip(paths, masks, strict=True), 2):
         try:
             mask.check_same_model(other)
@@ -73,11 +71,10 @@ def load_masks(paths: Sequence[str], model: str | None = None, pattern: str | No
     return masks
 
 
-def _in_scope(
-    path: str, mask: Mask, shapes: dict[str, tuple[int, ...]], scope: list[str], pattern: str | None
-) -> Mask:
+def _in_scope(path: str, mask: Mask, model: nn.Module, pattern: str | None) -> Mask:
+    scope = find_scope(model, pattern)
     try:
-        mask.check(shapes)
+        mask.check(model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if mask.meta.get("layout") != "dense":
@@ -90,14 +87,15 @@ def _in_scope(
     return Mask(mask.bits, mask.shapes, {"scope": pattern or DEFAULT_SCOPE}).only(scope)
 
 
-def show(args: argparse.Namespace) -> None:
-    masks = load_masks(args.files, args.model, args.scope)
+def show(args: argparse.Namespace, model: nn.Module | None) -> None:
+    masks = load_masks(args.files, model, args.scope)
     for path, name, mask in zip(args.files, short_names(args.files), masks, strict=True):
-        table = density(mask)
-        print("\n".join([f"{path}: {_counts(mask)}", *_origin(mask), *density_text(table)]), end="\n\n")
+        found = density(mask)
+        print("\n".join([f"{path}: {_counts(mask)}", *_origin(mask.meta)]))
+        print("kept entries (%) by layer and module:", *aligned(found.table()), sep="\n", end="\n\n")
         if args.png:
             picture = Path(args.png) / f"density_{name.removesuffix('.pt').replace('/', '_')}.png"
-            draw_density(table, picture, f"Density of {name}")
+            found.draw(picture, f"Density of {name}")
             print(f"picture: {picture}\n")
 
 
@@ -106,37 +104,37 @@ def _counts(mask: Mask) -> str:
     return f"{mask.n_kept:,} of {mask.n_total:,} entries kept ({share})"
 
 
-def _origin(mask: Mask) -> list[str]:
-    if mask.meta.get("layout") == "dense":
+def _origin(meta: Mapping[str, object]) -> list[str]:
+    if meta.get("layout") == "dense":
         return [
             "older layout, without a scope: all parameters count (--model FOLDER: attention and MLP only)"
         ]
-    told = [f"{key}: {value}" for key, value in mask.meta.items() if isinstance(value, str | float | int)]
-    return [", ".join(told)] if told else []
+    known = [f"{key}: {value}" for key, value in meta.items() if isinstance(value, str | float | int)]
+    return [", ".join(known)] if known else []
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace, model: nn.Module | None) -> None:
     if len(args.files) < 2:
         raise ValueError("compare: give at least two mask files")
-    masks, names = load_masks(args.files, args.model, args.scope), short_names(args.files)
+    masks, names = load_masks(args.files, model, args.scope), short_names(args.files)
     found = {(i, j): overlap(masks[i], masks[j]) for i, j in combinations(range(len(masks)), 2)}
     for name, mask in zip(names, masks, strict=True):
         print(f"{name}: {_counts(mask)}")
-    print("\n" + "\n".join(overlap_text(names, found)))
+    print("", *aligned(overlap_table(names, found), left=2), sep="\n")
+    print("shared: entries that both keep; by chance: random masks that keep as many entries of each tensor,")
+    print("+- standard deviation; IoU: shared entries over those that either keeps")
     if args.png:
         draw_overlap(names, found, Path(args.png) / "overlap.png")
         print(f"\npicture: {args.png}/overlap.png")
 
 
-def make(args: argparse.Namespace) -> None:
+def make(args: argparse.Namespace, model: nn.Module | None) -> None:
     """union, intersect, flip, random-like: write a new mask."""
-    masks = load_masks(args.files, args.model, args.scope)
-    shapes = None
-    if args.model is not None:
-        shapes = {name: p.shape for name, p in meta_model(args.model).named_parameters()}
-    made = made_of(args.tool, masks, args.files, getattr(args, "seed", 0))
-    if args.format == "dense" and shapes is None and made.meta.get("layout") != "dense":
+    masks = load_masks(args.files, model, args.scope)
+    made = combine(args.tool, masks, args.files, getattr(args, "seed", 0))
+    if args.format == "dense" and model is None and made.meta.get("layout") != "dense":
         raise ValueError("--format dense lists every parameter of the model: give --model FOLDER")
+    shapes = None if model is None else {name: p.shape for name, p in model.named_parameters()}
     made.save(args.out, format=args.format, all_shapes=shapes)
     print(f"{made.meta['made_by']}: {_counts(made)}\nwritten: {args.out}")
 
@@ -144,7 +142,9 @@ def make(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     try:
-        {"show": show, "compare": compare}.get(args.tool, make)(args)
+        if args.scope is not None and args.model is None:
+            raise ValueError(f"--scope {args.scope}: needs the model's names, give --model FOLDER")
+        args.run(args, None if args.model is None else meta_model(args.model))
     except (ValueError, OSError) as error:
         sys.exit(f"lota.masks {args.tool}: {error}")
 

@@ -20,11 +20,11 @@ FORMAT_VERSION = 1
 
 
 class Content(NamedTuple):
-    """What a mask file holds. bits: name -> packed bits; meta: `layout` is "dense" for the older one."""
+    """What a mask file holds."""
 
-    bits: dict[str, Tensor]
-    shapes: dict[str, Iterable[int]]
-    meta: dict[str, Any]
+    bits: dict[str, Tensor]  # name -> packed bits, uint8
+    shapes: Mapping[str, Iterable[int]]
+    meta: dict[str, Any]  # `layout` is "dense" for the older one
 
 
 def pack(kept: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def unpack(bits: Tensor, n: int) -> np.ndarray:
     return np.unpackbits(bits.numpy(), count=n)
 
 
-def read(path: str | os.PathLike, mapped: bool = False) -> Content:
+def read(path: str | os.PathLike[str], mapped: bool = False) -> Content:
     """The content of a file of either layout. Raises ValueError for anything else.
 
     mapped: leave the bits on disk and let the system read them when they are looked at, so that many masks
@@ -75,7 +75,7 @@ def _packed(path: Path, content: Mapping[str, Any]) -> Content:
     return Content(content["bits"], content["shapes"], content["meta"])
 
 
-def write_packed(path: str | os.PathLike, content: Content) -> None:
+def write_packed(path: str | os.PathLike[str], content: Content) -> None:
     """Bits and metadata, atomically."""
     shapes = {name: list(shape) for name, shape in content.shapes.items()}
     whole = {"format": FORMAT, "version": FORMAT_VERSION, **content._asdict(), "shapes": shapes}
@@ -83,7 +83,9 @@ def write_packed(path: str | os.PathLike, content: Content) -> None:
         save_tensors(whole, temporary)
 
 
-def write_dense(path: str | os.PathLike, content: Content, all_shapes: Mapping[str, Iterable[int]]) -> None:
+def write_dense(
+    path: str | os.PathLike[str], content: Content, all_shapes: Mapping[str, Iterable[int]]
+) -> None:
     """The older layout, atomically: name -> bool tensor, True = frozen, for every name of all_shapes, in its
     order; names that the mask does not list are all True.
     """

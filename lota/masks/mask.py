@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,11 +74,9 @@ class Mask:
         meta: Mapping[str, Any] | None = None,
     ) -> Mask:
         """From name -> 1-D integer tensor of flat kept positions (any order)."""
-        kept = {}
+        kept = {name: torch.zeros(tuple(shapes[name]), dtype=torch.bool) for name in positions}
         for name, index in positions.items():
-            flat = torch.zeros(int(np.prod(tuple(shapes[name]), dtype=np.int64)), dtype=torch.bool)
-            flat[index.long()] = True
-            kept[name] = flat.reshape(tuple(shapes[name]))
+            kept[name].view(-1)[index.long()] = True
         return cls.from_dense(kept, meta)
 
     # reading
@@ -175,7 +173,7 @@ class Mask:
         if scope is None and self.meta.get("layout") == "dense":
             raise ValueError(
                 "this mask file does not record its scope; pass the names that may be flipped "
-                "(lota.scope.find_scope(model))"
+                "(lota.find_scope(model))"
             )
         names = set(self.bits) if scope is None else set(scope)
         bits = {}
@@ -195,16 +193,16 @@ class Mask:
 
     def minus(self, other: Mask) -> Mask:
         """Kept here and not kept there."""
-        return self._combine(other, np.bitwise_and, invert=True, names=self.names)
+        return self._combine(other, lambda mine, theirs: mine & ~theirs, self.names)
 
     def intersect(self, other: Mask) -> Mask:
         """Kept in both."""
-        return self._combine(other, np.bitwise_and, names=[n for n in self.bits if n in other.bits])
+        return self._combine(other, np.bitwise_and, [n for n in self.bits if n in other.bits])
 
     def union(self, other: Mask) -> Mask:
         """Kept in either."""
         names = self.names + [name for name in other.bits if name not in self.bits]
-        return self._combine(other, np.bitwise_or, names=names)
+        return self._combine(other, np.bitwise_or, names)
 
     def overlap(self, other: Mask) -> int:
         """Number of entries kept in both."""
@@ -236,13 +234,16 @@ class Mask:
                 f"and {other.shapes[wrong[0]]} in the other"
             )
 
-    def _combine(self, other: Mask, operation, names: list[str], invert: bool = False) -> Mask:
+    def _combine(
+        self, other: Mask, operation: Callable[[np.ndarray, np.ndarray], np.ndarray], names: list[str]
+    ) -> Mask:
+        """The mask of `names`, whose packed bytes are the operation of both sides'."""
         self._check_shapes(other)
         shapes = {**other.shapes, **self.shapes}
         bits = {}
         for name in names:
             mine, theirs = self._bytes(name, shapes[name]), other._bytes(name, shapes[name])
-            bits[name] = torch.from_numpy(operation(mine, ~theirs if invert else theirs))
+            bits[name] = torch.from_numpy(operation(mine, theirs))
         meta = self._meta_of_result(other)
         if any(m.meta.get("layout") == "dense" and set(m.bits) <= set(names) for m in (self, other)):
             meta["layout"] = "dense"  # norms and embeddings are listed too
@@ -264,7 +265,7 @@ class Mask:
     # files
     def save(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         format: str = "packed",
         all_shapes: Mapping[str, Iterable[int]] | None = None,
     ) -> None:
@@ -283,7 +284,7 @@ class Mask:
             raise ValueError(f"format={format!r}: choose packed or dense")
 
     @classmethod
-    def load(cls, path: str | os.PathLike, mapped: bool = False) -> Mask:
+    def load(cls, path: str | os.PathLike[str], mapped: bool = False) -> Mask:
         """Read a mask file of either layout (see masks/README.md). Raises ValueError for anything else.
 
         mapped: leave the bits on disk until they are looked at; the file must not change meanwhile.

@@ -14,7 +14,7 @@ from lota.models.scope import find_scope, transformer_blocks
 
 
 def mask_or_dense(path: str | Path | None, mapped: bool = False) -> Mask | None:
-    """The mask at `path`; None (train densely) for null, or for `0.0_mask.pt` where no such file exists.
+    """Returns the mask at `path`; None (train densely) for null, or for an absent `0.0_mask.pt`.
 
     mapped: see `Mask.load`.
     """
@@ -36,13 +36,13 @@ def trainable_mask(
     scope: str | None = None,
     block_name: str | None = None,
 ) -> Mask | None:
-    """The mask to train with, checked against `model` (a meta-device model will do); None trains everything.
+    """Returns the mask to train with, checked against `model` (a meta-device model will do).
 
-    flip: train the complement within the scope. protect: masks whose kept entries stay frozen.
-    freeze_layers: `odd` or `even` transformer layers (counted from 0) stay frozen.
-    scope: regular expression of parameter names; None is the default scope. block_name: class of the
-    transformer blocks; None finds them. Without a mask but with
-    something to freeze, all other entries of the model train. Raises ValueError for masks of another model.
+    None means that everything trains. Without a mask but with something to freeze, all other entries of the
+    model train. flip: train the complement within the scope. protect: masks whose kept entries stay frozen.
+    freeze_layers: `odd` or `even` transformer layers (counted from 0) stay frozen. scope: regular expression
+    of parameter names; None is the default scope. block_name: class of the transformer blocks; None finds
+    them. Raises ValueError for masks of another model.
     """
     protect = list(protect)
     if mask is None:
@@ -51,13 +51,9 @@ def trainable_mask(
         mask = Mask.from_dense(
             {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
         )
-    if (
-        mask.meta.get("layout") == "dense"
-    ):  # it lists every parameter, also an embedding of another vocabulary
-        listed = [
-            name for name in mask.names if mask.kept(name) or name in find_scope(model, scope, block_name)
-        ]
-        mask = mask.only(listed)
+    if mask.meta.get("layout") == "dense":  # it lists all parameters, also an embedding that grew since
+        found = find_scope(model, scope, block_name)
+        mask = mask.only([name for name in mask.names if mask.kept(name) or name in found])
     mask.check(model)
     if flip:
         mask = mask.flip(find_scope(model, scope, block_name))
@@ -65,15 +61,9 @@ def trainable_mask(
         other.check(model)
         mask = mask.minus(other)
     if freeze_layers is not None:
-        frozen = _layer_prefixes(model, freeze_layers, block_name)
-        mask = Mask.from_dense(
-            {n: mask.dense(n) & (not n.startswith(frozen)) for n in mask.names},
-            mask.meta,
-        )
+        remainder = {"even": 0, "odd": 1}[freeze_layers]
+        blocks = [f"{prefix}." for prefix, _ in transformer_blocks(model, block_name)]
+        frozen = tuple(blocks[remainder::2])
+        bits = {n: torch.zeros_like(b) if n.startswith(frozen) else b for n, b in mask.bits.items()}
+        mask = Mask(bits, mask.shapes, mask.meta)
     return mask
-
-
-def _layer_prefixes(model: nn.Module, which: str, block_name: str | None) -> tuple[str, ...]:
-    remainder = {"even": 0, "odd": 1}[which]
-    blocks = [prefix for prefix, _ in transformer_blocks(model, block_name)]
-    return tuple(f"{prefix}." for i, prefix in enumerate(blocks) if i % 2 == remainder)

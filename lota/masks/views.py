@@ -1,76 +1,166 @@
-"""Masks as text and as pictures: density by layer and module, overlap against chance."""
+"""What masks look like, as tables and pictures: density by layer and module, overlap against chance."""
 
 from __future__ import annotations
 
-import os
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lota import plots
-from lota.masks.statistics import Density, Overlap
-from lota.utils import aligned
+from lota.masks import Mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-Overlaps = Mapping[tuple[int, int], Overlap]  # numbers of two masks, the smaller first
-
-
-def density_table(table: Density) -> list[list[str]]:
-    """Kept entries in per cent, a line per layer, with totals; the header first."""
-    table = table.with_totals()
-    lines = [["layer", *table.modules]]
-    for layer, shares in zip(table.layers, table.shares, strict=True):
-        lines.append([layer, *("-" if np.isnan(share) else f"{100 * share:.2f}" for share in shares)])
-    return lines
+_LAYER = re.compile(r"^(.*?)\.(\d+)\.(.*)$")  # stack of layers, index, module
+OUTSIDE = "outside"  # of the layers
 
 
-def density_text(table: Density) -> list[str]:
-    return ["kept entries (%) by layer and module:", *aligned(density_table(table))]
+@dataclass(frozen=True)
+class Density:
+    """Kept and all entries of every layer and module."""
+
+    layers: list[str]
+    modules: list[str]
+    kept: np.ndarray  # int64 (layers, modules)
+    entries: np.ndarray  # int64 (layers, modules); 0 if a layer has no such module
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Kept share of the entries, fp64 (layers, modules), nan where there are none."""
+        nan = np.full(self.entries.shape, math.nan)
+        return np.divide(self.kept, self.entries, out=nan, where=self.entries > 0)
+
+    def table(self) -> list[list[str]]:
+        """Returns kept entries in per cent, a line per layer, with totals; the header first."""
+        kept, entries = (
+            np.block([[part, part.sum(1, keepdims=True)], [part.sum(0), part.sum()]])
+            for part in (self.kept, self.entries)
+        )
+        total = Density([*self.layers, "all"], [*self.modules, "all"], kept, entries)
+        lines = [["layer", *total.modules]]
+        for layer, shares in zip(total.layers, total.shares, strict=True):
+            lines.append([layer, *("-" if np.isnan(share) else f"{100 * share:.2f}" for share in shares)])
+        return lines
+
+    def draw(self, path: plots.Target, title: str) -> Figure:
+        """Heat map of the density in per cent, written to `path` if there is one."""
+        return plots.heatmap(
+            100 * self.shares,
+            self.layers,
+            self.modules,
+            path,
+            title=title,
+            label="kept entries (%)",
+            row_label="layer",
+            column_label="module",
+            limits=(0, None),
+        )
 
 
-def draw_density(table: Density, path: str | os.PathLike | None, title: str) -> Figure:
-    """Heat map of the density in per cent."""
-    return plots.heatmap(
-        100 * table.shares,
-        table.layers,
-        table.modules,
-        path,
-        title=title,
-        label="kept entries (%)",
-        row_label="layer",
-        column_label="module",
-        limits=(0, None),
-        fmt=".2f",
-    )
+def density(mask: Mask) -> Density:
+    """Returns the density by layer and module type, read from the parameters' names.
+
+    The layer is the first number in a name, the module what follows it (its last part only, if that is
+    enough to tell the modules apart). Rows are in the order of the layers, columns in that of the names;
+    what lies outside of the layers comes last.
+    """
+    places = {name: _place(name) for name in mask.names}
+    stacks = {stack for stack, number, _ in places.values() if number is not None}
+    rows = sorted({place[:2] for place in places.values()}, key=lambda row: (row[1] is None, row[0], row[1]))
+    inside_first = sorted(places.values(), key=lambda place: place[1] is None)
+    columns = list(dict.fromkeys(module for *_, module in inside_first))
+    kept = np.zeros((len(rows), len(columns)), np.int64)
+    entries = np.zeros_like(kept)
+    for name, (stack, number, module) in places.items():
+        cell = rows.index((stack, number)), columns.index(module)
+        kept[cell] += mask.kept(name)
+        entries[cell] += mask.numel(name)
+    layers = [
+        OUTSIDE if number is None else f"{stack}.{number}" if len(stacks) > 1 else str(number)
+        for stack, number in rows
+    ]
+    last_parts = [module.rpartition(".")[2] for module in columns]
+    return Density(layers, last_parts if len(set(last_parts)) == len(columns) else columns, kept, entries)
+
+
+def _place(name: str) -> tuple[str, int | None, str]:
+    """(stack of layers, layer, module) of a parameter's name; the layer is None outside of any stack."""
+    found = _LAYER.match(name.removesuffix(".weight"))
+    return (found[1], int(found[2]), found[3]) if found else ("", None, name.removesuffix(".weight"))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Entries that two masks keep, and what chance would give.
+
+    Chance: two random masks that keep as many entries of each tensor as these do (hypergeometric, tensor by
+    tensor; `random_like` draws such masks).
+    """
+
+    first: int  # kept by the first
+    second: int
+    both: int
+    expected: float  # mean of `both` by chance
+    deviation: float  # standard deviation of `both` by chance
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union, nan for two empty masks."""
+        return self._over_union(self.both)
+
+    @property
+    def expected_iou(self) -> float:
+        """The expected intersection over the union that goes with it."""
+        return self._over_union(self.expected)
+
+    def _over_union(self, both: float) -> float:
+        union = self.first + self.second - both
+        return both / union if union else math.nan
+
+
+Overlaps = Mapping[tuple[int, int], Overlap]  # numbers of two masks, the smaller first -> their overlap
+
+
+def overlap(first: Mask, second: Mask) -> Overlap:
+    """Returns the overlap of two masks of one model, in the memory of a tensor's bits.
+
+    Raises ValueError for masks of different models.
+    """
+    first.check_same_model(second)
+    both, expected, variance = 0, 0.0, 0.0
+    for name in (name for name in first.names if name in second):
+        a, b, n = first.kept(name), second.kept(name), first.numel(name)
+        if not a or not b:
+            continue
+        shared = np.bitwise_and(first.bits[name].numpy(), second.bits[name].numpy())
+        both += int(np.bitwise_count(shared).sum(dtype=np.int64))
+        # drawing b of n entries without putting back, a of which are kept: mean and variance of the hits
+        expected += a * b / n
+        variance += a * b * (n - a) * (n - b) / (n * n * max(n - 1, 1))
+    return Overlap(first.n_kept, second.n_kept, both, expected, math.sqrt(variance))
 
 
 def overlap_table(names: Sequence[str], found: Overlaps) -> list[list[str]]:
-    """A line per pair of masks: entries shared and IoU, each with what chance would give; a header first."""
+    """Returns a line per two masks: entries shared and IoU, each with what chance gives; the header first."""
     lines = [["first", "second", "shared", "by chance", "+-", "IoU", "by chance"]]
-    for (i, j), pair in found.items():
-        chance = [f"{pair.expected:,.1f}", f"{pair.deviation:,.1f}"]
-        shares = [f"{pair.iou:.4f}", f"{pair.expected_iou:.4f}"]
-        lines.append([names[i], names[j], f"{pair.both:,}", *chance, *shares])
+    for (i, j), two in found.items():
+        chance = [f"{two.expected:,.1f}", f"{two.deviation:,.1f}"]
+        shares = [f"{two.iou:.4f}", f"{two.expected_iou:.4f}"]
+        lines.append([names[i], names[j], f"{two.both:,}", *chance, *shares])
     return lines
 
 
-def overlap_text(names: Sequence[str], found: Overlaps) -> list[str]:
-    return [
-        *aligned(overlap_table(names, found), left=2),
-        "shared: entries that both keep; by chance: random masks that keep as many entries of each tensor,",
-        "+- standard deviation; IoU: shared entries over those that either keeps",
-    ]
-
-
-def draw_overlap(names: Sequence[str], found: Overlaps, path: str | os.PathLike | None) -> Figure:
-    """Heat map: IoU below the diagonal, what chance would give above it."""
-    values = [[1.0 if i == j else None for j in range(len(names))] for i in range(len(names))]
-    for (i, j), pair in found.items():
-        values[j][i], values[i][j] = pair.iou, pair.expected_iou
+def draw_overlap(names: Sequence[str], found: Overlaps, path: plots.Target) -> Figure:
+    """Heat map: IoU below the diagonal, what chance gives above it; written to `path` if there is one."""
+    values = np.full((len(names), len(names)), math.nan)
+    np.fill_diagonal(values, 1)
+    for (i, j), two in found.items():
+        values[j, i], values[i, j] = two.iou, two.expected_iou
     return plots.heatmap(
         values,
         names,

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lota.evaluate.estimates import mean_and_stderr
 from lota.masks import Mask
-from lota.masks.statistics import density, overlap
-from lota.masks.views import density_table, draw_density, draw_overlap, overlap_table
+from lota.masks.views import density, draw_overlap, overlap, overlap_table
 from lota.plots import Line, against_sparsity, bars, over_examples
 from lota.report.page import Section, file_name
 from lota.report.reading import RunRecord, TaskScore
@@ -197,8 +196,8 @@ def mask_sections(runs: Sequence[RunRecord], notes: list[str]) -> Iterable[Secti
     for path, mask in masks.items():
         found = density(mask)
         text = f"{path}: {mask.n_kept:,} of {mask.n_total:,} entries kept ({100 * mask.density:.4g} %)."
-        figure, file = draw_density(found, None, ""), file_name("density", names[path])
-        yield Section(f"Density of {names[path]}", text, figure, file, density_table(found))
+        figure, file = found.draw(None, ""), file_name("density", names[path])
+        yield Section(f"Density of {names[path]}", text, figure, file, found.table())
     models = _by_model(masks)
     if len(models) > 1:
         shown = "; ".join(", ".join(names[path] for path in paths) for paths in models)
