@@ -21,7 +21,7 @@ from lota.masks.extract.neurons import GRANULARITIES
 from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
 from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_by_layer, select
 from lota.models.pair import ModelPair, open_pair
-from lota.train.saliency_data import SaliencyData, SaliencySettings, collect, data_flags, load_saliency_data
+from lota.train.saliency_gradients import SaliencyData, SaliencySettings, collect, data_flags, load_saliency_data
 from lota.utils import Problems, write_json
 from tasks import get_task
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -43,6 +48,24 @@ def train(*overrides: str):
     config = settings(*overrides)
     trainer = TRAINERS[config.trainer.name](config)
     return trainer, trainer.train()
+
+
+@contextlib.contextmanager
+def stopped_after(step: int, number: int = signal.SIGINT) -> Iterator[None]:
+    """Inside the block a run gets a signal once it has made that many steps, and stops with Interrupted."""
+    from lota.train.interrupt import Interrupted
+    from lota.train.trainer import Trainer
+
+    log_step = Trainer.log_step
+
+    def stopping(trainer):
+        log_step(trainer)
+        if trainer.progress.step == step:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "log_step", stopping)
+        yield
 
 
 def write_mask(path: Path, density: float = 0.1, seed: int = 0) -> Mask:

@@ -173,7 +173,7 @@ def test_architectures(architecture):
 
 
 def test_a_scope_without_linear_layers_is_refused(monkeypatch):
-    monkeypatch.setattr("lota.train.trainer.load_model", None)  # before a model loads
+    monkeypatch.setattr("lota.train.run_model.load_model", None)  # before a model loads
     with pytest.raises(ValueError, match="no linear layer in the scope"):
         train(*LORA, "model.scope=norm")
 

@@ -100,7 +100,9 @@ def test_from_an_archive_the_delta_is_of_the_archive(tmp_path):
 
 
 def test_what_cannot_be_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr("lota.train.trainer.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "lota.train.run_model.load_model", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     with pytest.raises(ValueError, match=r"policy_dtype=bfloat16 cannot hold the torch\.float32 weights"):
         train("save_delta=true", "model.policy_dtype=bfloat16")
     with pytest.raises(ValueError, match=r"pad_token=<PAD> gives .* use model\.pad_token=null"):

@@ -147,7 +147,7 @@ def test_refusals_tell_all_and_load_nothing(options, messages, folder, monkeypat
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lota.train.saliency_data.load_model", load)
+    monkeypatch.setattr("lota.train.run_model.load_model", load)
     with pytest.raises(SystemExit) as stopped:
         run(f"{options} --out {folder}/masks")
     for message in messages:

@@ -216,7 +216,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(two, tmp
     folder = tmp_path / "cache" / "sequence"
     shutil.copytree(two[0].folder, folder)
     before = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()}
-    monkeypatch.setattr("trainers.Trainer.step", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr("trainers.Trainer.set_learning_rate", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         run("overwrite=true", "lr=1e-3")
     assert {name: (folder / name).read_bytes() for name in before} == before

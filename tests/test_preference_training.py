@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
+from runs import MODEL, metrics, policy, same, settings, stopped_after, train, with_mini_task, write_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert_policy_to_hf_resize
@@ -199,11 +198,8 @@ def test_dense_training(reference, precision):
         "dense",
     ],
 )
-def test_a_continued_run_ends_with_the_same_bits(workplace, masked, monkeypatch, how):
+def test_a_continued_run_ends_with_the_same_bits(masked, how):
     """Stopped in the middle of an epoch; its reference is that of its start, not of where it was stopped."""
-    import trainers
-    from lota.train.interrupt import Interrupted
-
     words = how.split()
     options = [
         "n_epochs=2",
@@ -212,17 +208,8 @@ def test_a_continued_run_ends_with_the_same_bits(workplace, masked, monkeypatch,
         "lr=3e-4",
     ]
     options += [word for word in words if "=" in word]
-    step = trainers.Trainer.step
-
-    def stopping(self, examples):
-        step(self, examples)
-        if self.progress.step == 3:
-            self.stop.received = signal.SIGINT
-
-    monkeypatch.setattr(trainers.Trainer, "step", stopping)
-    with pytest.raises(Interrupted):
+    with stopped_after(4):
         train("exp_name=stopped", *options)
-    monkeypatch.setattr(trainers.Trainer, "step", step)
     if words[-1] == "lost":  # computed again, from the starting values in the base
         shutil.rmtree(settings(*options).cache_dir / "reference_logps")
     trainer, folder = train("exp_name=stopped", *options)
@@ -258,7 +245,7 @@ def test_sft_on_the_preferred_answer():
     ],
 )
 def test_a_task_without_pairs_is_refused_before_loading(monkeypatch, overrides, message):
-    monkeypatch.setattr("lota.train.trainer.load_model", None)
+    monkeypatch.setattr("lota.train.run_model.load_model", None)
     with pytest.raises(ValueError, match=message):
         train("loss=dpo", *overrides)
     assert not settings().run_dir.exists()

@@ -234,7 +234,7 @@ def test_a_reference_of_another_vocabulary_is_refused_before_loading(workplace, 
     from chars import save_pair
 
     save_pair(workplace / "chars")
-    monkeypatch.setattr("lota.train.trainer.load_model", None)
+    monkeypatch.setattr("lota.train.run_model.load_model", None)
     with pytest.raises(ValueError, match=r"reference_archive=.*chars has another vocabulary"):
         train(*DPO, f"model.reference_archive={workplace}/chars")
     (workplace / "chars" / "tokenizer.json").unlink()
@@ -251,7 +251,7 @@ def test_a_reference_with_the_same_tokenizer_is_taken(workplace):
 
 
 def test_no_reference_is_loaded_without_one(workplace, monkeypatch):
-    monkeypatch.setattr("lota.train.reference.load_model", None)
+    monkeypatch.setattr("lota.train.reference.load_run_model", None)
     trainer, _ = train(*DPO, "loss.reference_free=true")
     assert trainer.objective.reference is None
 

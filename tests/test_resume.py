@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, ROOT, metrics, policy, same, settings, train, with_mini_task, write_mask
+from runs import (
+    MODEL,
+    ROOT,
+    metrics,
+    policy,
+    same,
+    settings,
+    stopped_after,
+    train,
+    with_mini_task,
+    write_mask,
+)
 
 from lota.train.checkpoint import newest_checkpoint
 
@@ -74,24 +85,12 @@ def test_full_disk_keeps_the_last_good_checkpoint(options, capsys):
 
 
 @pytest.mark.parametrize("precision", ["null", "bfloat16"])
-def test_every_kind_of_weights_resumes(workplace, monkeypatch, precision):
+def test_every_kind_of_weights_resumes(workplace, precision):
     """Stopped between steps in the middle of an epoch, dense and masked bf16."""
-    import trainers
-    from lota.train.interrupt import Interrupted
-
     mask = f"mask_path={workplace}/0.9_mask.pt" if precision == "bfloat16" else "mask_path=null"
     options = (*RUN, mask, f"model.fsdp_policy_mp={precision}", "save_every=epoch_1", "optimizer=AdamW")
-    step = trainers.Trainer.step
-
-    def stopping(self, examples):
-        step(self, examples)
-        if self.progress.step == 6:
-            self.stop.received = signal.SIGINT
-
-    monkeypatch.setattr(trainers.Trainer, "step", stopping)
-    with pytest.raises(Interrupted):
+    with stopped_after(7):
         train("exp_name=stopped", *options)
-    monkeypatch.setattr(trainers.Trainer, "step", step)
     trainer, folder = train("exp_name=stopped", *options)
     assert (trainer.config.run_dir / "step-56" / "resume.pt").is_file()
     _, reference = train("exp_name=whole", *options)
@@ -111,7 +110,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_fails(options, workplace):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Give the same command again to continue" in stderr
+    assert "The same command resumes" in stderr
     assert newest_checkpoint(log.parent)[1]["progress"]["finished"] is False
 
 
@@ -196,10 +195,10 @@ def test_what_overwrite_replaces_is_kept_until_the_new_run_has_a_checkpoint(opti
         assert not (run / "step-80").exists()
     else:
 
-        def failing(self, examples):
+        def failing(self):
             raise MemoryError
 
-        monkeypatch.setattr(trainers.Trainer, "step", failing)
+        monkeypatch.setattr(trainers.Trainer, "set_learning_rate", failing)
         with pytest.raises(MemoryError):
             train(*options, "overwrite=true")
     _, again = train(*options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -17,9 +16,8 @@ from lota.data.batches import epoch_batches
 from lota.masks import Mask, kept_count
 from lota.models.loading import load_tokenizer
 from lota.models.scope import find_scope, meta_model
-from lota.train.interrupt import Interrupted
 from tasks import get_task
-from tests.runs import MODEL, policy, same, settings, train, with_mini_task, write_mask
+from tests.runs import MODEL, policy, same, settings, stopped_after, train, with_mini_task, write_mask
 from tests.test_preference_training import logp
 from tests.test_selection import sorted_masks
 
@@ -119,20 +117,10 @@ def test_bf16_weights(folder):
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_an_interrupted_run_continues_bit_for_bit(lost, folder, monkeypatch):
+def test_an_interrupted_run_continues_bit_for_bit(lost, folder):
     options = (*SNIP, "batch_size=4", f"save_snip_mask_path={folder}/m.pt")
     _, whole = train(*options, "exp_name=whole")
-    from trainers import Trainer
-
-    step = Trainer.step
-
-    def stop_in_the_middle(self, examples):
-        step(self, examples)
-        if self.progress.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "step", stop_in_the_middle)
+    with stopped_after(5, signal.SIGTERM):
         train(*options, "exp_name=cut")
     if lost:
         (folder / "m.pt").unlink()  # it is computed again, and is the same
@@ -192,7 +180,7 @@ def test_refused_before_a_model_loads(folder, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lota.train.saliency_data.load_model", load)
+    monkeypatch.setattr("lota.train.run_model.load_model", load)
     write_mask(folder / "dense.pt", 0.95)
     with pytest.raises(ValueError, match=r"protected masks leave .* free"):
         train(*SNIP, f"protect_masks=[{folder}/dense.pt]")

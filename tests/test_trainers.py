@@ -234,16 +234,16 @@ def test_average_log_prob_is_the_mean_over_tokens(workplace):
 
 
 def test_activation_checkpointing_runs_each_block_twice(workplace, monkeypatch):
-    import lota.train.trainer as trainer_module
+    from lota.train import run_model
 
-    calls, load = [], trainer_module.load_model
+    calls, load = [], run_model.load_model
 
     def watched(*args, **kwargs):
         model = load(*args, **kwargs)
         model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
         return model
 
-    monkeypatch.setattr(trainer_module, "load_model", watched)
+    monkeypatch.setattr(run_model, "load_model", watched)
     train("exp_name=plain")
     assert len(calls) == 5
     calls.clear()
@@ -404,7 +404,7 @@ def test_refused_before_a_model_loads(workplace, monkeypatch, overrides, message
     def no_model(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lota.train.trainer.load_model", no_model)
+    monkeypatch.setattr("lota.train.run_model.load_model", no_model)
     with pytest.raises(ValueError, match=message):
         train(*overrides)
     assert not settings(*overrides).run_dir.exists()
@@ -414,13 +414,13 @@ def test_a_mask_of_another_model_is_refused_before_loading(tmp_path, monkeypatch
     import tiny
 
     tiny.random_mask(tiny.make("llama")).save(tmp_path / "other_mask.pt")
-    monkeypatch.setattr("lota.train.trainer.load_model", None)
+    monkeypatch.setattr("lota.train.run_model.load_model", None)
     with pytest.raises(ValueError, match="does not belong to this model"):
         train(f"mask_path={tmp_path}/other_mask.pt")
 
 
 def test_a_mask_that_protection_empties_is_refused_before_loading(mask, tmp_path, monkeypatch):
-    monkeypatch.setattr("lota.train.trainer.load_model", None)
+    monkeypatch.setattr("lota.train.run_model.load_model", None)
     path = f"{tmp_path}/0.9_mask.pt"
     with pytest.raises(ValueError, match="nothing would train"):
         train(f"mask_path={path}", f"protect_masks=[{path}]")
@@ -430,7 +430,7 @@ def test_more_tokens_than_positions_are_refused_before_loading(tmp_path, monkeyp
     import tiny
 
     tiny.make("gpt2").save_pretrained(tmp_path / "gpt2")
-    monkeypatch.setattr("lota.train.trainer.load_model", None)
+    monkeypatch.setattr("lota.train.run_model.load_model", None)
     with pytest.raises(ValueError, match="max_length=512: the model has 64 positions"):
         train(f"model.name_or_path={tmp_path}/gpt2", f"model.tokenizer_name_or_path={MODEL}")
 

@@ -1,4 +1,4 @@
-"""The run folder: whole checkpoints, what a resumed run needs, and the weights as `policy.pt`.
+"""Whole checkpoints: the weights as `policy.pt`, what a resumed run needs, and the delta to its base.
 
 <run>/config.yaml      resolved settings          <run>/metrics.jsonl   one line per log interval
 <run>/versions.json    code, packages, device     <run>/epoch-1/        policy.pt and resume.pt
@@ -19,29 +19,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lota.config import Config
+from lota.data.batches import ScheduledBatch
+from lota.masks import Mask
+from lota.models.policy import is_policy
+from lota.models.weights import WeightSource
 from lota.optim.masked import MaskedOptimizer
+from lota.share.delta.extract import extract
 from lota.utils import atomic_path, save_tensors
 
-POLICY, RESUME = "policy.pt", "resume.pt"
+POLICY, RESUME, DELTA = "policy.pt", "resume.pt", "delta.safetensors"
 CHECKPOINT_NAME = re.compile(r"(epoch|step)-\d+")
+# (parameter name, its copy in the file's dtype): writes what training changed into the copy.
+Fill = Callable[[str, Tensor], None]
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """Where a run stands. epoch and batch: the next batch to train on; step: optimizer steps made."""
+    """Where a run stands."""
 
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    examples: int = 0
+    epoch: int = 0  # of the next batch to train on
+    batch: int = 0  # that batch's number in its epoch
+    step: int = 0  # optimizer steps made
+    examples: int = 0  # examples seen
     finished: bool = False
 
-    def advance(self, epoch: int, batch: int, last_of_epoch: bool, examples: int) -> None:
+    def advance(self, batch: ScheduledBatch) -> None:
         """A step on that batch was made."""
-        self.epoch, self.batch = (epoch + 1, 0) if last_of_epoch else (epoch, batch + 1)
+        last = batch.last_of_epoch
+        self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.batch + 1)
         self.step += 1
-        self.examples += examples
+        self.examples += len(batch.rows)
 
     def folder_name(self, by_epoch: bool) -> str:
         """epoch-N at the end of an epoch where checkpoints are counted so, else step-<examples>."""
@@ -49,14 +58,17 @@ class Progress:
         return f"epoch-{self.epoch}" if by_epoch and whole else f"step-{self.examples}"
 
 
+# Weights
+
+
 def policy_state(
-    model: nn.Module, optimizer: MaskedOptimizer, dtype: torch.dtype, base: Any | None = None
+    model: nn.Module, optimizer: MaskedOptimizer, dtype: torch.dtype, base: WeightSource | None = None
 ) -> dict[str, Tensor]:
     """The keys of `model.state_dict()` on the CPU, floating-point tensors in `dtype`.
 
-    Trained entries come from the optimizer's fp32 values. base: a weight source (`lota.weights.open_weights`)
-    from which frozen values are read where the model holds them in less precision than `dtype`.
-    Weights that share memory in the model share it in the result.
+    Trained entries come from the optimizer's fp32 values. base: weights from which frozen values are read if
+    the model holds them in less precision than `dtype`. Weights that share memory in the model share it in
+    the result.
     """
     trained = {name: (positions, values) for name, positions, values in optimizer.kept_values()}
 
@@ -78,13 +90,12 @@ def saved_state(
     state: Mapping[str, Tensor],
     names: Mapping[int, str],
     dtype: torch.dtype,
-    fill: Callable[[str, Tensor], None],
-    base: Any | None = None,
+    fill: Fill,
+    base: WeightSource | None = None,
 ) -> dict[str, Tensor]:
     """CPU copies of `state`, parameters in `dtype`, ties kept.
 
-    names: data pointer -> name of each parameter. fill: writes what training changed into the copy of a
-    parameter. base: as in `policy_state`.
+    names: data pointer -> name of each parameter. base: see `policy_state`.
     """
     done: dict[int, Tensor] = {}
     saved = {}
@@ -97,13 +108,9 @@ def saved_state(
 
 
 def _saved_tensor(
-    tensor: Tensor,
-    name: str | None,
-    dtype: torch.dtype,
-    fill: Callable[[str, Tensor], None],
-    base: Any | None,
+    tensor: Tensor, name: str | None, dtype: torch.dtype, fill: Fill, base: WeightSource | None
 ) -> Tensor:
-    if not tensor.is_floating_point() or name is None:
+    if not tensor.is_floating_point() or name is None:  # a buffer keeps its dtype
         return tensor.detach().cpu().clone()
     value = tensor.detach().to("cpu", dtype, copy=True)
     if base is not None and tensor.element_size() < value.element_size():
@@ -113,10 +120,10 @@ def _saved_tensor(
     return value
 
 
-def fill_masters(optimizer: MaskedOptimizer, base: Any) -> None:
+def fill_masters(optimizer: MaskedOptimizer, base: WeightSource) -> None:
     """Set the fp32 masters of kept entries to the base's values, which a narrower working copy has rounded.
 
-    base: a weight source. Rows that the base does not have (a vocabulary grown by a pad token) stay.
+    Rows that the base does not have (a vocabulary grown by a pad token) stay.
     """
     for p, name in optimizer.names.items():
         state = optimizer.state[p]
@@ -128,13 +135,23 @@ def fill_masters(optimizer: MaskedOptimizer, base: Any) -> None:
         state["master"][known.to(p.device)] = values[positions[known]].to(p.device, torch.float32)
 
 
+# Random numbers
+
+
 def random_state() -> dict[str, Any]:
     """State of every generator that a run may draw from, as plain values and tensors."""
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    drawn = np.random.get_state(legacy=False)
+    keys, position = drawn["state"]["key"], drawn["state"]["pos"]
     state = {
         "python": [version, list(numbers), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [
+            drawn["bit_generator"],
+            torch.from_numpy(keys.astype(np.int64)),
+            position,
+            drawn["has_gauss"],
+            drawn["gauss"],
+        ],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -153,6 +170,9 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+# Files
+
+
 def save_checkpoint(
     folder: Path,
     *,
@@ -161,17 +181,16 @@ def save_checkpoint(
     progress: Progress,
     metrics: dict[str, float],
     seen: dict[str, str | None],
-    more: Callable[[Path], None] | None = None,
+    write_more: Callable[[Path], object],
 ) -> None:
     """Write policy.pt and resume.pt into `folder`, which appears under its name only when it is whole.
 
-    seen: hashes of the mask and of the data that the run trains on. more: writes further files into a folder.
+    seen: hashes of the mask and of the data that the run trains on. write_more: writes further files into the
+    folder, which has a temporary name then.
     """
-    policy = {
-        "step_idx": progress.step,
-        "state": state,
-        "metrics": {k: _plain(v) for k, v in metrics.items()},
-    }
+    # Python numbers: a NumPy scalar would make a file that `weights_only=True` refuses
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    policy = {"step_idx": progress.step, "state": state, "metrics": plain}
     resume = {
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
@@ -182,13 +201,28 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_tensors(policy, temporary / POLICY)
         save_tensors(resume, temporary / RESUME)
-        if more is not None:
-            more(temporary)
+        write_more(temporary)
 
 
-def _plain(value: Any) -> Any:
-    """A Python number: a NumPy scalar would make a file that `weights_only=True` refuses."""
-    return value.item() if hasattr(value, "item") else value
+def save_delta(config: Config, mask: Mask | None, checkpoint: Path, name: Path) -> None:
+    """Write the delta between the run's base and `checkpoint`/policy.pt.
+
+    name: what the checkpoint's folder will be called. A base that is no longer what it was when the run
+    started is no reason to lose the checkpoint: it is saved without a delta, and the log says why.
+    """
+    base = config.model.archive or config.model.name_or_path
+    try:
+        extract(
+            base,
+            checkpoint / POLICY,
+            checkpoint / DELTA,
+            mask=mask,
+            task=",".join(config.datasets),
+            model=config.model.name_or_path if is_policy(base) else None,
+            tuned_id=str(name / POLICY),
+        )
+    except ValueError as error:
+        logger.error("%s was not written: %s", name / DELTA, error)
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -29,7 +30,7 @@ class StopBetweenSteps:
         self.received: int | None = None
         self.received_at = 0.0
         self.saving = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopBetweenSteps:
         for number in self.SIGNALS:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lota.config import Config
 from lota.models.scope import find_scope, is_conv1d
+from lota.models.weights import WeightSource
 from lota.train.checkpoint import saved_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from lota.config import Config
-
 
 FOLDER = "adapter"  # beside policy.pt
 
@@ -68,7 +67,7 @@ def add_lora(
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int; peft divides it by the rank
         lora_dropout=dropout,
         target_modules=targets,
         fan_in_fan_out=any(is_conv1d(modules[path]) for path in targets),
@@ -84,8 +83,9 @@ def adapt(model: nn.Module, config: Config, checkpoint: Path | None = None) -> P
     if config.adapter.name == "none":
         return None
     targets, _ = lora_targets(model, config.model.scope, config.model.block_name)
-    settings = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-    adapter = add_lora(model, targets, **settings)
+    adapter = add_lora(
+        model, targets, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout
+    )
     if checkpoint is not None:
         restore(adapter, checkpoint)
     return adapter
@@ -111,11 +111,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged_state(model: nn.Module, dtype: torch.dtype, base: Any | None = None) -> dict[str, Tensor]:
+def merged_state(model: nn.Module, dtype: torch.dtype, base: WeightSource | None = None) -> dict[str, Tensor]:
     """policy.pt's `state`: the plain model's keys on the CPU in `dtype`, adapted weights merged.
 
-    W + (alpha / r) B A is computed in fp32 on a copy: training weights keep every bit. base: a weight source
-    from which W is read where the model holds it in less precision than `dtype`.
+    W + (alpha / r) B A is computed in fp32 on a copy: training weights keep every bit. base: weights from
+    which W is read if the model holds it in less precision than `dtype`.
     """
     layers = lora_layers(model)
 
@@ -125,7 +125,7 @@ def merged_state(model: nn.Module, dtype: torch.dtype, base: Any | None = None) 
             delta = layer.get_delta_weight(layer.active_adapters[0]).detach().to("cpu", torch.float32)
             value.copy_(value.float() + delta)
 
-    state = {plain: tensor for plain, tensor in _plain(model.state_dict().items(), layers)}
+    state = dict(_plain(model.state_dict().items(), layers))
     names = {p.data_ptr(): plain for plain, p in _plain(model.named_parameters(), layers)}
     return saved_state(state, names, dtype, add_delta, base)
 

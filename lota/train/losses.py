@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lota.data.batches import IGNORED, Batch
 
 CHUNK_ENTRIES = 1 << 24  # logits handled at a time: 64 MiB in fp32
+# Gives the context that a model's forward pass runs in: autocast, or nothing.
+Precision = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -26,14 +28,14 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         logps = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
-        normalizers = torch.zeros_like(logps)
-        runs = _runs(targets)
-        for rows in _chunks(runs, logits.shape[1]):
-            values = logits[rows].float()
+        normalizers = torch.zeros_like(logps)  # (tokens,): log of the sum of exp(logits), kept for backward
+        spans = _counted_spans(targets)
+        for rows in _chunks(spans, logits.shape[1]):
+            values = logits[rows].float()  # (rows, vocabulary): the only fp32 copy, one chunk at a time
             normalizers[rows] = values.logsumexp(dim=-1)
             logps[rows] = values.gather(1, targets[rows, None]).squeeze(1) - normalizers[rows]
         ctx.save_for_backward(logits, targets, normalizers)
-        ctx.runs = runs
+        ctx.spans = spans
         return logps
 
     @staticmethod
@@ -41,28 +43,30 @@ class TokenLogProbs(torch.autograd.Function):
         logits, targets, normalizers = ctx.saved_tensors
         grad = torch.empty_like(logits)
         end = 0
-        for start, stop in [*ctx.runs, (len(targets), len(targets))]:
-            grad[end:start] = 0  # what lies between the runs does not count
+        for start, stop in [*ctx.spans, (len(targets), len(targets))]:
+            grad[end:start] = 0  # tokens between the spans do not count
             end = stop
-        for rows in _chunks(ctx.runs, logits.shape[1]):
+        for rows in _chunks(ctx.spans, logits.shape[1]):
+            # d logp / d logit = 1[target] - softmax, times the gradient that arrives for each token
             values = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-grad_logps[rows, None])
             values.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
             grad[rows] = values
         return grad, None
 
 
-def _runs(targets: Tensor) -> list[tuple[int, int]]:
+def _counted_spans(targets: Tensor) -> list[tuple[int, int]]:
     """(start, stop) of every stretch of targets that count."""
     counted = (targets != IGNORED).int()
+    # +1 where a stretch begins, -1 one behind its end: the nonzero places alternate between start and stop
     edges = torch.diff(counted, prepend=counted.new_zeros(1), append=counted.new_zeros(1)).nonzero()
     flat = edges.flatten().tolist()
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _chunks(runs: list[tuple[int, int]], vocabulary: int) -> Iterator[slice]:
-    """The runs, cut so that each piece holds at most CHUNK_ENTRIES logits: slices, which need no copy."""
+def _chunks(spans: list[tuple[int, int]], vocabulary: int) -> Iterator[slice]:
+    """The spans, cut so that each piece holds at most CHUNK_ENTRIES logits: slices, which need no copy."""
     size = max(1, CHUNK_ENTRIES // vocabulary)
-    for start, stop in runs:
+    for start, stop in spans:
         for first in range(start, stop, size):
             yield slice(first, min(first + size, stop))
 
@@ -75,13 +79,13 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     The logits at position t predict the label at t + 1.
     """
     targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
+    targets[:, :-1] = labels[:, 1:]  # shifting the labels copies ids, shifting the logits would copy logits
     logps = TokenLogProbs.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
     return logps.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
 
 
 def response_logps(
-    model: nn.Module, batch: Batch, precision: contextlib.AbstractContextManager
+    model: nn.Module, batch: Batch, precision: contextlib.AbstractContextManager[object]
 ) -> tuple[Tensor, Tensor]:
     """(log-probability of each row's response in nats, its number of tokens), both (rows,) and fp32.
 
@@ -101,14 +105,14 @@ def sft_loss(logps: Tensor, n_tokens: Tensor, average_log_prob: bool = False) ->
 
 
 class ChosenRejected(NamedTuple):
-    """A value of every pair's two responses, (pairs,) each."""
+    """A value of both responses of every preference."""
 
-    chosen: Tensor
-    rejected: Tensor
+    chosen: Tensor  # (preferences,)
+    rejected: Tensor  # (preferences,)
 
     @classmethod
     def split(cls, rows: Tensor) -> ChosenRejected:
-        """From (2 * pairs,): all chosen responses, then all rejected ones."""
+        """From (2 * preferences,): all chosen responses, then all rejected ones."""
         return cls(*rows.chunk(2))
 
 
@@ -117,11 +121,6 @@ def log_ratios(policy: ChosenRejected, reference: ChosenRejected | None) -> Chos
     if reference is None:
         return policy
     return ChosenRejected(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
-
-
-def rewards(ratios: ChosenRejected, beta: float) -> ChosenRejected:
-    """The rewards that DPO assumes, b times the log-ratio, without a gradient. arXiv 2305.18290, eq. 5."""
-    return ChosenRejected(beta * ratios.chosen.detach(), beta * ratios.rejected.detach())
 
 
 def dpo_loss(ratios: ChosenRejected, beta: float, robust_eps: float = 0.0) -> Tensor:
@@ -149,7 +148,7 @@ def ipo_loss(ratios: ChosenRejected, beta: float, n_tokens: ChosenRejected | Non
 def importance_weight(ratios: ChosenRejected) -> Tensor:
     """pi(y_l|x) / ref(y_l|x), without a gradient: how likely the policy still writes the rejected response.
 
-    A pair sampled from the reference counts as if the rejected response had been sampled from the policy.
+    A preference sampled from the reference counts as if its rejected response were one of the policy.
     """
     return ratios.rejected.detach().exp()
 
@@ -166,7 +165,7 @@ def preference_loss(
     ipo_sum: bool = False,
     robust_eps: float = 0.0,
 ) -> Tensor:
-    """Loss of each pair, (pairs,): w L - r log pi(y_w|x).
+    """Loss of each preference, (preferences,): w L - r log pi(y_w|x).
 
     L is `ipo_loss` with `ipo`, else `dpo_loss`; w is `importance_weight` with `importance_correction`,
     else 1; r is `sft_reg`. reference: None for a loss without one; then importance_correction has no meaning.
@@ -183,15 +182,11 @@ def preference_loss(
 
 
 def reward_sums(ratios: ChosenRejected, beta: float) -> dict[str, Tensor]:
-    """Rewards of both responses, their difference, and in how many pairs the chosen one has more: sums over
-    pairs.
+    """Sums over preferences of both rewards, of their difference, and of how often the chosen one is higher.
+
+    The reward that DPO assumes is b times the log-ratio. arXiv 2305.18290, eq. 5.
     """
-    reward = rewards(ratios, beta)
-    margins = reward.chosen - reward.rejected
-    values = {
-        "chosen": reward.chosen,
-        "rejected": reward.rejected,
-        "margins": margins,
-        "accuracies": (margins > 0).float(),
-    }
-    return {name: torch.sum(value) for name, value in values.items()}
+    chosen, rejected = (beta * ratio.detach() for ratio in ratios)
+    margins = chosen - rejected
+    values = {"chosen": chosen, "rejected": rejected, "margins": margins, "accuracies": (margins > 0).float()}
+    return {name: value.sum() for name, value in values.items()}

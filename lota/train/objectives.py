@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Batch, Example, collate, encoder
@@ -17,39 +16,36 @@ from lota.evaluate.generation import generate
 from lota.models.loading import choose_pad_token_id
 from lota.train.losses import (
     ChosenRejected,
+    Precision,
     log_ratios,
     preference_loss,
     response_logps,
     reward_sums,
     sft_loss,
 )
-from lota.train.reference import Reference, Run, make_reference
+from lota.train.reference import LoadedTrainer, Reference, make_reference
 from lota.train.runlog import Meter
 
 Sums = dict[str, Tensor]  # what the meter adds up, detached, each summed over the examples of a batch
 
 
 class Objective:
-    """A loss with all that the training loop needs of it; the loop itself calls `backward()`.
+    """A loss with all that the training loop needs of it; the loop itself calls `backward()`."""
 
-    precision: gives the context that the model's forward pass runs in (autocast or nothing).
-    headline: the metrics that the console shows of an evaluation.
-    """
-
-    headline: tuple[str, ...]
+    headline: tuple[str, ...]  # metrics that the console shows of an evaluation
 
     def __init__(
         self,
         config: Config,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
-        precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        precision: Precision = contextlib.nullcontext,
     ):
         self.config, self.tokenizer, self.model, self.precision = config, tokenizer, model, precision
         self.pad_token_id = choose_pad_token_id(tokenizer, model.config)
         self.rows = encoder(config, tokenizer)
 
-    def start(self, run: Run) -> None:
+    def start(self, trainer: LoadedTrainer) -> None:
         """Called once, when model and optimizer are as training starts or continues from them."""
 
     def batch(self, examples: Sequence[Example]) -> Batch:
@@ -80,8 +76,8 @@ class Objective:
             batch_size=self.config.eval_batch_size,
             stop=stop,
         )
-        told = zip(examples, completions, strict=True)
-        return [{"prompt": e.prompt, "completion": text, "target": e.response} for e, text in told]
+        both = zip(examples, completions, strict=True)
+        return [{"prompt": e.prompt, "completion": text, "target": e.response} for e, text in both]
 
 
 class SFTObjective(Objective):
@@ -91,7 +87,7 @@ class SFTObjective(Objective):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Sums]:
         logps, counted = self.logps(batch)
-        losses = sft_loss(logps, counted, self.config.loss.average_log_prob)
+        losses = sft_loss(logps, counted, bool(self.config.loss.average_log_prob))
         return losses, {"loss": losses.detach().sum(), "nll": -logps.detach().sum(), "counted": counted.sum()}
 
     def metrics(self, meter: Meter, split: str) -> dict[str, float]:
@@ -106,12 +102,13 @@ class PreferenceObjective(Objective):
     headline = ("loss/eval", "rewards_eval/margins", "rewards_eval/accuracies")
     reference: Reference | None = None  # before `start` the policy itself, at its start
 
-    def start(self, run: Run) -> None:
+    def start(self, trainer: LoadedTrainer) -> None:
         if not self.config.loss.reference_free:
-            self.reference = make_reference(run, self)
+            self.reference = make_reference(trainer, self)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Sums]:
         loss = self.config.loss
+        assert loss.beta is not None  # filled in by the configuration
         # the reference first: what it needs is free again before the policy's activations are there
         of_reference = None if self.reference is None else self.reference(batch)
         of_policy, counted = self.logps(batch)
@@ -124,30 +121,26 @@ class PreferenceObjective(Objective):
             reference,
             n_tokens,
             beta=loss.beta,
-            sft_reg=loss.sft_reg,
-            importance_correction=loss.importance_correction,
-            ipo=loss.ipo,
-            ipo_sum=loss.ipo_sum,
-            robust_eps=loss.robust_eps,
+            sft_reg=loss.sft_reg or 0.0,
+            importance_correction=bool(loss.importance_correction),
+            ipo=bool(loss.ipo),
+            ipo_sum=bool(loss.ipo_sum),
+            robust_eps=loss.robust_eps or 0.0,
         )
         rewards = reward_sums(log_ratios(policy, reference), loss.beta)
-        sums = {"loss": losses.detach().sum(), **_named("rewards", rewards)}
-        for group, logps in (("logps", policy), ("logps_ref", reference)):
+        sums = {"loss": losses.detach().sum()} | {f"rewards/{name}": value for name, value in rewards.items()}
+        for name, logps in (("logps", policy), ("logps_ref", reference)):
             if logps is not None:
-                sums |= _named(group, {which: v.detach().sum() for which, v in logps._asdict().items()})
+                sums[f"{name}/chosen"], sums[f"{name}/rejected"] = (v.detach().sum() for v in logps)
         return losses, sums
 
     def metrics(self, meter: Meter, split: str) -> dict[str, float]:
         means = {f"loss/{split}": meter.mean("loss")}
         for name in meter.sums:
-            group, _, which = name.partition("/")
+            kind, _, which = name.partition("/")
             if which:
-                means[f"{group}_{split}/{which}"] = meter.mean(name)
+                means[f"{kind}_{split}/{which}"] = meter.mean(name)
         return means
-
-
-def _named(group: str, sums: Sums) -> Sums:
-    return {f"{group}/{name}": value for name, value in sums.items()}
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"sft": SFTObjective, "dpo": PreferenceObjective}

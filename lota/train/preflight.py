@@ -1,132 +1,175 @@
-"""Everything that can be found out before a model loads: data, tokenizer, mask, and whether the run may
-start.
-"""
+"""What can be found out before a model loads: data, tokenizer, mask, and whether the run may start."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
-from lota.data.batches import Example, batch_order, encoder
+from lota.data.batches import Example, batch_order, encoder, examples_hash
 from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
+from lota.data.task import FindTask, Task
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, trainable_mask
+from lota.models.loading import dtype_of, embedding_rows, load_tokenizer
+from lota.models.policy import is_policy
 from lota.models.scope import find_scope
-from lota.train import save_delta as saving
+from lota.models.weights import open_weights
+from lota.share.delta.format import common_dtype
 from lota.train.lora import lora_targets
-from lota.train.prepared import Prepared
-from lota.train.run_folder import find_resumable, refuse_other
-from lota.train.snip import SnipMask, plan_snip
-from lota.train.structure import check_reference, run_structure, run_tokenizer
+from lota.train.run_folder import Resumable, find_resumable
+from lota.train.run_model import load_run_tokenizer, run_skeleton
+from lota.train.snip import SnipMask, prepare_snip
 from lota.utils import Problems
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: Config, find_task: Callable[[str], Any]) -> Prepared:
+@dataclass
+class Prepared:
+    """What a trainer starts from, found and checked before a model loads."""
+
+    train: list[Example]
+    held_out: list[Example]  # empty if the run never evaluates
+    tokenizer: PreTrainedTokenizerBase
+    skeleton: PreTrainedModel  # the model that will train, on the meta device
+    mask: Mask | None  # None: dense training or LoRA
+    snip: SnipMask | None  # the mask that has to be computed before training
+    seen: dict[str, str | None]  # hashes of the mask and of the data, which every checkpoint holds
+    lengths: list[int] | None  # tokens per training example if batches are grouped by length
+    stop: tuple[str, ...]  # texts that end a sampled completion
+    resumable: Resumable | None  # None: the run starts anew
+
+
+def prepare(config: Config, find_task: FindTask) -> Prepared:
     """Check the run against the files it needs and load its data, before any model loads.
 
-    find_task: gives the task object of a name. Raises one ValueError with all the problems found.
+    Raises one ValueError with all the problems found.
     """
     problems = Problems()
     attempt = problems.attempt
     resumable = attempt(find_resumable, config)
-    tasks = [attempt(with_options, find_task, name, config) for name in config.datasets]
-    tokenizer = attempt(run_tokenizer, config)
-    model = attempt(_checked_structure, config, tokenizer) if tokenizer is not None else None
-    if tokenizer is not None and config.save_delta and not config.debug:
-        attempt(_check_delta, config, tokenizer)
-    if tokenizer is not None and config.loss.on_preferences and not config.loss.reference_free:
-        attempt(check_reference, config, tokenizer)
-    data = attempt(_examples, config, tasks, tokenizer) if tokenizer is not None and all(tasks) else None
-    snip = attempt(plan_snip, config, tokenizer, data[0]) if config.snip and data is not None else None
-    mask = attempt(_mask, config, model, snip) if model is not None else None
+    found = [attempt(with_options, find_task, name, config) for name in config.datasets]
+    tasks = [task for task in found if task is not None]
+    tokenizer = attempt(load_run_tokenizer, config)
+    data = model = snip = mask = None
+    if tokenizer is not None and len(tasks) == len(found):
+        data = attempt(_load_data, config, tasks, tokenizer)
+    if tokenizer is not None:
+        model = attempt(run_skeleton, config, tokenizer)
+    if tokenizer is not None and model is not None:
+        for check in (_check_scope, _check_delta):
+            attempt(check, config, model)
+        attempt(_check_reference, config, model, tokenizer)
+        if config.snip and data is not None:
+            snip = attempt(prepare_snip, config, tokenizer, model, data[0])
+        mask = attempt(_find_mask, config, model, snip)
     problems.refuse()
-    pending = config.snip and mask is None
+    assert tokenizer is not None and model is not None and data is not None
     train, held_out = data
-    seen = {"mask": mask.fingerprint() if mask else None, "data": _content_hash(train)}
-    refuse_other(resumable, str(config.run_dir), {"data": seen["data"]} if pending else seen)
-    return Prepared(
+    prepared = Prepared(
         train=train,
         held_out=held_out,
         tokenizer=tokenizer,
+        skeleton=model,
         mask=mask,
-        seen=seen,
+        snip=snip if mask is None else None,
+        seen={"mask": mask.fingerprint() if mask else None, "data": examples_hash(train)},
         lengths=_lengths(config, tokenizer, train) if config.group_by_length else None,
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
-        snip=snip if pending else None,
     )
+    _refuse_other(prepared)
+    return prepared
 
 
 def add_snip_mask(data: Prepared, config: Config, device: torch.device, check: Callable[[], object]) -> None:
-    """Compute the mask that `prepare` has planned, and let the run train with it.
+    """Compute the mask that `prepare` has prepared, if there is one, and let the run train with it.
 
-    Raises ValueError when a run that is continued was trained with another one. check: see
-    `SnipMask.compute`.
+    Raises ValueError if a run that is continued was trained with another one. check: see `SnipMask.compute`.
     """
-    model = run_structure(config, data.tokenizer)
-    data.mask = _checked_mask(config, model, data.snip.compute(device, check))
-    data.seen["mask"], data.snip = data.mask.fingerprint(), None
-    refuse_other(data.resumable, str(config.run_dir), data.seen)
+    if data.snip is None:
+        return
+    mask = _checked_mask(config, data.skeleton, data.snip.compute(device, check))
+    assert mask is not None
+    data.mask, data.snip, data.seen["mask"] = mask, None, mask.fingerprint()
+    _refuse_other(data)
 
 
-def _examples(config: Config, tasks: Sequence[Any], tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """Training examples and, where the run evaluates, held-out ones."""
+def _refuse_other(data: Prepared) -> None:
+    """Raise ValueError if the run was trained on another mask or other data than is there now."""
+    if data.resumable is None:
+        return
+    known = [key for key in data.seen if not (key == "mask" and data.snip is not None)]
+    changed = [key for key in known if data.resumable.content[key] != data.seen[key]]
+    if changed:
+        raise ValueError(
+            f"run {data.resumable.folder.parent} was trained with another {' and other '.join(changed)} "
+            "under the same name; use another exp_name, or overwrite=true to start anew"
+        )
+
+
+# Data
+
+
+def _load_data(
+    config: Config, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example]]:
+    """Training examples and, if the run evaluates, held-out ones."""
     prompter = Prompter(tokenizer, config.chat_template)
     train = load_examples(tasks, "train", config, prompter)
-    steps = [len(rows) for *_, rows in batch_order(config, len(train), None)]
+    steps = [len(batch.rows) for batch in batch_order(config, len(train), None)]
     if not steps:
         raise ValueError(f"fast_forward={config.fast_forward} skips the whole run of {len(train)} examples")
-    if 0 < len(steps) <= config.warmup_steps:
+    if len(steps) <= config.warmup_steps:
         logger.warning(
             "warmup_steps=%d, but the run has %d steps: lr=%g is never reached",
             config.warmup_steps,
             len(steps),
             config.lr,
         )
-    asked = config.do_first_eval or config.eval_every <= sum(steps)
-    return train, load_held_out(tasks, config, prompter) if asked else []
+    evaluates = config.do_first_eval or config.eval_every <= sum(steps)
+    return train, load_held_out(tasks, config, prompter) if evaluates else []
 
 
-def _lengths(config: Config, tokenizer: Any, examples: Sequence[Example]) -> list[int]:
+def _lengths(config: Config, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
     """Tokens of every example's longest row, cut as in training."""
     return [max(map(len, rows)) for rows in map(encoder(config, tokenizer), examples)]
 
 
-def _check_delta(config: Config, tokenizer: Any) -> None:
-    saving.check_run(config, run_structure(config, tokenizer))
+# Model and mask
 
 
-def _content_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 of the texts: a continued run must see the rows that it started with."""
-    digest = hashlib.sha256()
-    for example in examples:
-        texts = [example.prompt, example.response]
-        digest.update(json.dumps(texts if example.rejected is None else [*texts, example.rejected]).encode())
-    return digest.hexdigest()
+def _check_scope(config: Config, model: PreTrainedModel) -> None:
+    """Log which weights masks are chosen over, per role, and what LoRA adapts of them.
 
-
-def _checked_structure(config: Config, tokenizer: Any) -> nn.Module:
-    """Names and shapes of the model that will train; shows the scope."""
-    model = run_structure(config, tokenizer)
-    show_scope(model, config.model.scope, config.model.block_name)
+    Raises ValueError for a block that the model does not have, and if LoRA fits nothing.
+    """
+    scope = find_scope(model, config.model.scope, config.model.block_name)
+    total = sum(p.numel() for p in model.parameters())
+    inside = sum(tensor.numel for tensor in scope.values())
+    logger.info("mask scope: %d tensors, %s of %s weights", len(scope), f"{inside:,}", f"{total:,}")
+    for role in dict.fromkeys(tensor.role for tensor in scope.values()):
+        tensors = {name: tensor for name, tensor in scope.items() if tensor.role == role}
+        kinds = sorted({name.rpartition(f".{tensor.layer}.")[2] for name, tensor in tensors.items()})
+        entries = sum(tensor.numel for tensor in tensors.values())
+        logger.info("  %s: %s entries in %s", role, f"{entries:,}", ", ".join(kinds))
     if config.adapter.name == "lora":
-        show_adapted(model, config)
-    return model
+        adapted, frozen = lora_targets(model, config.model.scope, config.model.block_name)
+        logger.info("LoRA of rank %d on %d linear layers", config.lora_rank, len(adapted))
+        if frozen:
+            why = "  frozen, as peft adapts linear layers only: %d tensors (%s ...)"
+            logger.info(why, len(frozen), frozen[0])
 
 
-def _mask(config: Config, model: nn.Module, snip: SnipMask | None) -> Mask | None:
-    """The mask of the run's file, or the stored one of snip; None for dense training and where snip has none
-    yet.
+def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) -> Mask | None:
+    """The mask of the run's file, or the stored one of snip=true; None for dense training, and if snip=true
+    has stored none yet.
     """
     if not config.snip:
         return _checked_mask(config, model, mask_or_dense(config.mask_path))
@@ -134,7 +177,7 @@ def _mask(config: Config, model: nn.Module, snip: SnipMask | None) -> Mask | Non
     return None if stored is None else _checked_mask(config, model, stored)
 
 
-def _checked_mask(config: Config, model: nn.Module, mask: Mask | None) -> Mask | None:
+def _checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> Mask | None:
     """The mask to train with, checked against the model's names and shapes."""
     protect = [Mask.load(path) for path in config.protect_masks]
     if config.flip_mask and mask is None:
@@ -160,24 +203,48 @@ def _checked_mask(config: Config, model: nn.Module, mask: Mask | None) -> Mask |
         ) from error
 
 
-def show_adapted(model: nn.Module, config: Config) -> None:
-    """Log what LoRA adapts and what of the scope it leaves frozen; ValueError where it fits nothing."""
-    adapted, frozen = lora_targets(model, config.model.scope, config.model.block_name)
-    logger.info("LoRA of rank %d on %d linear layers", config.lora_rank, len(adapted))
-    if frozen:
-        logger.info(
-            "  frozen, as peft adapts linear layers only: %d tensors (%s ...)", len(frozen), frozen[0]
+# Delta and reference
+
+
+def _check_delta(config: Config, model: PreTrainedModel) -> None:
+    """Raise ValueError if the run's result would differ from its base in more than what it trains."""
+    if not config.save_delta or config.debug:
+        return
+    base = config.model.archive or config.model.name_or_path
+    source = open_weights(base, model)
+    grown = [n for n, p in model.named_parameters() if n in source and source.shape(n) != tuple(p.shape)]
+    if grown:
+        raise ValueError(
+            f"save_delta=true: model.pad_token={config.model.pad_token} gives {grown[0]} rows that {base} "
+            "does not have; use model.pad_token=null (padding with an existing token), or save_delta=false"
+        )
+    policy, stored = dtype_of(config.model.policy_dtype), {source.dtype(name) for name in source.names()}
+    lossy = sorted(str(dtype) for dtype in stored if common_dtype(policy, dtype) != policy)
+    if lossy:
+        raise ValueError(
+            f"save_delta=true: model.policy_dtype={config.model.policy_dtype} cannot hold the {lossy[0]} "
+            f"weights of {base}, which would all change; use model.policy_dtype=float32, or save_delta=false"
         )
 
 
-def show_scope(model: nn.Module, pattern: str | None, block_name: str | None = None) -> None:
-    """Log which weights masks are chosen over: tensors and entries per role."""
-    scope = find_scope(model, pattern, block_name)
-    total = sum(p.numel() for p in model.parameters())
-    inside = sum(torch.Size(t.shape).numel() for t in scope.values())
-    logger.info("mask scope: %d tensors, %s of %s weights", len(scope), f"{inside:,}", f"{total:,}")
-    for role in dict.fromkeys(t.role for t in scope.values()):
-        names = [name for name, t in scope.items() if t.role == role]
-        kinds = sorted({name.rpartition(f".{scope[name].layer}.")[2] for name in names})
-        entries = sum(torch.Size(scope[name].shape).numel() for name in names)
-        logger.info("  %s: %s entries in %s", role, f"{entries:,}", ", ".join(kinds))
+def _check_reference(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a reference model that is not there, or whose token ids are not the policy's."""
+    archive = config.model.reference_archive
+    if archive is None or not config.loss.on_preferences or config.loss.reference_free:
+        return
+    reference = run_skeleton(config, tokenizer, "reference_archive")
+    rows, own_rows = embedding_rows(reference), embedding_rows(model)
+    try:
+        theirs = None if is_policy(archive) else _vocabulary(load_tokenizer(archive), config)
+    except ValueError:  # it has no tokenizer of its own
+        theirs = None
+    if rows != own_rows if theirs is None else theirs != _vocabulary(tokenizer, config):
+        raise ValueError(
+            f"model.reference_archive={archive} has another vocabulary ({rows} rows) than the policy "
+            f"({own_rows} rows): give a reference that shares the policy's tokenizer"
+        )
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, int]:
+    """Token -> id, without the pad token that the run may add."""
+    return {token: i for token, i in tokenizer.get_vocab().items() if token != config.model.pad_token}

@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -167,15 +166,3 @@ def find_resumable(config: Config) -> Resumable | None:
         logger.info("%s: no checkpoint yet, starting from the beginning", folder.path)
         return None
     return Resumable(*newest)
-
-
-def refuse_other(resumable: Resumable | None, what: str, seen: Mapping[str, str | None]) -> None:
-    """Raise ValueError when the run was trained on another mask or other data than is there now."""
-    if resumable is None:
-        return
-    changed = [key for key, value in seen.items() if resumable.content[key] != value]
-    if changed:
-        raise ValueError(
-            f"run {what} was trained with another {' and other '.join(changed)} under the same name; "
-            "use another exp_name, or overwrite=true to start anew"
-        )

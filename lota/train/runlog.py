@@ -16,8 +16,6 @@ import torch
 from tqdm import tqdm
 
 from lota.config import Config
-from lota.system import versions
-from lota.utils import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,40 +39,36 @@ class _TqdmHandler(logging.Handler):
 
 
 class RunLog:
-    """Metrics of one run: a line of JSON per call of `log`, a progress bar, and wandb where enabled.
+    """Metrics of one run: a line of JSON per call of `log`, a progress bar, and wandb if it is enabled.
 
     examples: examples seen when the run starts; lines of metrics.jsonl beyond it, written by a run that was
     killed after its last checkpoint, are dropped.
     """
 
-    def __init__(
-        self, run_dir: Path, *, total_examples: int, examples: int = 0, wandb: Any = None, name: str = ""
-    ):
-        self.path = run_dir / "metrics.jsonl"
-        self.samples_path = run_dir / "samples.jsonl"
+    def __init__(self, config: Config, folder: Path, total_examples: int, examples: int):
+        self.path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
         _keep_lines_until(self.path, examples)
         _keep_lines_until(self.samples_path, examples)
+        name = config.exp_name
         self.bar = tqdm(total=total_examples, initial=examples, unit="ex", desc=name, dynamic_ncols=True)
-        self.wandb = None
-        if wandb is not None:
-            self.wandb = _start_wandb(wandb, run_dir, name)
-        self.last: dict[str, Any] = {}
+        self.wandb = _start_wandb(config, folder) if config.wandb.enabled and not config.debug else None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line; values are Python numbers."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        self.last |= metrics
         if self.wandb is not None:
             self.wandb.log(metrics)
-        shown = {
-            "loss": f"{metrics['loss/train']:.3f}" if "loss/train" in metrics else None,
-            "lr": f"{metrics['lr']:.1e}" if "lr" in metrics else None,
-            "tok/s": f"{metrics['tokens_per_second']:.0f}" if "tokens_per_second" in metrics else None,
-            "mem": f"{metrics['peak_memory_bytes'] / 2**30:.2f}G" if "peak_memory_bytes" in metrics else None,
-        }
-        if shown["loss"]:
-            self.bar.set_postfix({key: value for key, value in shown.items() if value}, refresh=False)
+        if "loss/train" in metrics:
+            self.bar.set_postfix(
+                {
+                    "loss": f"{metrics['loss/train']:.3f}",
+                    "lr": f"{metrics['lr']:.1e}",
+                    "tok/s": f"{metrics['tokens_per_second']:.0f}",
+                    "mem": f"{metrics['peak_memory_bytes'] / 2**30:.2f}G",
+                },
+                refresh=False,
+            )
 
     def advance(self, examples: int) -> None:
         """Move the progress bar."""
@@ -92,27 +86,19 @@ class RunLog:
             self.wandb.finish()
 
 
-def open_log(config: Config, folder: Path, total_examples: int, examples: int) -> RunLog:
-    """The log of a run in `folder` that has seen `examples` of its examples."""
-    wandb = None
-    if config.wandb.enabled and not config.debug:
-        wandb = {**asdict(config.wandb), "config": asdict(config)}
-    return RunLog(folder, total_examples=total_examples, examples=examples, wandb=wandb, name=config.exp_name)
-
-
-def _start_wandb(settings: dict[str, Any], run_dir: Path, name: str) -> Any:
-    import wandb as client  # optional, and slow to import
+def _start_wandb(config: Config, folder: Path) -> Any:
+    import wandb  # optional, and slow to import
 
     try:
-        return client.init(
-            entity=settings["entity"],
-            project=settings["project"],
-            mode=settings["mode"],
-            name=name,
-            dir=str(run_dir),
-            config=settings["config"],
+        return wandb.init(
+            entity=config.wandb.entity,
+            project=config.wandb.project,
+            mode=config.wandb.mode,  # type: ignore[arg-type]  # one of its choices, by the settings' check
+            name=config.exp_name,
+            dir=str(folder),
+            config=asdict(config),
         )
-    except client.Error as error:
+    except wandb.Error as error:
         raise ValueError(
             f"wandb.enabled=true: {error}. Log in with `wandb login`, or set wandb.mode=offline"
         ) from error
@@ -130,10 +116,6 @@ def _keep_lines_until(path: Path, examples: int) -> None:
         if row["examples"] <= examples:
             kept.append(line)
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def write_versions(run_dir: Path, device: torch.device) -> None:
-    write_json(run_dir / "versions.json", versions(device))
 
 
 class Meter:

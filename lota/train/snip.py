@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Example
@@ -21,8 +23,7 @@ from lota.masks.extract.select import Quota, Rule, select
 from lota.models.hashing import content_hash
 from lota.models.pair import open_pair
 from lota.models.policy import is_policy
-from lota.train.saliency_data import SaliencyData, collect, first_batches
-from lota.train.structure import run_structure
+from lota.train.saliency_gradients import SaliencyData, collect, first_batches
 from lota.utils import key_differences, set_aside
 
 logger = logging.getLogger(__name__)
@@ -83,22 +84,27 @@ class SnipMask:
         return mask
 
 
-def plan_snip(config: Config, tokenizer: Any, examples: Sequence[Example]) -> SnipMask:
-    """Check that the mask can be had, and what decides it.
+def prepare_snip(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    skeleton: nn.Module,
+    examples: Sequence[Example],
+) -> SnipMask:
+    """Check that the mask can be had, and find what decides it.
 
-    Raises ValueError where the scope or the protected masks leave no room for it.
+    skeleton: the model that will train, on the meta device. Raises ValueError if the scope or the protected
+    masks leave no room for the mask.
     """
     archive = config.model.archive
-    model = config.model.name_or_path if archive is None or is_policy(archive) else None
     pair = open_pair(
         archive or config.model.name_or_path,
         scope=config.model.scope,
-        model=model,
+        model=config.model.name_or_path if archive is None or is_policy(archive) else None,
         needs=SALIENCIES["snip"].needs,
         block_name=config.model.block_name,
     )
-    structure = dict(run_structure(config, tokenizer).named_parameters())
-    grown = [name for name, tensor in pair.scope.items() if tuple(structure[name].shape) != tensor.shape]
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    grown = [name for name, tensor in pair.scope.items() if shapes[name] != tensor.shape]
     if grown:
         raise ValueError(
             f"snip=true with model.pad_token={config.model.pad_token}: {grown[0]} grows by it; leave it out "
@@ -106,9 +112,13 @@ def plan_snip(config: Config, tokenizer: Any, examples: Sequence[Example]) -> Sn
         )
     protect = [Mask.load(path) for path in config.protect_masks]
     quota = Quota(pair, [config.snip_sparsity], Rule("snip", protect=protect))
-    size = config.batch_size // config.gradient_accumulation_steps
-    n_batches = config.snip_batches * config.gradient_accumulation_steps
-    data = first_batches(config, tokenizer, examples, n_batches, size)
+    data = first_batches(
+        config,
+        tokenizer,
+        examples,
+        n_batches=config.snip_batches * config.gradient_accumulation_steps,
+        size=config.batch_size // config.gradient_accumulation_steps,
+    )
     narrow = config.model.fsdp_policy_mp == "bfloat16"  # as weights are held under a mask
     data.dtype = "bfloat16" if narrow else config.model.policy_dtype
     key = {

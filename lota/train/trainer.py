@@ -6,44 +6,66 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lota.config import Config
 from lota.config_checks import unused_settings
-from lota.data.batches import Example, batch_order
-from lota.models.loading import dtype_of, enable_activation_checkpointing, load_model
-from lota.models.scope import meta_model
+from lota.data.batches import Batch, Example, ScheduledBatch, batch_order
+from lota.data.task import FindTask
+from lota.models.loading import dtype_of, enable_activation_checkpointing
 from lota.models.weights import WeightSource, open_weights
 from lota.optim.fused import fuse_in_backward
 from lota.optim.masked import MaskedOptimizer
 from lota.optim.optimizers import OPTIMIZERS
 from lota.optim.schedule import learning_rate
-from lota.system import peak_memory_bytes, reset_peak_memory
-from lota.train import lora as adapter
-from lota.train.checkpoint import Progress, fill_masters, policy_state, save_checkpoint, set_random_state
+from lota.system import peak_memory_bytes, reset_peak_memory, versions
+from lota.train import lora
+from lota.train.checkpoint import (
+    Progress,
+    fill_masters,
+    policy_state,
+    save_checkpoint,
+    save_delta,
+    set_random_state,
+)
 from lota.train.interrupt import Interrupted, StopBetweenSteps
-from lota.train.objectives import OBJECTIVES
-from lota.train.preflight import add_snip_mask, prepare
-from lota.train.prepared import Prepared
+from lota.train.objectives import OBJECTIVES, Objective
+from lota.train.preflight import Prepared, add_snip_mask, prepare
 from lota.train.run_folder import RunFolder
-from lota.train.runlog import Meter, open_log, write_versions
-from lota.train.save_delta import save_delta
+from lota.train.run_model import load_run_model
+from lota.train.runlog import Meter, RunLog
+from lota.utils import write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run: `Trainer(config, find_task).train()`. What can be refused is refused before the model
-    loads.
+    """One run: `Trainer(config, find_task).train()`. Everything that can be checked before the model loads is
+    checked by the constructor.
     """
 
-    def __init__(self, config: Config, find_task: Callable[[str], Any]):
+    # set by `load`
+    model: PreTrainedModel
+    lora: PeftModel | None
+    optimizer: MaskedOptimizer  # fused: a backward pass updates the weights
+    objective: Objective
+    total_steps: int
+    total_examples: int
+    # set by `train`
+    folder: RunFolder
+    log: RunLog
+    lr: float
+
+    def __init__(self, config: Config, find_task: FindTask):
         self.check_processes()
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +74,8 @@ class Trainer:
         self.data: Prepared = prepare(config, find_task)
         self.progress = Progress()
         self.stop = StopBetweenSteps()
-        self.metrics: dict[str, float] = {}
+        self.meter = Meter()
+        self.metrics: dict[str, float] = {}  # the newest value of each key of metrics.jsonl
 
     # Where weights live
 
@@ -69,25 +92,23 @@ class Trainer:
         dtype = dtype_of(self.config.model.policy_dtype)
         base = self.base() if self.working_dtype.itemsize < dtype.itemsize else None
         if self.lora is not None:
-            return adapter.merged_state(self.model, dtype, base)
+            return lora.merged_state(self.model, dtype, base)
         return policy_state(self.model, self.optimizer, dtype, base)
 
     def base(self) -> WeightSource:
         """The weights that training starts from, on disk."""
-        model = self.config.model
-        plain = self.model if self.lora is None else meta_model(model.name_or_path)
-        return open_weights(model.archive or model.name_or_path, plain)
+        return open_weights(self.config.model.archive or self.config.model.name_or_path, self.data.skeleton)
 
     @property
     def working_dtype(self) -> torch.dtype:
-        """bf16 weights where model.fsdp_policy_mp=bfloat16 and what trains is held in fp32 beside them (a
-        mask's masters, LoRA's matrices), else policy_dtype.
+        """bf16 if model.fsdp_policy_mp=bfloat16 and what trains is held in fp32 beside the weights (a mask's
+        masters, LoRA's matrices), else policy_dtype.
         """
         beside = self.data.mask is not None or self.config.adapter.name == "lora"
         narrow = beside and self.config.model.fsdp_policy_mp == "bfloat16"
         return torch.bfloat16 if narrow else dtype_of(self.config.model.policy_dtype)
 
-    def precision(self) -> contextlib.AbstractContextManager:
+    def precision(self) -> contextlib.AbstractContextManager[object]:
         """Autocast for dense training and LoRA in mixed precision."""
         if self.data.mask is None and self.config.model.fsdp_policy_mp == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
@@ -96,125 +117,133 @@ class Trainer:
     # Setup
 
     def load(self) -> None:
-        """Model, optimizer and position: from the base, or from the checkpoint that is continued."""
+        """Model, optimizer and objective as training starts, or as the checkpoint has left them."""
         config, resumable = self.config, self.data.resumable
+        add_snip_mask(self.data, config, self.device, self.stop.check)
         torch.manual_seed(config.seed)
-        self.model = load_model(
-            config.model.name_or_path,
-            archive=self._archive(),
-            dtype=self.working_dtype,
-            device=self.device,
-            pad_token=config.model.pad_token,
-            tokenizer=self.data.tokenizer,
-        )
-        self.lora = adapter.adapt(self.model, config, resumable.folder if resumable else None)
+        archive: str | Path | None = config.model.archive
+        if resumable is not None and config.adapter.name != "lora":
+            archive = resumable.folder / "policy.pt"  # LoRA continues from the base and the saved adapter
+        self.model = load_run_model(config, self.data.tokenizer, archive, self.working_dtype, self.device)
+        self.lora = lora.adapt(self.model, config, resumable.folder if resumable else None)
         if config.activation_checkpointing:
             enable_activation_checkpointing(self.model)
         self.model.train()
         settings = config.optimizer_settings
-        self.optimizer: MaskedOptimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **settings)
+        self.optimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **settings)
         fuse_in_backward(self.optimizer, config.gradient_accumulation_steps)
-        if resumable is None:
-            if self.working_dtype != torch.float32:
-                fill_masters(self.optimizer, self.base())
-        else:
+        if resumable is not None:
             self.optimizer.load_state_dict(resumable.content["optimizer"])
             self.progress = Progress(**resumable.content["progress"])
             set_random_state(resumable.content["random"])
-        objective = OBJECTIVES[config.loss.name]
-        self.objective = objective(config, self.data.tokenizer, self.model, self.precision)
+        elif self.working_dtype != torch.float32:
+            fill_masters(self.optimizer, self.base())
+        self.objective = OBJECTIVES[config.loss.name](config, self.data.tokenizer, self.model, self.precision)
         self.objective.start(self)
-        n_rows, lengths = len(self.data.train), self.data.lengths
-        batches = [len(rows) for *_, rows in batch_order(config, n_rows, lengths)]
-        self.total_steps, self.total_examples = len(batches), sum(batches)
+        order = batch_order(config, len(self.data.train), self.data.lengths)
+        sizes = [len(batch.rows) for batch in order]
+        self.total_steps, self.total_examples = len(sizes), sum(sizes)
 
-    def _archive(self) -> str | Path | None:
-        """Weights to load instead of the base's; LoRA continues from the base and the saved adapter."""
-        if self.data.resumable is None or self.config.adapter.name == "lora":
-            return self.config.model.archive
-        return self.data.resumable.folder / "policy.pt"
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        """The model loaded and the log open; what a run that is asked to stop has learnt is saved."""
+        reset_peak_memory(self.device)
+        self.load()
+        write_json(self.folder.path / "versions.json", versions(self.device))
+        if self.data.resumable is not None:
+            logger.info("continuing %s after %d examples", self.data.resumable.folder, self.progress.examples)
+        self.log = RunLog(self.config, self.folder.path, self.total_examples, self.progress.examples)
+        try:
+            yield
+        except Interrupted:
+            if self.progress.step == 0:
+                logger.info("stopped before the first step: there is nothing to save")
+            else:
+                logger.info("stopped; saved %s. The same command resumes.", self.save())
+            raise
+        finally:
+            self.log.close()
 
     # The loop
 
     def train(self) -> Path | None:
         """Run to the end; returns the last checkpoint. Raises Interrupted after saving when asked to stop."""
-        config, resumable = self.config, self.data.resumable
+        resumable = self.data.resumable
         if resumable is not None and resumable.finished:
             done = "%s is already finished: %s (overwrite=true starts anew)"
-            logger.info(done, config.run_dir, resumable.folder)
+            logger.info(done, self.config.run_dir, resumable.folder)
             return resumable.folder
-        with self.stop, RunFolder(config, replaces=resumable is None) as self.folder:
-            reset_peak_memory(self.device)
-            if self.data.snip is not None:
-                add_snip_mask(self.data, self.config, self.device, self.stop.check)
-            self.load()
-            write_versions(self.folder.path, self.device)
-            if resumable is not None:
-                logger.info("continuing %s after %d examples", resumable.folder, self.progress.examples)
-            self.log = open_log(config, self.folder.path, self.total_examples, self.progress.examples)
-            try:
-                return self._run()
-            except Interrupted:
-                self._save_before_stopping()
-                raise
-            finally:
-                self.log.close()
+        last = None
+        with self.stop, RunFolder(self.config, replaces=resumable is None) as self.folder, self.loaded():
+            if self.config.do_first_eval and self.progress.step == 0:
+                self.evaluate()
+            self.meter.reset()
+            for batch in self.batches():
+                self.set_learning_rate()
+                for part in self.parts(batch):
+                    self.loss(part, len(batch.rows)).backward()
+                self.optimizer.step()  # what had to wait for the end of the backward pass
+                self.count(batch)
+                self.log_step()
+                with self.meter.paused():
+                    if self.evaluation_is_due(batch):
+                        self.evaluate()
+                    if self.checkpoint_is_due(batch):
+                        last = self.save()
+                if not self.progress.finished:
+                    self.stop.check()
+        return last
 
-    def _save_before_stopping(self) -> None:
-        if self.progress.step == 0:
-            logger.info("stopped before the first step: there is nothing to save")
-            return
-        logger.info("stopped; saved %s. Give the same command again to continue.", self.save())
-
-    def _run(self) -> Path | None:
-        config, progress = self.config, self.progress
-        folder = None
-        if config.do_first_eval and progress.step == 0:
-            self.evaluate()
-        self.meter = Meter()
-        start = None if progress.step == 0 else progress.batch
-        batches = batch_order(
-            config, len(self.data.train), self.data.lengths, progress.epoch, start, progress.examples
+    def batches(self) -> Iterator[ScheduledBatch]:
+        """The batches still to come."""
+        now = self.progress
+        start = None if now.step == 0 else now.batch
+        return batch_order(
+            self.config, len(self.data.train), self.data.lengths, now.epoch, start, now.examples
         )
-        for epoch, index, last_of_epoch, rows in batches:
-            before = progress.examples
-            self.step([self.data.train[i] for i in rows])
-            progress.advance(epoch, index, last_of_epoch, len(rows))
-            progress.finished = progress.step == self.total_steps
-            self.log_step(len(rows))
-            with self.meter.paused():
-                if self._crossed(before, config.eval_every) or (progress.finished and self.data.held_out):
-                    self.evaluate()
-                if progress.finished or self._save_is_due(before, last_of_epoch):
-                    folder = self.save()
-            if not progress.finished:
-                self.stop.check()
-        return folder
-
-    def step(self, examples: Sequence[Example]) -> None:
-        """One optimizer step: learning rate, then backward for each part of the batch, which also updates."""
-        self.set_learning_rate()
-        size = self.config.batch_size // self.config.gradient_accumulation_steps
-        for start in range(0, len(examples), size):
-            batch = self.objective.batch(examples[start : start + size])
-            losses, sums = self.objective.losses(batch)
-            (losses.sum() / len(examples)).backward()
-            self.meter.add(sums, examples=len(losses), tokens=batch.n_tokens)
-        self.optimizer.step()
 
     def set_learning_rate(self) -> None:
-        config = self.config
         self.lr = learning_rate(
             self.progress.step,
-            peak=config.lr,
-            scheduler=config.lr_scheduler,
-            warmup_steps=config.warmup_steps,
+            peak=self.config.lr,
+            scheduler=self.config.lr_scheduler,
+            warmup_steps=self.config.warmup_steps,
             total_steps=self.total_steps,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
+    def parts(self, batch: ScheduledBatch) -> Iterator[Batch]:
+        """The batch as tensors, in `gradient_accumulation_steps` parts."""
+        examples = [self.data.train[i] for i in batch.rows]
+        return self.tensors(examples, self.config.batch_size // self.config.gradient_accumulation_steps)
+
+    def tensors(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+        for start in range(0, len(examples), size):
+            yield self.objective.batch(examples[start : start + size])
+
+    def loss(self, part: Batch, n_examples: int) -> Tensor:
+        """The part's share in the mean loss of the batch's n_examples; what the log shows joins the meter."""
+        losses, sums = self.objective.losses(part)
+        self.meter.add(sums, examples=len(losses), tokens=part.n_tokens)
+        return losses.sum() / n_examples
+
+    def count(self, batch: ScheduledBatch) -> None:
+        """A step on the batch was made."""
+        self.progress.advance(batch)
+        self.progress.finished = self.progress.step == self.total_steps
+        self.log.advance(len(batch.rows))
+
     # Evaluation and logging
+
+    def evaluation_is_due(self, batch: ScheduledBatch) -> bool:
+        due = self.progress.finished or self._crossed(batch, self.config.eval_every)
+        return due and bool(self.data.held_out)
+
+    def _crossed(self, batch: ScheduledBatch, every: int) -> bool:
+        """Whether this batch brought the number of examples to a multiple of `every`, or across one."""
+        now = self.progress.examples
+        return now // every > (now - len(batch.rows)) // every
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -223,25 +252,22 @@ class Trainer:
         """
         self.model.eval()
         meter = Meter()
-        size = self.config.eval_batch_size
-        for start in range(0, len(self.data.held_out), size):
-            batch = self.objective.batch(self.data.held_out[start : start + size])
+        for batch in self.tensors(self.data.held_out, self.config.eval_batch_size):
             losses, sums = self.objective.losses(batch)
             meter.add(sums, examples=len(losses), tokens=batch.n_tokens)
             if not self.progress.finished:  # the last evaluation is part of a finished run
                 self.stop.check()
         metrics = self.objective.metrics(meter, "eval")
         self.write(metrics)
-        told = ", ".join(f"{key} {metrics[key]:.4f}" for key in self.objective.headline)
-        logger.info("held-out after %d examples: %s", self.progress.examples, told)
+        shown = ", ".join(f"{key} {metrics[key]:.4f}" for key in self.objective.headline)
+        logger.info("held-out after %d examples: %s", self.progress.examples, shown)
         if self.config.sample_during_eval:
             examples = self.data.held_out[: self.config.n_eval_model_samples]
             self.log.samples(self.progress.examples, self.objective.complete(examples, self.data.stop))
         self.model.train()
 
-    def log_step(self, examples: int) -> None:
-        """Move the bar; write a line when enough time has passed, and for the first and last step."""
-        self.log.advance(examples)
+    def log_step(self) -> None:
+        """Write a line when enough time has passed, and for the first and last step."""
         due = self.meter.seconds >= self.config.minimum_log_interval_secs
         if not (due or self.progress.step == 1 or self.progress.finished):
             return
@@ -259,6 +285,7 @@ class Trainer:
             )
 
     def write(self, metrics: dict[str, float]) -> None:
+        """Write a line of metrics.jsonl."""
         line = {"examples": self.progress.examples, "step": self.progress.step, **metrics}
         line["trained_entries"] = self.optimizer.n_trained
         line["peak_memory_bytes"] = peak_memory_bytes(self.device)
@@ -267,14 +294,13 @@ class Trainer:
 
     # Checkpoints
 
-    def _crossed(self, before: int, every: int) -> bool:
-        return bool(self.data.held_out) and self.progress.examples // every > before // every
-
-    def _save_is_due(self, before: int, last_of_epoch: bool) -> bool:
+    def checkpoint_is_due(self, batch: ScheduledBatch) -> bool:
         unit, every = self.config.save_interval
+        if self.progress.finished:
+            return True
         if unit == "epoch":
-            return last_of_epoch and self.progress.epoch % every == 0
-        return self.progress.examples // every > before // every
+            return batch.last_of_epoch and self.progress.epoch % every == 0
+        return self._crossed(batch, every)
 
     def save(self) -> Path | None:
         """Write the checkpoint of this moment: epoch-N/ at the end of an epoch, else step-<examples>/."""
@@ -284,6 +310,12 @@ class Trainer:
         folder = self.config.run_dir / self.progress.folder_name(by_epoch)
         if not all(values.isfinite().all() for _, _, values in self.optimizer.kept_values()):
             self.check_finite(math.nan)
+
+        def write_more(temporary: Path) -> None:
+            lora.save(self.lora, temporary)
+            if self.config.save_delta:
+                save_delta(self.config, self.data.mask, temporary, folder)
+
         self.stop.saving = True
         save_checkpoint(
             folder,
@@ -292,14 +324,8 @@ class Trainer:
             progress=self.progress,
             metrics=self.metrics,
             seen=self.data.seen,
-            more=partial(self.save_more, folder),
+            write_more=write_more,
         )
         self.folder.keep()
         self.stop.saving = False
         return folder
-
-    def save_more(self, name: Path, folder: Path) -> None:
-        """What lies beside policy.pt in `folder`, which will be called `name`."""
-        adapter.save(self.lora, folder)
-        if self.config.save_delta:
-            save_delta(self.config, self.data.mask, folder, name)

@@ -14,16 +14,18 @@ from itertools import chain
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lota.config import Config, ModelConfig
 from lota.config_checks import CHAT_TEMPLATES
 from lota.data.batches import Example, encoded_hash_and_lengths, encoder, epoch_batches
 from lota.data.examples import load_examples, with_options
 from lota.data.prompts import Prompter
+from lota.data.task import FindTask
 from lota.masks.extract.gradients import Collected, collect_gradients
-from lota.models.loading import dtype_of, enable_activation_checkpointing, load_model
+from lota.models.loading import dtype_of, enable_activation_checkpointing
 from lota.train.objectives import OBJECTIVES
-from lota.train.structure import run_structure, run_tokenizer
+from lota.train.run_model import load_run_model, load_run_tokenizer, run_skeleton
 from lota.utils import Problems
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class SaliencySettings:
     def tasks(self) -> list[str]:
         return [name.strip() for name in (self.datasets or "").split(",") if name.strip()]
 
-    def config(self, base: str | os.PathLike, structure: str) -> Config:
+    def config(self, base: str | os.PathLike[str], structure: str) -> Config:
         """The settings of a training run that would see the same batches. structure: see lota/pairing.py."""
         keys = ("batch_size", "data_dir", "max_length", "max_prompt_length", "chat_template", "seed")
         model = ModelConfig(
@@ -96,18 +98,14 @@ def data_flags() -> list[tuple[str, Any, str]]:
 
 @dataclass
 class SaliencyData:
-    """The first batches of an epoch, in its order. config: names model, lengths and loss.
+    """The first batches of an epoch, in its order, and how their gradients are computed."""
 
-    dtype: of weights and gradients; score_dtype: of their sums; device: of both, None for a GPU if there is
-    one.
-    """
-
-    config: Config
-    tokenizer: Any
+    config: Config  # names model, lengths and loss
+    tokenizer: PreTrainedTokenizerBase
     batches: list[list[Example]]
-    dtype: str = "float32"
-    score_dtype: str = "float32"
-    device: str | None = None
+    dtype: str = "float32"  # of weights and gradients
+    score_dtype: str = "float32"  # of the sums of gradients
+    device: str | None = None  # of both; None: a GPU if there is one
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -126,7 +124,11 @@ class SaliencyData:
 
 
 def first_batches(
-    config: Config, tokenizer: Any, examples: Sequence[Example], n_batches: int, size: int
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    n_batches: int,
+    size: int,
 ) -> SaliencyData:
     """The first n_batches of `size` examples in the order that training would see; at most all examples."""
     order = epoch_batches(len(examples), size, seed=config.seed, epoch=0)[:n_batches]
@@ -136,23 +138,26 @@ def first_batches(
 
 
 def load_saliency_data(
-    settings: SaliencySettings, find_task: Callable[[str], Any], base: str | os.PathLike, structure: str
+    settings: SaliencySettings, find_task: FindTask, base: str | os.PathLike[str], structure: str
 ) -> SaliencyData:
     """Training examples of the tasks. Raises one ValueError with all problems, before a model loads.
 
-    find_task: gives the task object of a name. base, structure: the model and whose config it has.
+    base, structure: the model and whose config it has.
     """
     problems = Problems()
     attempt = problems.attempt
     problems.found += settings.problems()
     config = attempt(settings.config, base, structure)
+    tasks, tokenizer = [], None
     if config is not None:
         tasks = [attempt(with_options, find_task, name, config) for name in settings.tasks]
-        tokenizer = attempt(run_tokenizer, config)
+        tokenizer = attempt(load_run_tokenizer, config)
         if tokenizer is not None:
-            attempt(run_structure, config, tokenizer)
+            attempt(run_skeleton, config, tokenizer)
     problems.refuse()
-    examples = load_examples(tasks, "train", config, Prompter(tokenizer, config.chat_template))
+    assert config is not None and tokenizer is not None
+    prompter = Prompter(tokenizer, config.chat_template)
+    examples = load_examples([task for task in tasks if task], "train", config, prompter)
     data = first_batches(config, tokenizer, examples, settings.score_batches, config.batch_size)
     data.dtype, data.score_dtype, data.device = settings.dtype, settings.score_dtype, settings.device
     return data
@@ -166,14 +171,8 @@ def collect(
     progress: called with 1 for each batch.
     """
     config = data.config
-    model = load_model(
-        config.model.name_or_path,
-        archive=config.model.archive,
-        dtype=dtype_of(data.dtype),
-        device=data.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        pad_token=config.model.pad_token,
-        tokenizer=data.tokenizer,
-    )
+    device = data.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_run_model(config, data.tokenizer, config.model.archive, dtype_of(data.dtype), device)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
     model.train()
