@@ -7,52 +7,37 @@ import json
 import math
 
 import pytest
-import torch
-import yaml
+import run_folders
 
-from lota.masks import Mask
 from lota.report.method_table import summarize_methods
 from scripts import summarize
 
-TASK = "toy"
+TASK = "toy_sort"
 
 
-def summary(folder, score):
-    """What an evaluation leaves."""
-    (folder / "metrics").mkdir(parents=True)
-    result = {"task": TASK, "metric": "exact_match", "score": score, "stderr": 0.1, "n": 9}
-    (folder / "metrics" / "summary.json").write_text(json.dumps({"tasks": [result]}))
-    return folder
-
-
-def a_run(root, name, score, *, seed, trained=10, **settings):
-    """A run folder as training and evaluation leave it, in miniature."""
-    folder = root / name
-    (folder / "step-5").mkdir(parents=True)
-    settings = {"seed": seed, "lr": 1e-3, "exp_name": name, "model": {"name_or_path": "m"}, **settings}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    common = {"trained_entries": trained}
-    lines = [
-        {"examples": k, "examples_per_second": 10.0 * k, "peak_memory_bytes": k * 2**20, **common}
+def a_run(root, name, score, *overrides, trained=10):
+    """A run folder as training and evaluation leave it; returns its checkpoint."""
+    log = [
+        {
+            "examples": k,
+            "examples_per_second": 10.0 * k,
+            "peak_memory_bytes": k * 2**20,
+            "trained_entries": trained,
+        }
         for k in (1, 2, 3)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "step-5" / "policy.pt").touch()
-    if score is not None:
-        summary(folder / "step-5", score)
+    scores = None if score is None else {TASK: [score]}
+    return run_folders.write_run(root / name, *overrides, log=log, scores=scores) / "epoch-1"
 
 
 @pytest.fixture
 def root(tmp_path):
-    kept = torch.zeros(4, 5, dtype=torch.bool)
-    kept[0, :2] = True
     root = tmp_path / "runs"
     for seed, (dense, lota) in enumerate([(0.5, 0.6), (0.7, 0.65), (0.9, 0.55)]):
-        mask = tmp_path / f"{seed}.pt"
-        Mask.from_dense({"w": kept}, {"score": "task_vector", "sparsity": 0.9}).save(mask)
-        a_run(root, f"fft/seed={seed}", dense, seed=seed)
-        a_run(root, f"lota/seed={seed}", lota, seed=seed, lr=1e-2, mask_path=str(mask), trained=2)
-    a_run(root, "lora", 0.1, seed=7, adapter={"name": "lora"})
+        mask = run_folders.rated_mask(tmp_path / f"{seed}.pt", 0.1, "task_vector", seed)
+        a_run(root, f"fft/seed={seed}", dense, f"seed={seed}")
+        a_run(root, f"lota/seed={seed}", lota, f"seed={seed}", "lr=1e-2", mask, trained=2)
+    a_run(root, "lora", 0.1, "seed=7", "adapter=lora")
     return root
 
 
@@ -69,7 +54,7 @@ def test_mean_and_standard_error_over_seeds(root):
 
 
 def test_a_run_without_a_score_is_left_out_and_named(root, caplog):
-    a_run(root, "fft/seed=3", None, seed=3)
+    a_run(root, "fft/seed=3", None, "seed=3")
     with caplog.at_level("WARNING"):
         rows = summarize_methods(root, TASK)
     assert "fft/seed=3" in caplog.text
@@ -79,16 +64,16 @@ def test_a_run_without_a_score_is_left_out_and_named(root, caplog):
 
 
 def test_learning_rates_are_methods_of_their_own_and_a_seed_counts_once(root):
-    a_run(root, "fft/more", 0.5, seed=0, lr=5e-3)
+    a_run(root, "fft/more", 0.5, "seed=0", "lr=5e-3")
     methods = [row.method for row in summarize_methods(root, TASK)]
     assert {"full fine-tuning, lr=0.001", "full fine-tuning, lr=0.005"} <= set(methods)
-    a_run(root, "fft/again", 0.5, seed=0, lr=5e-3)
+    a_run(root, "fft/again", 0.5, "seed=0", "lr=5e-3")
     with pytest.raises(ValueError, match="more than one run has the same seed"):
         summarize_methods(root, TASK)
 
 
 def test_the_command_writes_table_json_and_csv(root, tmp_path, capsys):
-    base, out = summary(tmp_path / "base", 0.05), tmp_path / "out"
+    base, out = a_run(tmp_path, "base", 0.05), tmp_path / "out"
     summarize.main([str(root), "--task", TASK, "--base", str(base), "--out", str(out)])
     text = (out / "summary.md").read_text()
     assert text.strip() in capsys.readouterr().out

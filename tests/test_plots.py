@@ -16,31 +16,25 @@ from lota.plots import Line, bars, over_examples
 SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
 
-def texts_overlap(figure, artists) -> list[tuple[str, str]]:
-    """Pairs of texts whose boxes on the drawn figure intersect."""
+def check_legible(figure) -> None:
+    """No text of the drawn figure touches another one or is cut off by its edge."""
     figure.draw_without_rendering()
-    shown = [artist for artist in artists if artist.get_text()]
-    boxes = [artist.get_window_extent() for artist in shown]
-    pairs = itertools.combinations(zip(shown, boxes, strict=True), 2)
-    return [(a.get_text(), b.get_text()) for (a, first), (b, second) in pairs if first.overlaps(second)]
-
-
-def outside(figure, artists) -> list[str]:
-    """Texts that the edge of the figure cuts off."""
-    figure.draw_without_rendering()
-    box = figure.bbox
-    found = [(artist.get_text(), artist.get_window_extent()) for artist in artists if artist.get_text()]
-    return [t for t, b in found if b.x0 < box.x0 or b.y0 < box.y0 or b.x1 > box.x1 or b.y1 > box.y1]
-
-
-def ticks(axes) -> list:
-    """Labels of the ticks that are drawn: within the ends of their axis."""
-    found = []
-    for axis in (axes.xaxis, axes.yaxis):
-        low, high = sorted(axis.get_view_interval())
-        labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)  # shared ones stand elsewhere
-        found += [label for place, label in labels if low <= place <= high]
-    return found
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    texts += [figure._suptitle] if figure._suptitle else []
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())  # ticks outside are not drawn
+            labels = zip(
+                axis.get_ticklocs(), axis.get_ticklabels(), strict=False
+            )  # shared ones stand elsewhere
+            texts += [label for place, label in labels if low <= place <= high]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    pairs = itertools.combinations(boxes, 2)
+    assert [(a, b) for (a, first), (b, second) in pairs if first.overlaps(second)] == []
+    edge = figure.bbox
+    inside = [b.x0 >= edge.x0 and b.y0 >= edge.y0 and b.x1 <= edge.x1 and b.y1 <= edge.y1 for _, b in boxes]
+    assert all(inside), [text for (text, _), within in zip(boxes, inside, strict=True) if not within]
 
 
 @pytest.mark.parametrize("ending", list(SIGNATURES))
@@ -78,10 +72,8 @@ def test_names_and_numbers_of_a_heatmap_neither_touch_nor_leave_it(n_rows, n_col
     rows = [f"run_{i}_lota_0.9" for i in range(n_rows)]
     columns = [f"self_attn.q_proj_{i}" for i in range(n_columns)]
     figure = plots.heatmap(values, rows, columns, title="Overlap " * 10, label="IoU", fmt=".1f")
+    check_legible(figure)
     axes = figure.axes[0]
-    every = [*ticks(axes), *axes.texts, figure._suptitle]
-    assert not texts_overlap(figure, every)
-    assert not outside(figure, every)
     assert len(axes.texts) in (0, n_rows * n_columns)
     assert bool(axes.texts) == (n_rows <= 12 and n_columns <= 7)
     named = [label.get_text() for label in axes.get_yticklabels()]
@@ -147,16 +139,8 @@ def test_many_methods_and_sparsities_stay_legible(n):
         f"method {'of a long name ' * 2}{i}": [(s, 90 - i * s, 1.0) for s in sparsities] for i in range(n)
     }
     figure = plots.against_sparsity(curves, label="accuracy (%)", title="Accuracy against sparsity")
+    check_legible(figure)
     axes = figure.axes[0]
-    every = [
-        *ticks(axes),
-        *figure.legends[0].get_texts(),
-        axes.xaxis.label,
-        axes.yaxis.label,
-        figure._suptitle,
-    ]
-    assert not texts_overlap(figure, every)
-    assert not outside(figure, every)
     looks = {
         (c.lines[0].get_color(), c.lines[0].get_marker(), c.lines[0].get_linestyle()) for c in axes.containers
     }

@@ -7,11 +7,7 @@ import json
 import pytest
 
 from tasks.prompts import PROMPTS
-
-
-def chat(*turns: str) -> list[dict]:
-    speakers = ("user", "assistant")
-    return [{"role": speakers[i % 2], "content": turn} for i, turn in enumerate(turns)]
+from tests.test_tasks_chat import said
 
 
 def test_every_form(tmp_path):
@@ -20,15 +16,15 @@ def test_every_form(tmp_path):
         "Why?",
         {"prompt": "Why?", "completion": "not read"},
         {"instruction": "Why?", "input": "", "output": "not read"},
-        {"messages": chat("Why?", "Because.")},
-        {"prompt": chat("Why?")},
+        {"messages": said("Why?", "Because.")},
+        {"prompt": said("Why?")},
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
     ]
     system = {"role": "system", "content": "Be brief."}
     more = [
         {"instruction": "Sum.", "input": "1 2"},
-        {"messages": chat("Who?", "I.", "Why?", "So.")},
-        {"messages": [system, *chat("Who?")]},
+        {"messages": said("Who?", "I.", "Why?", "So.")},
+        {"messages": [system, *said("Who?")]},
     ]
     (tmp_path / "a.json").write_text(json.dumps([*forms, *more], indent=1))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [*forms, *more]))
@@ -55,13 +51,13 @@ def test_every_form(tmp_path):
         ({"instruction": "a", "input": ["b"]}, "field 'input' should be text"),
         ("", "field 'prompt' is empty"),
         ({"messages": []}, "field 'messages' should hold a message of the user's"),
-        ({"messages": chat("a", "b")[1:]}, "field 'messages' should hold a message of the user's"),
-        ({"messages": chat("", "I.")}, "field 'messages' should hold a message of the user's"),
+        ({"messages": said("a", "b")[1:]}, "field 'messages' should hold a message of the user's"),
+        ({"messages": said("", "I.")}, "field 'messages' should hold a message of the user's"),
         (
-            {"messages": [*chat("a"), {"role": "owl", "content": "Hu."}]},
+            {"messages": [*said("a"), {"role": "owl", "content": "Hu."}]},
             r"'messages\[1\].role' should be one of",
         ),
-        ({"conversations": chat("a", "b")[::-1]}, "field 'conversations' should begin with the user's"),
+        ({"conversations": said("a", "b")[::-1]}, "field 'conversations' should begin with the user's"),
     ],
 )
 def test_a_malformed_entry_is_named(tmp_path, entry, words):

@@ -7,116 +7,11 @@ import json
 import pytest
 
 import tasks
-from tasks import TASKS, get_task
-from tasks.base import HubSet, Task, read_rows
+from tasks import get_task
+from tasks.base import Task, read_rows
 
 GSM8K = get_task("gsm8k")
 ROW = {"question": "How many?", "answer": "Two and <<2+3=5>>three is 5.\n#### 5"}
-
-COMPLETIONS = [
-    ("It is 5.\n#### 72", "72"),
-    ("#### 72", "72"),
-    ("####72", "72"),
-    ("5 apples\n####\n72", "72"),
-    ("#### 1,000", "1000"),
-    ("#### 1,234,567.50", "1234567.5"),
-    ("#### 1,00,000", "100000"),
-    ("#### $1,200", "1200"),
-    ("#### -$5", "-5"),
-    ("#### $-5", "-5"),
-    ("#### -7", "-7"),
-    ("#### \u22127", "-7"),
-    ("#### +5", "5"),
-    ("#### -0", "0"),
-    ("#### 3.0", "3"),
-    ("#### 3.", "3"),
-    ("#### .5", "0.5"),
-    ("#### 007", "7"),
-    ("#### 0.10", "0.1"),
-    ("#### 18 dollars", "18"),
-    ("#### 50%", "50"),
-    ("#### **42**", "42"),
-    ("#### = 42", "42"),
-    (
-        "#### 5\nQuestion: more?\n#### 7",
-        "5",
-    ),  # what follows the first answer is a new problem
-    ("#### five, I mean\n#### 7", "7"),
-    ("The answer is 12 or 13", "13"),
-    ("He pays 10-5", "5"),
-    ("(3)-4", "4"),
-    ("16 - 3 = -13", "-13"),
-    ("It takes 2 hours (120 minutes).", "120"),
-    ("numbers 1,2,3", "3"),
-    ("x2", "2"),
-    (r"so \boxed{42} in 7 days", "42"),
-    (r"\boxed{1{,}000}", "1000"),
-    (r"\boxed{\$5}", "5"),
-    (r"\boxed{x} = 3", "3"),
-    ("#### \u0664\u0662", "42"),  # Arabic-Indic digits
-    ("#### \uff14\uff12", "42"),  # fullwidth digits
-    ("5\u00b2", "5"),  # a superscript is no digit
-    ("\u00bd", None),
-    ("inf", None),
-    ("#### inf", None),
-    ("nan", None),
-    ("#### twelve", None),
-    ("no idea", None),
-    ("", None),
-    ("####", None),
-    ("-", None),
-    ("9" * 400, "9" * 400),  # beyond the range of a float
-]
-
-
-@pytest.mark.parametrize(("completion", "expected"), COMPLETIONS)
-def test_gsm8k_extraction(completion: str, expected: str | None):
-    assert GSM8K.extract(completion) == expected
-
-
-@pytest.mark.parametrize("nothing", ["inf", "nan", "no idea", ""])
-def test_no_answer_never_scores(nothing: str):
-    assert GSM8K.score(GSM8K.extract(nothing), "5") == 0.0
-    assert GSM8K.score(None, None) == 0.0
-    assert GSM8K.score("5", "5") == 1.0
-
-
-def test_gsm8k_row():
-    assert GSM8K.prompt(ROW).endswith(GSM8K.closing)
-    assert GSM8K.target(ROW) == "Two and three is 5.\n#### 5"
-    assert GSM8K.gold(ROW) == "5" == GSM8K.extract(GSM8K.target(ROW))
-    assert GSM8K.gold({**ROW, "answer": "#### 1,080"}) == "1080"
-
-
-def test_gsm8k_real_rows(shared):
-    """Every target must be read as its own gold answer, and gold must be the published number."""
-    for split, n in (("train", 7473), ("test", 1319)):
-        rows = GSM8K.load(split, shared / "data")
-        assert len(rows) == n
-        for row in rows:
-            published = float(row["answer"].split("####")[1].replace(",", ""))
-            assert float(GSM8K.gold(row)) == published
-            assert GSM8K.extract(GSM8K.target(row)) == GSM8K.gold(row)
-            assert "<<" not in GSM8K.target(row)
-
-
-def test_alpaca_eval_real_rows(shared):
-    task = get_task("alpaca_eval")
-    rows = task.load("eval", shared / "data")
-    assert len(rows) == 805
-    assert all(
-        task.prompt(row).endswith(task.closing) and row["instruction"] in task.prompt(row) for row in rows
-    )
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_every_listed_task_is_complete(name: str):
-    task = get_task(name)
-    assert task.name == name
-    assert task.version >= 1
-    assert task.held_out is None or task.held_out in task.splits
-    assert task.closing or task.scoring == ("perplexity",)
-    assert task.hub is None or all(split in task.hub_of(split).splits for split in task.splits)
 
 
 def put(folder, name: str, content: str, task: str = "gsm8k"):
@@ -203,18 +98,13 @@ def test_two_files_for_one_split_are_refused(tmp_path):
         GSM8K.load("test", tmp_path)
 
 
-def test_hub_is_asked_with_pinned_arguments(tmp_path, monkeypatch):
+def test_rows_of_the_hub_are_checked(tmp_path, monkeypatch):
     import datasets
 
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.append(arguments) or [ROW])
+    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: [ROW])
     assert GSM8K.load("train", tmp_path) == [ROW]
-    revision = "e53f048856ff4f594e959d75785d2c2d37b678ee"
-    assert asked == [{"path": "openai/gsm8k", "name": "main", "split": "train", "revision": revision}]
     with pytest.raises(ValueError, match=r"hub set .*row 1: field 'instruction'"):
         get_task("alpaca_eval").load("eval", tmp_path)
-    url = "hf://datasets/tatsu-lab/alpaca_eval@2edc6fad8be6b14ea7230aabfd08188da6b8b814/alpaca_eval.json"
-    assert asked[1] == {"path": "json", "data_files": url, "split": "train"}
 
 
 def test_missing_data_names_both_places_and_the_remedy(tmp_path, monkeypatch):
@@ -251,9 +141,6 @@ def test_task_without_a_hub_set(tmp_path):
 def test_unknown_task_lists_the_nearest_names():
     with pytest.raises(ValueError, match=r"unknown task 'gsm8j' \(nearest: gsm8k"):
         get_task("gsm8j")
-    for name in ("base", "__init__", "../tasks/gsm8k", ""):
-        with pytest.raises(ValueError, match="unknown task"):
-            get_task(name)
 
 
 OWN = """
@@ -296,15 +183,3 @@ def test_relatives_share_a_file(tmp_path, monkeypatch):
         get_task("other")
     (tmp_path / "tasks" / "relatives.py").rename(tmp_path / "tasks" / "mine.py")
     assert get_task("mine").name == "mine"
-
-
-def test_hub_set_without_a_name():
-    arguments = HubSet(path="a/b", revision="c", splits={"test": "validation"}).arguments("test")
-    assert arguments == {"path": "a/b", "split": "validation", "revision": "c"}
-
-
-@pytest.mark.parametrize(
-    "text", ["#### 1\u202f000", "#### 1\u00a0000", "#### \uff11\uff0c\uff10\uff10\uff10", "#### 1,000"]
-)
-def test_gsm8k_reads_every_kind_of_thousands_separator(text):
-    assert get_task("gsm8k").extract(text) == "1000"

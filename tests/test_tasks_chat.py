@@ -1,4 +1,4 @@
-"""Chats and instructions."""
+"""Chats, instructions and preferences."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from tasks import get_task
 from tasks.chat import render, turns_of
+from tests.test_tasks_rows import HH, SHP
 
 CHATS = ("sharegpt", "sharegpt4", "shareclaude", "ultrachat", "alpaca", "dolly", "purebad")
 PAIRS = ("hh", "shp", "se", "ultrafeedback", "ultrafeedbacknarrow")
@@ -73,22 +74,6 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
     assert "5 of 7 entries left out" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ({"conversations": "a"}, "'conversations' should be a list of messages"),
-        ({"id": 1}, "'conversations' should be a list of messages, is None"),
-        ({"conversations": ["a"]}, r"'conversations\[0\]' should be a message"),
-        ({"conversations": [{"from": "cat", "value": "a"}]}, r"conversations\[0\].from' should be one of"),
-        ({"conversations": [{"from": "gpt", "value": 3}]}, r"conversations\[0\].value' should be text, is 3"),
-    ],
-)
-def test_malformed_chats(tmp_path, entry: dict, words: str):
-    put(tmp_path, "conversations.json", [talk("a", "b"), entry])
-    with pytest.raises(ValueError, match=rf"conversations.json, line \d+: .*{words}"):
-        get_task("sharegpt").load("train", tmp_path)
-
-
 def test_completions_files(tmp_path):
     put(tmp_path, "b_gpt4_completions.json", '{"p": ["x"],\n"q": ["y", "z"]}')
     put(tmp_path, "a_gpt4_completions.json", '{"r": ["w"], "r": ["v"], "s": [""]}')
@@ -99,24 +84,43 @@ def test_completions_files(tmp_path):
     assert [row["response"] for row in get_task("shareclaude").load("train", tmp_path)] == ["u"]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ('{"p": ["x"],\n"q": "y"}', "line 2: .*expected a list of texts"),
-        ('{"p": ["x"],\n"q": [1]}', "line 2: .*expected a list of texts"),
-        ('{"p": ["x"],\n3: ["y"]}', "line 2: .*3 is no text"),
-        ('{"p" ["x"]}', "line 1: not a JSON object"),
-        ('["p"]', "line 1: not a JSON object"),
-        ('{"p": ["x"]}\n}', "line 2: .*something follows"),
-        ('{"p": ["x"],\n"q": [', "line 2: not JSON"),
-        ("{}", "no rows"),
-        ("", "no rows"),
-    ],
-)
-def test_malformed_completions(tmp_path, content: str, words: str):
-    put(tmp_path, "gpt4_completions.json", content)
-    with pytest.raises(ValueError, match=f"gpt4_completions.json.*{words}"):
-        get_task("sharegpt4").load("train", tmp_path)
+CHAT = talk("a", "b")
+PREFERENCE = {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 2}
+# (file, what is malformed in it, words of the error)
+MALFORMED = [
+    ("conversations", {"conversations": "a"}, "'conversations' should be a list of messages"),
+    ("conversations", {"id": 1}, "'conversations' should be a list of messages, is None"),
+    ("conversations", {"conversations": ["a"]}, r"'conversations\[0\]' should be a message"),
+    ("conversations", {"conversations": [{"from": "cat"}]}, r"conversations\[0\].from' should be one of"),
+    ("conversations", {"conversations": [{"from": "gpt", "value": 3}]}, r"\[0\].value' should be text, is 3"),
+    ("prefs", {**PREFERENCE, "preference": 0}, "'preference' should be 1 or 2, is 0"),
+    ("prefs", {**PREFERENCE, "output_2": None}, "'output_2' should be text"),
+    ("prefs", {**PREFERENCE, "instruction": ""}, "'instruction' is empty"),
+    ("gpt4_completions", '{"p": ["x"],\n"q": "y"}', "line 2: .*expected a list of texts"),
+    ("gpt4_completions", '{"p": ["x"],\n"q": [1]}', "line 2: .*expected a list of texts"),
+    ("gpt4_completions", '{"p": ["x"],\n3: ["y"]}', "line 2: .*3 is no text"),
+    ("gpt4_completions", '{"p" ["x"]}', "line 1: not a JSON object"),
+    ("gpt4_completions", '["p"]', "line 1: not a JSON object"),
+    ("gpt4_completions", '{"p": ["x"]}\n}', "line 2: .*something follows"),
+    ("gpt4_completions", '{"p": ["x"],\n"q": [', "line 2: not JSON"),
+    ("gpt4_completions", "{}", "no rows"),
+    ("gpt4_completions", "", "no rows"),
+]
+
+
+@pytest.mark.parametrize(("file", "malformed", "words"), MALFORMED)
+def test_a_malformed_file_names_its_place(tmp_path, file: str, malformed: dict | str, words: str):
+    path = tmp_path / "sharegpt_data" / f"{file}.json"
+    tasks = {
+        "conversations": get_task("sharegpt"),
+        "prefs": get_task("sharegpt").with_options(prefs_path=path),
+        "gpt4_completions": get_task("sharegpt4"),
+    }
+    good = {"conversations": CHAT, "prefs": PREFERENCE}
+    put(tmp_path, path.name, malformed if isinstance(malformed, str) else [good[file], malformed])
+    place = "" if isinstance(malformed, str) else r", line \d+: "
+    with pytest.raises(ValueError, match=f"{path.name}{place}.*{words}"):
+        tasks[file].load("train", tmp_path)
 
 
 def test_sharegpt4_from_the_hub(tmp_path, monkeypatch):
@@ -188,8 +192,6 @@ def test_instructions():
     assert list(alpaca.unpack({"instruction": "Hi.", "input": "", "output": ""})) == []
     (row,) = dolly.unpack({"instruction": "Who?", "context": "Ann did.", "response": "Ann", "category": "qa"})
     assert (dolly.messages(row), dolly.target(row)) == (said("Who?\n\nAnn did."), "Ann")
-    with pytest.raises(ValueError, match="'response' is missing"):
-        list(dolly.unpack({"instruction": "Who?", "context": ""}))
     ultrachat = get_task("ultrachat").with_options(num_turns=2)
     rows = list(ultrachat.unpack({"prompt": "a", "messages": said("a", "b", "c", "d")}))
     assert [ultrachat.target(row) for row in rows] == ["b", "d"]
@@ -205,3 +207,81 @@ def test_nothing_to_score(name: str):
 def test_turns_take_either_layout():
     entry = {"a": [{"from": "human", "value": " x "}, {"role": "assistant", "content": "y"}]}
     assert turns_of(entry, "a") == said("x", "y")
+
+
+def test_preferences_of_people_real_rows(shared):
+    path = shared / "data/sharegpt_data/human_preferences.json"
+    task = get_task("sharegpt").with_options(prefs_path=str(path))
+    assert task.has_preferences and not get_task("sharegpt").has_preferences
+    rows, raw = task.load("train", shared / "data"), json.loads(path.read_text())
+    assert len(rows) == len(raw) == 400
+    for row, entry in zip(rows, raw, strict=True):
+        better, worse = (1, 2) if entry["preference"] == 1 else (2, 1)
+        assert task.preference(row)[1:] == (
+            str(entry[f"output_{better}"]).strip(),
+            str(entry[f"output_{worse}"]).strip(),
+        )
+        assert task.target(row) == row["chosen"]
+    assert sum("True" in task.preference(row)[1:] for row in rows) >= 2  # two outputs are no text in the file
+
+
+def test_preferences_need_their_file():
+    with pytest.raises(ValueError, match="only with prefs_path"):
+        get_task("sharegpt").preference({"messages": []})
+
+
+def test_hh_splits_at_the_last_answer():
+    task = get_task("hh")
+    (row,) = task.unpack(HH)
+    assert task.messages(row) == said("a", "b", "c: Human: d")
+    assert task.preference(row)[1:] == ("good", "")
+    assert list(task.unpack({**HH, "rejected": "\n\nHuman: other\n\nAssistant: x"})) == []
+    twice = {key: "\n\nHuman: a\n\nAssistant: b\n\nAssistant: " + key for key in HH}
+    assert [row["chosen"] for row in task.unpack(twice)] == ["b\n\nchosen"]
+
+
+@pytest.mark.parametrize(
+    ("change", "pair"),
+    [
+        ({}, ("a", "b")),
+        ({"labels": 0, "score_A": 4, "score_B": 8}, ("b", "a")),
+        ({"score_A": 7}, None),  # less than twice
+    ],
+)
+def test_shp_pairs(change: dict, pair: tuple | None):
+    rows = list(get_task("shp").unpack({**SHP, **change}))
+    assert [get_task("shp").preference(row)[1:] for row in rows] == ([] if pair is None else [pair])
+
+
+@pytest.mark.parametrize("name", ["ultrafeedback", "ultrafeedbacknarrow"])
+def test_ultrafeedback_layouts(name: str):
+    task, prompt = get_task(name), "Say it.\n\nAssistant: no"
+    text = {"prompt": prompt, **{k: f"Human: {prompt}\n\nAssistant: {k}" for k in ("chosen", "rejected")}}
+    chats = {"prompt": prompt, **{k: said(prompt, k) for k in ("chosen", "rejected")}}
+    for entry in (text, chats):
+        (row,) = task.unpack(entry)
+        assert task.preference(row) == (render(said(prompt)), "chosen", "rejected")
+    assert list(task.unpack({**chats, "chosen": said(prompt, "a </s>")})) == []
+    with pytest.raises(ValueError, match="'chosen' should be 'Human: <prompt> Assistant: <answer>'"):
+        list(task.unpack({**text, "chosen": "Human: other\n\nAssistant: a"}))
+    with pytest.raises(ValueError, match="'rejected' should end with the assistant's message"):
+        list(task.unpack({**chats, "rejected": said(prompt)}))
+
+
+def test_safety_data_is_the_users(tmp_path):
+    for name, split in (("purebad", "train"), ("hexphi", "test")):
+        with pytest.raises(ValueError, match="it has no hub set"):
+            get_task(name).load(split, tmp_path)
+    folder = tmp_path / "tasks" / "hexphi"
+    folder.mkdir(parents=True)
+    (folder / "test.txt").write_text("one\ntwo\n")
+    hexphi = get_task("hexphi")
+    rows = hexphi.load("test", tmp_path)
+    assert [hexphi.prompt(row) for row in rows] == [render(said("one")), render(said("two"))]
+    assert hexphi.extract(hexphi.target(rows[0])) == hexphi.gold(rows[0])
+    assert hexphi.metrics(rows[0], " ") == {"refusal_rate": 0.0}
+    purebad = get_task("purebad")
+    chat = [{"role": "system", "content": "s"}, *said("a", "b")]
+    for entry in ({"messages": chat}, {"instruction": "a", "output": "b"}):
+        (row,) = purebad.unpack(entry)
+        assert (purebad.messages(row)[-1]["content"], purebad.target(row)) == ("a", "b")

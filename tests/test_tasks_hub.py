@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lota.data.task import Task
 from tasks import EVALUATED_ON, TASKS, evaluation_names, get_task
 from tasks.base import HubSet
 
@@ -86,6 +87,11 @@ ASKED = {
     ("dolly", "train"): hub(
         "databricks/databricks-dolly-15k", "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a", "train"
     ),
+    ("alpaca_eval", "eval"): {
+        "path": "json",
+        "data_files": "hf://datasets/tatsu-lab/alpaca_eval@2edc6fad8be6b14ea7230aabfd08188da6b8b814/alpaca_eval.json",
+        "split": "train",
+    },
     ("wikitext", "validation"): hub(
         "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "validation", name="wikitext-2-v1"
     ),
@@ -101,7 +107,6 @@ NO_HUB_SET = {
     "toy_sort",
     "toy_shift",
     "toy_reverse",
-    "alpaca_eval",
 }
 
 
@@ -150,7 +155,9 @@ def test_a_hub_out_of_reach_is_said_at_once(name: str, tmp_path, monkeypatch, ca
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     monkeypatch.setattr("urllib.request.getproxies", dict)
     start = time.monotonic()
-    with pytest.raises(ValueError, match=rf"task {name}: no data[^$]*On a machine with a network, run") as error:
+    with pytest.raises(
+        ValueError, match=rf"task {name}: no data[^$]*On a machine with a network, run"
+    ) as error:
         get_task(name).load("train", tmp_path)
     assert time.monotonic() - start < 5
     assert str(tmp_path) in str(error.value).splitlines()[-1] and "mkdir" not in str(error.value)
@@ -208,6 +215,11 @@ def test_files_outside_the_hub():
     assert at == {"path": "json", "data_files": "https://example.org/a/c/x/dev.json", "split": "train"}
 
 
+def test_hub_set_without_a_name():
+    arguments = HubSet(path="a/b", revision="c", splits={"test": "validation"}).arguments("test")
+    assert arguments == {"path": "a/b", "split": "validation", "revision": "c"}
+
+
 def test_names_on_the_evaluation_command():
     assert evaluation_names("gsm8k, arc,gsm8k,") == ["gsm8k", "arc"]
     assert evaluation_names("mathinstruct,gsm8k,purebad") == ["gsm8k", "hexphi"]
@@ -218,19 +230,31 @@ def test_names_on_the_evaluation_command():
 
 
 @pytest.mark.parametrize(
-    "name", ["chat", "choices", "hub", "rows", "math_word", "preferences", "prompts", "safety"]
-)
+    "name",
+    [
+        "base", "chat", "choices", "hub", "rows", "math_word", "preferences", "prompts", "safety",
+        "__init__", "../tasks/gsm8k", "",
+    ],
+)  # fmt: skip
 def test_shared_files_are_no_tasks(name: str):
     with pytest.raises(ValueError, match=f"unknown task '{name}'"):
         get_task(name)
 
 
+MEMBERS = {*Task.__annotations__, *(member for member in vars(Task) if not member.startswith("_"))}
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_contract(name: str):
     task = get_task(name)
+    assert all(hasattr(task, member) for member in MEMBERS)
+    assert task.name == name
+    assert task.version >= 1
     assert set(task.scoring) <= {"generation", "loglik", "perplexity"}
     assert (task.metric is None) == (not task.scoring)
-    assert task.held_out != "train"
+    assert task.closing or task.scoring == ("perplexity",)
+    assert task.held_out is None or (task.held_out in task.splits and task.held_out != "train")
+    assert task.hub is None or all(split in task.hub_of(split).splits for split in task.splits)
     assert task.max_new_tokens > 0
 
 
