@@ -16,13 +16,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lota.masks import Mask
-from lota.masks.extract.gradients import Collected
 from lota.masks.extract.neurons import GRANULARITIES
 from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
 from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_by_layer, select
 from lota.models.pair import ModelPair, open_pair
-from lota.train.saliency_gradients import SaliencyData, SaliencySettings, collect, data_flags, load_saliency_data
-from lota.utils import Problems, write_json
+from lota.train.saliency_gradients import SaliencySettings, collect, data_flags, load_saliency_data
+from lota.utils import Problems, aligned, with_flags, write_json
 from tasks import get_task
 
 
@@ -64,20 +63,8 @@ def unused_flags(args: argparse.Namespace) -> list[str]:
     return [f"--{flag}" for flag, reads in readers.items() if getattr(args, flag) is not None and not reads]
 
 
-def score_data(args: argparse.Namespace, pair: ModelPair) -> SaliencyData:
-    """The examples of a data-driven score. Raises ValueError with all that is wrong with their settings."""
-    given = {flag: getattr(args, flag) for flag, *_ in data_flags() if getattr(args, flag) is not None}
-    settings = SaliencySettings(**given, seed=args.seed or 0)
-    return load_saliency_data(settings, get_task, args.base, pair.structure)
-
-
-def collected_gradients(args: argparse.Namespace, pair: ModelPair, data: SaliencyData) -> Collected:
-    with tqdm(total=len(data.batches), unit=" batches", desc="gradients", disable=None) as bar:
-        return collect(data, pair.scope, SALIENCIES[args.score].collects, progress=bar.update)
-
-
 def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
-    """Check everything, then collect and select. Raises one ValueError with all the problems found."""
+    """Check everything, then collect gradients and select. Raises one ValueError with all problems found."""
     problems = Problems()
     attempt = problems.attempt
     sparsities = attempt(check_sparsities, args.sparsities)
@@ -87,43 +74,54 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
     quota = attempt(Quota, pair, sparsities, rule) if pair and sparsities and rule else None
-    data = attempt(score_data, args, pair) if pair and args.score in DATA_DRIVEN else None
+    data, collected = None, None
+    if pair and args.score in DATA_DRIVEN:
+        given = {flag: getattr(args, flag) for flag, *_ in data_flags() if getattr(args, flag) is not None}
+        settings = SaliencySettings(**given, seed=args.seed or 0)
+        data = attempt(load_saliency_data, settings, get_task, args.base, pair.structure)
     problems.refuse()
     assert pair is not None and quota is not None
-    collected = collected_gradients(args, pair, data) if data else None
-    total = 2 * sum(pair.sources["base"].numel(name) for name in pair.scope)
+    if data is not None:
+        with tqdm(total=len(data.batches), unit=" batches", desc="gradients", disable=None) as bar:
+            collected = collect(data, pair.scope, SALIENCIES[args.score].collects, progress=bar.update)
+    total = 2 * sum(quota.sizes.values())
     with tqdm(total=total, unit=" entries", unit_scale=True, desc="extract", disable=None) as bar:
         return pair, select(quota, progress=bar.update, collected=collected)
 
 
 def write_masks(args: argparse.Namespace, pair: ModelPair, masks: dict[float, Mask]) -> Path:
-    """Mask files named by the sparsities as typed, and summary.json; returns the folder."""
+    """Write mask files, named by the sparsities as typed, and summary.json; returns the folder."""
     folder = Path(args.out) / args.name
-    summary = {"entries": next(iter(masks.values())).n_total, "format": args.format, "masks": {}}
+    entries = {}
     for typed in dict.fromkeys(args.sparsities):
-        mask = masks[float(typed)]
-        mask.save(folder / f"{typed}_mask.pt", format=args.format, all_shapes=pair.shapes)
+        mask, file = masks[float(typed)], f"{typed}_mask.pt"
+        mask.save(folder / file, format=args.format, all_shapes=pair.shapes)
         per_tensor = {name: {"kept": mask.kept(name), "entries": mask.numel(name)} for name in mask.names}
-        rows = {"per_tensor": per_tensor, "per_layer": kept_by_layer(pair, mask)}
-        summary["masks"][typed] = {"file": f"{typed}_mask.pt", **mask.meta, **rows}
-    write_json(folder / "summary.json", summary)
+        per_layer = kept_by_layer(pair, mask)
+        entries[typed] = {"file": file, **mask.meta, "per_tensor": per_tensor, "per_layer": per_layer}
+    n_total = next(iter(masks.values())).n_total
+    write_json(folder / "summary.json", {"entries": n_total, "format": args.format, "masks": entries})
     return folder
 
 
-def print_table(args: argparse.Namespace, pair: ModelPair, folder: Path, masks: dict[float, Mask]) -> None:
-    print(f"{'sparsity':>9} {'kept':>15} {'of':>15} {'threshold':>12}  file")
+def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]) -> None:
+    lines = [["file", "sparsity", "kept", "of", "too few by", "threshold"]]
     for typed in dict.fromkeys(args.sparsities):
         mask = masks[float(typed)]
-        threshold = mask.meta["threshold"]
-        several = f"per {args.per}" if threshold else "-"
-        shown = f"{threshold:.4g}" if isinstance(threshold, float) else several
-        short = f"  ({mask.meta['shortfall']:,} fewer than asked for)" if mask.meta["shortfall"] else ""
-        print(
-            f"{typed:>9} {mask.n_kept:>15,} {mask.n_total:>15,} {shown:>12}  {folder}/{typed}_mask.pt{short}"
-        )
+        counts = [f"{n:,}" for n in (mask.n_kept, mask.n_total, mask.meta["shortfall"])]
+        threshold = mask.meta["threshold"]  # a number, or one for each tensor or layer
+        if isinstance(threshold, dict):
+            shown = f"per {args.per}"
+        else:
+            shown = "-" if threshold is None else f"{threshold:.4g}"
+        lines.append([f"{folder}/{typed}_mask.pt", typed, *counts, shown])
+    print(*aligned(lines), sep="\n")
+
+
+def print_next_command(args: argparse.Namespace, folder: Path, structure: str) -> None:
     typed = "0.9" if "0.9" in args.sparsities else args.sparsities[-1]
-    base = f"model.name_or_path={pair.structure}"
-    if pair.structure != args.base:  # weights without a config and a tokenizer of their own
+    base = f"model.name_or_path={structure}"
+    if structure != args.base:  # weights without a config and a tokenizer of their own
         base += f" model.archive={args.base}"
     print(
         "\nnext, adapt (a mask wants about ten times the learning rate of dense training):\n"
@@ -141,8 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
         pair, masks = make_masks(args)
         folder = write_masks(args, pair, masks)
     except (ValueError, OSError) as error:
-        sys.exit(f"extract_masks.py: {error}")
-    print_table(args, pair, folder, masks)
+        other_words = {"sparsity": "sparsities", "model.policy_dtype": "dtype"}
+        sys.exit(f"extract_masks.py: {with_flags(error, args, **other_words)}")
+    print_table(args, folder, masks)
+    print_next_command(args, folder, pair.structure)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,26 @@ Names are imported on first use, so that `python -m lota.masks` and `import lota
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # what editors and type checkers see; _HOMES is what happens
+    from lota.masks import Mask as Mask
+    from lota.masks.extract.gradients import collect_gradients as collect_gradients
+    from lota.masks.extract.select import extract as extract
+    from lota.models.scope import find_scope as find_scope
+    from lota.optim.fused import apply_mask_in_backward as apply_mask_in_backward
+    from lota.optim.fused import fuse_in_backward as fuse_in_backward
+    from lota.optim.hf_callback import FusedCallback as FusedCallback
+    from lota.optim.optimizers import MaskedAdamW as MaskedAdamW
+    from lota.optim.optimizers import MaskedRMSprop as MaskedRMSprop
+    from lota.optim.optimizers import MaskedSGD as MaskedSGD
+    from lota.share.delta.attach import attach as attach
+    from lota.share.delta.attach import attached as attached
+    from lota.share.delta.attach import detach as detach
+    from lota.share.delta.attach import switch as switch
+    from lota.share.delta.reader import Delta as Delta
+
+__version__ = "0.1.0"  # setuptools reads it without importing this file
 _HOMES = {
     "FusedCallback": "lota.optim.hf_callback",
     "Mask": "lota.masks",

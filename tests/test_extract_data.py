@@ -118,17 +118,17 @@ def test_rows_by_data(folder):
         ("--score gradient", ["name tasks with --datasets"]),
         (
             "--score fischer --datasets mini --per module",
-            ["score='fischer'", "did you mean fisher", "per='module'"],
+            ["--score 'fischer'", "did you mean fisher", "--per 'module'"],
         ),
         ("--score snip --datasets minni", ["unknown task 'minni'"]),
         ("--score snip --datasets mini --score_batches 0", ["--score_batches 0: must be at least 1"]),
-        ("--score snip --datasets mini --batch_size 0", ["batch_size=0: must be at least 1"]),
+        ("--score snip --datasets mini --batch_size 0", ["--batch_size 0: must be at least 1"]),
         (
             "--score snip --datasets mini --score_dtype float16",
             ["--score_dtype float16: choose one of float32"],
         ),
-        ("--score snip --datasets mini --dtype half", ["model.policy_dtype=half: choose one of float32"]),
-        ("--score snip --datasets mini --max_prompt_length 600", ["max_prompt_length=600 leaves no room"]),
+        ("--score snip --datasets mini --dtype half", ["--dtype half: choose one of float32"]),
+        ("--score snip --datasets mini --max_prompt_length 600", ["--max_prompt_length 600 leaves no room"]),
         ("--score snip --datasets mini --device tpu", ["--device tpu"]),
         ("--score snip --datasets mini --tokenizer_path nowhere", ["no tokenizer at nowhere"]),
         (
@@ -140,7 +140,7 @@ def test_rows_by_data(folder):
                 "--score_dtype int8",
             ],
         ),
-        ("--per module", ["per='module'", "--tuned"]),
+        ("--per module", ["--per 'module'", "--tuned"]),
     ],
 )
 def test_refusals_tell_all_and_load_nothing(options, messages, folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lota
 from scripts import house, layers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +64,12 @@ def test_the_library_imports_neither_tasks_nor_scripts(checkout):
 
 def test_the_library_does_not_import_its_entry_points(checkout):
     assert [str(arrow) for arrow in checkout.facade] == []
+
+
+def test_editors_see_the_names_that_the_package_gives():
+    tree = ast.parse((ROOT / "lota" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert {alias.name: node.module for node in block.body for alias in node.names} == lota._HOMES
 
 
 # The measurer

@@ -1,4 +1,4 @@
-"""Gradients of a model on some data, summed per entry: what the scores gradient, fisher and snip read.
+"""Gradients of a model on some data, summed per entry: what the saliencies gradient, fisher and snip read.
 
     collected = lota.collect_gradients(model, loss_of, batches)
     masks = lota.extract("base/", score="snip", collected=collected)
@@ -26,7 +26,7 @@ KINDS = ("sum", "squares")
 
 
 class Collected:
-    """Sums per entry, read as lota/scores.py reads a file.
+    """Sums per entry, a source that saliencies are computed from.
 
     values: name -> sums, of the parameter's shape, on any device. kind: `sum` (of the gradients) or `squares`
     (of the batches' gradients). meta: plain values that a mask made of them records.
@@ -72,7 +72,7 @@ def collect_gradients(
     dtype: torch.dtype = torch.float32,
     meta: Mapping[str, Any] | None = None,
 ) -> Collected:
-    """Sum the gradients of `loss_of(batch)`, a scalar, over the batches.
+    """Returns the gradients of `loss_of(batch)`, a scalar, summed over the batches.
 
     names: parameters to sum for, by default the attention and MLP weights; no other requires a gradient
     meanwhile. kind: `sum` adds gradients, `squares` the squares of each batch's gradient (with one example
@@ -92,7 +92,9 @@ def collect_gradients(
         for batch in batches:
             loss = loss_of(batch)
             if not loss.isfinite():
-                raise ValueError(f"the loss of batch {n_batches} is {loss.item()}: no scores can be had")
+                raise ValueError(
+                    f"the loss of batch {n_batches} is {loss.item()}: a saliency needs finite gradients"
+                )
             loss.backward()
             n_batches += 1
     if n_batches == 0:
@@ -114,8 +116,10 @@ def _adder(total: Tensor, kind: str) -> Callable[[nn.Parameter], None]:
     @torch.no_grad()
     def add(p: nn.Parameter) -> None:
         grad, p.grad = p.grad, None
+        assert grad is not None  # the hook runs once it is complete
         if kind == "squares":
-            grad = grad.float().square_() if grad.dtype != torch.float32 else grad.square_()
+            grad = grad.float()  # itself if it is fp32: it is ours, and changed in place
+            grad.square_()
         total.add_(grad)
 
     return add
