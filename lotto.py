@@ -3,54 +3,58 @@
     python lotto.py exp_name=two tasks=[toy_sort,toy_shift] sparsity=0.9 model=tiny lr=1e-2
 
 Settings: config/lotto.yaml, and those of a training run in config/config.yaml. The run folder is
-$PROJECT_CACHE/<exp_name>/ (default ~/.cache/lota); the same command continues it.
+$PROJECT_CACHE/<exp_name>/ (default ~/.cache/lota); the same command resumes an interrupted sequence.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lota.config import Config
-from lota.config_checks import unknown_keys
-from lota.lotto.config import LottoConfig
-from lota.train.cli import guarded, resolve
+from lota.lotto.config import LottoConfig, sequence_problems
+from lota.settings import unknown_keys
+from lota.train.cli import guarded, register, resolve
 
-SCHEMA = "schema"  # the node that config/config.yaml starts from
-ConfigStore.instance().store(name=SCHEMA, node=LottoConfig)
+ROOT = Path(__file__).resolve().parent
+register("sequence", LottoConfig)
 
 
 def typed_overrides(cfg: DictConfig) -> None:
-    """Give `task_overrides` the types of the keys that they stand for. Raises ValueError where that fails."""
+    """Give `task_overrides` the types of the keys that they stand for. Raises ValueError for a wrong type."""
     problems = []
-    for task, given in OmegaConf.to_container(cfg.task_overrides).items():
+    for task, given in cfg.task_overrides.items():
         place = f"task_overrides.{task}"
-        given = given if isinstance(given, dict) else {}
-        lines = unknown_keys(given, LottoConfig, f"{place}.") if given else [f"{place}: give it keys"]
-        if not lines:
+        if not isinstance(given, DictConfig) or not given:
+            problems.append(f"{place}: give it keys")
+            continue
+        unknown = unknown_keys(given, LottoConfig, f"{place}.")
+        problems += unknown
+        if not unknown:
             try:
                 typed = OmegaConf.merge(OmegaConf.structured(LottoConfig), given)
-                cfg.task_overrides[task] = _given_only(OmegaConf.to_container(typed), given)
+                cfg.task_overrides[task] = _given_only(typed, given)
             except OmegaConfBaseException as error:
                 key = f"{place}.{error.full_key}" if getattr(error, "full_key", None) else place
-                lines = [f"{key}: {str(error).splitlines()[0]}"]
-        problems += lines
+                problems.append(f"{key}: {str(error).splitlines()[0]}")
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _given_only(values: dict, given: dict) -> dict:
-    return {k: _given_only(values[k], v) if isinstance(v, dict) else values[k] for k, v in given.items()}
+def _given_only(values: Any, given: DictConfig) -> dict[Any, Any]:
+    """The values of the keys that are given, at every depth."""
+    nested = {key: _given_only(values[key], v) for key, v in given.items() if isinstance(v, DictConfig)}
+    return {key: values[key] for key in given} | nested
 
 
 def run(cfg: DictConfig) -> None:
     with guarded():
         typed_overrides(cfg)
-        config = resolve(cfg, Path(__file__).resolve().parent, LottoConfig)
+        config = resolve(cfg, ROOT, LottoConfig, sequence_problems)
         from lota.lotto.driver import Lotto  # slow to import: settings are checked first
         from tasks import get_task
         from trainers import TRAINERS

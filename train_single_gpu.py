@@ -19,20 +19,19 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from lota.config import Config
-from lota.train.cli import closing_words, guarded, resolve
+from lota.train.cli import closing_words, guarded, register, resolve
 
 logger = logging.getLogger(__name__)
-ConfigStore.instance().store(name="schema", node=Config)
+register("training", Config)
 ROOT = Path(__file__).resolve().parent
 
 
 def run(cfg: DictConfig) -> None:
     with guarded():
-        config = resolve(cfg, ROOT)
+        config = resolve(cfg, ROOT, Config)
         from trainers import TRAINERS  # slow to import: settings are checked first
 
         trainer = TRAINERS[config.trainer.name](config)

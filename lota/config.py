@@ -1,179 +1,343 @@
-"""Typed configuration of a training run, with every check that needs no file.
+"""Settings of a training run, each with its default, meaning, values and effect on the weights.
 
-The meaning and unit of each key stand beside it in config/*.yaml and in the README; here are its type and
-what it must satisfy. `Config.__post_init__` (run by `OmegaConf.to_object`) reports all problems in one
-ValueError.
+A key is a field made by `setting`. Its metadata is the one source of the checks (lota/config_checks.py), of
+the keys that a resumed run may change, of docs/SETTINGS.md and of the comments in config/*.yaml
+(scripts/settings.py).
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lota.config_checks import LOSS_KEYS, OPTIMIZER_KEYS, problems_of
+from lota.settings import keys_of, neutral, setting
 
 MISSING = "???"
+CHAT_TEMPLATES = ("auto", "never", "always")
+LOSSES = ("sft", "dpo")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Settings that something else switches on
+_reference = partial(setting, None, needs=("loss.name=dpo", "loss.reference_free=false"))
+_sft, _dpo = (partial(setting, None, needs=(f"loss.name={name}",)) for name in LOSSES)
+_snip, _lora = partial(setting, needs=("snip=true",)), partial(setting, needs=("adapter.name=lora",))
+_wandb = partial(neutral, needs=("debug=false", "wandb.enabled=true"))
+_saved = partial(neutral, needs=("debug=false",))
+_RMSPROP, _ADAMW, _SGD = "optimizer=RMSprop", "optimizer=AdamW", "optimizer=SGD"
 
 
 @dataclass
 class ModelConfig:
-    name_or_path: str = MISSING  # folder or hub id
-    tokenizer_name_or_path: str | None = None
-    archive: str | None = None  # folder or policy.pt
-    block_name: str | None = None  # class name
-    policy_dtype: str = "float32"
-    fsdp_policy_mp: str | None = None  # dtype
-    reference: str | None = None
-    reference_archive: str | None = None  # folder or policy.pt
-    reference_dtype: str | None = None
-    pad_token: str | None = None
-    scope: str | None = None  # regular expression
+    name_or_path: str = setting(
+        MISSING, "Hugging Face folder (relative to the working directory) or hub id; must be given", path=True
+    )
+    tokenizer_name_or_path: str | None = setting(
+        None, "folder or hub id of the tokenizer; null = that of name_or_path", path=True
+    )
+    archive: str | None = setting(
+        None, "Hugging Face folder or policy.pt to start from; null = weights of name_or_path", path=True
+    )
+    block_name: str | None = setting(
+        None, "class name of the transformer block, such as LlamaDecoderLayer; null = found by itself"
+    )
+    policy_dtype: str = setting("float32", "dtype of the weights and of policy.pt", choices=DTYPES)
+    fsdp_policy_mp: str | None = setting(
+        None,
+        "dtype of the computation (with a mask the weights are held in it, trained ones also in float32); "
+        "null = policy_dtype",
+        choices=(None, "bfloat16"),
+    )
+    reference: str | None = _reference(
+        "where a preference loss has its reference from: swap (the policy, its trained entries swapped to "
+        "their start), model (a second model) or precomputed (log-probabilities stored on disk); null = swap "
+        "with a mask or LoRA, else model",
+        choices=(None, "swap", "model", "precomputed"),
+    )
+    reference_archive: str | None = _reference(
+        "weights of the reference: folder or policy.pt; null = what training starts from", path=True
+    )
+    reference_dtype: str | None = _reference(
+        "dtype of a reference that is a second model; null = that of the policy", choices=(None, *DTYPES)
+    )
+    pad_token: str | None = setting(
+        None, "token to add to the vocabulary for padding; null = pad with an existing token"
+    )
+    scope: str | None = setting(
+        None,
+        "regular expression over parameter names: what a mask chooses from and LoRA adapts; null = attention "
+        "and MLP weights",
+    )
 
 
 @dataclass
 class LossConfig:
-    """Settings of all losses. None: not given; those of the chosen loss then get their default, the others
-    stay.
+    """Settings of all losses. Null: not given; `fill` gives those of the chosen loss their values, the others
+    stay null.
     """
 
-    name: str = "sft"
-    average_log_prob: bool | None = None
-    beta: float | None = None
-    reference_free: bool | None = None
-    sft_reg: float | None = None
-    importance_correction: bool | None = None
-    ipo: bool | None = None
-    ipo_sum: bool | None = None
-    robust_eps: float | None = None
+    name: str = setting("sft", "which loss", choices=LOSSES)
+    average_log_prob: bool | None = _sft(
+        "mean of an example's token losses, not their sum; published learning rates are for the sum",
+        fill=False,
+    )
+    beta: float | None = _dpo("strength of the pull towards the reference, per nat", above=0, fill=0.1)
+    reference_free: bool | None = _dpo(
+        "leave the reference out: log-probabilities instead of log-ratios", fill=False
+    )
+    sft_reg: float | None = _dpo(
+        "weight of the preferred answer's negative log-likelihood (nats, summed), added to the loss",
+        at_least=0,
+        fill=0.0,
+    )
+    importance_correction: bool | None = _dpo(
+        "weigh each preference by the policy's over the reference's probability of the rejected answer",
+        fill=False,
+    )
+    ipo: bool | None = _dpo(
+        "squared distance of the log-ratio difference, per response token, from 1 / (2 beta)", fill=False
+    )
+    ipo_sum: bool | None = setting(
+        None,
+        "sum ipo's log-ratios over the response instead of per token",
+        needs=("loss.name=dpo", "loss.ipo=true"),
+        fill=False,
+    )
+    robust_eps: float | None = _dpo(
+        "share of preferences labelled wrongly (conservative DPO)", at_least=0, below=0.5, fill=0.0
+    )
 
     def fill(self) -> None:
-        for key, default in LOSS_KEYS[self.name].items():
-            if getattr(self, key) is None:
-                setattr(self, key, default)
+        for key in keys_of(self):
+            if key.value is None and f"loss.name={self.name}" in key.about.needs:
+                setattr(self, key.name, key.about.fill)
 
     @property
     def on_preferences(self) -> bool:
-        """Whether it is a loss on preference pairs."""
+        """Whether it is a loss on preferences."""
         return self.name == "dpo"
 
 
 @dataclass
 class TrainerConfig:
-    name: str = "BasicTrainer"
+    name: str = setting("BasicTrainer", "which trainer", choices=("BasicTrainer", "FSDPTrainer"))
 
 
 @dataclass
 class AdapterConfig:
-    name: str = "none"
+    name: str = setting(
+        "none", "what trains: the model's weights, or low-rank matrices beside them", choices=("none", "lora")
+    )
 
 
 @dataclass
 class WandbConfig:
-    enabled: bool = False
-    entity: str | None = None
-    project: str = "lota"
-    mode: str = "online"
+    enabled: bool = _saved(False, "mirror metrics to Weights & Biases")
+    entity: str | None = _wandb(None, "account or team; null = your default")
+    project: str = _wandb("lota", "project name")
+    mode: str = _wandb("online", "offline needs no account", choices=("online", "offline"))
 
 
 @dataclass
 class Config:
-    exp_name: str = MISSING
+    exp_name: str = neutral(MISSING, "name of the run, and of its folder in local_dirs")
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
-    datasets: list[str] = field(default_factory=list)
-    data_dir: str | None = None
-    data_fraction: float = 1.0
-    max_length: int = 512  # tokens
-    max_prompt_length: int = 256  # tokens
-    chat_template: str = "never"
-    group_by_length: bool = False
-    num_turns: int = 1
-    prefs_path: str | None = None
+    # data
+    datasets: list[str] = setting([], "tasks to train on, names of tasks/")
+    data_dir: str | None = setting(
+        None,
+        "folder with tasks/TASK/SPLIT.{jsonl,json,csv,txt}; null = $PROJECT_CACHE or ~/.cache/lota",
+        path=True,
+    )
+    data_fraction: float = setting(
+        1.0, "share of each task's training rows, a seeded sample", above=0, at_most=1
+    )
+    max_length: int = setting(
+        512, "of prompt + response; a longer example loses prompt first, then response", "tokens", at_least=1
+    )
+    max_prompt_length: int = setting(
+        256, "of the prompt that stay when the whole is longer than max_length", "tokens", at_least=1
+    )
+    chat_template: str = setting(
+        "never",
+        "prompts in the tokenizer's chat template (auto: if it has one); evaluation does the same",
+        choices=CHAT_TEMPLATES,
+    )
+    num_turns: int = setting(
+        1, "of a chat that one example holds (tasks sharegpt, sharegpt4, shareclaude)", "turns", at_least=1
+    )
+    prefs_path: str | None = setting(
+        None,
+        "task sharegpt: JSON file of {instruction, output_1, output_2, preference}; null = its chats",
+        path=True,
+    )
+    group_by_length: bool = setting(
+        False, "put examples of similar length into one batch (less padding, another order)"
+    )
 
-    mask_path: str | None = None
-    flip_mask: bool = False
-    protect_masks: list[str] = field(default_factory=list)
-    freeze_odd_layers: bool = False
-    freeze_even_layers: bool = False
-    snip: bool = False
-    snip_sparsity: float = 0.9
-    snip_batches: int = 64
-    save_snip_mask_path: str | None = None
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
+    # which entries train
+    mask_path: str | None = setting(
+        None, "mask file; null, or 0.0_mask.pt if no such file exists, trains densely", path=True
+    )
+    flip_mask: bool = setting(False, "train the mask's complement within its scope instead")
+    protect_masks: list[str] = setting(
+        [], "mask files whose kept entries stay frozen (earlier tasks)", path=True
+    )
+    freeze_odd_layers: bool = setting(False, "freeze transformer layers 1, 3, 5, ... (counted from 0)")
+    freeze_even_layers: bool = setting(False, "freeze transformer layers 0, 2, 4, ... (counted from 0)")
+    snip: bool = setting(
+        False,
+        "compute a mask before training, of the entries where weight x gradient is largest, on the run's own "
+        "data and loss",
+    )
+    snip_sparsity: float = _snip(0.9, "frozen share of the scope in the mask of snip", at_least=0, below=1)
+    snip_batches: int = _snip(
+        64, "of training examples whose gradients snip sums; at most one pass", "batches", at_least=1
+    )
+    save_snip_mask_path: str | None = _snip(
+        None,
+        "file for the mask of snip, reused by runs that would compute the same; null = snip_mask.pt in the "
+        "run's folder",
+        changes_weights=False,
+    )
+    lora_rank: int = _lora(8, "rank r of the matrices A (r x in) and B (out x r)", at_least=1)
+    lora_alpha: float = _lora(16.0, "a weight becomes W + (lora_alpha / lora_rank) B A", above=0)
+    lora_dropout: float = _lora(0.0, "share of A's inputs dropped in training", at_least=0, below=1)
 
-    optimizer: str = "RMSprop"
-    lr: float = 1e-5
-    lr_scheduler: str = "constant"
-    warmup_steps: int = 150  # optimizer steps
-    alpha: float = 0.99
-    eps: float = 1e-8
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    grad_norm_strategy: str = "even"
-    max_grad_norm: float = 10.0
+    # optimizer
+    optimizer: str = setting("RMSprop", "update rule", choices=("RMSprop", "AdamW", "SGD"))
+    lr: float = setting(
+        1e-5, "peak learning rate; a mask wants about ten times the rate of dense training", at_least=0
+    )
+    lr_scheduler: str = setting(
+        "constant",
+        "course of the learning rate; linear and cosine fall to 0 at the end of the run",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = setting(150, "of linear warm-up from 0 to lr", "optimizer steps", at_least=0)
+    alpha: float = setting(
+        0.99,
+        "decay of the squared-gradient average, per step",
+        at_least=0,
+        below=1,
+        needs=(_RMSPROP,),
+    )
+    eps: float = setting(1e-8, "added to the denominator", at_least=0, needs=(_RMSPROP, _ADAMW))
+    betas: list[float] = setting(
+        [0.9, 0.999],
+        "decay of the gradient and squared-gradient averages, per step",
+        at_least=0,
+        below=1,
+        needs=(_ADAMW,),
+    )
+    weight_decay: float = setting(
+        0.0, "pull of trained entries towards 0, per unit of learning rate", at_least=0
+    )
+    momentum: float = setting(
+        0.0,
+        "momentum factor; above 0 costs 4 bytes per trained entry",
+        at_least=0,
+        below=1,
+        needs=(_RMSPROP, _SGD),
+    )
+    grad_norm_strategy: str = setting(
+        "even",
+        "gradient clipping: of each tensor (even), of each tensor to max_grad_norm / sqrt(tensors) "
+        "(proportional), of all together (global)",
+        choices=("even", "proportional", "global", "none"),
+    )
+    max_grad_norm: float = setting(
+        10.0,
+        "largest gradient norm that is not scaled down; above 0",
+        needs=("grad_norm_strategy=even", "grad_norm_strategy=proportional", "grad_norm_strategy=global"),
+    )
 
-    batch_size: int = 8  # examples
-    gradient_accumulation_steps: int = 1
-    n_epochs: int | None = 1
-    n_examples: int | None = None
-    fast_forward: int = 0  # batches
-    activation_checkpointing: bool = False
-    seed: int = 0
+    # length of the run
+    batch_size: int = setting(8, "per optimizer step (loss=dpo: preferences)", "examples", at_least=1)
+    gradient_accumulation_steps: int = setting(
+        1, "that a batch is cut into; must divide batch_size", "parts", at_least=1
+    )
+    n_epochs: int | None = setting(
+        1,
+        "over the data; null = no limit; the run ends at n_epochs or n_examples, whichever is first",
+        "passes",
+        at_least=1,
+    )
+    n_examples: int | None = setting(None, "to train on; null = no limit", "examples", at_least=1)
+    fast_forward: int = setting(0, "skipped at the start of the run", "batches", at_least=0)
+    activation_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, about a third more time"
+    )
+    seed: int = setting(0, "seed of data order, samples and everything random", at_least=0)
 
-    do_first_eval: bool = True
-    eval_every: int = 20_000  # examples
-    eval_batch_size: int = 16  # examples
-    n_eval_examples: int = 256
-    sample_during_eval: bool = False
-    n_eval_model_samples: int = 16
+    # evaluation during training, on a split that training never sees
+    do_first_eval: bool = neutral(True, "evaluate before the first step")
+    eval_every: int = neutral(20_000, "between evaluations", "training examples", at_least=1)
+    eval_batch_size: int = neutral(16, "per evaluation batch (loss=dpo: preferences)", "examples", at_least=1)
+    n_eval_examples: int = neutral(256, "held out, a seeded sample over all tasks", "examples", at_least=1)
+    sample_during_eval: bool = neutral(False, "also write completions of held-out prompts to samples.jsonl")
+    n_eval_model_samples: int = neutral(
+        16, "per evaluation", "completions", at_least=1, needs=("sample_during_eval=true",)
+    )
 
-    local_dirs: list[str] | None = None
-    save_every: str | int = "epoch_1"
-    save_delta: bool = False
-    resume: str = "auto"
-    overwrite: bool = False
-    debug: bool = False
-    minimum_log_interval_secs: float = 1.0  # seconds
+    # run folder, checkpoints, logging
+    local_dirs: list[str] | None = neutral(
+        None,
+        "folders for runs: the first that exists, else the last is created; null = [$PROJECT_CACHE or "
+        "~/.cache/lota]",
+    )
+    save_every: str | int = _saved(
+        "epoch_1", "epoch_N: every N epochs into epoch-N/; N: every N examples into step-EXAMPLES/"
+    )
+    save_delta: bool = _saved(
+        False, "also write delta.safetensors, the run's changes to the base, beside policy.pt"
+    )
+    resume: str = neutral(
+        "auto",
+        "auto: continue an unfinished run of the same settings; never: an existing run is an error",
+        choices=("auto", "never"),
+        needs=("debug=false", "overwrite=false"),
+    )
+    overwrite: bool = _saved(False, "delete an existing run of this name and start anew")
+    debug: bool = neutral(False, "no wandb, no checkpoint")
+    minimum_log_interval_secs: float = neutral(1.0, "between lines of metrics.jsonl", "seconds", at_least=0)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    fsdp_port: int | None = None
+    fsdp_port: int | None = neutral(
+        None, "port of the rendezvous between processes; not used by a single process"
+    )
 
     def __post_init__(self) -> None:
-        problems = list(problems_of(self))
-        if problems:
-            raise ValueError("\n".join(["these settings cannot be honoured:", *(f"  {p}" for p in problems)]))
         self.loss.fill()
 
     def resolve_paths(self) -> None:
-        """Make local paths that exist absolute, so that a run can be continued from another folder."""
-        for owner, keys in ((self.model, _MODEL_PATHS), (self, ("mask_path", "data_dir", "prefs_path"))):
-            for key in keys:
-                setattr(owner, key, absolute(getattr(owner, key)))
-        self.protect_masks = [absolute(path) for path in self.protect_masks]
+        """Make local paths that exist absolute, so that a run can be resumed from another folder."""
+        for owner in (self, self.model):
+            for key in keys_of(owner):
+                if key.about.path and key.value is not None:
+                    many = isinstance(key.value, list)
+                    found = [absolute(path) for path in key.value] if many else absolute(key.value)
+                    setattr(owner, key.name, found)
         if self.save_snip_mask_path is not None:  # which need not exist yet
-            path = Path(os.path.expandvars(self.save_snip_mask_path)).expanduser()
-            self.save_snip_mask_path = str(path.resolve())
+            self.save_snip_mask_path = str(expanded(self.save_snip_mask_path).resolve())
 
     @property
     def save_interval(self) -> tuple[str, int]:
         """(`epoch` or `step`, number): `epoch_2` -> every 2 epochs, 500 -> every 500 examples."""
         text = str(self.save_every)
-        return (
-            ("epoch", int(text.removeprefix("epoch_"))) if text.startswith("epoch_") else ("step", int(text))
-        )
+        unit = "epoch" if text.startswith("epoch_") else "step"
+        return unit, int(text.removeprefix("epoch_"))
 
     @property
     def cache_dir(self) -> Path:
         """The first of local_dirs that exists, else the last of them (not created here)."""
-        choices = [Path(os.path.expandvars(d)).expanduser() for d in self.local_dirs or [default_cache()]]
-        return next((d for d in choices if d.is_dir()), choices[-1])
+        choices = [expanded(folder) for folder in self.local_dirs or [default_cache()]]
+        return next((folder for folder in choices if folder.is_dir()), choices[-1])
 
     @property
     def run_dir(self) -> Path:
@@ -183,12 +347,12 @@ class Config:
     def snip_mask_file(self) -> Path | None:
         """Where the mask of snip=true is stored; None for a debug run that names no file."""
         if self.save_snip_mask_path is not None:
-            return Path(os.path.expandvars(self.save_snip_mask_path)).expanduser()
+            return expanded(self.save_snip_mask_path)
         return None if self.debug else self.run_dir / "snip_mask.pt"
 
     @property
     def data_folder(self) -> Path:
-        return Path(os.path.expandvars(self.data_dir or default_cache())).expanduser()
+        return expanded(self.data_dir or default_cache())
 
     @property
     def freeze_layers(self) -> str | None:
@@ -197,18 +361,21 @@ class Config:
     @property
     def optimizer_settings(self) -> dict[str, Any]:
         """Keyword arguments of the optimizer class, learning rate and clipping included."""
-        settings = {key: getattr(self, key) for key in OPTIMIZER_KEYS[self.optimizer]}
-        clipping = {"grad_norm_strategy": self.grad_norm_strategy, "max_grad_norm": self.max_grad_norm}
-        return {"lr": self.lr, **settings, **clipping}
+        own = {
+            key.name: key.value for key in keys_of(self) if f"optimizer={self.optimizer}" in key.about.needs
+        }
+        keys = ("lr", "weight_decay", "grad_norm_strategy", "max_grad_norm")
+        return {**own, **{key: getattr(self, key) for key in keys}}
 
 
-_MODEL_PATHS = ("name_or_path", "tokenizer_name_or_path", "archive", "reference_archive")
+def expanded(path: str) -> Path:
+    """With environment variables and `~` replaced."""
+    return Path(os.path.expandvars(path)).expanduser()
 
 
-def absolute(path: str | None) -> str | None:
-    if path is None:
-        return None
-    local = Path(os.path.expandvars(path)).expanduser()
+def absolute(path: str) -> str:
+    """The absolute path of what exists; anything else, such as a hub id, as it is."""
+    local = expanded(path)
     return str(local.resolve()) if local.exists() else path
 
 

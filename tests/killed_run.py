@@ -1,8 +1,8 @@
-"""A training run that kills itself with SIGKILL at a named moment: `killed_run.py MOMENT N overrides...`.
+"""A run or sequence that kills itself with SIGKILL: `killed_run.py MOMENT N [lotto] overrides...`.
 
 Moments: `policy` and `resume`: halfway through the N-th write of that file; `rename`: before the N-th
-checkpoint gets its name; `backward`: in the midst of the N-th optimizer step; `nospace`: the N-th write of
-policy.pt finds a full disk.
+checkpoint gets its name; `ledger`: before the N-th ledger.json does; `backward`: in the midst of the N-th
+optimizer step; `nospace`: the N-th write of policy.pt finds a full disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+import lotto_runs
 import torch
 from runs import train
 
@@ -61,7 +62,8 @@ def arrange(moment: str, n: int) -> None:
             counter.hit(half)
 
     def replace_late(source, target):
-        if Path(target).name.startswith(("epoch-", "step-")) and moment == "rename":
+        late = {"rename": ("epoch-", "step-"), "ledger": ("ledger.json",)}.get(moment)
+        if late and Path(target).name.startswith(late):
             counter.hit()
         replace(source, target)
 
@@ -79,6 +81,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     arrange(sys.argv[1], int(sys.argv[2]))
     try:
-        train(*sys.argv[3:])
+        if sys.argv[3:4] == ["lotto"]:
+            lotto_runs.run(*sys.argv[4:])
+        else:
+            train(*sys.argv[3:])
     except OSError as error:
         sys.exit(f"OSError: {error}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from runs import MODEL, ROOT
 
 from lota.config import Config
-from lota.lotto.config import LottoConfig
+from lota.lotto.config import LottoConfig, sequence_problems
 from lota.lotto.driver import Lotto
 from lota.masks import Mask
+from lota.train.cli import resolve
+from lotto import typed_overrides
 from tasks import get_task
 
 SMALL = (
@@ -36,24 +36,12 @@ def with_tasks(folder: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def schema(node: type):
-    """The schema that config.yaml starts from, for as long as the block lasts."""
-    ConfigStore.instance().store(name="schema", node=node)
-    try:
-        yield
-    finally:
-        ConfigStore.instance().store(name="schema", node=Config)
-
-
 def settings(*overrides: str) -> LottoConfig:
-    from lota.train.cli import resolve
-    from lotto import typed_overrides
-
-    with schema(LottoConfig), initialize_config_dir(str(ROOT / "config"), version_base=None):
+    """As the command lotto.py resolves them."""
+    with initialize_config_dir(str(ROOT / "config"), version_base=None):
         cfg = compose("lotto", overrides=[*SMALL, *overrides])
         typed_overrides(cfg)
-        return resolve(cfg, ROOT, LottoConfig)
+        return resolve(cfg, ROOT, LottoConfig, sequence_problems)
 
 
 class Trainings:

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from lota.config import Config
+from lota.config_checks import validated
 from lota.masks import Mask
 from lota.models.scope import find_scope, meta_model
+from lota.train.cli import register
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny-llama"
@@ -26,7 +27,7 @@ SMALL = (
     f"model.name_or_path={MODEL}", "datasets=[mini]", "batch_size=8", "warmup_steps=2", "lr=1e-3",
     "minimum_log_interval_secs=0", "do_first_eval=false", "eval_batch_size=8",
 )  # fmt: skip
-ConfigStore.instance().store(name="schema", node=Config)
+register("training", Config)
 
 
 def with_mini_task(folder: Path) -> Path:
@@ -36,9 +37,16 @@ def with_mini_task(folder: Path) -> Path:
     return folder
 
 
-def settings(*overrides: str) -> Config:
+def composed(*overrides: str) -> Config:
+    """The checked settings of a training command, called `run` if nothing else names it."""
+    named = any(override.startswith(("exp_name=", "+experiment=")) for override in overrides)
     with initialize_config_dir(str(ROOT / "config"), version_base=None):
-        return OmegaConf.to_object(compose("config", overrides=["exp_name=run", *SMALL, *overrides]))
+        cfg = compose("config", overrides=[*overrides] if named else ["exp_name=run", *overrides])
+        return validated(OmegaConf.to_object(cfg))
+
+
+def settings(*overrides: str) -> Config:
+    return composed(*SMALL, *overrides)
 
 
 def train(*overrides: str):

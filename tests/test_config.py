@@ -1,76 +1,115 @@
-"""Settings: composed by Hydra, typed, checked all at once, and told truthfully when they are not used."""
+"""Settings: composed by Hydra, described in one place, checked all at once, listed if nothing reads them."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from runs import ROOT, composed
 
-from lota.config import Config, ModelConfig
-from lota.config_checks import WEIGHT_NEUTRAL, differences, unused_settings
+from lota.config import LOSSES, MISSING, Config, LossConfig, ModelConfig
+from lota.config_checks import WEIGHT_NEUTRAL, differences, unused_settings, validated
+from lota.lotto.config import LottoConfig
+from lota.models.loading import DTYPES as TORCH_DTYPES
+from lota.optim.masked import GRAD_NORM_STRATEGIES
+from lota.optim.optimizers import OPTIMIZERS
+from lota.optim.schedule import SCHEDULERS
+from lota.settings import keys_of
+from lota.train.objectives import OBJECTIVES
+from lota.train.reference import REFERENCES
+from scripts.settings import CONFIG, FILES, lines_of, page, with_comments
+from trainers import TRAINERS
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "config"
-GROUPS = ("model", "loss", "trainer", "adapter")
-ConfigStore.instance().store(name="schema", node=Config)
-
-
-def settings(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONFIG), version_base=None):
-        return OmegaConf.to_object(compose("config", overrides=["exp_name=x", *overrides]))
-
-
-def keys_of(node, prefix=""):
-    for f in fields(node):
-        value = getattr(node, f.name)
-        yield from keys_of(value, f"{prefix}{f.name}.") if is_dataclass(value) else [prefix + f.name]
+YAML = [f"{path.parent.name}={path.stem}" for path in sorted(CONFIG.glob("*/*.yaml"))]
+ABOUT = {key.name: key.about for key in keys_of(LottoConfig())}
 
 
-def commented_keys(path: Path, prefix: str = "") -> dict[str, str]:
-    """Dotted key -> comment of every `key: value # comment` line of a YAML file without the hydra section."""
-    found, parents = {}, []
-    for line in path.read_text().split("\nhydra:")[0].splitlines():
-        match = re.match(r"( *)([\w-]+):(?: *(.*?))?(?: +# (.*))?$", line)
-        if not match or match[2] == "defaults":
-            continue
-        depth = len(match[1]) // 2
-        parents = [*parents[:depth], match[2]]
-        if match[3]:
-            found[prefix + ".".join(parents)] = match[4]
-    return found
+# What is known of each setting
+
+
+def test_every_field_is_a_setting_or_a_group():
+    groups = [Config, LottoConfig, *(type(value) for value in vars(LottoConfig()).values())]
+    for group in filter(is_dataclass, groups):
+        for field in fields(group):
+            assert "setting" in field.metadata or is_dataclass(field.default_factory), field.name
+
+
+def test_the_page_of_settings_is_current():
+    """If not: python -m scripts.settings > docs/SETTINGS.md"""
+    assert (ROOT / "docs" / "SETTINGS.md").read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_comments_of_the_yaml_files_are_current(file):
+    """If not: python -m scripts.settings --yaml"""
+    assert (CONFIG / file).read_text(encoding="utf-8") == with_comments(file)
+
+
+def test_every_key_has_a_line_in_the_yaml_files():
+    assert {line.key for file, prefix in FILES.items() for line in lines_of(CONFIG / file, prefix)} == {
+        *ABOUT
+    }
 
 
 def test_defaults_of_yaml_and_schema_are_the_same():
-    composed = settings("model=blank_model", "model.name_or_path=m")
-    plain = Config("x", ModelConfig("m"), datasets=composed.datasets)
-    assert asdict(composed) == asdict(plain)
+    found = composed("exp_name=x", "model=blank_model", "model.name_or_path=m")
+    assert asdict(found) == asdict(Config("x", ModelConfig("m"), datasets=found.datasets))
 
 
-def test_every_key_of_the_schema_has_a_commented_line():
-    documented = commented_keys(CONFIG / "config.yaml")
-    documented |= commented_keys(CONFIG / "model" / "blank_model.yaml", "model.")
-    documented |= commented_keys(CONFIG / "loss" / "sft.yaml", "loss.")
-    documented |= commented_keys(CONFIG / "loss" / "dpo.yaml", "loss.")
-    documented |= commented_keys(CONFIG / "trainer" / "BasicTrainer.yaml", "trainer.")
-    documented |= commented_keys(CONFIG / "adapter" / "none.yaml", "adapter.")
-    assert set(documented) == set(keys_of(settings()))
-    assert not [key for key, comment in documented.items() if not comment]
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_has_its_own_keys_with_their_defaults(name):
+    loss = composed(f"loss={name}").loss
+    assert loss == Config(loss=LossConfig(name)).loss
+    for key in keys_of(loss, "loss."):
+        own = key.name == "loss.name" or f"loss.name={name}" in key.about.needs
+        assert (key.value is not None) == own
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [(g, p.stem) for g in GROUPS for p in sorted((CONFIG / g).glob("*.yaml"))]
+    ("key", "names"),
+    [
+        ("optimizer", OPTIMIZERS),
+        ("lr_scheduler", SCHEDULERS),
+        ("grad_norm_strategy", GRAD_NORM_STRATEGIES),
+        ("trainer.name", TRAINERS),
+        ("loss.name", OBJECTIVES),
+        ("model.reference", (None, *REFERENCES)),
+        ("model.policy_dtype", TORCH_DTYPES),
+    ],
 )
-def test_every_yaml_composes_and_comments_its_keys(group, name):
-    extra = ["model.name_or_path=m"] if name == "blank_model" else []
-    config = settings(f"{group}={name}", *extra)
-    assert isinstance(config, Config)
-    assert all(commented_keys(CONFIG / group / f"{name}.yaml").values())
+def test_choices_are_what_the_code_has(key, names):
+    assert set(ABOUT[key].choices) == set(names)
+
+
+def test_settings_are_checked_without_importing_torch():
+    code = (
+        "import sys, lota.config_checks, lota.lotto.config, lota.train.cli; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# The YAML files
+
+
+@pytest.mark.parametrize("choice", [choice for choice in YAML if not choice.startswith("experiment")])
+def test_every_yaml_composes_and_comments_its_keys(choice):
+    group, _, name = choice.partition("=")
+    assert all(line.comment for line in lines_of(CONFIG / group / f"{name}.yaml"))
+    config = composed(choice, *(["model.name_or_path=m"] if name == "blank_model" else []))
+    assert config.model.name_or_path not in (MISSING, None)
+
+
+def test_every_model_of_the_list_has_a_config():
+    wanted = """
+        tiny blank_model gpt2 gpt2-large gpt2-xl gptj pythia28 pythia69 llama7b llama2_7b llama2_13b
+        llama2_70b llama3 mistral7b mixtral yi_6b deepseek7b zephyr_sft llama31_8b llama32_1b llama32_3b
+        qwen25_7b qwen3_8b smollm2_1b7 smollm3_3b olmo2_7b
+    """
+    assert {f"model={name}" for name in wanted.split()} <= set(YAML)
 
 
 def test_the_command_of_the_design():
@@ -79,81 +118,179 @@ def test_the_command_of_the_design():
         activation_checkpointing=True data_fraction=1.0 save_every=epoch_1 eval_every=100000 n_epochs=1
         batch_size=8 gradient_accumulation_steps=1 model.fsdp_policy_mp=bfloat16 fsdp_port=12355
         optimizer=RMSprop grad_norm_strategy=even max_grad_norm=10"""
-    config = settings(*command.split())
-    assert config.trainer.name == "FSDPTrainer"
-    assert config.model.fsdp_policy_mp == "bfloat16"
-    assert config.lr == 1e-5
-    assert config.datasets == ["gsm8k"]
-    assert config.save_interval == ("epoch", 1)
+    config = composed(*command.split())
+    assert (config.trainer.name, config.model.fsdp_policy_mp, config.lr) == ("FSDPTrainer", "bfloat16", 1e-5)
+    assert (config.datasets, config.save_interval) == (["gsm8k"], ("epoch", 1))
+
+
+def test_only_what_cannot_change_weights_is_left_out_of_the_names_of_jobs():
+    hydra = yaml.safe_load((CONFIG / "config.yaml").read_text())["hydra"]
+    assert set(hydra["job"]["config"]["override_dirname"]["exclude_keys"]) == WEIGHT_NEUTRAL
+
+
+# Checks
 
 
 def test_all_problems_in_one_error():
     bad = """optimizer=Adam lr=-1 batch_size=9 gradient_accumulation_steps=2 max_prompt_length=512
         data_fraction=0 save_every=epoch_0 datasets=[a,a]"""
-    with pytest.raises(ValueError, match="cannot be honoured") as error:
-        settings(*bad.split())
-    text = str(error.value)
-    expected_words = ("optimizer=Adam", "did you mean AdamW", "lr=-1.0", "batch_size=9", "named twice")
-    for expected in (*expected_words, "max_prompt_length=512", "data_fraction=0.0", "save_every=epoch_0"):
-        assert expected in text
+    with pytest.raises(ValueError) as error:
+        composed(*bad.split())
+    heading, *lines = str(error.value).splitlines()
+    assert heading == "invalid settings:"
+    assert lines == [
+        "  data_fraction=0.0: must be above 0 and at most 1",
+        "  optimizer=Adam: choose one of RMSprop, AdamW, SGD; did you mean AdamW?",
+        "  lr=-1.0: must be at least 0",
+        "  datasets=['a', 'a']: a task is named twice",
+        "  max_prompt_length=512 leaves no room for a response in max_length=512: make it smaller",
+        "  batch_size=9 is not divisible by gradient_accumulation_steps=2, the parts a batch is cut into",
+        "  save_every=epoch_0: give epoch_N (N epochs) or N (examples), N at least 1",
+    ]
 
 
-BAD = """lr_scheduler=cosin grad_norm_strategy=evn model.policy_dtype=fp32 model.fsdp_policy_mp=float16
-    resume=maybe alpha=1 betas=[0.9] n_epochs=0 max_grad_norm=0 save_every=soon seed=-1 flip_mask=true
-    exp_name=../up wandb.mode=quiet warmup_steps=-1 datasets=[] freeze_odd_layers=true,freeze_even_layers=true
-    n_epochs=null,n_examples=null"""
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("lr_scheduler=cosin", "choose one of constant, linear, cosine; did you mean cosine?"),
+        ("grad_norm_strategy=evn", "did you mean even?"),
+        ("model.policy_dtype=fp32", "model.policy_dtype=fp32: choose one of float32, bfloat16, float16"),
+        ("model.fsdp_policy_mp=float16", "model.fsdp_policy_mp=float16: choose one of null, bfloat16"),
+        ("model.fsdp_policy_mp=bfloat16 model.policy_dtype=float16", "choose float32 or bfloat16"),
+        ("resume=maybe", "resume=maybe"),
+        ("wandb.mode=quiet", "wandb.mode=quiet"),
+        ("adapter.name=lor", "adapter.name=lor"),
+        ("alpha=1", "alpha=1.0: must be at least 0 and below 1"),
+        ("lr=inf", "lr=inf: must be finite and at least 0"),
+        ("eps=nan", "eps=nan: must be finite and at least 0"),
+        ("betas=[0.9]", "betas=[0.9]: give two numbers"),
+        ("betas=[0.9,1]", "betas=1.0: must be at least 0 and below 1"),
+        ("n_epochs=0", "n_epochs=0: must be at least 1, or null"),
+        ("n_epochs=null n_examples=null", "n_epochs and n_examples are both null"),
+        ("max_grad_norm=0", "max_grad_norm=0.0: must be above 0 (or grad_norm_strategy=none)"),
+        ("save_every=soon", "save_every=soon: give epoch_N"),
+        ("seed=-1", "seed=-1"),
+        ("warmup_steps=-1", "warmup_steps=-1"),
+        ("flip_mask=true", "flip_mask=true needs a mask_path"),
+        ("freeze_odd_layers=true freeze_even_layers=true", "freeze_odd_layers and freeze_even_layers"),
+        ("exp_name=../up", "exp_name=../up: must be a name inside the cache folder"),
+        ("exp_name=", "exp_name is not given"),
+        ("datasets=[]", "datasets is empty"),
+        ("loss=dpo loss.average_log_prob=true", "loss.average_log_prob=True: a setting of loss=sft"),
+        ("loss=dpo loss.average_log_prob=false", "loss.average_log_prob=False: a setting of loss=sft"),
+        ("loss=sft loss.beta=0.1 loss.ipo=true", "loss.beta=0.1, loss.ipo=True: settings of loss=dpo"),
+        ("loss.name=dpo", "choose loss=sft (loss=, not loss.name=)"),
+        ("loss.name=dop", "loss.name=dop: choose one of sft, dpo; did you mean dpo?"),
+        ("loss=dpo loss.beta=0", "loss.beta=0.0: must be above 0"),
+        ("loss=dpo loss.beta=inf", "loss.beta=inf: must be finite and above 0"),
+        ("loss=dpo loss.sft_reg=-1", "loss.sft_reg=-1.0"),
+        ("loss=dpo loss.robust_eps=0.5", "loss.robust_eps=0.5: must be at least 0 and below 0.5"),
+        ("loss=dpo loss.robust_eps=0.1 loss.ipo=true", "loss.robust_eps=0.1 with loss.ipo=true"),
+        ("loss=dpo loss.reference_free=true loss.importance_correction=true", "correction needs a reference"),
+        ("loss=dpo model.reference=swapped", "model.reference=swapped: choose one of null, swap"),
+        ("loss=dpo model.reference=swap model.reference_archive=a", "model.reference=model or precomputed"),
+    ],
+)  # fmt: skip
+def test_each_bad_setting_is_named_with_its_remedy(overrides, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        composed(*overrides.split())
 
 
-@pytest.mark.parametrize("overrides", BAD.split())
-def test_each_bad_setting_is_named(overrides):
-    both = ["freeze_odd_layers=true,freeze_even_layers=true", "n_epochs=null,n_examples=null"]
-    overrides = overrides.split(",") if overrides in both else [overrides]
-    with pytest.raises(ValueError, match=re.escape(overrides[0].split("=")[0])):
-        settings(*overrides)
+def test_a_configuration_can_be_made_without_checks():
+    with pytest.raises(
+        ValueError, match=r"(?s)^invalid settings:.*exp_name is not given.*model\.name_or_path"
+    ):
+        validated(Config())
 
 
-def test_unused_settings_are_told_and_used_ones_are_not():
-    assert unused_settings(settings()) == []
-    told = unused_settings(
-        settings("optimizer=SGD", "alpha=0.5", "betas=[0.8,0.9]", "momentum=0.5", "fsdp_port=1")
-    )
-    assert [line.split("=")[0] for line in told] == ["alpha", "betas", "fsdp_port"]
-    assert unused_settings(settings("n_eval_model_samples=3"))
-    assert not unused_settings(settings("n_eval_model_samples=3", "sample_during_eval=true"))
+def test_a_limit_that_is_not_used_may_be_infinite():
+    assert composed("max_grad_norm=0", "grad_norm_strategy=none")
+    assert composed("max_grad_norm=inf")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("", []),
+        (
+            "optimizer=SGD alpha=0.5 betas=[0.8,0.9] momentum=0.5 fsdp_port=1",
+            ["alpha=0.5 (optimizer=SGD)", "betas=[0.8, 0.9] (optimizer=SGD)", "fsdp_port=1 (one process)"],
+        ),
+        ("n_eval_model_samples=3", ["n_eval_model_samples=3 (sample_during_eval=false)"]),
+        ("n_eval_model_samples=3 sample_during_eval=true", []),
+        ("grad_norm_strategy=none max_grad_norm=3", ["max_grad_norm=3.0 (grad_norm_strategy=none)"]),
+        ("overwrite=true resume=never", ["resume=never (overwrite=true)"]),
+        ("debug=true save_every=5", ["save_every=5 (debug=true)"]),
+        ("wandb.mode=offline", ["wandb.mode=offline (wandb.enabled=false)"]),
+        ("wandb.enabled=true debug=true", ["wandb.enabled=True (debug=true)"]),
+        ("lora_rank=4", ["lora_rank=4 (adapter=none)"]),
+        ("snip_batches=4 save_snip_mask_path=x",
+         ["save_snip_mask_path=x (snip=false)", "snip_batches=4 (snip=false)"]),
+        ("model.scope=mlp",
+         ["model.scope=mlp (flip_mask=false, snip=false, adapter=none; a mask file has its own scope)"]),
+        ("model.scope=mlp adapter=lora", []),
+        ("model.reference=model model.reference_dtype=float32",
+         ["model.reference=model (loss=sft)", "model.reference_dtype=float32 (loss=sft)"]),
+        ("loss=dpo loss.ipo_sum=true", ["loss.ipo_sum=True (loss.ipo=false)"]),
+        ("loss=dpo loss.ipo_sum=true loss.ipo=true loss.beta=0.5", []),
+        ("loss=dpo loss.reference_free=true model.reference=swap",
+         ["model.reference=swap (loss.reference_free=true)"]),
+        ("loss=dpo model.reference=swap model.reference_dtype=float32",
+         ["model.reference_dtype=float32 (model.reference=swap computes with the policy)"]),
+        ("loss=dpo model.reference=model model.reference_dtype=float32", []),
+        ("loss=dpo model.reference=precomputed model.reference_archive=a model.reference_dtype=float32", []),
+    ],
+)  # fmt: skip
+def test_what_nothing_reads_is_listed_with_the_reason(overrides, expected):
+    assert sorted(unused_settings(composed(*overrides.split())).values()) == expected
+
+
+def test_differences_name_what_changes_weights_only():
+    old = asdict(composed())
+    new = composed("lr=1e-4", "model.policy_dtype=bfloat16", "eval_every=5", "wandb.project=p")
+    assert differences(old, new) == ["lr: 1e-05 -> 0.0001", "model.policy_dtype: float32 -> bfloat16"]
+    assert differences(old, composed("betas=[0.8,0.9]", "model.reference_dtype=float32")) == []
+    assert differences(old, composed("betas=[0.8,0.9]", "optimizer=AdamW")) == [
+        "betas: [0.9, 0.999] -> [0.8, 0.9]",
+        "optimizer: RMSprop -> AdamW",
+    ]
+
+
+def test_a_key_that_an_older_run_does_not_have_counts_as_its_default():
+    old = asdict(composed())
+    del old["lr_scheduler"], old["model"]["scope"]
+    assert differences(old, composed()) == []
+    assert differences(old, composed("lr_scheduler=cosine")) == ["lr_scheduler: constant -> cosine"]
+
+
+# Values that are worked out
 
 
 def test_optimizer_settings_reach_the_class():
-    config = settings("optimizer=AdamW", "betas=[0.8,0.9]", "eps=1e-6", "weight_decay=0.1", "max_grad_norm=3")
+    config = composed("optimizer=AdamW", "betas=[0.8,0.9]", "eps=1e-6", "weight_decay=0.1", "max_grad_norm=3")
     assert config.optimizer_settings == {
         "lr": 1e-5, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1, "grad_norm_strategy": "even",
         "max_grad_norm": 3.0,
     }  # fmt: skip
 
 
-def test_differences_name_what_changes_weights_only():
-    old = asdict(settings())
-    new = settings("lr=1e-4", "model.policy_dtype=bfloat16", "eval_every=5", "wandb.project=p")
-    assert differences(old, new) == ["lr: 1e-05 -> 0.0001", "model.policy_dtype: float32 -> bfloat16"]
-    assert differences(old, settings("betas=[0.8,0.9]", "model.reference_dtype=float32")) == []
-    assert differences(old, settings("betas=[0.8,0.9]", "optimizer=AdamW")) == [
-        "betas: [0.9, 0.999] -> [0.8, 0.9]",
-        "optimizer: RMSprop -> AdamW",
-    ]
-    assert set(old) >= WEIGHT_NEUTRAL
-
-
-def test_only_what_cannot_change_weights_is_left_out_of_the_names_of_jobs():
-    text = (CONFIG / "config.yaml").read_text()
-    left_out = yaml.safe_load(text)["hydra"]["job"]["config"]["override_dirname"]["exclude_keys"]
-    assert {key.split(".")[0] for key in left_out} == WEIGHT_NEUTRAL
-
-
 def test_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "p"))
-    assert settings().run_dir == tmp_path / "p" / "x"
+    assert composed().run_dir == tmp_path / "p" / "run"
     (tmp_path / "second").mkdir()
     dirs = f"local_dirs=[{tmp_path}/first,{tmp_path}/second,{tmp_path}/third]"
-    assert settings(dirs).run_dir == tmp_path / "second" / "x"
+    assert composed(dirs).run_dir == tmp_path / "second" / "run"
     (tmp_path / "second").rmdir()
-    assert settings(dirs).run_dir == tmp_path / "third" / "x"
-    assert settings("save_every=500").save_interval == ("step", 500)
+    assert composed(dirs).run_dir == tmp_path / "third" / "run"
+    assert composed("save_every=500").save_interval == ("step", 500)
+
+
+def test_paths_that_exist_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pt").touch()
+    config = composed("mask_path=a.pt", "protect_masks=[a.pt,b.pt]", "model=gpt2", "snip=true",
+                      "save_snip_mask_path=new.pt", "model.archive=a.pt", "mask_path=null")  # fmt: skip
+    config.resolve_paths()
+    assert config.protect_masks == [str(tmp_path / "a.pt"), "b.pt"]
+    assert (config.model.archive, config.model.name_or_path) == (f"{tmp_path}/a.pt", "openai-community/gpt2")
+    assert config.save_snip_mask_path == str(tmp_path / "new.pt")

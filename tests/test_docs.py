@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_config import settings
+from runs import composed
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def test_the_training_commands_compose():
         given = [word.replace("$BASE", "base") for word in words if word != "-m"]
         given = given if any(word.startswith("exp_name=") for word in given) else [*given, "exp_name=a"]
         first = [re.sub(r"^(\+?[\w.]+)=([^\[]*?),.*", r"\1=\2", word) for word in given]  # of a sweep
-        assert settings(*first).exp_name
+        assert composed(*first).exp_name
 
 
 def test_the_other_commands_have_the_flags_that_the_documents_use():

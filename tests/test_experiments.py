@@ -7,16 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from runs import MODEL, ROOT, metrics, with_mini_task, write_mask
-from test_config import commented_keys
+from runs import MODEL, ROOT, composed, metrics, with_mini_task, write_mask
 
+from scripts.settings import lines_of
 from trainers import TRAINERS
 
 EXPERIMENTS = sorted((ROOT / "config" / "experiment").glob("*.yaml"))
@@ -25,11 +24,6 @@ SMALL = (
     f"model.name_or_path={MODEL}", "datasets=[mini]", "warmup_steps=1", "eval_batch_size=8",
     "minimum_log_interval_secs=0",
 )  # fmt: skip
-
-
-def experiment(name: str, *overrides: str):
-    with initialize_config_dir(str(ROOT / "config"), version_base=None):
-        return OmegaConf.to_object(compose("config", overrides=[f"+experiment={name}", *overrides]))
 
 
 def test_the_methods_of_the_comparison_are_there():
@@ -42,14 +36,14 @@ def test_every_experiment_says_its_command_and_comments_its_keys(path):
     lines = path.read_text().splitlines()
     assert lines[0] == "# @package _global_"
     assert lines[1].startswith(f"# python train_single_gpu.py +experiment={path.stem}")
-    assert all(commented_keys(path).values())
+    assert all(line.comment for line in lines_of(path))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_trains(tmp_path, monkeypatch, name):
     monkeypatch.chdir(with_mini_task(tmp_path))
     torch.set_num_threads(1)
-    config = experiment(name, *SMALL, "seed=4", "n_examples=16")
+    config = composed(f"+experiment={name}", *SMALL, "seed=4", "n_examples=16")
     if config.mask_path is not None:
         (tmp_path / config.mask_path).parent.mkdir(parents=True)
         write_mask(tmp_path / config.mask_path)
@@ -66,9 +60,9 @@ def test_every_experiment_trains(tmp_path, monkeypatch, name):
 def test_rates_differ_by_method_and_the_rest_is_the_same():
     """A fair comparison: nothing but the method and its learning rate differs."""
     method = {"exp_name", "lr", "mask_path", "adapter", "lora_rank", "lora_alpha", "freeze_odd_layers"}
-    base = OmegaConf.to_container(OmegaConf.structured(experiment("fft")))
+    base = asdict(composed("+experiment=fft"))
     for name in NAMES:
-        other = OmegaConf.to_container(OmegaConf.structured(experiment(name)))
+        other = asdict(composed(f"+experiment={name}"))
         assert {key for key in other if other[key] != base[key]} <= method, name
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lotto_runs import ledger, mask, run, with_tasks
-from runs import MODEL, policy, write_mask
+from runs import MODEL, ROOT, policy, same, write_mask
 from transformers import AutoModelForCausalLM
 
 from lota.data.batches import Example, encode
@@ -225,3 +229,27 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(two, tmp
     _, trainings = run("overwrite=true", "lr=1e-3", "tasks=[two]")
     assert trainings.names == ["1_two/calibrate", "1_two/adapt"]
     assert not (folder / "1_one").exists() and not (folder / ".replaced").exists()
+
+
+# moment, its number, what was finished before it
+KILLS = [
+    ("policy", 2, ["1_one/calibrate"]),
+    ("backward", 8, ["1_one/calibrate", "1_one/adapt"]),
+    ("ledger", 2, ["1_one/calibrate", "1_one/adapt", "2_two/calibrate"]),
+]
+
+
+@pytest.mark.parametrize(("moment", "n", "done"), KILLS)
+def test_killed_anywhere_the_same_command_continues(moment, n, done):
+    command = [sys.executable, str(HERE / "killed_run.py"), moment, str(n), "lotto"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    lotto, trainings = run()
+    reference, _ = run("exp_name=whole")
+    weights = [policy(one.weights(one.stages[1]).parent) for one in (lotto, reference)]
+    assert same(*weights)
+    for name in ("ledger.json", "ledger.txt", "forgetting.json"):
+        assert (lotto.folder / name).read_bytes() == (reference.folder / name).read_bytes()
+    assert not set(trainings.names) & set(done)
+    assert not list(lotto.folder.rglob("*.tmp"))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 import torch
 from lotto_runs import NAMES, Trainings, settings, with_tasks
-from runs import write_mask
-from test_config import CONFIG, commented_keys, keys_of
+from runs import MODEL, train, write_mask
 
 from lota.config import Config, ModelConfig
 from lota.lotto.config import LottoConfig
 from lota.lotto.driver import Lotto
+from lota.lotto.folder import SequenceFolder
 from lota.masks import Mask
 from lota.models.scope import find_scope, meta_model
 from tasks import get_task
-from tests.runs import MODEL
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +33,30 @@ class NoTraining(Trainings):
 
 
 def refused(*overrides: str) -> str:
-    """The message of a sequence that does not start; nothing is written."""
+    """The message of a sequence that does not start."""
     with pytest.raises(ValueError) as error:
         Lotto(settings(*overrides), NoTraining(), get_task)
     return str(error.value)
 
 
-def test_every_key_has_a_commented_line_and_the_schemas_default():
-    comments = commented_keys(CONFIG / "lotto.yaml")
+def test_defaults_of_yaml_and_schema_are_the_same():
     own = {f.name for f in fields(LottoConfig)} - {f.name for f in fields(Config)}
     plain = LottoConfig("x", ModelConfig("m"), tasks=["one", "two"])
-    keys = {key for key in keys_of(plain) if key.split(".")[0] in own}
-    assert set(comments) == keys | {"datasets"}
-    assert all(comments.values())
     assert {key: asdict(settings())[key] for key in own} == {key: asdict(plain)[key] for key in own}
+
+
+def test_a_sequence_of_version_0_1_is_continued(private_cache):
+    """Its stored settings are those of the same command today; another setting is a change."""
+    stored = Path(__file__).with_name("fixtures") / "v0_1" / "sequence.yaml"
+    (private_cache / "sequence").mkdir(parents=True)
+    shutil.copy(stored, private_cache / "sequence" / "config.yaml")
+    given = ["model.name_or_path=base", "warmup_steps=150", "n_examples=null", "minimum_log_interval_secs=1",
+             "+task_overrides.two.sparsity=0.5", "calibrate.n_steps=3", "method=lota", "loss=dpo",
+             "optimizer=AdamW"]  # fmt: skip
+    assert SequenceFolder(settings(*given)).may_continue()
+    assert SequenceFolder(settings(*given, "tasks=[one,two,three]")).may_continue()
+    with pytest.raises(ValueError, match=r"calibrate\.n_steps: 3 -> 4; lr: 0\.01 -> 0\.02"):
+        SequenceFolder(settings(*given, "calibrate.n_steps=4", "lr=2e-2")).may_continue()
 
 
 def test_every_training_key_reaches_the_runs():
@@ -53,18 +64,12 @@ def test_every_training_key_reaches_the_runs():
         "optimizer=AdamW", "betas=[0.8,0.9]", "lr=3e-3", "model.policy_dtype=bfloat16", "seed=4"
     )
     for run in (config.adaptation("one"), config.calibration("one")):
-        assert (run.optimizer, run.betas, run.seed, run.model.policy_dtype) == (
-            "AdamW",
-            [0.8, 0.9],
-            4,
-            "bfloat16",
-        )
+        found = (run.optimizer, run.betas, run.seed, run.model.policy_dtype)
+        assert found == ("AdamW", [0.8, 0.9], 4, "bfloat16")
         assert run.datasets == ["one"] and type(run) is Config
     assert config.adaptation("one").lr == 3e-3
     assert config.calibration("one").lr == pytest.approx(3e-4)
-    assert (
-        settings("calibrate.lr=1e-5", "calibrate.data_fraction=0.5").calibration("one").data_fraction == 0.5
-    )
+    assert settings("calibrate.data_fraction=0.5").calibration("one").data_fraction == 0.5
     assert settings("method=lora", "lora_rank=4").adaptation("one").adapter.name == "lora"
 
 
@@ -145,12 +150,10 @@ def test_a_mask_of_another_model_is_refused(workplace):
 
 
 def test_a_folder_of_another_run_is_refused(workplace, monkeypatch):
-    from lota.lotto.folder import SequenceFolder
-
     config = settings()
     with SequenceFolder(config), pytest.raises(ValueError, match="another process"):
         SequenceFolder(config).__enter__()
-    text = refused(f"model.name_or_path={with_other_model(workplace)}", "lr=1e-3")
+    text = refused(f"model.name_or_path={shutil.copytree(MODEL, workplace / 'other')}", "lr=1e-3")
     assert "model.name_or_path: " in text and "lr: 0.01 -> 0.001" in text and "overwrite=true" in text
     assert "tasks: ['one', 'two'] -> ['two']" in refused("tasks=[two]")
     assert "holds a run" in refused("resume=never")
@@ -161,27 +164,19 @@ def test_a_folder_of_another_run_is_refused(workplace, monkeypatch):
     assert Lotto(settings("overwrite=true"), NoTraining(), get_task)
 
 
-def with_other_model(folder):
-    import shutil
-
-    return shutil.copytree(MODEL, folder / "other")
-
-
 def test_a_training_run_of_that_name_is_refused():
-    from runs import train
-
     train("exp_name=sequence", "n_examples=8", "datasets=[one]")
-    assert "tasks: None -> ['one', 'two']" in refused()
+    assert "tasks: [] -> ['one', 'two']" in refused()
 
 
 def test_unused_settings_are_told():
     assert settings().unused() == []
     told = settings("method=fft", "sparsity=0.5", "calibrate.n_steps=3").unused()
-    assert told == ["calibrate.n_steps=3 (method=fft)", "sparsity=0.5 (method=fft)"]
+    assert told == ["sparsity=0.5 (method=fft)", "calibrate.n_steps=3 (method=fft)"]
 
 
 def test_names_are_all_of_the_scope():
     checked = Lotto(settings(), NoTraining(), get_task).checked
-    assert checked.n_entries == 712_704 == checked.everything.n_kept
+    assert checked.everything.n_total == 712_704 == checked.everything.n_kept
     assert checked.everything.names == list(find_scope(meta_model(MODEL)))
     assert [h.task.name for h in checked.held_out] == list(NAMES[:2])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import run_folders
 
 from lota.masks import Mask
-from lota.report.replicates import find_replicates
 from lota.report.reading import read_runs
+from lota.report.replicates import find_replicates
 
 
 def names(folder, *runs: str) -> dict[str, int]:

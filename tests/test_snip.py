@@ -191,12 +191,3 @@ def test_refused_before_a_model_loads(folder, monkeypatch):
     (folder / "broken.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"broken\.pt is no readable mask"):
         train(*SNIP, f"save_snip_mask_path={folder}/broken.pt")
-
-
-def test_settings_of_snip_without_snip_are_told(told):
-    from lota.config_checks import unused_settings
-
-    lines = unused_settings(settings("snip_batches=5", "snip_sparsity=0.5", "save_snip_mask_path=x"))
-    assert [line.partition("=")[0] for line in lines if "snip=false" in line and line.startswith("s")] == [
-        "snip_sparsity", "snip_batches", "save_snip_mask_path",
-    ]  # fmt: skip

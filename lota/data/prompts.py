@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from lota.config_checks import CHAT_TEMPLATES
+from lota.config import CHAT_TEMPLATES
 from lota.data.batches import encode_prompt
 from lota.models.provenance import (
     recorded_prompts,

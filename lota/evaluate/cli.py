@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from lota.config import default_cache
-from lota.config_checks import CHAT_TEMPLATES
+from lota.config import CHAT_TEMPLATES, default_cache
 from lota.data.prompts import Limits, Prompter, recorded_choice
 from lota.models.loading import cast_parameters, dtype_of, load_config, load_model, load_tokenizer
 from lota.share.delta.attach import attach

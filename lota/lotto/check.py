@@ -17,45 +17,31 @@ from lota.lotto.config import LottoConfig
 from lota.lotto.folder import SequenceFolder
 from lota.lotto.held_out import HeldOut
 from lota.lotto.ledger import Ledger
-from lota.masks import Mask
+from lota.masks import Mask, kept_count
 from lota.models.scope import find_scope, meta_model
 from lota.train.preflight import prepare
+from lota.utils import Problems
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a sequence works on.
+    """What a sequence works on."""
 
-    model: on the meta device; everything: the mask of all entries that dense training may change;
-    custom: task -> mask file that was given for it; held_out: rows of each task in the order of the sequence.
-    """
-
-    model: nn.Module
-    everything: Mask
-    custom: dict[str, Path]
-    held_out: list[HeldOut]
-
-    @property
-    def n_entries(self) -> int:
-        """Of the scope."""
-        return self.everything.n_total
+    model: nn.Module  # on the meta device
+    everything: Mask  # all entries that dense training may change: the scope without protect_masks
+    custom: dict[str, Path]  # task -> mask file that was given for it
+    held_out: list[HeldOut]  # rows of each task in the order of the sequence
 
 
 def check(config: LottoConfig, find_task: Callable[[str], Any]) -> Checked:
     """Everything that a sequence starts from. Raises one ValueError with all the problems found."""
-    problems: list[str] = []
-
-    def attempt(step: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return step(*arguments)
-        except ValueError as error:
-            problems.extend(str(error).splitlines())
-            return None
-
-    attempt(SequenceFolder(config).may_continue)
-    held_out = [attempt(_rows, config, task, find_task) for task in config.sequence]
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+    problems = Problems()
+    problems.attempt(SequenceFolder(config).may_continue)
+    held_out = [problems.attempt(_rows, config, task, find_task) for task in config.sequence]
+    problems.found = [
+        line for message in problems.found for line in message.splitlines()
+    ]  # once for all tasks
+    problems.refuse()
     model = meta_model(config.model.name_or_path)
     scope = find_scope(model, config.model.scope, config.model.block_name)
     full = Mask.from_dense({name: torch.ones(t.shape, dtype=torch.bool) for name, t in scope.items()})
@@ -65,11 +51,14 @@ def check(config: LottoConfig, find_task: Callable[[str], Any]) -> Checked:
     stages = _stage_masks(config)
     _check_overlap(config, protect, {**stages, **custom}, custom)
     _check_capacity(config, full, [*protect.values(), *custom.values(), *stages.values()], {*files})
-    return Checked(model, reduce(Mask.minus, protect.values(), full), files, held_out)
+    everything = reduce(Mask.minus, protect.values(), full)
+    return Checked(model, everything, files, [rows for rows in held_out if rows is not None])
 
 
 def _rows(config: LottoConfig, name: str, find_task: Callable[[str], Any]) -> HeldOut:
-    """The task's held-out rows; its training run is checked as far as it can be before the ones before it."""
+    """Returns the task's held-out rows, and checks its training run as far as that is possible before earlier
+    tasks have run.
+    """
     task = find_task(name)
     prepare(replace(config.adaptation(name), debug=True), find_task)
     return HeldOut(config, task)
@@ -77,11 +66,15 @@ def _rows(config: LottoConfig, name: str, find_task: Callable[[str], Any]) -> He
 
 def _stage_masks(config: LottoConfig) -> dict[str, Mask]:
     """Masks of the stages that are on disk already."""
-    if config.overwrite or config.how.score is None:
+    if config.overwrite or config.learning.saliency is None:
         return {}
     entries = Ledger(config.run_dir).entries
     own = {str(config.own(entry.name, "mask_path")) for entry in entries}
-    return {f"{e.name}'s {e.mask}": Mask.load(config.run_dir / e.mask) for e in entries if e.mask not in own}
+    return {
+        f"{e.name}'s {e.mask}": Mask.load(config.run_dir / e.mask)
+        for e in entries
+        if e.mask and e.mask not in own
+    }
 
 
 def _check_overlap(
@@ -89,7 +82,7 @@ def _check_overlap(
 ) -> None:
     """Raise ValueError where a given mask keeps what another mask keeps that must not be touched."""
     pairs = list(itertools.product(custom, protect))
-    if config.how.protects:
+    if config.learning.protects:
         pairs += [(a, b) for a, b in itertools.combinations(tasks, 2) if a in custom or b in custom]
     masks = {**protect, **tasks}
     lines = [
@@ -106,12 +99,11 @@ def _check_capacity(config: LottoConfig, full: Mask, taken: Iterable[Mask], with
     """Raise ValueError where the tasks that need a mask find too few free entries, saying what would fit."""
     done = set() if config.overwrite else {entry.name for entry in Ledger(config.run_dir).entries}
     open_tasks = [task for task in config.sequence if task not in with_mask | done]
-    if config.how.score is None or not open_tasks:
+    if config.learning.saliency is None or not open_tasks:
         return
-    total, used = full.n_total, union(taken)
-    wanted = {task: config.kept_count(task, total) for task in open_tasks}
-    free = total - (used.intersect(full).n_kept if used else 0)
-    together = config.how.protects
+    total, free = full.n_total, reduce(Mask.minus, taken, full).n_kept
+    wanted = {task: kept_count(config.own(task, "sparsity"), total) for task in open_tasks}
+    together = config.learning.protects
     needed = list(itertools.accumulate(wanted.values(), None if together else max))
     if needed[-1] <= free:
         return
@@ -123,9 +115,3 @@ def _check_capacity(config: LottoConfig, full: Mask, taken: Iterable[Mask], with
         f"scope's {total:,} are free, enough for {sum(n <= free for n in needed)} of {len(open_tasks)} "
         f"tasks: all fit at sparsity={least:g} or more, or name fewer tasks"
     )
-
-
-def union(masks: Iterable[Mask]) -> Mask | None:
-    """What any of the masks keeps; None of none."""
-    found = list(masks)
-    return reduce(Mask.union, found) if found else None

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
-from lota.config import MISSING, Config, absolute
-from lota.masks import kept_count
+from lota.config import Config, absolute
+from lota.config_checks import problems_of, unused_settings
+from lota.settings import did_you_mean, setting, value_problems
 
-ORDERS = ("given", "reversed")
 ADAPT_FACTOR = 10  # a mask wants about ten times the learning rate of dense training
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a task is learnt.
+    """How a task is learnt."""
 
-    score: what rates entries for its mask, None for dense training; protects: what earlier tasks keep is
-    frozen and not available; adapter: of dense training.
-    """
-
-    score: str | None = None
-    protects: bool = False
-    adapter: str = "none"
+    saliency: str | None = None  # what rates entries for its mask; None: dense training
+    protects: bool = False  # what earlier tasks keep is frozen and not available
+    adapter: str = "none"  # of dense training
 
     @property
     def calibrated(self) -> bool:
-        return self.score == "task_vector"
+        return self.saliency == "task_vector"
 
 
 METHODS = {
@@ -52,31 +48,50 @@ _SET_BY_STAGES = {
     "save_snip_mask_path": "the masks stand in the run folder",
     "debug": "each task starts from the checkpoint of the one before",
 }
+_CALIBRATED = tuple(f"method={name}" for name, method in METHODS.items() if method.calibrated)
+_MASKED = tuple(f"method={name}" for name, method in METHODS.items() if method.saliency is not None)
+_calibrated = partial(setting, None, needs=_CALIBRATED)
 
 
 @dataclass
 class CalibrateConfig:
-    lr: float | None = None
-    data_fraction: float | None = None
-    n_steps: int | None = None  # optimizer steps
-    warmup_steps: int | None = None  # optimizer steps
+    """The dense run before each mask. What its values may be, the keys of a training run say."""
+
+    lr: float | None = _calibrated("peak learning rate; null = a tenth of the task's")
+    data_fraction: float | None = _calibrated(
+        "share of the task's training rows, a seeded sample; null = the task's"
+    )
+    n_steps: int | None = _calibrated(
+        "to train; null = as long as the task's own run", "optimizer steps", at_least=1
+    )
+    warmup_steps: int | None = _calibrated(
+        "of linear warm-up from 0 to lr; null = the task's", "optimizer steps"
+    )
 
 
 @dataclass
 class LottoConfig(Config):
     """The keys of a training run, which every stage takes over, and those of the sequence."""
 
-    tasks: list[str] = field(default_factory=list)
-    sparsity: float = 0.9
-    method: str = "lotto"
-    order: str = "given"
+    tasks: list[str] = setting([], "tasks in the order in which they are learnt, names of tasks/")
+    sparsity: float = setting(
+        0.9,
+        "frozen share of the scope: a task keeps round((1 - s) * N) of its N entries, of those still free",
+        at_least=0,
+        below=1,
+        needs=_MASKED,
+    )
+    method: str = setting(
+        "lotto",
+        "lotto: a mask of its own for each task; lota: masks that may overlap; random: random masks that do "
+        "not; fft: every weight; lora: low-rank matrices, merged after each task",
+        choices=tuple(METHODS),
+    )
+    order: str = setting("given", "given, or reversed: the last task first", choices=("given", "reversed"))
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    task_overrides: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        problems = list(dict.fromkeys(self._problems()))
-        if problems:
-            raise ValueError("\n".join(["these settings cannot be honoured:", *(f"  {p}" for p in problems)]))
+    task_overrides: dict[str, Any] = setting(
+        {}, "task -> keys and values of its own, in place of those above"
+    )
 
     @property
     def sequence(self) -> list[str]:
@@ -84,7 +99,8 @@ class LottoConfig(Config):
         return self.tasks[::-1] if self.order == "reversed" else list(self.tasks)
 
     @property
-    def how(self) -> Method:
+    def learning(self) -> Method:
+        """What `method` names."""
         return METHODS[self.method]
 
     def resolve_paths(self) -> None:
@@ -94,23 +110,17 @@ class LottoConfig(Config):
                 given["mask_path"] = absolute(given["mask_path"])
 
     def own(self, task: str, key: str) -> Any:
-        """A setting of the sequence or, where the task has one of its own, the task's."""
+        """A setting of the sequence or, if the task has one of its own, the task's."""
         return self.task_overrides.get(task, {}).get(key, getattr(self, key))
-
-    def kept_count(self, task: str, n_entries: int) -> int:
-        """Entries that the task's mask keeps out of a scope of n_entries."""
-        return kept_count(self.own(task, "sparsity"), n_entries)
 
     def adaptation(self, task: str, **changes: Any) -> Config:
         """The training run of a task. changes: fields that the stage sets."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(Config)}
-        own = {key: v for key, v in self.task_overrides.get(task, {}).items() if key in values}
-        for key, value in {**own, **self._fixed(task), **changes}.items():
+        own = {key: value for key, value in self.task_overrides.get(task, {}).items() if key in values}
+        fixed = {"datasets": [task], "overwrite": False, "adapter": {"name": self.learning.adapter}}
+        for key, value in {**own, **fixed, **changes}.items():
             values[key] = replace(values[key], **value) if is_dataclass(values[key]) else value
         return Config(**values)
-
-    def _fixed(self, task: str) -> dict[str, Any]:
-        return {"datasets": [task], "overwrite": False, "adapter": {"name": self.how.adapter}}
 
     def calibration(self, task: str, **changes: Any) -> Config:
         """The dense run before it, from which the mask is extracted."""
@@ -122,71 +132,49 @@ class LottoConfig(Config):
             chosen |= {"n_examples": n_examples, "n_epochs": None}
         return self.adaptation(task, mask_path=None, **chosen, **changes)
 
-    # problems
-
-    def _problems(self) -> Iterator[str]:
-        if not self.tasks:
-            yield "tasks is empty: name the tasks in their order, as in tasks=[gsm8k,sql]"
-        for task in dict.fromkeys(t for t in self.tasks if self.tasks.count(t) > 1):
-            yield f"tasks={self.tasks}: {task} is named twice"
-        for key, choices in (("method", METHODS), ("order", ORDERS)):
-            if getattr(self, key) not in choices:
-                yield f"{key}={getattr(self, key)}: choose one of {', '.join(choices)}"
-        for key, remedy in _SET_BY_STAGES.items():
-            if getattr(self, key):
-                yield f"{key}={getattr(self, key)}: not with a sequence of tasks; {remedy}"
-        if self.adapter.name not in ("none", "lora" if self.method == "lora" else "none"):
-            yield f"adapter={self.adapter.name} with method={self.method}: choose method=lora or adapter=none"
-        if self.method == "random" and self.freeze_layers:
-            yield f"method=random with freeze_{self.freeze_layers}_layers=true: its masks span all layers"
-        yield from self._override_problems()
-        yield from self._stage_problems()
-
-    def _override_problems(self) -> Iterator[str]:
-        for task, given in self.task_overrides.items():
-            if task not in self.tasks:
-                near = difflib.get_close_matches(task, self.tasks, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                yield f"task_overrides.{task}: tasks={self.tasks} does not name it{hint}"
-            for key in given:
-                if key in _SHARED:
-                    yield f"task_overrides.{task}.{key}: one for all tasks; give {key}=..."
-            if given.get("mask_path") and self.method in METHODS and self.how.score is None:
-                yield f"task_overrides.{task}.mask_path: method={self.method} trains without masks"
-
-    def _stage_problems(self) -> Iterator[str]:
-        """Of every training run, each told once."""
-        if self.calibrate.n_steps is not None and self.calibrate.n_steps < 1:
-            yield f"calibrate.n_steps={self.calibrate.n_steps}: must be at least 1, or null"
-        if self.exp_name == MISSING:
-            yield "exp_name is not given: name the run, as in exp_name=my_run"
-            return
-        for task in dict.fromkeys(self.tasks):
-            try:
-                self.kept_count(task, 0)
-            except ValueError as error:
-                yield str(error)
-        if self.method not in METHODS:
-            return
-        told: set[str] = set()
-        for task in dict.fromkeys(self.tasks):
-            for build, key in ((self.adaptation, ""), (self.calibration, "calibrate: "))[
-                : 1 + self.how.calibrated
-            ]:
-                try:
-                    build(task)
-                except ValueError as error:
-                    lines = [line.strip() for line in str(error).splitlines()]
-                    new = [line for line in (lines[1:] or lines) if line not in told]
-                    told.update(new)
-                    yield from (key + line for line in new)
-
     def unused(self) -> list[str]:
-        """Keys of the sequence that nothing reads in this run, as `key=value (why)`."""
-        default, told = CalibrateConfig(), []
-        if not (self.method in METHODS and self.how.calibrated):
-            changed = {k: v for k, v in vars(self.calibrate).items() if v != getattr(default, k)}
-            told += [f"calibrate.{k}={v} (method={self.method})" for k, v in changed.items()]
-        if self.how.score is None and self.sparsity != LottoConfig.sparsity:
-            told.append(f"sparsity={self.sparsity} (method={self.method})")
-        return told
+        """Keys of the sequence that nothing reads, as `key=value (why)`; each run lists those of its own."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(Config)}
+        return [line for key, line in unused_settings(self).items() if key.split(".")[0] in own]
+
+
+def sequence_problems(c: LottoConfig) -> Iterator[str]:
+    """A line per problem of the sequence or of one of its training runs."""
+    if not c.tasks:
+        yield "tasks is empty: name the tasks in their order, as in tasks=[gsm8k,sql]"
+    for task in dict.fromkeys(t for t in c.tasks if c.tasks.count(t) > 1):
+        yield f"tasks={c.tasks}: {task} is named twice"
+    for key, remedy in _SET_BY_STAGES.items():
+        if getattr(c, key):
+            yield f"{key}={getattr(c, key)}: not with a sequence of tasks; {remedy}"
+    if c.adapter.name not in ("none", "lora" if c.method == "lora" else "none"):
+        yield f"adapter={c.adapter.name} with method={c.method}: choose method=lora or adapter=none"
+    if c.method == "random" and c.freeze_layers:
+        yield f"method=random with freeze_{c.freeze_layers}_layers=true: its masks span all layers"
+    yield from value_problems(c)
+    yield from _override_problems(c)
+    if c.method in METHODS:
+        yield from _stage_problems(c)
+
+
+def _override_problems(c: LottoConfig) -> Iterator[str]:
+    for task, given in c.task_overrides.items():
+        if task not in c.tasks:
+            yield f"task_overrides.{task}: tasks={c.tasks} does not name it{did_you_mean(task, c.tasks)}"
+        for key in given:
+            if key in _SHARED:
+                yield f"task_overrides.{task}.{key}: one for all tasks; give {key}=..."
+        if given.get("mask_path") and c.method in METHODS and c.learning.saliency is None:
+            yield f"task_overrides.{task}.mask_path: method={c.method} trains without masks"
+        if "sparsity" in given:
+            yield from value_problems(replace(c, sparsity=given["sparsity"]))
+
+
+def _stage_problems(c: LottoConfig) -> Iterator[str]:
+    """Of every training run; a line of the adaptation is not repeated for the calibration."""
+    for task in dict.fromkeys(c.tasks):
+        adaptation = list(problems_of(c.adaptation(task)))
+        yield from adaptation
+        if c.learning.calibrated:
+            lines = problems_of(c.calibration(task))
+            yield from (f"calibrate: {line}" for line in lines if line not in adaptation)

@@ -4,7 +4,7 @@ For each task: calibrate (dense, what earlier tasks keep frozen), extract a mask
 from the result of the task before, evaluate on all tasks. The other methods leave out what they do not have.
 
     <run>/config.yaml            the settings            <run>/ledger.json, .txt      lota/lotto/ledger.py
-    <run>/base/                  results of the base     <run>/forgetting.json, ...   lota/lotto/continual.py
+    <run>/base/                  results of the base     <run>/forgetting.json, ...   lota/lotto/forgetting.py
     <run>/1_<task>/calibrate/    a training run          <run>/1_<task>/0.9_mask.pt     its mask
     <run>/1_<task>/adapt/        a training run          <run>/1_<task>/held_out.json   results after it
 """
@@ -15,13 +15,14 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lota.config import Config
-from lota.lotto.check import Checked, check, union
+from lota.lotto.check import Checked, check
 from lota.lotto.config import LottoConfig
 from lota.lotto.folder import SequenceFolder
 from lota.lotto.forgetting import report, table
@@ -39,13 +40,14 @@ CALIBRATE, ADAPT = "calibrate", "adapt"
 
 @dataclass(frozen=True)
 class Stage:
-    """One task of the sequence. number: from 1; name: of its folder."""
+    """One task of the sequence."""
 
-    number: int
+    number: int  # from 1
     task: str
 
     @property
     def name(self) -> str:
+        """Of its folder."""
         return f"{self.number}_{self.task}"
 
 
@@ -53,7 +55,7 @@ class Lotto:
     """A sequence of tasks: `Lotto(config, train, find_task).run()`.
 
     train: runs a training to its end and returns its last checkpoint. find_task: the task of a name.
-    Raises ValueError, before anything is trained or written, for what cannot be honoured.
+    Raises ValueError for an invalid sequence before anything is trained or written.
     """
 
     def __init__(
@@ -89,16 +91,21 @@ class Lotto:
         """Calibrate, extract, adapt, evaluate; the ledger's new entry ends the stage."""
         before = self.weights(self.stages[stage.number - 2]) if stage.number > 1 else None
         mask_path = self.mask(stage, before)
-        where = {"mask_path": mask_path and str(mask_path), "protect_masks": self.protected(stage)}
-        self.start(self.config.adaptation(stage.task, **self.place(stage, ADAPT, before), **where))
+        run = self.config.adaptation(
+            stage.task,
+            **self.place(stage, ADAPT, before),
+            mask_path=None if mask_path is None else str(mask_path),
+            protect_masks=self.protected(stage),
+        )
+        self.start(run)
         after = self.weights(stage)
         scores, losses = _numbers(self.measure(self.folder / stage.name, after))
         self.ledger.add(self.entry(stage, mask_path, before, after, scores, losses))
 
     def mask(self, stage: Stage, before: Path | None) -> Path | None:
         """The task's mask file: yours, or extracted within what no other task keeps; None: no mask."""
-        config, how = self.config, self.config.how
-        if how.score is None:
+        config, method = self.config, self.config.learning
+        if method.saliency is None:
             return None
         if stage.task in self.checked.custom:
             return Path(config.own(stage.task, "mask_path"))
@@ -107,18 +114,17 @@ class Lotto:
         if path.is_file():
             return path
         tuned = None
-        if how.calibrated:
-            protect = {"protect_masks": self.protected(stage)}
-            tuned = self.start(
-                config.calibration(stage.task, **self.place(stage, CALIBRATE, before), **protect)
-            )
+        if method.calibrated:
+            place = self.place(stage, CALIBRATE, before)
+            run = config.calibration(stage.task, **place, protect_masks=self.protected(stage))
+            tuned = self.start(run) / POLICY
         start = before or config.model.archive or config.model.name_or_path
         mask = extract(
             start,
-            tuned and tuned / POLICY,
+            tuned,
             [sparsity],
             scope=config.model.scope,
-            score=how.score,
+            score=method.saliency,
             seed=config.seed,
             protect=self.protected(stage),
             model=config.model.name_or_path,
@@ -130,6 +136,7 @@ class Lotto:
     def start(self, config: Config) -> Path:
         """A training run to its end; what it held in memory is given back."""
         folder = self.train(config)
+        assert folder is not None  # of a debug run only, which a sequence refuses
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -146,8 +153,8 @@ class Lotto:
         later ones.
         """
         found = list(self.config.protect_masks)
-        if self.config.how.protects:
-            found += [str(self.folder / entry.mask) for entry in self.ledger.entries]
+        if self.config.learning.protects:
+            found += [str(self.folder / entry.mask) for entry in self.ledger.entries if entry.mask]
             found += [str(path) for task, path in self.checked.custom.items() if task != stage.task]
         return list(dict.fromkeys(found))
 
@@ -164,22 +171,21 @@ class Lotto:
     ) -> Entry:
         mask = self.mask_of(mask_path)
         earlier = {entry.name: self.mask_of(entry.mask) for entry in self.ledger.entries}
-        hash_before, hash_after = (
-            {task: values_hash(source, kept) for task, kept in earlier.items()} if earlier else {}
-            for source in (
-                before and open_weights(before, self.checked.model),
-                open_weights(after, self.checked.model),
-            )
-        )
-        used = union([mask, *earlier.values(), *map(Mask.load, self.config.protect_masks)])
+
+        def hashes(policy: Path | None) -> dict[str, str]:
+            if policy is None or not earlier:
+                return {}
+            source = open_weights(policy, self.checked.model)
+            return {task: values_hash(source, kept) for task, kept in earlier.items()}
+
         return Entry(
             name=stage.task,
-            mask=mask_path and _relative(mask_path, self.folder),
+            mask=None if mask_path is None else _relative(mask_path, self.folder),
             kept=mask.n_kept,
-            free_after=self.checked.n_entries - used.only(mask.names).n_kept,
+            free_after=reduce(Mask.minus, [mask, *earlier.values()], self.checked.everything).n_kept,
             overlap={task: mask.overlap(kept) for task, kept in earlier.items()},
-            hash_before=hash_before,
-            hash_after=hash_after,
+            hash_before=hashes(before),
+            hash_after=hashes(after),
             scores=scores,
             losses=losses,
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from lota.lotto.forgetting import NAME as FORGETTING_NAME
 from lota.lotto.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense
+from lota.settings import flat
 from lota.train.checkpoint import CHECKPOINT_NAME
 from lota.utils import short_names
 
@@ -66,7 +67,7 @@ class RunRecord:
     def sparsity(self) -> float | None:
         """Frozen share of the scope under its masks, as extracted; None for dense training."""
         if "method" in self.settings:  # of a sequence
-            return self.settings["sparsity"] if METHODS[self.settings["method"]].score else None
+            return self.settings["sparsity"] if METHODS[self.settings["method"]].saliency else None
         if self.mask is None:
             return None
         extracted = self.mask.meta.get("sparsity", 1 - self.mask.density)
@@ -75,7 +76,7 @@ class RunRecord:
     @property
     def weight_settings(self) -> dict[str, Any]:
         """The settings that can change weights."""
-        return {k: value for k, value in self.settings.items() if k.split(".")[0] not in WEIGHT_NEUTRAL}
+        return {k: value for k, value in self.settings.items() if k not in WEIGHT_NEUTRAL}
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(training examples, values) of a key of the log, wherever it has a number."""
@@ -146,22 +147,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is not a run folder: config.yaml holds no settings of a run")
-    return _defaults(LottoConfig if "tasks" in content else Config) | _flatten(content)
-
-
-def _defaults(schema: type[Config]) -> dict[str, Any]:
-    values = {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(schema)
-    }
-    return _flatten({key: vars(value) if is_dataclass(value) else value for key, value in values.items()})
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    schema = LottoConfig if "tasks" in content else Config
+    return flat(asdict(schema())) | flat(content)
 
 
 def _read_json(file: Path, notes: list[str]) -> Any:

@@ -7,36 +7,52 @@ import hashlib
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from lota.config import Config
-from lota.config_checks import unknown_keys
+from lota.config_checks import problems_of, validated
+from lota.settings import unknown_keys
 from lota.train.interrupt import Interrupted
-from lota.train.runlog import to_console
+
+if TYPE_CHECKING:
+    from lota.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T", bound=Config)
+C = TypeVar("C", bound=Config)
 
 
-def resolve(cfg: DictConfig, root: Path, schema: type[T] = Config) -> T:
-    """The checked configuration. Raises ValueError with all its problems.
+def register(name: str, schema: type[Config]) -> None:
+    """Let `defaults: - /schema: NAME` of a YAML file mean the keys, types and defaults of a schema."""
+    ConfigStore.instance().store(group="schema", name=name, node=schema, package="_global_")
+
+
+def resolve(
+    cfg: DictConfig, root: Path, schema: type[C], problems: Callable[[C], Iterator[str]] = problems_of
+) -> C:
+    """Returns the configuration of a command. Raises ValueError with all that `problems` finds in it.
 
     root: folder of the checkout, where an embedded model is looked for.
     """
     missing = OmegaConf.missing_keys(cfg)
     if missing:
-        given = ", ".join(f"{key}=..." for key in sorted(missing))
-        raise ValueError(f"not given: {given} (config/config.yaml tells what each key means)")
-    unknown = unknown_keys(OmegaConf.to_container(cfg), schema)
+        names = ", ".join(f"{key}=..." for key in sorted(missing))
+        raise ValueError(f"not given: {names} (docs/SETTINGS.md tells what each key means)")
+    given = OmegaConf.to_container(cfg)
+    assert isinstance(given, dict)
+    unknown = unknown_keys(given, schema)
     if unknown:
         raise ValueError("\n".join(unknown))
     config = OmegaConf.to_object(cfg)
+    assert isinstance(config, schema)
+    validated(config, problems)
     if in_multirun():
         config.exp_name = f"{config.exp_name}/{_folder_name(HydraConfig.get().job.override_dirname)}"
     embedded = root / config.model.name_or_path  # model=tiny works from any folder
@@ -58,8 +74,8 @@ def _folder_name(overrides: str) -> str:
     return name[:180] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
-def closing_words(trainer, folder: Path | None) -> str:
-    """What was made and what to do next."""
+def closing_words(trainer: Trainer, folder: Path | None) -> str:
+    """Returns what was made and what to do next."""
     from lota.models.policy import model_folder  # slow to import: settings are checked first
 
     config = trainer.config
@@ -68,19 +84,19 @@ def closing_words(trainer, folder: Path | None) -> str:
     optimizer = getattr(trainer, "optimizer", None)
     trained = f"trained entries: {optimizer.n_trained:,}" if optimizer else "the run was finished before"
     base = shlex.quote(config.model.archive or config.model.name_or_path)
-    folder = shlex.quote(str(folder))
+    made = shlex.quote(str(folder))
     if trainer.data.mask is None and config.adapter.name == "none":
         step = (
-            f"python extract_masks.py --base {base} --tuned {folder} --sparsities 0.5 0.9 0.99 "
+            f"python extract_masks.py --base {base} --tuned {made} --sparsities 0.5 0.9 0.99 "
             f"--name {config.datasets[0]}"
         )
     else:
         model = shlex.quote(model_folder(config.model.name_or_path, config.model.archive))
         step = (
-            f"python convert_policy_to_hf_resize.py --model_path {model} --policy_path {folder}/policy.pt "
-            f"--save_path {folder}"
+            f"python convert_policy_to_hf_resize.py --model_path {model} --policy_path {made}/policy.pt "
+            f"--save_path {made}"
         )
-    return f"\ncheckpoint:      {folder}\n{trained}\nnext:            {step}"
+    return f"\ncheckpoint:      {made}\n{trained}\nnext:            {step}"
 
 
 @contextlib.contextmanager
@@ -97,3 +113,21 @@ def guarded() -> Iterator[None]:
         sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
+
+
+def to_console(level: int = logging.INFO) -> None:
+    """Send the project's log messages to standard error, one plain line each."""
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("lota", "tasks", "trainers", "__main__"):
+        log = logging.getLogger(name)
+        log.handlers = [handler]
+        log.setLevel(level)
+        log.propagate = False
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)

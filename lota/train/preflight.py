@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
+from lota.config_checks import validated
 from lota.data.batches import Example, batch_order, encoder, examples_hash
 from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
@@ -51,6 +52,7 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
 
     Raises one ValueError with all the problems found.
     """
+    validated(config)
     problems = Problems()
     attempt = problems.attempt
     resumable = attempt(find_resumable, config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,24 +17,6 @@ from tqdm import tqdm
 from lota.config import Config
 
 logger = logging.getLogger(__name__)
-
-
-def to_console(level: int = logging.INFO) -> None:
-    """Send the project's log messages to standard error, one plain line each."""
-    handler = _TqdmHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("lota", "tasks", "trainers", "__main__"):
-        log = logging.getLogger(name)
-        log.handlers = [handler]
-        log.setLevel(level)
-        log.propagate = False
-
-
-class _TqdmHandler(logging.Handler):
-    """Prints above the progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class RunLog:

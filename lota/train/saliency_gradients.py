@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lota.config import Config, ModelConfig
-from lota.config_checks import CHAT_TEMPLATES
+from lota.config import CHAT_TEMPLATES, Config, ModelConfig
+from lota.config_checks import validated
 from lota.data.batches import Example, encoded_hash_and_lengths, encoder, epoch_batches
 from lota.data.examples import load_examples, with_options
 from lota.data.prompts import Prompter
@@ -82,13 +82,14 @@ class SaliencySettings:
             archive=None if str(base) == structure else str(base),
             policy_dtype=self.dtype,
         )
-        return Config(
+        config = Config(
             exp_name="masks",
             model=model,
             datasets=self.tasks or ["none"],
             activation_checkpointing=self.activation_checkpointing,
             **{key: getattr(self, key) for key in keys},
         )
+        return validated(config)
 
 
 def data_flags() -> list[tuple[str, Any, str]]:

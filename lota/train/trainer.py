@@ -69,7 +69,7 @@ class Trainer:
         self.check_processes()
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for line in unused_settings(config):
+        for line in unused_settings(config).values():
             logger.info("not used here: %s", line)
         self.data: Prepared = prepare(config, find_task)
         self.progress = Progress()
