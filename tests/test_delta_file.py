@@ -153,9 +153,14 @@ def test_an_index_that_claims_more_than_the_file_holds(pair, monkeypatch):
     huge = Parameter("huge", torch.bfloat16, (1 << 60,))
     for parameters, codings in ((huge, found.codings), (huge, []), (found.parameters[0], found.codings)):
         with TemporaryFile() as data:
-            write_delta(pair[2], [parameters], codings, data, {})
+            write_delta(pair[2], [parameters], codings, data, found.meta)
         with pytest.raises(ValueError, match="its index does not describe"):
             Delta.open(pair[2])
+    with TemporaryFile() as data:
+        write_delta(pair[2], [], [], data, {"base": "x"})
+    with pytest.raises(ValueError, match="its metadata lack base_fingerprint"):
+        Delta.open(pair[2])
+    extract(*pair)
     monkeypatch.setattr("lota.share.delta.format._LARGEST_INDEX", 10)
     with pytest.raises(ValueError, match="its index is too large"):
         Delta.open(pair[2])

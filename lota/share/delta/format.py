@@ -54,6 +54,8 @@ SEGMENT = HASH_CHUNK  # entries; with the hash's chunks, a file is read once for
 _BLANK = b"0" * 64  # stands for the checksum's digits while they are computed
 _WHOLE_NUMBERS = ("version", "changed", "entries", "kept", "max_length", "max_prompt_length")
 _READ_AS = {**dict.fromkeys(_WHOLE_NUMBERS, int), "sparsity": float}
+_REQUIRED = {"base", "tuned", "base_hash", "tuned_hash", "base_fingerprint", "tuned_fingerprint"}
+_REQUIRED |= {"changed", "entries"}
 _BLOCK = 1 << 20  # bytes hashed or copied at a time
 _LARGEST_INDEX = 1 << 28  # bytes: that of a model of 10^12 entries is smaller
 
@@ -130,6 +132,8 @@ def read_index(path: Path) -> DeltaIndex:
     header = _checked_header(path)
     try:
         meta = {key: _READ_AS.get(key, str)(value) for key, value in header.metadata.items()}
+        if absent := _REQUIRED - meta.keys():
+            raise ValueError(f"its metadata lack {sorted(absent)[0]}")
         data, stored = header.entries["data"], header.entries["index"]
         index = _decompressed_index(path, stored)
         parameters = [

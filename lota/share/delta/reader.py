@@ -1,4 +1,4 @@
-"""Delta: the changes in a delta file, parameter by parameter; and a model on disk seen through them."""
+"""Delta: the changes in a delta file, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -136,14 +136,10 @@ class Delta:
             xor_(values, positions, xors)
 
     def tuned(self, name: str, base: Tensor) -> Tensor:
-        """The tuned parameter, bit for bit, in memory of its own. base: the base's, in its file's dtype."""
-        self.check_fits(name, base)
-        result = base.detach().cpu().clone(memory_format=torch.contiguous_format)
-        self.flip_(name, result)
-        return result
+        """The tuned parameter, bit for bit, in memory of its own.
 
-    def check_fits(self, name: str, base: Tensor) -> None:
-        """Raise ValueError unless `base` has the shape and dtype of the parameter of the delta's base."""
+        base: the parameter of the base, in its file's dtype; ValueError for another shape or dtype.
+        """
         if name not in self.parameters:
             raise ValueError(f"{self.path}: the base has no parameter {name}")
         known = self.parameters[name]
@@ -152,3 +148,6 @@ class Delta:
                 f"{self.path} changes {name} as {known.dtype}{list(known.shape)}, not as "
                 f"{base.dtype}{list(base.shape)}: give the base in the dtype of its files (dtype='auto')"
             )
+        result = base.detach().cpu().clone(memory_format=torch.contiguous_format)
+        self.flip_(name, result)
+        return result
