@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lota.evaluate.estimates import mean_and_stderr
+from lota.report.page import cell
 from lota.report.reading import TaskScore, read_runs
 from lota.report.replicates import Replicates, find_replicates
 from lota.utils import atomic_path, write_json
 
-COLUMNS = ["method", "sparsity", "trained entries", "lr", "score", "seeds", "examples/s", "peak MiB"]
 logger = logging.getLogger(__name__)
 
 
@@ -83,16 +83,24 @@ def _summarize(replicates: Replicates, task: str) -> MethodSummary:
 
 def markdown(rows: Sequence[MethodSummary], task: str, base: float | None = None) -> str:
     """The rows as a table. base: the score of the model that training started from."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    for row in rows:
-        sparsity = "-" if row.sparsity is None else f"{row.sparsity:g}"
-        error = "" if row.stderr is None else f" ± {row.stderr:.3f}"
-        speed = "-" if row.examples_per_second is None else f"{row.examples_per_second:.1f}"
-        cells = [row.method, sparsity, f"{row.trained:,}", f"{row.lr:g}", f"{row.mean:.3f}{error}"]
-        lines.append([*cells, str(len(row.seeds)), speed, f"{row.peak_memory_bytes / 2**20:,.0f}"])
+    lines = [
+        {
+            "method": row.method,
+            "sparsity": cell(row.sparsity, "g"),
+            "trained entries": f"{row.trained:,}",
+            "lr": f"{row.lr:g}",
+            "score": cell(row.mean, ".3f", row.stderr),
+            "seeds": str(len(row.seeds)),
+            "examples/s": cell(row.examples_per_second, ".1f"),
+            "peak MiB": f"{row.peak_memory_bytes / 2**20:,.0f}",
+        }
+        for row in rows
+    ]
+    header = list(lines[0])
     if base is not None:
-        lines.append(["base model", "-", "0", "-", f"{base:.3f}", "-", "-", "-"])
-    text = [f"| {' | '.join(cells)} |" for cells in lines]
+        lines.append({"method": "base model", "trained entries": "0", "score": f"{base:.3f}"})
+    cells = [header, ["---"] * len(header), *([line.get(key, "-") for key in header] for line in lines)]
+    text = [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join([*text, "", f"score: on {task}, mean ± standard error over seeds"])
 
 

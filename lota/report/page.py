@@ -50,6 +50,13 @@ def file_name(*words: str) -> str:
     return re.sub(r"[^\w.-]+", "_", "_".join(words))
 
 
+def cell(value: float | None, fmt: str, stderr: float | None = None) -> str:
+    """A number, with its standard error if that is known, as a cell of a table; "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:{fmt}}" + ("" if stderr is None else f" ± {stderr:{fmt}}")
+
+
 def write_page(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
     """Write index.html and a PNG per figure; returns their paths, the page first.
 

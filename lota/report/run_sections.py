@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from lota.evaluate.estimates import mean_and_stderr
 from lota.masks import Mask
 from lota.masks.views import density, draw_overlap, overlap, overlap_table
 from lota.plots import Line, against_sparsity, bars, over_examples
-from lota.report.page import Section, file_name
+from lota.report.page import Section, cell, file_name
 from lota.report.reading import RunRecord, TaskScore
 from lota.report.replicates import Replicates
 from lota.utils import short_names
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
 WINDOWS = 200  # points of a curve at most
 SPLITS = {"training": "train", "held-out": "eval"}
 NATS = "loss (nats per response token)"
-COLUMNS = [
-    "run",
-    "in the figures",
-    "seed",
-    "lr",
-    "kept entries",
-    "examples",
-    "training loss",
-    "held-out loss",
-]
 MEMORY_AND_SPEED_TEXT = (
     "Memory: the peak, of the device or, on a CPU, of the whole process. Speed: the median of the log. "
     "Devices: {devices}. Means over seeds, with standard errors if there are several."
@@ -49,15 +40,24 @@ OVERLAP_TEXT = (
 
 def overview(replicates: Sequence[Replicates]) -> Section:
     """A line per run: the name that it has in the figures, and its last numbers."""
-    table = [[*COLUMNS, "peak memory (GiB)", "tokens/s", "device"]]
-    for found in replicates:
-        for run in found.runs:
-            cells = [run.name, found.name, str(run.settings["seed"]), f"{run.settings['lr']:g}", _kept(run)]
-            cells.append(number(max((line["examples"] for line in run.log), default=None), ",.0f"))
-            cells += [number(run.last(f"nats_per_token/{split}"), ".4f") for split in SPLITS.values()]
-            table.append(
-                [*cells, number(_memory(run), ".3f"), number(_speed(run), ",.0f"), run.device or "-"]
-            )
+    lines = [
+        {
+            "run": run.name,
+            "in the figures": found.name,
+            "seed": str(run.settings["seed"]),
+            "lr": f"{run.settings['lr']:g}",
+            "kept entries": _kept(run),
+            "examples": cell(max((line["examples"] for line in run.log), default=None), ",.0f"),
+            "training loss": cell(run.last("nats_per_token/train"), ".4f"),
+            "held-out loss": cell(run.last("nats_per_token/eval"), ".4f"),
+            "peak memory (GiB)": cell(_memory(run), ".3f"),
+            "tokens/s": cell(_speed(run), ",.0f"),
+            "device": run.device or "-",
+        }
+        for found in replicates
+        for run in found.runs
+    ]
+    table = [list(lines[0]), *(list(line.values()) for line in lines)]
     return Section("Runs", "Losses: nats per response token, the last of the log.", table=table)
 
 
@@ -65,10 +65,6 @@ def _kept(run: RunRecord) -> str:
     if run.mask is None:
         return "-"
     return f"{run.mask.n_total - run.mask.n_kept if run.settings['flip_mask'] else run.mask.n_kept:,}"
-
-
-def number(value: float | None, fmt: str) -> str:
-    return "-" if value is None else f"{value:{fmt}}"
 
 
 def _memory(run: RunRecord) -> float | None:
@@ -86,33 +82,26 @@ def curve_sections(replicates: Sequence[Replicates]) -> Iterable[Section]:
     runs = [(found.name, run) for found in replicates for run in found.runs]
     by_token = [(name, run) for name, run in runs if run.series("nats_per_token/train")[0]]
     others = [(name, run) for name, run in runs if not run.series("nats_per_token/train")[0]]
+    margin, accuracy = "reward margin (chosen - rejected)", "reward accuracy (share of preferences)"
     for title, file, chosen, key, label in (
         ("Loss", "loss", by_token, "nats_per_token/{}", NATS),
         ("Loss per example", "loss_per_example", others, "loss/{}", "loss per example"),
-        ("Reward margin", "reward_margins", runs, "rewards_{}/margins", "reward margin (chosen - rejected)"),
-        (
-            "Reward accuracy",
-            "reward_accuracies",
-            runs,
-            "rewards_{}/accuracies",
-            "reward accuracy (share of pairs)",
-        ),
+        ("Reward margin", "reward_margins", runs, "rewards_{}/margins", margin),
+        ("Reward accuracy", "reward_accuracies", runs, "rewards_{}/accuracies", accuracy),
     ):
-        panels = {
-            panel: [line for name, run in chosen if (line := _line(name, run, key.format(split))).values]
-            for panel, split in SPLITS.items()
-        }
-        if any(panels.values()):
-            longest = max(
-                len(run.series(key.format(split))[0]) for _, run in chosen for split in SPLITS.values()
-            )
+        panels: dict[str, list[Line]] = {}
+        longest = 0
+        for panel, split in SPLITS.items():
+            series = [(name, *run.series(key.format(split))) for name, run in chosen]
+            panels[panel] = [_line(name, examples, values) for name, examples, values in series if values]
+            longest = max([longest, *(len(values) for _, _, values in series)])
+        if longest:
             yield Section(title, _curve_text(panels, longest), over_examples(panels, label=label), file)
 
 
-def _line(name: str, run: RunRecord, key: str) -> Line:
+def _line(name: str, examples: list[float], values: list[float]) -> Line:
     """A curve of at most WINDOWS points, each the mean of a stretch of the log."""
-    examples, values = run.series(key)
-    size = math.ceil(len(examples) / WINDOWS) or 1
+    size = math.ceil(len(examples) / WINDOWS)
     stretches = [slice(start, start + size) for start in range(0, len(examples), size)]
     return Line(name, *([statistics.fmean(part[s]) for s in stretches] for part in (examples, values)))
 
@@ -153,7 +142,7 @@ def score_sections(replicates: Sequence[Replicates], base: Sequence[TaskScore] =
         name = metric.replace("_", " ")
         table = [["method", "sparsity", name, "standard error", "runs"]]
         for row in rows:
-            cells = [number(row.sparsity, "g"), f"{row.mean:.4f}", number(row.stderr, ".4f")]
+            cells = [cell(row.sparsity, "g"), f"{row.mean:.4f}", cell(row.stderr, ".4f")]
             table.append([row.method, *cells, str(row.n_runs)])
         title, file = f"{name.capitalize()} on {task}", file_name(metric, task)
         yield Section(title, SCORE_TEXT, _draw_scores(rows, task, metric), file, table)
@@ -215,20 +204,14 @@ def _by_model(masks: Mapping[str, Mask]) -> list[list[str]]:
     """Paths of the masks that belong to one model."""
     models: list[list[str]] = []
     for path, mask in masks.items():
-        home = next((paths for paths in models if _same_model(masks[paths[0]], mask)), None)
-        if home is None:
-            models.append([path])
+        for paths in models:
+            with contextlib.suppress(ValueError):
+                masks[paths[0]].check_same_model(mask)
+                paths.append(path)
+                break
         else:
-            home.append(path)
+            models.append([path])
     return models
-
-
-def _same_model(first: Mask, second: Mask) -> bool:
-    try:
-        first.check_same_model(second)
-    except ValueError:
-        return False
-    return True
 
 
 def memory_and_speed(replicates: Sequence[Replicates]) -> Iterable[Section]:

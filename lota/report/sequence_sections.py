@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from lota.lotto.ledger import SHOWN_DIGITS, Entry
 from lota.plots import heatmap
-from lota.report.page import Section, file_name
+from lota.report.page import Section, cell, file_name
 from lota.report.reading import RunRecord
 
 # key of the ledger -> key of forgetting.json, title, what the values are
@@ -16,6 +15,7 @@ KINDS = {
     "losses": ("loss", "Held-out losses", "held-out loss (nats per response token)"),
 }
 SETTINGS = ("method", "sparsity", "order", "seed")
+NOTHING = {"value": None, "stderr": None}  # the summary of a single task
 SUMMARIES = ("average", "backward_transfer", "forgetting")
 COMPARISON_TEXT = (
     "Average over all tasks after the last stage; backward transfer: how much later stages changed what a "
@@ -46,7 +46,10 @@ def sequence_sections(run: RunRecord) -> Iterable[Section]:
             column_label="evaluated on",
             errors=errors,
         )
-        table = [["", *tasks], *([row, *(_cell(*cell) for cell in line)] for row, line in rows.items())]
+        table = [
+            ["", *tasks],
+            *([row, *(cell(value, ".4f", error) for value, error in line)] for row, line in rows.items()),
+        ]
         text = "With standard errors over examples." if any(map(any, errors)) else ""
         yield Section(f"{title} of {run.name}", text, figure, file_name("forgetting", part, run.name), table)
     yield Section(f"Ledger of {run.name}", LEDGER_TEXT, table=_ledger_table(run.stages))
@@ -74,12 +77,6 @@ def _results(run: RunRecord, kind: str, part: str) -> tuple[list[str], dict[str,
     return tasks, rows
 
 
-def _cell(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
 def _ledger_table(stages: Sequence[Entry]) -> list[list[str]]:
     table = [["task", "kept", "free after it", "mask", "earlier task", "shared", "hash before", "hash after"]]
     for stage in stages:
@@ -101,10 +98,7 @@ def sequence_comparison(runs: Sequence[RunRecord]) -> Iterable[Section]:
             table = [["run", *SETTINGS, *(key.replace("_", " ") for key in SUMMARIES)]]
             for run in compared:
                 settings = [str(run.settings.get(key, "-")) for key in SETTINGS]
-                summaries = [_summary_cell(run.forgetting[part].get(key)) for key in SUMMARIES]
+                found = [run.forgetting[part].get(key) or NOTHING for key in SUMMARIES]
+                summaries = [cell(summary["value"], ".4f", summary["stderr"]) for summary in found]
                 table.append([run.name, *settings, *summaries])
             yield Section(f"Sequences compared by {title}", COMPARISON_TEXT, table=table)
-
-
-def _summary_cell(summary: Mapping[str, Any] | None) -> str:
-    return "-" if summary is None else _cell(summary["value"], summary["stderr"])
