@@ -66,8 +66,8 @@ def stopped_after(step: int, number: int = signal.SIGINT) -> Iterator[None]:
 
     log_step = Trainer.log_step
 
-    def stopping(trainer):
-        log_step(trainer)
+    def stopping(trainer, batch):
+        log_step(trainer, batch)
         if trainer.progress.step == step:
             os.kill(os.getpid(), number)
 

@@ -45,12 +45,13 @@ class Progress:
     examples: int = 0  # examples seen
     finished: bool = False
 
-    def advance(self, batch: ScheduledBatch) -> None:
+    def advance(self, batch: ScheduledBatch, total_steps: int) -> None:
         """A step on that batch was made."""
         last = batch.last_of_epoch
         self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.batch + 1)
         self.step += 1
         self.examples += len(batch.rows)
+        self.finished = self.step == total_steps
 
     def folder_name(self, by_epoch: bool) -> str:
         """epoch-N at the end of an epoch where checkpoints are counted so, else step-<examples>."""
@@ -93,31 +94,26 @@ def saved_state(
     fill: Fill,
     base: WeightSource | None = None,
 ) -> dict[str, Tensor]:
-    """CPU copies of `state`, parameters in `dtype`, ties kept.
+    """CPU copies of `state`, parameters in `dtype`, ties kept; buffers keep their dtype.
 
     names: data pointer -> name of each parameter. base: see `policy_state`.
     """
-    done: dict[int, Tensor] = {}
+    parameters: dict[int, Tensor] = {}  # data pointer -> copy, so that tied weights share theirs
     saved = {}
     for key, tensor in state.items():
         pointer = tensor.data_ptr()
-        if pointer not in done or pointer not in names:
-            done[pointer] = _saved_tensor(tensor, names.get(pointer), dtype, fill, base)
-        saved[key] = done[pointer]
+        name = names.get(pointer) if tensor.is_floating_point() else None
+        if name is None:
+            saved[key] = tensor.detach().cpu().clone()
+            continue
+        if pointer not in parameters:
+            value = parameters[pointer] = tensor.detach().to("cpu", dtype, copy=True)
+            if base is not None and tensor.element_size() < value.element_size():
+                rows = base.read(name).to(dtype)
+                value[: rows.shape[0]] = rows  # a vocabulary grown by a pad token has more than the base
+            fill(name, value)
+        saved[key] = parameters[pointer]
     return saved
-
-
-def _saved_tensor(
-    tensor: Tensor, name: str | None, dtype: torch.dtype, fill: Fill, base: WeightSource | None
-) -> Tensor:
-    if not tensor.is_floating_point() or name is None:  # a buffer keeps its dtype
-        return tensor.detach().cpu().clone()
-    value = tensor.detach().to("cpu", dtype, copy=True)
-    if base is not None and tensor.element_size() < value.element_size():
-        rows = base.read(name).to(dtype)
-        value[: rows.shape[0]] = rows  # a vocabulary grown by a pad token has more rows than the base
-    fill(name, value)
-    return value
 
 
 def fill_masters(optimizer: MaskedOptimizer, base: WeightSource) -> None:
@@ -173,7 +169,14 @@ def set_random_state(state: dict[str, Any]) -> None:
 # Files
 
 
-def save_checkpoint(
+def restore(content: dict[str, Any], optimizer: MaskedOptimizer) -> Progress:
+    """Set optimizer and random numbers to the content of a resume.pt; returns where the run stood."""
+    optimizer.load_state_dict(content["optimizer"])
+    set_random_state(content["random"])
+    return Progress(**content["progress"])
+
+
+def save(
     folder: Path,
     *,
     state: dict[str, Tensor],

@@ -74,6 +74,7 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
     problems.refuse()
     assert tokenizer is not None and model is not None and data is not None
     train, held_out = data
+    encode = encoder(config, tokenizer)
     prepared = Prepared(
         train=train,
         held_out=held_out,
@@ -82,7 +83,7 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
         mask=mask,
         snip=snip if mask is None else None,
         seen={"mask": mask.fingerprint() if mask else None, "data": examples_hash(train)},
-        lengths=_lengths(config, tokenizer, train) if config.group_by_length else None,
+        lengths=[max(map(len, encode(example))) for example in train] if config.group_by_length else None,
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
     )
@@ -137,11 +138,6 @@ def _load_data(
         )
     evaluates = config.do_first_eval or config.eval_every <= sum(steps)
     return train, load_held_out(tasks, config, prompter) if evaluates else []
-
-
-def _lengths(config: Config, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
-    """Tokens of every example's longest row, cut as in training."""
-    return [max(map(len, rows)) for rows in map(encoder(config, tokenizer), examples)]
 
 
 # Model and mask

@@ -8,11 +8,9 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lota.config import Config
 from lota.config_checks import unused_settings
@@ -21,29 +19,17 @@ from lota.data.task import FindTask
 from lota.models.loading import dtype_of, enable_activation_checkpointing
 from lota.models.weights import WeightSource, open_weights
 from lota.optim.fused import fuse_in_backward
-from lota.optim.masked import MaskedOptimizer
 from lota.optim.optimizers import OPTIMIZERS
 from lota.optim.schedule import learning_rate
 from lota.system import peak_memory_bytes, reset_peak_memory, versions
-from lota.train import lora
-from lota.train.checkpoint import (
-    Progress,
-    fill_masters,
-    policy_state,
-    save_checkpoint,
-    save_delta,
-    set_random_state,
-)
+from lota.train import checkpoint, lora
 from lota.train.interrupt import Interrupted, StopBetweenSteps
-from lota.train.objectives import OBJECTIVES, Objective
+from lota.train.objectives import OBJECTIVES
 from lota.train.preflight import Prepared, add_snip_mask, prepare
 from lota.train.run_folder import RunFolder
 from lota.train.run_model import load_run_model
 from lota.train.runlog import Meter, RunLog
 from lota.utils import write_json
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +39,6 @@ class Trainer:
     checked by the constructor.
     """
 
-    # set by `load`
-    model: PreTrainedModel
-    lora: PeftModel | None
-    optimizer: MaskedOptimizer  # fused: a backward pass updates the weights
-    objective: Objective
-    total_steps: int
-    total_examples: int
-    # set by `train`
-    folder: RunFolder
-    log: RunLog
-    lr: float
-
     def __init__(self, config: Config, find_task: FindTask):
         self.check_processes()
         self.config = config
@@ -72,7 +46,7 @@ class Trainer:
         for line in unused_settings(config).values():
             logger.info("not used here: %s", line)
         self.data: Prepared = prepare(config, find_task)
-        self.progress = Progress()
+        self.progress = checkpoint.Progress()
         self.stop = StopBetweenSteps()
         self.meter = Meter()
         self.metrics: dict[str, float] = {}  # the newest value of each key of metrics.jsonl
@@ -93,7 +67,7 @@ class Trainer:
         base = self.base() if self.working_dtype.itemsize < dtype.itemsize else None
         if self.lora is not None:
             return lora.merged_state(self.model, dtype, base)
-        return policy_state(self.model, self.optimizer, dtype, base)
+        return checkpoint.policy_state(self.model, self.optimizer, dtype, base)
 
     def base(self) -> WeightSource:
         """The weights that training starts from, on disk."""
@@ -122,8 +96,8 @@ class Trainer:
         add_snip_mask(self.data, config, self.device, self.stop.check)
         torch.manual_seed(config.seed)
         archive: str | Path | None = config.model.archive
-        if resumable is not None and config.adapter.name != "lora":
-            archive = resumable.folder / "policy.pt"  # LoRA continues from the base and the saved adapter
+        if resumable is not None and config.adapter.name != "lora":  # which has the base and its adapter
+            archive = resumable.folder / checkpoint.POLICY
         self.model = load_run_model(config, self.data.tokenizer, archive, self.working_dtype, self.device)
         self.lora = lora.adapt(self.model, config, resumable.folder if resumable else None)
         if config.activation_checkpointing:
@@ -133,16 +107,15 @@ class Trainer:
         self.optimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **settings)
         fuse_in_backward(self.optimizer, config.gradient_accumulation_steps)
         if resumable is not None:
-            self.optimizer.load_state_dict(resumable.content["optimizer"])
-            self.progress = Progress(**resumable.content["progress"])
-            set_random_state(resumable.content["random"])
+            self.progress = checkpoint.restore(resumable.content, self.optimizer)
         elif self.working_dtype != torch.float32:
-            fill_masters(self.optimizer, self.base())
+            checkpoint.fill_masters(self.optimizer, self.base())
         self.objective = OBJECTIVES[config.loss.name](config, self.data.tokenizer, self.model, self.precision)
         self.objective.start(self)
         order = batch_order(config, len(self.data.train), self.data.lengths)
         sizes = [len(batch.rows) for batch in order]
         self.total_steps, self.total_examples = len(sizes), sum(sizes)
+        self.part_size = config.batch_size // config.gradient_accumulation_steps
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
@@ -180,11 +153,12 @@ class Trainer:
             self.meter.reset()
             for batch in self.batches():
                 self.set_learning_rate()
-                for part in self.parts(batch):
-                    self.loss(part, len(batch.rows)).backward()
+                examples = [self.data.train[i] for i in batch.rows]
+                for part in self.parts(examples, self.part_size):
+                    (self.loss(part, self.meter) / len(examples)).backward()
                 self.optimizer.step()  # what had to wait for the end of the backward pass
-                self.count(batch)
-                self.log_step()
+                self.progress.advance(batch, self.total_steps)
+                self.log_step(batch)
                 with self.meter.paused():
                     if self.evaluation_is_due(batch):
                         self.evaluate()
@@ -213,26 +187,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
-    def parts(self, batch: ScheduledBatch) -> Iterator[Batch]:
-        """The batch as tensors, in `gradient_accumulation_steps` parts."""
-        examples = [self.data.train[i] for i in batch.rows]
-        return self.tensors(examples, self.config.batch_size // self.config.gradient_accumulation_steps)
-
-    def tensors(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+    def parts(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+        """The examples as tensors, `size` at a time."""
         for start in range(0, len(examples), size):
             yield self.objective.batch(examples[start : start + size])
 
-    def loss(self, part: Batch, n_examples: int) -> Tensor:
-        """The part's share in the mean loss of the batch's n_examples; what the log shows joins the meter."""
+    def loss(self, part: Batch, meter: Meter) -> Tensor:
+        """The sum over the part's examples; what the log shows joins the meter."""
         losses, sums = self.objective.losses(part)
-        self.meter.add(sums, examples=len(losses), tokens=part.n_tokens)
-        return losses.sum() / n_examples
-
-    def count(self, batch: ScheduledBatch) -> None:
-        """A step on the batch was made."""
-        self.progress.advance(batch)
-        self.progress.finished = self.progress.step == self.total_steps
-        self.log.advance(len(batch.rows))
+        meter.add(sums, examples=len(losses), tokens=part.n_tokens)
+        return losses.sum()
 
     # Evaluation and logging
 
@@ -252,9 +216,8 @@ class Trainer:
         """
         self.model.eval()
         meter = Meter()
-        for batch in self.tensors(self.data.held_out, self.config.eval_batch_size):
-            losses, sums = self.objective.losses(batch)
-            meter.add(sums, examples=len(losses), tokens=batch.n_tokens)
+        for part in self.parts(self.data.held_out, self.config.eval_batch_size):
+            self.loss(part, meter)
             if not self.progress.finished:  # the last evaluation is part of a finished run
                 self.stop.check()
         metrics = self.objective.metrics(meter, "eval")
@@ -266,8 +229,9 @@ class Trainer:
             self.log.samples(self.progress.examples, self.objective.complete(examples, self.data.stop))
         self.model.train()
 
-    def log_step(self) -> None:
-        """Write a line when enough time has passed, and for the first and last step."""
+    def log_step(self, batch: ScheduledBatch) -> None:
+        """Move the bar; write a line when enough time has passed, and for the first and last step."""
+        self.log.advance(len(batch.rows))
         due = self.meter.seconds >= self.config.minimum_log_interval_secs
         if not (due or self.progress.step == 1 or self.progress.finished):
             return
@@ -314,10 +278,10 @@ class Trainer:
         def write_more(temporary: Path) -> None:
             lora.save(self.lora, temporary)
             if self.config.save_delta:
-                save_delta(self.config, self.data.mask, temporary, folder)
+                checkpoint.save_delta(self.config, self.data.mask, temporary, folder)
 
         self.stop.saving = True
-        save_checkpoint(
+        checkpoint.save(
             folder,
             state=self.gather_state(),
             optimizer=self.optimizer,
