@@ -12,7 +12,14 @@ The command line is `python -m lota.delta`; loaded models switch tasks with `lot
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; _HOMES is what happens
+    from lota.share.delta.apply import apply as apply
+    from lota.share.delta.apply import revert as revert
+    from lota.share.delta.apply import verify as verify
+    from lota.share.delta.extract import extract as extract
+    from lota.share.delta.reader import Delta as Delta
 
 _HOMES = {
     "Delta": "lota.share.delta.reader",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from delta_models import bits
 from hf_models import new_model, save_policy, word_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import merge_models
@@ -129,6 +129,22 @@ def test_differences_alone_would_not_be_exact(tmp_path):
     assert same_bits(out, weights(tmp_path / "a"))
     added = weights(merge(tmp_path, [tmp_path / "a"], tmp_path / "added", "task_arithmetic"))
     assert added[name][0, 0] == 0 and str(added[name][0, 1].item()) == "-0.0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_fp8_among_others(overlapping, tmp_path, dtype):
+    for name in ("base", *NAMES):
+        shutil.copytree(overlapping / name, tmp_path / name)
+        state = weights(overlapping / name)
+        state = {n: v.to(dtype) if "up_proj" in n else v for n, v in state.items()}
+        save_file(state, tmp_path / name / "model.safetensors")
+        extract(tmp_path / "base", tmp_path / name, tmp_path / f"{name}.safetensors")
+    for method in ("sum", "ties"):
+        outs = [
+            merge(tmp_path, files(tmp_path, k), tmp_path / f"{k}_{method}", method)
+            for k in ("delta", "model")
+        ]
+        assert same_bits(*map(weights, outs)) and not same_bits(weights(outs[0]), weights(tmp_path / "base"))
 
 
 def test_sum_of_overlapping_deltas_is_exact_where_one_alone_changes(overlapping, tmp_path, capsys):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lota.models.hashing import content_hash
 from lota.models.provenance import MERGE_RECORD
 from lota.models.weights import WeightSource
+from lota.share.delta.format import as_integers
 from lota.share.hf_weights import check_shard_size, open_folder, write_like
 from lota.share.merge.inputs import Entries, TaskVector, open_vectors, prompt_settings
 from lota.share.merge.rules import MergeRule
@@ -142,11 +143,13 @@ class _MergedValues:
         self.shared += int((touches > 1).sum())
         change = rule.merge(vectors, self.generator, base.numel(), positions)
         # base + change in float32, rounded once to the base's dtype; where the change is 0, the base's bits
-        flat, where = base.view(-1), slice(None) if positions is None else positions
-        before = flat[where]
-        flat[where] = torch.where(change == 0, before, (before.float() + change).to(base.dtype))
+        where = slice(None) if positions is None else positions
+        before = base.view(-1)[where]
+        after = (before.float() + change).to(base.dtype)
+        bits = as_integers(base)  # torch cannot select and scatter every dtype
+        bits[where] = torch.where(change == 0, as_integers(before), as_integers(after))
         if rule.method == "sum":
-            put_sole(flat, parts, touches, positions)
+            put_sole(bits, parts, touches, positions)
         return base
 
 
@@ -176,14 +179,15 @@ def align(parts: Sequence[Entries | None], numel: int) -> tuple[Tensor | None, l
 
 
 def put_sole(
-    merged: Tensor, parts: Sequence[Entries | None], touches: Tensor, positions: Tensor | None
+    bits: Tensor, parts: Sequence[Entries | None], touches: Tensor, positions: Tensor | None
 ) -> None:
     """Give every entry that one vector alone changes that vector's tuned value, bit for bit.
 
-    base + (tuned - base) can miss it: differences of floating-point numbers are rounded. merged: 1-D.
+    base + (tuned - base) can miss it: differences of floating-point numbers are rounded. bits: those of the
+    merged tensor, `as_integers`.
     """
     for part in parts:
         if part is not None:
             sole = part.changed & (touches[part.places(positions)] == 1)
             own = sole.nonzero().flatten()
-            merged[own if part.positions is None else part.positions[own]] = part.tuned[own]
+            bits[own if part.positions is None else part.positions[own]] = as_integers(part.tuned)[own]
