@@ -115,7 +115,7 @@ def test_rows_by_data(folder):
 @pytest.mark.parametrize(
     "options, messages",
     [
-        ("--score gradient", ["name tasks with --datasets"]),
+        ("--score gradient", ["--datasets null: name the tasks"]),
         (
             "--score fischer --datasets mini --per module",
             ["--score 'fischer'", "did you mean fisher", "--per 'module'"],
@@ -136,7 +136,7 @@ def test_rows_by_data(folder):
             [
                 "did you mean row",
                 "none.pt does not exist",
-                "name tasks with --datasets",
+                "--datasets null: name the tasks",
                 "--score_dtype int8",
             ],
         ),

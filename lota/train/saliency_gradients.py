@@ -1,6 +1,6 @@
-"""Examples of tasks streamed through the base model, for the scores that read gradients.
+"""Gradients of the training loss on examples of tasks, summed for the saliencies that read them.
 
-The loss is that of training (lota/objectives.py), summed over the examples of a batch, so that the sum of the
+The loss is that of lota/train/objectives.py, summed over the examples of a batch, so that the sum of the
 gradients does not depend on how the examples are cut into batches.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -24,77 +24,68 @@ from lota.data.prompts import Prompter
 from lota.data.task import FindTask
 from lota.masks.extract.gradients import Collected, collect_gradients
 from lota.models.loading import dtype_of, enable_activation_checkpointing
+from lota.settings import keys_of, setting, value_problems
 from lota.train.objectives import OBJECTIVES
 from lota.train.run_model import load_run_model, load_run_tokenizer, run_skeleton
 from lota.utils import Problems
 
 logger = logging.getLogger(__name__)
-SUM_DTYPES = ("float32", "bfloat16")
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class SaliencySettings:
-    """What data-driven scores look at, and how; extract_masks.py has a flag of each."""
+    """What data-driven saliencies look at, and how; extract_masks.py has a flag of each."""
 
-    datasets: str | None = _setting(None, "task names, separated by commas, whose training examples are read")
-    score_batches: int = _setting(64, "batches, at most one pass over the examples")
-    batch_size: int = _setting(
+    datasets: str | None = setting(None, "task names, separated by commas, whose training examples are read")
+    score_batches: int = setting(64, "batches, at most one pass over the examples", at_least=1)
+    batch_size: int = setting(
         8, "examples per batch; fisher squares a batch's gradient: 1 for each example's"
     )
-    data_dir: str | None = _setting(None, "has tasks/<task>/<split>.*; default $PROJECT_CACHE, ~/.cache/lota")
-    max_length: int = _setting(512, "tokens of prompt + response")
-    max_prompt_length: int = _setting(256, "tokens of the prompt that stay when the whole is longer")
-    chat_template: str = _setting("never", f"of the prompts: {', '.join(CHAT_TEMPLATES)}")
-    tokenizer_path: str | None = _setting(None, "where the tokenizer is, if not with the model")
-    dtype: str = _setting("float32", "of weights and gradients: float32, bfloat16 or float16")
-    score_dtype: str = _setting("float32", "of the sums: float32 (4 bytes per entry) or bfloat16 (2, coarse)")
-    device: str | None = _setting(None, "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
-    activation_checkpointing: bool = _setting(False, "recompute activations: less memory, more time")
+    data_dir: str | None = setting(None, "has tasks/<task>/<split>.*; default $PROJECT_CACHE, ~/.cache/lota")
+    max_length: int = setting(512, "tokens of prompt + response")
+    max_prompt_length: int = setting(256, "tokens of the prompt that stay when the whole is longer")
+    chat_template: str = setting("never", f"of the prompts: {', '.join(CHAT_TEMPLATES)}")
+    tokenizer_path: str | None = setting(None, "where the tokenizer is, if not with the model")
+    dtype: str = setting("float32", "of weights and gradients: float32, bfloat16 or float16")
+    score_dtype: str = setting(
+        "float32",
+        "of the sums: float32 (4 bytes per entry) or bfloat16 (2, coarse)",
+        choices=("float32", "bfloat16"),
+    )
+    device: str | None = setting(None, "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    activation_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
     seed: int = 0
 
     def problems(self) -> Iterator[str]:
         """What is wrong, besides what `Config` checks."""
         if not self.tasks:
-            yield "a data-driven score looks at examples: name tasks with --datasets"
-        if self.score_batches < 1:
-            yield f"--score_batches {self.score_batches}: must be at least 1"
-        if self.score_dtype not in SUM_DTYPES:
-            yield f"--score_dtype {self.score_dtype}: choose one of {', '.join(SUM_DTYPES)}"
+            yield "datasets=null: name the tasks whose examples the score reads"
+        yield from value_problems(self)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            yield f"--device {self.device}: {str(error).splitlines()[0]}"
+            yield f"device={self.device}: {str(error).splitlines()[0]}"
 
     @property
     def tasks(self) -> list[str]:
         return [name.strip() for name in (self.datasets or "").split(",") if name.strip()]
 
     def config(self, base: str | os.PathLike[str], structure: str) -> Config:
-        """The settings of a training run that would see the same batches. structure: see lota/pairing.py."""
-        keys = ("batch_size", "data_dir", "max_length", "max_prompt_length", "chat_template", "seed")
+        """The settings of a training run that would see the same batches. structure: see `ModelPair`."""
         model = ModelConfig(
             name_or_path=structure,
             tokenizer_name_or_path=self.tokenizer_path,
             archive=None if str(base) == structure else str(base),
             policy_dtype=self.dtype,
         )
-        config = Config(
-            exp_name="masks",
-            model=model,
-            datasets=self.tasks or ["none"],
-            activation_checkpointing=self.activation_checkpointing,
-            **{key: getattr(self, key) for key in keys},
-        )
-        return validated(config)
+        config = Config(exp_name="masks", model=model, datasets=self.tasks or ["none"])
+        shared = {f.name for f in fields(Config)} & {f.name for f in fields(self)} - {"datasets"}
+        return validated(replace(config, **{key: getattr(self, key) for key in shared}))
 
 
 def data_flags() -> list[tuple[str, Any, str]]:
-    """(name, default, meaning) of every setting that is of data-driven scores only."""
-    return [(f.name, f.default, f.metadata["help"]) for f in fields(SaliencySettings) if f.metadata]
+    """(name, default, meaning) of every setting that is of data-driven saliencies only."""
+    return [(key.name, key.about.default, key.about.meaning) for key in keys_of(SaliencySettings())]
 
 
 @dataclass
