@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lota.evaluate.alpaca import Sampler, decodings
-from lota.evaluate.cli import add_shared, loaded, prompter_of, results_of
+from lota.evaluate import cli
+from lota.evaluate.alpaca import Sampler
+from lota.evaluate.decoding import Decoding
 from tasks import get_task
 from tasks.base import Row
 from tasks.chat import ChatTask
@@ -23,24 +24,21 @@ SETS = ", ".join(PROMPT_SETS)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.model_parser(__doc__, "--model_path")
     add = parser.add_argument
     add("--prompt_set", default=PROMPT_SETS[0], help=f"{SETS}, or a .json or .jsonl file of prompts")
     add("--split", help="of the prompt set; default: the one held out from training, if it has one")
-    files = "answers to each prompt; the second and later ones are in files NAME_sample1.json ... (1)"
-    add("--num_samples_per_prefix", type=int, default=1, help=files)
-    add("--temperatures", default="0.7", help="separated by commas; 0 is greedy (0.7)")
     add(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="draw from the likeliest tokens of this probability together (1)",
+        "--num_samples_per_prefix",
+        type=int,
+        default=1,
+        help="answers to each prompt; the second and later ones are in files NAME_sample1.json ... (1)",
     )
+    add("--temperatures", default="0.7", help="separated by commas; 0 is greedy (0.7)")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability (1)")
     add("--top_k", type=int, default=0, help="draw from that many tokens; 0: all (0)")
     add("--model_name", required=True, help="the samples' `generator`")
-    add("--model_path", required=True, help="Hugging Face folder or hub id")
     add("--archive", help="weights on top of the model: a folder with policy.pt, or a converted one")
-    add_shared(add)
     add("--max_length", type=int, default=1024, help="tokens of prompt and completion (1024)")
     add("--max_prompt_length", type=int, default=512, help="tokens of the prompt (512)")
     add("--chunk_size", type=int, default=32, help="prompts per batch; the file is written after each (32)")
@@ -50,10 +48,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def decodings(args: argparse.Namespace, stop: tuple[str, ...]) -> list[Decoding]:
+    """One per temperature; ValueError with all that is wrong with the flags."""
+    problems, found = [], []
+    if not 0 < args.max_prompt_length < args.max_length:
+        problems.append(f"--max_prompt_length {args.max_prompt_length}: must lie between 0 and --max_length")
+    if args.chunk_size < 1 or args.ff < 0 or args.n_examples < 0:
+        problems.append("--chunk_size must be >= 1, --ff and --n_examples >= 0")
+    if args.num_samples_per_prefix < 1:
+        problems.append(f"--num_samples_per_prefix {args.num_samples_per_prefix}: must be at least 1")
+    most = max(1, args.max_length - args.max_prompt_length)
+    for text in args.temperatures.split(","):
+        try:
+            found.append(Decoding(most, float(text), args.top_p, args.top_k, args.seed, stop))
+        except ValueError as error:
+            problems.append(f"--temperatures {text}: {error}")
+    if args.num_samples_per_prefix > 1 and any(decoding.temperature == 0 for decoding in found):
+        problems.append("--temperatures 0: greedy samples of a prompt are all the same; ask for one")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
+
+
 def read_prompts(args: argparse.Namespace) -> tuple[ChatTask, list[Row]]:
     """Task and rows of a prompt set."""
     if args.prompt_set in PROMPT_SETS:
         task = get_task(args.prompt_set)
+        assert isinstance(task, ChatTask)
         return task, task.load(args.split or task.held_out or task.splits[0], args.data_dir)
     if Path(args.prompt_set).suffix:
         return PROMPTS, PROMPTS.read(args.prompt_set)
@@ -63,25 +84,30 @@ def read_prompts(args: argparse.Namespace) -> tuple[ChatTask, list[Row]]:
 def sample(args: argparse.Namespace) -> list[Path]:
     """The files written; what can be refused is refused before the model loads."""
     task, rows = read_prompts(args)
-    plans = decodings(args, task.stop)
+    asked = itertools.product(decodings(args, task.stop), range(args.num_samples_per_prefix))
     chosen = range(len(rows))[args.ff :][: args.n_examples or None]
     if not chosen:
         raise ValueError(f"--ff {args.ff} leaves none of the {len(rows)} prompts of {args.prompt_set}")
-    folder = results_of(args, args.model_path)
-    prompter = prompter_of(args, args.model_path)
+    folder = cli.choose_results_folder(args)
+    prompter = cli.make_prompter(args)
     prompts = [prompter.prompt(task, row) for row in rows]
     instructions = [task.instruction(row) for row in rows]
-    model, tokenizer = loaded(args, args.model_path, prompter, args.archive)
-    bounds = {"max_prompt_length": args.max_prompt_length, "chunk_size": args.chunk_size}
-    sampler = Sampler(model, tokenizer, task, generator=args.model_name, prompter=prompter, **bounds)
+    sampler = Sampler(
+        cli.load_chosen_model(args, prompter.tokenizer, args.archive),
+        prompter,
+        task,
+        generator=args.model_name,
+        max_prompt_length=args.max_prompt_length,
+        chunk_size=args.chunk_size,
+    )
     paths = []
-    for decoding, number in itertools.product(plans, range(args.num_samples_per_prefix)):
+    for decoding, number in asked:
         name = f"{Path(args.prompt_set).stem}_temp{decoding.temperature}"
-        name += f"_sample{number}.json" if number else ".json"
-        paths.append(folder / name)
-        with tqdm(total=len(chosen), desc=name, unit="prompt") as bar:
-            more = {"prompts": prompts, "sample": number, "chosen": chosen, "on_done": bar.update}
-            sampler.write(paths[-1], instructions, decoding, **more)
+        paths.append(folder / f"{name}{f'_sample{number}' if number else ''}.json")
+        with tqdm(total=len(chosen), desc=paths[-1].name, unit="prompt") as bar:
+            sampler.write(
+                paths[-1], instructions, prompts, decoding, sample=number, chosen=chosen, on_done=bar.update
+            )
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Completions per second: lota.generation.generate against transformers' own `generate`.
+"""Completions per second: lota.evaluate.generation.generate against transformers' own `generate`.
 
     python -m benchmarks.generation --model ../shared/models/stories260K --data_dir ../shared/data
 
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import completion_text, generate
 from tasks import get_task
 
@@ -38,11 +39,9 @@ class Work(NamedTuple):
 
 
 def ours(work: Work) -> list[str]:
-    """LoTA: rows sorted by length, finished rows leave, the cache grows in place, steps are recorded."""
-    return generate(
-        work.model, work.tokenizer, work.prompts,
-        max_new_tokens=work.max_new_tokens, batch_size=work.batch_size, stop=work.stop,
-    )  # fmt: skip
+    """LoTA: rows sorted by length, finished rows leave, the cache grows in place."""
+    decoding = Decoding(work.max_new_tokens, stop=work.stop)
+    return generate(work.model, work.tokenizer, work.prompts, decoding, batch_size=work.batch_size)
 
 
 def transformers_generate(work: Work, **settings: Any) -> list[str]:

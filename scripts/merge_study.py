@@ -25,14 +25,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lota.data.batches import Example, encode
+from lota.data.batches import encode
 from lota.data.prompts import Prompter
 from lota.data.task import Row, Task
 from lota.evaluate.cli import load_model_and_tokenizer
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import mean_and_stderr
-from lota.evaluate.evaluator import evaluate_task
+from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.loglik import logliks
+from lota.evaluate.scorers import TaskRequest
 from lota.plots import heatmap
 from lota.utils import write_json
 from tasks import get_task
@@ -123,20 +124,14 @@ class Study:
         policy, tokenizer = load_model_and_tokenizer(
             str(BASE if archive else model), archive=archive, dtype="float32"
         )
+        evaluator = Evaluator(
+            policy, Prompter(tokenizer), model_name=str(model), out_dir=model, batch_size=200
+        )
         for name in names:
             task = get_task(name)
             rows = task.load("test", "")[: self.n_examples]
-            settings = Decoding(max_new_tokens=task.max_new_tokens, stop=task.stop)
-            result = evaluate_task(
-                policy,
-                tokenizer,
-                task,
-                rows,
-                settings=settings,
-                out_dir=model,
-                model_name=str(model),
-                batch_size=200,
-            )
+            request = TaskRequest(task, rows, Decoding(task.max_new_tokens, stop=task.stop))
+            result = evaluator.evaluate(request)
             found[name] = {"accuracy": result.score, "nats": held_out_nats(policy, tokenizer, task, rows)}
         write_json(file, found)
         return found
@@ -157,9 +152,7 @@ def held_out_nats(
     """Mean loss per response token, in nats."""
     requests, prompter = [], Prompter(tokenizer)
     for row in rows:
-        prompt = prompter.prompt(task, row)
-        example = Example(prompt.text, task.target(row), prompt.closing, prompt.keep_end, prompt.templated)
-        coded = encode(tokenizer, example, max_length=256, max_prompt_length=128)
+        coded = encode(tokenizer, prompter.example(task, row), max_length=256, max_prompt_length=128)
         n = coded.prompt_length
         requests.append((coded.input_ids[:n], coded.input_ids[n:]))
     return -sum(logliks(model, requests, batch_size=100)) / sum(len(after) for _, after in requests)

@@ -9,7 +9,7 @@ from tasks.base import Message, Preference, Row, Task, text_of
 
 # The same words for every chat-like task, so that a model trained on one can be sampled by another.
 CHAT_CLOSING = "\n\nAssistant:\n"
-CHAT_STOP = ("\n\nHuman:",)
+CHAT_STOP: tuple[str, ...] = ("\n\nHuman:",)
 _HEADINGS = {"system": "System:\n", "user": "Human:\n", "assistant": "Assistant:\n"}
 _SPEAKERS = {
     "system": "system",

@@ -12,8 +12,7 @@ import runs
 import yaml
 
 from lota.evaluate.estimates import mean
-from lota.evaluate.results import Result
-from lota.evaluate.summary import summary, write_summary
+from lota.evaluate.results import Result, summarize, write_summary
 
 
 def write_run(
@@ -35,7 +34,7 @@ def write_run(
     (folder / "epoch-1" / "policy.pt").write_bytes(b"not read")
     if scores:
         results = [_result(task, values) for task, values in scores.items()]
-        write_summary(folder / "epoch-1", summary(results))
+        write_summary(folder / "epoch-1", summarize(results))
     return folder
 
 
@@ -44,10 +43,6 @@ def _result(task: str, values: list[float]) -> Result:
     return Result(
         task=task,
         version=1,
-        metric="exact_match",
-        score=found.value,
-        stderr=found.stderr,
-        n=len(values),
         seed=0,
         settings={},
         model="m",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lota.config_checks import unused_settings
-from lota.data.batches import Example, encode, epoch_batches
+from lota.data.batches import Example, Prompt, encode, epoch_batches
 from lota.models.scope import find_scope
 from lota.share.convert import convert_policy
 from lota.train import lora as adapter
@@ -42,7 +42,7 @@ def plain_run(steps: int, batch_size: int = 8, lr: float = 1e-2) -> PeftModel:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, task_type="CAUSAL_LM")
     model = get_peft_model(base(), config)
     tokenizer, task = AutoTokenizer.from_pretrained(MODEL), get_task("mini")
-    rows = [Example(task.prompt(r), task.target(r), task.closing) for r in task.load("train", None)]
+    rows = [Example(Prompt(task.prompt(r), task.closing), task.target(r)) for r in task.load("train", None)]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.RMSprop(trained, lr=lr, alpha=0.99, eps=1e-2, foreach=False)
     for numbers in epoch_batches(len(rows), batch_size, seed=0, epoch=0)[:steps]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate
 from lota.models.loading import load_model, load_tokenizer
 from lota.models.scope import find_scope
@@ -33,8 +34,8 @@ def script(monkeypatch):
 
 def greedy(model, tokenizer, prompts, task):
     """Greedy completions of a task's prompts."""
-    limits = {"max_new_tokens": task.max_new_tokens, "batch_size": 100}
-    return generate(model, tokenizer, prompts, stop=task.stop, **limits)
+    decoding = Decoding(task.max_new_tokens, stop=task.stop)
+    return generate(model, tokenizer, prompts, decoding, batch_size=100)
 
 
 def test_what_it_is():

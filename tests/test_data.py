@@ -11,9 +11,9 @@ from lota.data.batches import (
     IGNORED,
     Encoded,
     Example,
+    Prompt,
     collate,
     encode,
-    encode_prompt,
     epoch_batches,
     fraction_of,
     seeded_sample,
@@ -44,7 +44,7 @@ def bos(tokenizer) -> list[int]:
 
 
 def test_short_example(tokenizer):
-    got = encode(tokenizer, Example(words(3, 4, 5), words(6, 7)), max_length=20, max_prompt_length=10)
+    got = encode(tokenizer, Example(Prompt(words(3, 4, 5)), words(6, 7)), max_length=20, max_prompt_length=10)
     assert got.input_ids == [*bos(tokenizer), 3, 4, 5, 6, 7, 2]
     assert got.prompt_length == 3 + len(bos(tokenizer))
 
@@ -52,7 +52,7 @@ def test_short_example(tokenizer):
 @pytest.mark.parametrize("keep_end", [False, True])
 def test_long_prompt_keeps_its_closing_words(tokenizer, keep_end):
     prompt = words(*range(3, 23)) + " " + words(100, 101)
-    example = Example(prompt, words(150, 151), closing=" " + words(100, 101), keep_end=keep_end)
+    example = Example(Prompt(prompt, " " + words(100, 101), keep_end), words(150, 151))
     got = encode(tokenizer, example, max_length=15, max_prompt_length=8)
     n = 8 - 2 - len(bos(tokenizer))
     body = list(range(3, 23))[-n:] if keep_end else list(range(3, 23))[:n]
@@ -62,21 +62,21 @@ def test_long_prompt_keeps_its_closing_words(tokenizer, keep_end):
 
 def test_prompt_is_cut_only_when_the_whole_is_too_long(tokenizer):
     prompt = words(*range(3, 15))
-    example = Example(prompt, words(50))
+    example = Example(Prompt(prompt), words(50))
     whole = encode(tokenizer, example, max_length=20, max_prompt_length=4)
     assert whole.prompt_length == 12 + len(bos(tokenizer))
     assert encode(tokenizer, example, max_length=12, max_prompt_length=4).prompt_length == 4
 
 
 def test_response_is_cut_last_and_then_has_no_end(tokenizer):
-    example = Example(words(3, 4, 5, 6, 7, 8), words(*range(50, 70)))
+    example = Example(Prompt(words(3, 4, 5, 6, 7, 8)), words(*range(50, 70)))
     got = encode(tokenizer, example, max_length=10, max_prompt_length=4)
     assert len(got) == 10
     assert got.input_ids[4:] == list(range(50, 56))
 
 
 def test_closing_longer_than_the_limit_keeps_its_end(tokenizer):
-    got = encode_prompt(tokenizer, words(3, 4, 5, 6), max_prompt_length=2, closing=words(4, 5, 6))
+    got = Prompt(words(3, 4, 5, 6), words(4, 5, 6)).ids(tokenizer, 2)
     assert got == [5, 6]
 
 
@@ -91,15 +91,14 @@ def test_closing_words_are_the_prompts_own_tokens():
     whole = tokenizer(prompt, add_special_tokens=False).input_ids
     alone = tokenizer("\nA:", add_special_tokens=False).input_ids
     assert whole[-2:] == alone[-2:] and len(alone) == 3
-    cut = encode_prompt(tokenizer, prompt, max_prompt_length=10, closing="\nA:")
+    cut = Prompt(prompt, "\nA:").ids(tokenizer, 10)
     assert cut == whole[:8] + whole[-2:]
 
 
 def test_training_and_generation_read_the_same_prompt(tokenizer):
-    example = Example(words(*range(3, 40)), words(50, 51), closing=" " + words(38, 39))
+    example = Example(Prompt(words(*range(3, 40)), " " + words(38, 39)), words(50, 51))
     got = encode(tokenizer, example, max_length=20, max_prompt_length=10)
-    prompt = encode_prompt(tokenizer, example.prompt, max_prompt_length=10, closing=example.closing)
-    assert got.input_ids[: got.prompt_length] == prompt
+    assert got.input_ids[: got.prompt_length] == example.prompt.ids(tokenizer, 10)
 
 
 def test_collate_pads_on_the_right_and_hides_prompts():

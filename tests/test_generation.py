@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 
 import lota.evaluate.generation as generation
 import lota.evaluate.kv_cache as kv_cache
+from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate, prompt_bound
 from tests import tiny
 from tests.chars import ALPHABET, char_model, char_tokenizer
@@ -56,7 +58,7 @@ def test_greedy_equals_transformers(architecture: str, batch_size: int, tokenize
         tokenizer.decode([t for t in tokens if t not in ends], skip_special_tokens=True)
         for tokens in expected
     ]
-    assert generate(model, tokenizer, prompts, max_new_tokens=20, batch_size=batch_size) == texts
+    assert generate(model, tokenizer, prompts, Decoding(20), batch_size=batch_size) == texts
 
 
 def test_sliding_window_equals_transformers(tokenizer):
@@ -69,16 +71,16 @@ def test_sliding_window_equals_transformers(tokenizer):
     model.generation_config.eos_token_id = 2
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     expected = [tokenizer.decode(alone(model, ids, 30), skip_special_tokens=True) for ids in prompts]
-    assert generate(model, tokenizer, TEXTS, max_new_tokens=30, batch_size=3) == expected
+    assert generate(model, tokenizer, TEXTS, Decoding(30), batch_size=3) == expected
 
 
 def test_stories_golden_fact(stories):
     model = transformers.AutoModelForCausalLM.from_pretrained(stories)
     tokenizer = transformers.AutoTokenizer.from_pretrained(stories)
     golden = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-    assert generate(model, tokenizer, [""], max_new_tokens=60, batch_size=1)[0].startswith(golden)
+    assert generate(model, tokenizer, [""], Decoding(60), batch_size=1)[0].startswith(golden)
     prompts = ["Once", "Tom and his dog went to the big park and", "", "One day, Lily"]
-    texts = generate(model, tokenizer, prompts, max_new_tokens=80, batch_size=4)
+    texts = generate(model, tokenizer, prompts, Decoding(80), batch_size=4)
     for prompt, text in zip(prompts, texts, strict=True):
         ids = tokenizer(prompt).input_ids or [tokenizer.bos_token_id]
         assert text == tokenizer.decode(alone(model, ids, 80), skip_special_tokens=True)
@@ -91,27 +93,27 @@ def test_the_prompt_is_cut_off_by_tokens_not_by_text(stories):
     prompt = "Once <s> upon a time, a big"
     ids = tokenizer(prompt).input_ids
     expected = tokenizer.decode(alone(model, ids, 12), skip_special_tokens=True)
-    assert generate(model, tokenizer, [prompt], max_new_tokens=12, batch_size=1) == [expected]
+    assert generate(model, tokenizer, [prompt], Decoding(12), batch_size=1) == [expected]
     whole = tokenizer.decode(ids + alone(model, ids, 12), skip_special_tokens=True)
     assert whole[len(prompt) :] != expected  # what cutting the text would give
 
 
 def test_a_draw_depends_on_its_prompt_only(model, tokenizer):
-    settings = {"max_new_tokens": 25, "temperature": 1.0, "top_p": 0.9, "top_k": 40, "seed": 7}
-    whole = generate(model, tokenizer, TEXTS, batch_size=6, **settings)
-    assert generate(model, tokenizer, TEXTS, batch_size=1, **settings) == whole
-    assert generate(model, tokenizer, TEXTS, batch_size=4, **settings) == whole
-    part = generate(model, tokenizer, TEXTS[3:], batch_size=2, indices=[3, 4, 5], **settings)
+    drawn = Decoding(25, temperature=1.0, top_p=0.9, top_k=40, seed=7)
+    whole = generate(model, tokenizer, TEXTS, drawn, batch_size=6)
+    assert generate(model, tokenizer, TEXTS, drawn, batch_size=1) == whole
+    assert generate(model, tokenizer, TEXTS, drawn, batch_size=4) == whole
+    part = generate(model, tokenizer, TEXTS[3:], drawn, batch_size=2, indices=[3, 4, 5])
     assert part == whole[3:]
-    twice = generate(model, tokenizer, ["Hello", "Hello"], batch_size=2, **settings)
+    twice = generate(model, tokenizer, ["Hello", "Hello"], drawn, batch_size=2)
     assert twice[0] == whole[0] != twice[1]
-    assert generate(model, tokenizer, TEXTS, batch_size=6, **settings | {"seed": 8}) != whole
-    assert generate(model, tokenizer, TEXTS, batch_size=6, sample=1, **settings) != whole
+    assert generate(model, tokenizer, TEXTS, replace(drawn, seed=8), batch_size=6) != whole
+    assert generate(model, tokenizer, TEXTS, drawn, batch_size=6, sample=1) != whole
 
 
 def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
     lengths = [
-        len(text) for text in generate(model, tokenizer, TEXTS, max_new_tokens=40, batch_size=6, stop=["q"])
+        len(text) for text in generate(model, tokenizer, TEXTS, Decoding(40, stop=("q",)), batch_size=6)
     ]
     assert len(set(lengths)) > 2
     widths = []
@@ -123,7 +125,7 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
         return forward(input_ids=input_ids, **rest)
 
     monkeypatch.setattr(model, "forward", spy)
-    generate(model, tokenizer, TEXTS, max_new_tokens=40, batch_size=6, stop=["q"])
+    generate(model, tokenizer, TEXTS, Decoding(40, stop=("q",)), batch_size=6)
     assert widths[0] == 6
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] < 6
@@ -131,14 +133,14 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
 
 
 def test_a_cache_that_cannot_give_up_rows(model, tokenizer, monkeypatch):
-    settings = {"max_new_tokens": 40, "batch_size": 6, "stop": ["q"]}
-    expected = generate(model, tokenizer, TEXTS, **settings)
+    stopped = Decoding(40, stop=("q",))
+    expected = generate(model, tokenizer, TEXTS, stopped, batch_size=6)
     monkeypatch.setattr(kv_cache, "SELECTABLE_LAYERS", ())
-    assert generate(model, tokenizer, TEXTS, **settings) == expected
+    assert generate(model, tokenizer, TEXTS, stopped, batch_size=6) == expected
 
 
 def test_a_model_without_cache(model, tokenizer, monkeypatch):
-    expected = generate(model, tokenizer, TEXTS, max_new_tokens=15, batch_size=6, stop=["q"])
+    expected = generate(model, tokenizer, TEXTS, Decoding(15, stop=("q",)), batch_size=6)
     forward = model.forward
 
     def forgetful(input_ids, attention_mask, position_ids, past_key_values=None, use_cache=None):
@@ -146,13 +148,13 @@ def test_a_model_without_cache(model, tokenizer, monkeypatch):
         return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
 
     monkeypatch.setattr(model, "forward", forgetful)
-    assert generate(model, tokenizer, TEXTS, max_new_tokens=15, batch_size=6, stop=["q"]) == expected
+    assert generate(model, tokenizer, TEXTS, Decoding(15, stop=("q",)), batch_size=6) == expected
 
 
 def test_stop_texts_end_a_completion(model, tokenizer):
-    free = generate(model, tokenizer, TEXTS, max_new_tokens=40, batch_size=3)
-    stop = [free[0][10:13], free[1][20:22], "never seen"]
-    stopped = generate(model, tokenizer, TEXTS, max_new_tokens=40, batch_size=3, stop=stop)
+    free = generate(model, tokenizer, TEXTS, Decoding(40), batch_size=3)
+    stop = (free[0][10:13], free[1][20:22], "never seen")
+    stopped = generate(model, tokenizer, TEXTS, Decoding(40, stop=stop), batch_size=3)
     for text, whole in zip(stopped, free, strict=True):
         ends = [whole.find(word) for word in stop if word in whole]
         assert text == whole[: min(ends, default=len(whole))]
@@ -176,17 +178,17 @@ def test_context_is_never_exceeded(tokenizer):
         return forward(**inputs)
 
     model.forward = spy
-    texts = generate(model, tokenizer, [long, short], max_new_tokens=50, batch_size=2)
+    texts = generate(model, tokenizer, [long, short], Decoding(50), batch_size=2)
     assert max(seen) == 62  # the token after it ends the completion and is never read
     assert len(tokenizer(texts[0]).input_ids) <= 32
     # alone, the long prompt keeps its last 32 tokens and gets the other 32 positions
-    assert generate(model, tokenizer, [long], max_new_tokens=50, batch_size=1) == [texts[0]]
-    assert generate(model, tokenizer, [long[-32:]], max_new_tokens=50, batch_size=1) == [texts[0]]
+    assert generate(model, tokenizer, [long], Decoding(50), batch_size=1) == [texts[0]]
+    assert generate(model, tokenizer, [long[-32:]], Decoding(50), batch_size=1) == [texts[0]]
 
 
 def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch, caplog):
     prompts = TEXTS * 3
-    expected = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=18)
+    expected = generate(model, tokenizer, prompts, Decoding(12), batch_size=18)
     complete = generation._complete
     tried = []
 
@@ -203,7 +205,7 @@ def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch, caplog):
             model,
             tokenizer,
             prompts,
-            max_new_tokens=12,
+            Decoding(12),
             batch_size=18,
             on_done=lambda i, text: done.append(i),
         )
@@ -215,12 +217,12 @@ def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch, caplog):
         generation, "_complete", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )
     with pytest.raises(torch.OutOfMemoryError):
-        generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=2)
+        generate(model, tokenizer, prompts, Decoding(12), batch_size=2)
 
 
 def test_mode_is_given_back_and_nothing_needs_gradients(tokenizer):
     model = tiny.make("llama")
-    generate(model, tokenizer, [[5, 6]], max_new_tokens=3, batch_size=1)
+    generate(model, tokenizer, [[5, 6]], Decoding(3), batch_size=1)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -229,7 +231,7 @@ def test_broken_weights_are_an_error(tokenizer):
     model = tiny.make("llama")
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):
-        generate(model, tokenizer, [[5, 6]], max_new_tokens=3, batch_size=1)
+        generate(model, tokenizer, [[5, 6]], Decoding(3), batch_size=1)
 
 
 def test_alphabet_survives_the_tokenizer(tokenizer):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from lota.data.prompts import Prompt
+from lota.data.batches import Prompt
 from lota.evaluate.estimates import corpus_perplexity
 from lota.evaluate.generation import context_length
 from lota.evaluate.loglik import choice_requests, logliks, text_requests

@@ -91,7 +91,7 @@ def test_a_cache_that_cannot_be_shared_is_not(monkeypatch):
     expected = one_by_one(model, requests)
     asked = []
     monkeypatch.setattr(
-        lota.loglik, "can_drop_rows", lambda cache: asked.append(can_drop_rows(cache)) or False
+        lota.evaluate.loglik, "can_drop_rows", lambda cache: asked.append(can_drop_rows(cache)) or False
     )
     torch.testing.assert_close(logliks(model, requests, batch_size=8), expected, rtol=0, atol=1e-5)
     assert asked == [True]  # and is not asked again in later batches

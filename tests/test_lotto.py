@@ -16,7 +16,7 @@ from lotto_runs import ledger, mask, run, with_tasks
 from runs import MODEL, ROOT, policy, same, write_mask
 from transformers import AutoModelForCausalLM
 
-from lota.data.batches import Example, encode
+from lota.data.batches import Example, Prompt, encode
 from lota.lotto.driver import Lotto
 from lota.models.loading import load_model, load_tokenizer
 from tasks import get_task
@@ -107,7 +107,7 @@ def test_losses_and_scores_are_those_of_the_models(two):
             held_out = next(h for h in lotto.checked.held_out if h.task.name == name)
             task, nats, tokens = get_task(name), 0.0, 0
             for i in held_out.chosen:
-                example = Example(task.prompt(held_out.rows[i]), task.target(held_out.rows[i]))
+                example = Example(Prompt(task.prompt(held_out.rows[i])), task.target(held_out.rows[i]))
                 found = encode(tokenizer, example, max_length=512, max_prompt_length=256)
                 ids = torch.tensor([found.input_ids])
                 with torch.no_grad():

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import merge_models
-from lota.data.prompts import Limits, recorded_choice, recorded_limits
+from lota.data.prompts import Limits
+from lota.evaluate.cli import recorded_prompting
 from lota.delta import Delta, extract
 from lota.models.weights import open_weights
 from lota.share.merge.rules import METHODS
@@ -228,13 +229,13 @@ def test_evaluation_writes_prompts_as_the_runs_did(disjoint, tmp_path, capsys):
     extract(disjoint / "base", tmp_path / "b", tmp_path / "b.safetensors")
     inputs = [tmp_path / "a", tmp_path / "b.safetensors", disjoint / "c"]
     alike = str(merge(disjoint, inputs, tmp_path / "alike", "ties"))
-    assert recorded_choice(alike) == "auto" and recorded_limits(alike) == Limits(64, 32)
+    assert recorded_prompting(alike) == ("auto", Limits(64, 32))
     assert "--chat_template" not in capsys.readouterr().out
     (tmp_path / "b.safetensors").rename(tmp_path / "renamed")  # the name does not matter
-    assert recorded_choice(str(tmp_path / "renamed")) == "auto"
+    assert recorded_prompting(str(tmp_path / "renamed"))[0] == "auto"
     inputs[1] = tmp_path / "renamed"
     differing = str(merge(disjoint, [*inputs, tmp_path / "c"], tmp_path / "differing", "ties"))
-    assert recorded_choice(differing) == "never" and recorded_limits(differing) == Limits(64, 32)
+    assert recorded_prompting(differing) == ("never", Limits(64, 32))
     assert "trained with chat_template auto and never" in capsys.readouterr().out
 
 

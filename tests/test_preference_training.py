@@ -13,7 +13,7 @@ from runs import MODEL, metrics, policy, same, settings, stopped_after, train, w
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert_policy_to_hf_resize
-from lota.data.batches import Example, encode_rows, epoch_batches
+from lota.data.batches import Example, Prompt, encode_rows, epoch_batches
 from lota.masks import Mask
 from lota.models.scope import find_scope, meta_model
 from lota.train.cli import closing_words
@@ -254,11 +254,12 @@ def test_a_task_without_pairs_is_refused_before_loading(monkeypatch, overrides, 
 @pytest.mark.parametrize(("max_length", "cut"), [(60, False), (20, True), (9, True)])
 def test_both_responses_follow_the_same_prompt(max_length, cut):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    example = Example("a b c d e f g h ->", " h g", " ->", rejected=" a b c d e f g h i j k l m n o p q r")
+    prompt = Prompt("a b c d e f g h ->", " ->")
+    example = Example(prompt, " h g", rejected=" a b c d e f g h i j k l m n o p q r")
     chosen, rejected = encode_rows(tokenizer, example, max_length=max_length, max_prompt_length=6)
-    prompt = tokenizer(example.prompt).input_ids
+    prompt_ids = tokenizer(prompt.text).input_ids
     n = chosen.prompt_length
-    assert chosen.prompt_length == rejected.prompt_length == (6 if cut else len(prompt))
+    assert chosen.prompt_length == rejected.prompt_length == (6 if cut else len(prompt_ids))
     assert chosen.input_ids[:n] == rejected.input_ids[:n]
     assert max(len(chosen), len(rejected)) <= max_length
     assert min(len(chosen), len(rejected)) > n

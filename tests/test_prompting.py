@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lota.data.batches import Example, encode
+from lota.data.batches import Example, Prompt, encode
 from lota.data.examples import load_examples, load_held_out
-from lota.data.prompts import FewShot, Limits, Prompt, Prompter
+from lota.data.prompts import FewShot, Limits, Prompter
 from tasks import get_task
 from tests.chars import char_tokenizer
 from tests.runs import settings, train, with_mini_task
@@ -61,7 +61,7 @@ def test_a_template_that_refuses_names_the_task():
 def test_training_reads_the_ids_of_evaluation():
     tokenizer = chat_tokenizer()
     prompt = Prompter(tokenizer, "auto").prompt(GSM8K, ROWS[2])
-    example = Example(prompt.text, "two", prompt.closing, prompt.keep_end, prompt.templated)
+    example = Example(prompt, "two")
     encoded = encode(tokenizer, example, max_length=200, max_prompt_length=100)
     assert encoded.input_ids[: encoded.prompt_length] == prompt.ids(tokenizer)
     assert tokenizer.decode(encoded.input_ids[encoded.prompt_length :]) == "two</s>"
@@ -105,7 +105,7 @@ def test_examples_are_a_seeded_draw_without_the_row_itself():
     }
     assert len(draws) > 4
     for n in (0, 9):
-        with pytest.raises(ValueError, match=f"--num_fewshot {n}: there are 9 training rows"):
+        with pytest.raises(ValueError, match=f"num_fewshot={n}: there are 9 training rows"):
             FewShot(n, 0, ROWS)
 
 
@@ -137,10 +137,10 @@ def test_runs_render_prompts_as_asked(tmp_path, monkeypatch):
         config = settings(f"chat_template={choice}")
         prompter = Prompter(chat_tokenizer(), config.chat_template)
         (example, *_) = load_examples([task], "train", config, prompter)
-        assert (example.prompt, example.response) == (prompt, task.target(row))
-        assert example.templated == (choice == "auto")
+        assert (example.prompt.text, example.response) == (prompt, task.target(row))
+        assert example.prompt.templated == (choice == "auto")
         (held_out, *_) = load_held_out([task], config, prompter)
-        assert held_out.prompt.startswith("<s>[user]") == (choice == "auto")
+        assert held_out.prompt.text.startswith("<s>[user]") == (choice == "auto")
     with pytest.raises(ValueError, match="chat_template=always, but the tokenizer has none"):
         train("chat_template=always")
     with pytest.raises(ValueError, match="chat_template=often: choose one of auto, never, always"):
@@ -155,7 +155,7 @@ def test_prompts_are_cut_as_training_cut_them():
     for n in (10, 40, 41, 80):  # the prompt is 19 tokens longer
         row = {"question": "x" * n, "answer": "#### 1"}
         found = prompter.fit(GSM8K, row, [], bound=200)
-        example = Example(GSM8K.prompt(row), "", GSM8K.closing)  # the shortest response: its end
+        example = Example(Prompt(GSM8K.prompt(row), GSM8K.closing), "")  # the shortest response: its end
         trained = encode(tokenizer, example, max_length=60, max_prompt_length=40)
         seen = trained.input_ids[: trained.prompt_length]
         assert found.ids == seen

@@ -9,7 +9,7 @@ import string
 import pytest
 import torch
 
-from lota.data.batches import Example, collate, encode
+from lota.data.batches import Example, Prompt, collate, encode
 from lota.models.loading import load_model, load_tokenizer
 from lota.train.losses import sequence_logps, sft_loss
 from tasks import get_task
@@ -88,7 +88,7 @@ def test_a_few_steps_teach_it(name, examples):
     rows = random.Random(0).sample(task.load("train"), examples)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.99)
     for start in range(0, len(rows), 16):
-        examples = [Example(task.prompt(row), task.target(row)) for row in rows[start : start + 16]]
+        examples = [Example(Prompt(task.prompt(row)), task.target(row)) for row in rows[start : start + 16]]
         batch = collate([encode(tokenizer, e, max_length=64, max_prompt_length=48) for e in examples], 0)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         sft_loss(*sequence_logps(logits, batch.labels)).mean().backward()

@@ -10,7 +10,7 @@ import torch
 from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lota.data.batches import Example, encode, epoch_batches
+from lota.data.batches import Example, Prompt, encode, epoch_batches
 from lota.models.scope import find_scope
 from lota.optim.schedule import learning_rate
 from tasks import get_task
@@ -39,7 +39,7 @@ def plain_run(
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     task = get_task("mini")
-    rows = [Example(task.prompt(r), task.target(r), task.closing) for r in task.load("train", None)]
+    rows = [Example(Prompt(task.prompt(r), task.closing), task.target(r)) for r in task.load("train", None)]
     kept = {name: mask.dense(name) for name in mask.names}
     trained = {name: p for name, p in model.named_parameters() if name in kept}
     optimizer = torch.optim.RMSprop(trained.values(), lr=lr, alpha=0.99, eps=1e-8, foreach=False)
@@ -210,8 +210,8 @@ def test_lengths_fractions_and_groups_are_used(workplace, seen):
     seen["lengths"].clear()
     half, _ = train("data_fraction=0.5", "exp_name=half")
     assert sum(len(rows) for rows in seen["lengths"]) == half.progress.examples == 20
-    every = [Example(get_task("mini").prompt(r), "") for r in get_task("mini").load("train", None)]
-    assert [e.prompt for e in half.data.train] != [e.prompt for e in every[:20]]
+    every = [get_task("mini").prompt(r) for r in get_task("mini").load("train", None)]
+    assert [e.prompt.text for e in half.data.train] != every[:20]
     seen["lengths"].clear()
     train("group_by_length=true", "exp_name=grouped")
     spread = sum(max(rows) - min(rows) for rows in seen["lengths"])
@@ -319,8 +319,8 @@ def test_settings_of_a_task_reach_it(shared, caplog):
              "max_prompt_length=32")  # fmt: skip
     one, _ = train(*chats)
     three, _ = train(*chats, "num_turns=3")
-    assert max(e.prompt.count("Assistant:") for e in one.data.train) == 1
-    assert max(e.prompt.count("Assistant:") for e in three.data.train) > 1
+    assert max(e.prompt.text.count("Assistant:") for e in one.data.train) == 1
+    assert max(e.prompt.text.count("Assistant:") for e in three.data.train) > 1
     file = shared / "data" / "sharegpt_data" / "human_preferences.json"
     pairs, _ = train(*chats, f"prefs_path={file}")
     assert len(pairs.data.train) == len(json.loads(file.read_text()))
@@ -371,6 +371,7 @@ def test_an_archive_is_where_training_starts(workplace):
 
 def test_samples_with_activation_checkpointing_are_those_of_the_saved_model(workplace):
     """Checkpointing switches the cache off in training; the samples are greedy completions all the same."""
+    from lota.evaluate.decoding import Decoding
     from lota.evaluate.generation import generate
 
     trainer, folder = train("sample_during_eval=true", "eval_every=40", "activation_checkpointing=true",
@@ -379,7 +380,7 @@ def test_samples_with_activation_checkpointing_are_those_of_the_saved_model(work
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     model.load_state_dict(policy(folder))
     prompts = [row["prompt"] for row in rows]
-    expected = generate(model, trainer.data.tokenizer, prompts, max_new_tokens=16, batch_size=3)
+    expected = generate(model, trainer.data.tokenizer, prompts, Decoding(16), batch_size=3)
     assert [row["completion"] for row in rows] == expected
 
 

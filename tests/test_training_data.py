@@ -26,7 +26,7 @@ def prompts(name: str, split: str) -> list[str]:
 def loaded(*overrides: str) -> list[str]:
     config = settings("datasets=[mini,toy_shift]", *overrides)
     tasks = [get_task(name) for name in config.datasets]
-    return [e.prompt for e in load_examples(tasks, "train", config, Prompter(char_tokenizer()))]
+    return [e.prompt.text for e in load_examples(tasks, "train", config, Prompter(char_tokenizer()))]
 
 
 def test_every_task_gives_its_share():
@@ -45,7 +45,7 @@ def test_every_task_gives_its_share():
 def test_held_out_examples_are_a_sample_over_all_tasks():
     config = settings("datasets=[mini,toy_shift]", "n_eval_examples=200")
     tasks = [get_task(name) for name in config.datasets]
-    found = [e.prompt for e in load_held_out(tasks, config, Prompter(char_tokenizer()))]
+    found = [e.prompt.text for e in load_held_out(tasks, config, Prompter(char_tokenizer()))]
     mini, shift = (set(prompts(name, "test")) for name in NAMES)
     assert len(found) == 200
     assert mini & set(found) and shift & set(found) and set(found) <= mini | shift
@@ -53,6 +53,6 @@ def test_held_out_examples_are_a_sample_over_all_tasks():
 
 def test_a_run_on_two_tasks():
     trainer, folder = train("datasets=[mini,toy_shift]", "data_fraction=0.005", "eval_every=16")
-    assert [e.prompt for e in trainer.data.train] == loaded("data_fraction=0.005")
+    assert [e.prompt.text for e in trainer.data.train] == loaded("data_fraction=0.005")
     assert trainer.progress.examples == len(trainer.data.train) == 1 + 32
     assert (folder / "policy.pt").is_file() and any("loss/eval" in line for line in metrics(trainer))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -21,14 +21,43 @@ IGNORED = -100  # label of tokens that the loss does not count
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What the model reads before it writes."""
+
+    text: str
+    closing: str = ""  # its last words, kept whenever it is cut
+    keep_end: bool = False  # if it is too long it keeps its last tokens (a chat), not its first ones
+    templated: bool = False  # a chat template wrote it, special tokens and all: the tokenizer adds none
+
+    def stripped(self) -> Prompt:
+        """Without the blanks at its end."""
+        return replace(self, text=self.text.rstrip(), closing=self.closing.rstrip())
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase, bound: int | None = None) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer puts in front of a text.
+
+        If there are more than `bound`, the prompt loses the end of what stands before `closing` (with
+        keep_end: the start); special tokens in front and the closing words stay.
+        """
+        split = _as_written if self.templated else _with_special_tokens
+        prefix, ids = split(tokenizer, self.text)
+        if bound is None or len(prefix) + len(ids) <= bound:
+            return prefix + ids
+        closes = self.closing and self.text.endswith(self.closing)
+        n_tail = _closing_tokens(tokenizer, ids, self.closing) if closes else 0
+        body, tail = ids[: len(ids) - n_tail], ids[len(ids) - n_tail :]
+        room = bound - len(prefix) - len(tail)
+        if room <= 0:
+            return (prefix + tail)[-bound:]
+        return prefix + (body[-room:] if self.keep_end else body[:room]) + tail
+
+
+@dataclass(frozen=True)
 class Example:
     """A training example as text."""
 
-    prompt: str
+    prompt: Prompt
     response: str
-    closing: str = ""  # the prompt's last words, kept whenever the prompt is cut
-    keep_end: bool = False  # a prompt that is too long (a chat) keeps its last tokens, not its first ones
-    templated: bool = False  # a chat template wrote the prompt, special tokens and all
     rejected: str | None = None  # of a preference: the answer that people like less than `response`
 
 
@@ -41,33 +70,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_prompt_length: int | None = None,
-    closing: str = "",
-    keep_end: bool = False,
-    special_tokens: bool = True,
-) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer puts in front of a text.
-
-    special_tokens: False where a chat template has written them already. A prompt of more than
-    max_prompt_length tokens loses the end of what stands before `closing` (with keep_end: the start); special
-    tokens in front and the closing words stay.
-    """
-    split = _with_special_tokens if special_tokens else _as_written
-    prefix, ids = split(tokenizer, prompt)
-    if max_prompt_length is None or len(prefix) + len(ids) <= max_prompt_length:
-        return prefix + ids
-    n_tail = _closing_tokens(tokenizer, ids, closing) if closing and prompt.endswith(closing) else 0
-    body, tail = ids[: len(ids) - n_tail], ids[len(ids) - n_tail :]
-    room = max_prompt_length - len(prefix) - len(tail)
-    if room <= 0:
-        return (prefix + tail)[-max_prompt_length:]
-    return prefix + (body[-room:] if keep_end else body[:room]) + tail
 
 
 def _closing_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], closing: str) -> int:
@@ -98,20 +100,12 @@ def encode_rows(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token, which ends every training response")
     responses = [example.response] if example.rejected is None else [example.response, example.rejected]
-    special = not example.templated
-    prompt = encode_prompt(tokenizer, example.prompt, special_tokens=special)
+    prompt = example.prompt.ids(tokenizer)
     endings = [
         [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in responses
     ]
     if len(prompt) + max(map(len, endings)) > max_length:
-        prompt = encode_prompt(
-            tokenizer,
-            example.prompt,
-            max_prompt_length=max_prompt_length,
-            closing=example.closing,
-            keep_end=example.keep_end,
-            special_tokens=special,
-        )
+        prompt = example.prompt.ids(tokenizer, max_prompt_length)
     return [Encoded((prompt + ending)[:max_length], len(prompt)) for ending in endings]
 
 
@@ -261,7 +255,7 @@ def examples_hash(examples: Iterable[Example]) -> str:
     """SHA-256 of the texts: a continued run must see the rows that it started with."""
     digest = hashlib.sha256()
     for example in examples:
-        texts = [example.prompt, example.response]
+        texts = [example.prompt.text, example.response]
         digest.update(json.dumps(texts if example.rejected is None else [*texts, example.rejected]).encode())
     return digest.hexdigest()
 

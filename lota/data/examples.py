@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+from collections.abc import Sequence
 
 from lota.config import Config
 from lota.data.batches import Example, fraction_of, seeded_sample
 from lota.data.prompts import Prompter
+from lota.data.task import FindTask, Row, Task
 
 logger = logging.getLogger(__name__)
 
 
-def with_options(find_task: Callable[[str], Any], name: str, config: Config) -> Any:
-    """The task, with the settings of its own that the run gives; one that it does not have is told."""
+def with_options(find_task: FindTask, name: str, config: Config) -> Task:
+    """The task, with the settings of its own that the run gives; one that it does not have is logged."""
     task = find_task(name)
     given = {key: getattr(config, key) for key in ("num_turns", "prefs_path")}
     for key, value in given.items():
@@ -30,37 +31,32 @@ def with_options(find_task: Callable[[str], Any], name: str, config: Config) -> 
     return task
 
 
-def load_examples(tasks: Sequence[Any], split: str, config: Config, prompter: Prompter) -> list[Example]:
+def load_examples(tasks: Sequence[Task], split: str, config: Config, prompter: Prompter) -> list[Example]:
     """Examples of all tasks, in order, of each a seeded sample of `data_fraction`."""
     examples = []
     for task in tasks:
         rows = task.load(split, config.data_folder)
         kept = fraction_of(rows, config.data_fraction, config.seed)
         logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
-        examples += [example_of(prompter, task, row, config.loss.on_preferences) for row in kept]
+        examples += [prompter.example(task, row, config.loss.on_preferences) for row in kept]
     return examples
 
 
-def load_held_out(tasks: Sequence[Any], config: Config, prompter: Prompter) -> list[Example]:
-    """A seeded sample of n_eval_examples over the held-out splits of all tasks; an error where one has
-    none.
-    """
+def held_out_rows(task: Task, data_dir: str | os.PathLike[str]) -> list[Row]:
+    """Rows of the split that training never sees; ValueError for a task without one."""
+    if task.held_out is None:
+        raise ValueError(f"task {task.name} has no held-out split to be evaluated on")
+    return task.load(task.held_out, data_dir)
+
+
+def load_held_out(tasks: Sequence[Task], config: Config, prompter: Prompter) -> list[Example]:
+    """A seeded sample of n_eval_examples over the held-out splits of all tasks."""
     without = [task.name for task in tasks if task.held_out is None]
     if without:
         raise ValueError(
             f"datasets={without}: no held-out split to evaluate on; set do_first_eval=false and "
             "eval_every above the number of training examples"
         )
-    rows = [(task, row) for task in tasks for row in task.load(task.held_out, config.data_folder)]
+    rows = [(task, row) for task in tasks for row in held_out_rows(task, config.data_folder)]
     chosen = seeded_sample(rows, config.n_eval_examples, config.seed)
-    return [example_of(prompter, task, row, config.loss.on_preferences) for task, row in chosen]
-
-
-def example_of(prompter: Prompter, task: Any, row: dict[str, Any], paired: bool = False) -> Example:
-    """A row as training reads it. paired: with its preferred and its rejected answer."""
-    prompt = prompter.prompt(task, row)
-    how = (prompt.closing, prompt.keep_end, prompt.templated)
-    if not paired:
-        return Example(prompt.text, task.target(row), *how)
-    pair = task.preference(row)
-    return Example(prompt.text, pair.chosen, *how, rejected=pair.rejected)
+    return [prompter.example(task, row, config.loss.on_preferences) for task, row in chosen]

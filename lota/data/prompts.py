@@ -12,52 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 
 from lota.config import CHAT_TEMPLATES
-from lota.data.batches import encode_prompt
-from lota.models.provenance import (
-    recorded_prompts,
-)
+from lota.data.batches import Example, Prompt
+from lota.data.task import Message, Row, Task
 from lota.utils import content_key
 
 NO_CHAT_TEMPLATE = "never"  # prompts are the task's own text, with no chat template around it
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """closing, keep_end: what stays when it is cut, see `encode_prompt`.
-
-    templated: a chat template wrote the special tokens, so that the tokenizer adds none.
-    """
-
-    text: str
-    closing: str = ""
-    keep_end: bool = False
-    templated: bool = False
-
-    def stripped(self) -> Prompt:
-        """Without the blanks at its end."""
-        return Prompt(self.text.rstrip(), self.closing.rstrip(), self.keep_end, self.templated)
-
-    def ids(self, tokenizer: Any, bound: int | None = None) -> list[int]:
-        """Token ids, at most `bound` of them."""
-        return encode_prompt(
-            tokenizer,
-            self.text,
-            max_prompt_length=bound,
-            closing=self.closing,
-            keep_end=self.keep_end,
-            special_tokens=not self.templated,
-        )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How a training run cut its examples: its max_length and max_prompt_length, in tokens."""
+    """How a training run cut its examples."""
 
-    max_length: int
-    max_prompt_length: int
+    max_length: int  # tokens of prompt and response
+    max_prompt_length: int  # tokens of the prompt that stay if there are more
 
     def of(self, n_tokens: int) -> int | None:
         """The most tokens of a prompt that has so many; None: as many as it has.
@@ -70,16 +40,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A prompt, its token ids within a bound, how many examples it lost for that, and whether it was cut.
-
-    limit: the most tokens that the run's limits leave it; None: they do not touch it.
-    """
+    """A prompt within a bound."""
 
     prompt: Prompt
     ids: list[int]
-    lost: int
+    lost: int  # examples in front of it that it lost for that
     cut: bool
-    limit: int | None = None
+    limit: int | None = None  # the most tokens that the limits of training leave it; None: all of them
 
     @property
     def shortened(self) -> bool:
@@ -88,47 +55,40 @@ class Fitted:
 
 @dataclass(frozen=True)
 class FewShot:
-    """n solved rows in front of each prompt, drawn for every prompt from the task's training rows."""
+    """Solved rows in front of each prompt, drawn for every prompt anew."""
 
-    n: int
+    n: int  # of them, per prompt
     seed: int
-    rows: Sequence[Row]
+    rows: Sequence[Row]  # of the task's training split
 
     def __post_init__(self) -> None:
         if not 1 <= self.n < len(self.rows):
-            raise ValueError(f"--num_fewshot {self.n}: there are {len(self.rows)} training rows to draw from")
+            raise ValueError(f"num_fewshot={self.n}: there are {len(self.rows)} training rows to draw from")
 
     @property
     def key(self) -> dict[str, Any]:
         return {"n": self.n, "seed": self.seed, "data": content_key(list(self.rows))}
 
-    def examples(self, task: Any, row: Row, index: int) -> list[Row]:
+    def examples(self, task: Task, row: Row, index: int) -> list[Row]:
         """The examples of the prompt with that number: never the row itself."""
         draw = random.Random(f"{self.seed}-{index}").sample(self.rows, self.n + 1)
         own = task.prompt(row)
         return [example for example in draw if task.prompt(example) != own][: self.n]
 
 
-def recorded_choice(model: str) -> str:
-    """The chat_template setting of the run that a converted folder comes from; never where none is known."""
-    return recorded_prompts(model)["chat_template"] or NO_CHAT_TEMPLATE
-
-
-def recorded_limits(model: str) -> Limits | None:
-    """max_length and max_prompt_length of that run; None where they are not known."""
-    found = recorded_prompts(model)
-    most = [found[name] for name in ("max_length", "max_prompt_length")]
-    return Limits(*most) if all(isinstance(n, int) for n in most) else None
-
-
 class Prompter:
     """Prompts with or without the tokenizer's chat template.
 
-    choice: never; always (ValueError for a tokenizer without a template); auto: where the tokenizer has one.
+    choice: never; always (ValueError for a tokenizer without a template); auto: if the tokenizer has one.
     limits: of the run that trained the model, for `fit`.
     """
 
-    def __init__(self, tokenizer: Any, choice: str = NO_CHAT_TEMPLATE, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        choice: str = NO_CHAT_TEMPLATE,
+        limits: Limits | None = None,
+    ) -> None:
         if choice not in CHAT_TEMPLATES:
             raise ValueError(f"chat_template={choice}: choose one of {', '.join(CHAT_TEMPLATES)}")
         template = tokenizer.chat_template
@@ -143,7 +103,7 @@ class Prompter:
         """Equal for equal templates; "never" without one."""
         return NO_CHAT_TEMPLATE if self.template is None else content_key(self.template)
 
-    def prompt(self, task: Any, row: Row, examples: Sequence[Row] = ()) -> Prompt:
+    def prompt(self, task: Task, row: Row, examples: Sequence[Row] = ()) -> Prompt:
         """What the model reads for a row. Errors: ValueError for messages that the template refuses."""
         if self.template is None:
             text = "".join(task.demonstration(example) for example in examples) + task.prompt(row)
@@ -151,7 +111,7 @@ class Prompter:
         messages = [message for example in examples for message in _solved(task, example)]
         messages += task.messages(row)
         try:
-            text = self.tokenizer.apply_chat_template(
+            rendered = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
             )
         except jinja2.TemplateError as error:
@@ -159,10 +119,19 @@ class Prompter:
                 f"task {task.name}: the tokenizer's chat template refuses its messages ({error}); "
                 "use chat_template=never"
             ) from error
-        before, _, closing = text.rpartition(messages[-1]["content"].strip())
-        return Prompt(text, closing if before else "", task.chat, templated=True)
+        assert isinstance(rendered, str)  # as tokenize=False asks for
+        before, _, closing = rendered.rpartition(messages[-1]["content"].strip())
+        return Prompt(rendered, closing if before else "", task.chat, templated=True)
 
-    def fit(self, task: Any, row: Row, examples: Sequence[Row], bound: int | None) -> Fitted:
+    def example(self, task: Task, row: Row, preference: bool = False) -> Example:
+        """A row as training reads it; with `preference` its preferred and its rejected answer."""
+        prompt = self.prompt(task, row)
+        if not preference:
+            return Example(prompt, task.target(row))
+        answers = task.preference(row)
+        return Example(prompt, answers.chosen, answers.rejected)
+
+    def fit(self, task: Task, row: Row, examples: Sequence[Row], bound: int | None) -> Fitted:
         """The prompt in at most `bound` tokens: it loses whole examples, the first ones, before it is cut.
 
         A prompt without examples is also cut as in training; no run trains on prompts with examples.
@@ -177,5 +146,5 @@ class Prompter:
         return Fitted(prompt, prompt.ids(self.tokenizer, most), len(examples), True, limit)
 
 
-def _solved(task: Any, row: Row) -> list[dict[str, str]]:
+def _solved(task: Task, row: Row) -> list[Message]:
     return [*task.messages(row), {"role": "assistant", "content": task.target(row)}]

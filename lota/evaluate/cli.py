@@ -1,68 +1,29 @@
-"""Arguments that the commands with a model share, and what is loaded by them."""
+"""What the commands that run a model share: their flags, and what is loaded by them."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import CHAT_TEMPLATES, default_cache
-from lota.data.prompts import Limits, Prompter, recorded_choice
+from lota.data.prompts import NO_CHAT_TEMPLATE, Limits, Prompter
 from lota.models.loading import cast_parameters, dtype_of, load_config, load_model, load_tokenizer
+from lota.models.provenance import recorded_prompts
 from lota.share.delta.attach import attach
 from lota.share.delta.format import common_dtype
 from lota.share.delta.reader import Delta
 
 
-def load_model_and_tokenizer(
-    name_or_path: str,
-    *,
-    tokenizer: Any = None,
-    tokenizer_path: str | None = None,
-    archive: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    deltas: Sequence[Delta] = (),
-) -> tuple[Any, Any]:
-    """Model and tokenizer as the scripts name them; None stands for the model's dtype, a GPU if there is one.
-
-    tokenizer: one that is loaded already. deltas: put on top, before weights are cast to a narrower dtype
-    than that of their files. Errors: ValueError, for the tokenizer, dtype or device before the model loads.
-    """
-    if tokenizer is None:
-        tokenizer = load_tokenizer(tokenizer_path or name_or_path)
-    chosen = dtype_of(dtype) if dtype else load_config(name_or_path).dtype or torch.float32
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    wide = functools.reduce(common_dtype, (delta.widest for delta in deltas if delta.names), chosen)
-    model = load_model(name_or_path, archive=archive, dtype=wide, device=device, tokenizer=tokenizer)
-    attach(model, *deltas)
-    if wide != chosen:
-        cast_parameters(model, chosen)
-    return model, tokenizer
-
-
-def results_folder(model: str, out: str | os.PathLike[str] | None = None) -> Path:
-    """Where results go: `out`, else the model's own folder, else $PROJECT_CACHE/results/<hub id>."""
-    if out is not None:
-        return Path(out).expanduser()
-    folder = Path(model).expanduser()
-    return folder if folder.is_dir() else Path(default_cache()).expanduser() / "results" / model
-
-
-Add = Callable[..., Any]  # argparse's add_argument
-
-
-def add_shared(add: Add) -> None:
-    """Where data, tokenizer and results are; how the model is loaded and prompted."""
+def model_parser(description: str | None, model_flag: str) -> argparse.ArgumentParser:
+    """A parser with the flags that name a model, its data and its results; the model is `args.model`."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add(model_flag, dest="model", metavar="MODEL", required=True, help="Hugging Face folder or hub id")
     add("--delta", nargs="+", default=[], help="delta files to put on top of the model, which is their base")
     add("--tokenizer_path", help="where the tokenizer is, if not with the model")
     add(
@@ -82,38 +43,90 @@ def add_shared(add: Add) -> None:
     )
     add("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    return parser
 
 
-def trained_as(args: argparse.Namespace, model: str) -> str:
-    """What records how the model was trained: the last delta, or the model's folder."""
-    return args.delta[-1] if args.delta else model
+def model_label(args: argparse.Namespace) -> str:
+    """What results call the model: its name, and those of the deltas on top of it."""
+    return " + ".join([args.model, *args.delta])
 
 
-def prompter_of(args: argparse.Namespace, model: str, limits: Limits | None = None) -> Prompter:
-    """How a model is prompted; its tokenizer is loaded for that."""
-    tokenizer = load_tokenizer(args.tokenizer_path or model)
-    return Prompter(tokenizer, args.chat_template or recorded_choice(trained_as(args, model)), limits)
+def results_folder(model: str) -> Path:
+    """Where a model's results are by default: in its own folder, else in $PROJECT_CACHE/results/<hub id>."""
+    folder = Path(model).expanduser()
+    return folder if folder.is_dir() else Path(default_cache()).expanduser() / "results" / model
 
 
-def results_of(args: argparse.Namespace, model: str) -> Path:
-    """Where results go. Raises ValueError where several deltas leave that open."""
-    if not args.delta or args.out:
-        return results_folder(model, args.out)
+def choose_results_folder(args: argparse.Namespace) -> Path:
+    """Where results go. Raises ValueError if several deltas leave that open."""
+    if args.out:
+        return Path(args.out).expanduser()
+    if not args.delta:
+        return results_folder(args.model)
     if len(args.delta) > 1:
         raise ValueError("--delta names several files: say with --out where their results go")
     path = Path(args.delta[0]).expanduser()
     return path.with_name(f"{path.stem}_results")
 
 
-def loaded(
-    args: argparse.Namespace, model: str, prompter: Prompter, archive: str | None = None
-) -> tuple[Any, Any]:
-    """Model, its deltas on top, and tokenizer. Raises ValueError, for the deltas' files before it loads."""
-    deltas = [Delta.open(path) for path in args.delta]
-    how = {"archive": archive, "dtype": args.dtype, "device": args.device, "deltas": deltas}
-    return load_model_and_tokenizer(model, tokenizer=prompter.tokenizer, **how)
+def make_prompter(args: argparse.Namespace, *, whole_prompts: bool = True) -> Prompter:
+    """How the model is prompted: as in its training run, unless flags say otherwise.
+
+    whole_prompts: do not cut prompts as that run did.
+    """
+    chat_template, limits = recorded_prompting(args.delta[-1] if args.delta else args.model)
+    tokenizer = load_tokenizer(args.tokenizer_path or args.model)
+    return Prompter(tokenizer, args.chat_template or chat_template, None if whole_prompts else limits)
 
 
-def named(args: argparse.Namespace, model: str) -> str:
-    """What results call the model: its name, and those of the deltas on top of it."""
-    return " + ".join([model, *args.delta])
+def recorded_prompting(path: str) -> tuple[str, Limits | None]:
+    """chat_template and limits of the run that a folder or delta comes from; never and None if not known."""
+    found = recorded_prompts(path)
+    lengths = [n for n in (found["max_length"], found["max_prompt_length"]) if isinstance(n, int)]
+    return str(found["chat_template"] or NO_CHAT_TEMPLATE), Limits(*lengths) if len(lengths) == 2 else None
+
+
+def load_chosen_model(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, archive: str | None = None
+) -> PreTrainedModel:
+    """The model, its deltas on top. Raises ValueError for the deltas' files before it loads."""
+    model, _ = load_model_and_tokenizer(
+        args.model,
+        tokenizer=tokenizer,
+        archive=archive,
+        dtype=args.dtype,
+        device=args.device,
+        deltas=[Delta.open(path) for path in args.delta],
+    )
+    return model
+
+
+def load_model_and_tokenizer(
+    name_or_path: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    archive: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    deltas: Sequence[Delta] = (),
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer as the scripts name them; None: the model's own, and a GPU if there is one.
+
+    deltas: put on top, before weights are cast to a narrower dtype than that of their files.
+    Raises ValueError for the tokenizer, dtype or device, before the model loads.
+    """
+    tokenizer = tokenizer or load_tokenizer(name_or_path)
+    stored = load_config(name_or_path).dtype
+    own = stored if isinstance(stored, torch.dtype) else torch.float32
+    chosen = dtype_of(dtype) if dtype else own
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    wide = functools.reduce(common_dtype, (delta.widest for delta in deltas if delta.names), chosen)
+    model = load_model(name_or_path, archive=archive, dtype=wide, device=device, tokenizer=tokenizer)
+    attach(model, *deltas)
+    if wide != chosen:
+        cast_parameters(model, chosen)
+    return model, tokenizer

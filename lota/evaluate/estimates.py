@@ -10,13 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number computed from examples.
-
-    influence: example number -> how far that example pulls the value (for a mean: its score minus the mean);
-    its sample deviation over sqrt(n) is the standard error, None for one example.
-    """
+    """A number computed from examples."""
 
     value: float
+    # example number -> how far that example pulls the value; for a mean: its score minus the mean
     influence: Mapping[int, float]
 
     @property
@@ -25,6 +22,7 @@ class Estimate:
 
     @property
     def stderr(self) -> float | None:
+        """Sample deviation of the pulls over sqrt(n); None for one example."""
         return _stderr(list(self.influence.values()))
 
     def minus(self, other: Estimate) -> Estimate:
@@ -54,7 +52,7 @@ def mean(scores: Mapping[int, float]) -> Estimate:
 
 
 def perplexity(nats: float, count: float) -> float:
-    """exp(nats / count); inf where that is too large for a float."""
+    """exp(nats / count); inf if that is too large for a float."""
     try:
         return math.exp(nats / count)
     except OverflowError:
@@ -77,8 +75,8 @@ def corpus_perplexity(nats: Mapping[int, float], counts: Mapping[int, float]) ->
 
 def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float | None]:
     """Mean over tasks, each counting the same, and its standard error (examples are independent)."""
-    errors = [estimate.stderr for estimate in estimates]
     value = statistics.fmean(estimate.value for estimate in estimates)
-    if None in errors:
+    errors = [estimate.stderr for estimate in estimates if estimate.stderr is not None]
+    if len(errors) < len(estimates):
         return value, None
     return value, math.sqrt(sum(error**2 for error in errors)) / len(errors)

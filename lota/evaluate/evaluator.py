@@ -1,207 +1,189 @@
-"""Score a model on a task: predictions, what they amount to with which error, files on disk."""
+"""Score a model on tasks: requests that are checked before it loads, predictions and results on disk."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lota.data.prompts import NO_CHAT_TEMPLATE, FewShot, Prompter
-from lota.data.task import Task
-from lota.evaluate.cli import load_model_and_tokenizer, results_folder
+from transformers import PreTrainedModel
+
+from lota.data.batches import seeded_sample
+from lota.data.examples import held_out_rows
+from lota.data.prompts import FewShot, Prompter
+from lota.data.task import FindTask, Row, Task
 from lota.evaluate.decoding import Decoding
-from lota.evaluate.estimates import mean_and_stderr
 from lota.evaluate.journal import Journal
-from lota.evaluate.results import Result, now, write_lines, write_result
-from lota.evaluate.scorers import Records, Scorer, scorer_of
+from lota.evaluate.results import Result, StoredRuns, now, read_stored_runs
+from lota.evaluate.scorers import Records, Scorer, TaskRequest, find_scorer
 from lota.models.hashing import model_key
-from lota.utils import content_key
+from lota.utils import Problems, atomic_path, content_key, write_json
 
-__all__ = [
-    "NO_CHAT_TEMPLATE",
-    "Evaluator",
-    "Result",
-    "Task",
-    "check_scored",
-    "evaluate_task",
-    "load_model_and_tokenizer",
-    "mean_and_stderr",
-    "results_folder",
-]
 logger = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 
-def check_scored(task: Task) -> None:
-    """Refuse a task that only provides prompts."""
-    if task.metric is None:
-        raise ValueError(
-            f"task {task.name} has no score; generate_samples.py writes completions of its prompts"
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation asks of every task."""
+
+    data_dir: str | os.PathLike[str]
+    n_examples: int = 0  # a seeded sample of so many held-out rows; 0: all
+    seed: int = 0
+    scoring: str | None = None  # a name of `SCORERS`; None: each task's own
+    num_fewshot: int = 0  # solved training rows in front of each prompt
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `Decoding`; none: greedy
+    max_new_tokens: int | None = None  # None: each task's own
+    compare: Path | None = None  # folder of another model's results
+
+    def request(self, task: Task) -> TaskRequest:
+        """What is scored of a task. Raises ValueError for settings or rows that cannot be."""
+        # a text is always scored by its perplexity
+        scoring = find_scorer(task, None if task.scoring == ("perplexity",) else self.scoring).name
+        rows = held_out_rows(task, self.data_dir)
+        new_tokens = task.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        return TaskRequest(
+            task,
+            rows,
+            Decoding(new_tokens, seed=self.seed, stop=task.stop, **self.sampling),
+            chosen=seeded_sample(range(len(rows)), self.n_examples or len(rows), self.seed),
+            scoring=scoring,
+            few_shot=self._few_shot(task, scoring) if self.num_fewshot else None,
         )
+
+    def _few_shot(self, task: Task, scoring: str) -> FewShot:
+        asked = f"num_fewshot={self.num_fewshot}: task {task.name}"
+        if scoring == "perplexity":
+            raise ValueError(f"{asked} scores texts, without prompts")
+        if "train" not in task.splits:
+            raise ValueError(f"{asked} has no train split to take examples from")
+        return FewShot(self.num_fewshot, self.seed, task.load("train", self.data_dir))
+
+
+def prepare_requests(
+    names: Iterable[str], find_task: FindTask, settings: EvaluationSettings
+) -> list[tuple[TaskRequest, StoredRuns | None]]:
+    """Returns what is scored of each task and, with `compare`, what the other model made of it.
+
+    Raises one ValueError with the problems of all tasks.
+    """
+
+    def prepare(name: str) -> tuple[TaskRequest, StoredRuns | None]:
+        request = settings.request(find_task(name))
+        return request, read_stored_runs(settings.compare, request) if settings.compare else None
+
+    problems = Problems()
+    prepared = [problems.attempt(prepare, name) for name in names]
+    problems.refuse()
+    if not prepared:
+        raise ValueError("the list of tasks names no task")
+    return [found for found in prepared if found is not None]
 
 
 class Evaluator:
-    """A loaded model that is scored on one task after another, with results in <out_dir>/metrics.
-
-    prompter: how rows become prompts; None: the tasks' own texts.
-    """
+    """A loaded model that is scored on one task after another, with results in <out_dir>/metrics."""
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        prompter: Prompter,
         *,
         model_name: str,
         out_dir: str | os.PathLike[str],
         batch_size: int = 16,
-        prompter: Prompter | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.model_name = model, tokenizer, model_name
+        self.model, self.prompter, self.model_name = model, prompter, model_name
         self.folder, self.batch_size = Path(out_dir) / "metrics", batch_size
-        self.prompter = prompter or Prompter(tokenizer)
 
     @functools.cached_property
     def model_key(self) -> dict[str, str]:
-        return model_key(self.model, self.tokenizer)
+        return model_key(self.model, self.prompter.tokenizer)
 
     def evaluate(
-        self,
-        task: Task,
-        rows: Sequence[Row],
-        decoding: Decoding,
-        *,
-        chosen: Sequence[int] | None = None,
-        num_runs: int = 1,
-        on_done: Callable[[Row], None] | None = None,
-        scoring: str | None = None,
-        few_shot: FewShot | None = None,
+        self, request: TaskRequest, num_runs: int = 1, on_done: Callable[[Row], object] | None = None
     ) -> Result:
-        """Score a task's rows, or those numbered `chosen`, num_runs times: run k draws with seed + k.
+        """Score a request num_runs times: run k draws with seed + k; scoring that draws nothing has one run.
 
-        scoring: a name of `SCORERS`; None: the task's first. Writes <task>.json (the result; with loglik all
-        names start with <task>_loglik), <task>_predictions.jsonl (of run 0; _run1 ... for more), and appends
-        a line per run to <task>_accuracy.txt. Predictions on disk are reused where weights, task version,
-        data, seed, settings and template are the same; on_done is called with every prediction, old or new.
-        Scoring that draws nothing has one run. Errors: ValueError for a task without that score, or nothing
-        to score.
+        Writes <task>.json (the result; with loglik all names start with <task>_loglik),
+        <task>_predictions.jsonl (of run 0; _run1 ... for more), and appends a line per run to
+        <task>_accuracy.txt. Predictions on disk are reused if weights, task version, data, seed, settings and
+        template are the same; on_done is called with every prediction, old or new.
         """
-        chosen = range(len(rows)) if chosen is None else chosen
-        if not chosen or num_runs < 1:
-            check_scored(task)
-            raise ValueError(f"task {task.name}: {len(chosen)} examples, {num_runs} runs: nothing to score")
-        kind = scorer_of(task, scoring)
-        scorer = kind(
-            self.model,
-            self.prompter,
-            task,
-            rows,
-            decoding=decoding,
-            few_shot=few_shot,
-            batch_size=self.batch_size,
-        )
-        n_cut = scorer.prepare(chosen)
+        if num_runs < 1:
+            raise ValueError(f"num_runs={num_runs}: must be at least 1")
+        scorer = request.scorer(self.model, self.prompter, request, self.batch_size)
+        n_cut = scorer.prepare()
         if n_cut:
-            logger.warning("%s: %d of %d prompts cut to fit", task.name, n_cut, len(chosen))
+            logger.warning("%s: %d of %d prompts cut to fit", scorer.stem, n_cut, len(request.numbers))
         key = self._key(scorer)
-        runs, stem = [], task.name + kind.suffix
-        for run in range(num_runs if kind.draws else 1):
-            seed = decoding.seed + run
-            runs.append(self._run(scorer, chosen, run, seed, key, on_done))
-            self._append_line(stem, scorer, runs[-1], seed)
+        runs = []
+        for run in range(num_runs if scorer.draws else 1):
+            runs.append(self._predict(scorer, run, key, on_done or (lambda prediction: None)))
+            self._append_line(scorer, run, runs[-1])
         result = self._result(scorer, runs, key, n_cut)
-        write_result(self.folder / f"{stem}.json", result)
+        write_json(self.folder / f"{scorer.stem}.json", result.to_dict())
         return result
+
+    def _key(self, scorer: Scorer) -> dict[str, Any]:
+        """What decides the predictions, but for the seed."""
+        task, few_shot = scorer.task, scorer.request.few_shot
+        settings = {**scorer.settings, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        key = {"task": task.name, "version": task.version, "data": content_key(list(scorer.rows))}
+        key |= {**self.model_key, "template": self.prompter.key, "settings": settings}
+        return key | ({"few_shot": few_shot.key} if few_shot else {})
+
+    def _predict(
+        self, scorer: Scorer, run: int, key: Mapping[str, Any], on_done: Callable[[Row], object]
+    ) -> Records:
+        """The predictions of a run, those on disk and the missing ones."""
+        decoding, numbers = scorer.request.decoding, scorer.request.numbers
+        seed = decoding.seed + run
+        # what draws nothing has the same predictions for every seed
+        key = {**key, "seed": seed if scorer.draws and decoding.temperature > 0 else None}
+        path = self.folder / f"{scorer.stem}_predictions{f'_run{run}' if run else ''}.jsonl"
+        with Journal(path.with_suffix(".journal"), key, [path]) as journal:
+
+            def store(i: int, prediction: Row) -> None:
+                journal.add(i, prediction)
+                on_done(prediction)
+
+            missing = [i for i in numbers if i not in journal.records]
+            for i in numbers:
+                if i in journal.records:
+                    on_done(journal.records[i])
+            if missing:
+                scorer.run(missing, seed, store)
+        predictions = {i: journal.records[i] for i in numbers}
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(found, ensure_ascii=False) + "\n" for found in predictions.values())
+        return predictions
+
+    def _append_line(self, scorer: Scorer, run: int, records: Records) -> None:
+        metric, found = next(iter(scorer.estimates(scorer.task, [records]).items()))
+        line = f"{now()} {metric} {found.value} stderr {found.stderr} n {found.n}"
+        line += f" seed {scorer.request.decoding.seed + run} version {scorer.task.version}"
+        with (self.folder / f"{scorer.stem}_accuracy.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{line} model {self.model_name}\n")
 
     def _result(self, scorer: Scorer, runs: Sequence[Records], key: Mapping[str, Any], n_cut: int) -> Result:
         task = scorer.task
         estimates = scorer.estimates(task, runs)
         metric = next(iter(estimates))
-        more = {name: value for name, value in key.items() if name not in ("task", "version", "settings")}
+        others = {name: value for name, value in key.items() if name not in ("task", "version", "settings")}
         return Result(
             task=task.name,
             version=task.version,
-            metric=metric,
-            score=estimates[metric].value,
-            stderr=estimates[metric].stderr,
-            n=len(runs[0]),
-            seed=scorer.decoding.seed,
-            settings={**key["settings"], **more, "batch_size": self.batch_size},
+            scoring=scorer.name,
+            seed=scorer.request.decoding.seed,
+            settings={**key["settings"], **others, "batch_size": self.batch_size},
             model=self.model_name,
             date=now(),
-            runs=tuple(scorer.estimates(task, [records])[metric].value for records in runs),
-            scoring=scorer.name,
             n_cut=n_cut,
+            runs=tuple(scorer.estimates(task, [records])[metric].value for records in runs),
             estimates=estimates,
             predictions=runs,
         )
-
-    def _key(self, scorer: Scorer) -> dict[str, Any]:
-        """What decides the predictions, but for the seed."""
-        task = scorer.task
-        settings = {**scorer.settings, "dtype": str(self.model.dtype).removeprefix("torch.")}
-        key = {"task": task.name, "version": task.version, "data": content_key(list(scorer.rows))}
-        key |= {**self.model_key, "template": self.prompter.key, "settings": settings}
-        return key | ({"few_shot": scorer.few_shot.key} if scorer.few_shot else {})
-
-    def _run(
-        self,
-        scorer: Scorer,
-        chosen: Sequence[int],
-        run: int,
-        seed: int,
-        key: dict[str, Any],
-        on_done: Callable[[Row], None] | None,
-    ) -> Records:
-        """The predictions of a run, those on disk and the missing ones."""
-        report = on_done or (lambda prediction: None)
-        name = f"{scorer.task.name}{scorer.suffix}_predictions{f'_run{run}' if run else ''}"
-        path = self.folder / f"{name}.jsonl"
-        # what draws nothing has the same predictions for every seed
-        draws = scorer.draws and scorer.decoding.temperature > 0
-        with Journal(
-            path.with_suffix(".journal"), {**key, "seed": seed if draws else None}, [path]
-        ) as journal:
-            for i in chosen:
-                if i in journal.records:
-                    report(journal.records[i])
-
-            def store(i: int, prediction: Row) -> None:
-                journal.add(i, prediction)
-                report(prediction)
-
-            missing = [i for i in chosen if i not in journal.records]
-            if missing:
-                scorer.run(missing, seed, store)
-        predictions = {i: journal.records[i] for i in chosen}
-        write_lines(path, list(predictions.values()))
-        return predictions
-
-    def _append_line(self, stem: str, scorer: Scorer, records: Records, seed: int) -> None:
-        task = scorer.task
-        metric, found = next(iter(scorer.estimates(task, [records]).items()))
-        line = f"{now()} {metric} {found.value} stderr {found.stderr} n {found.n} seed {seed}"
-        with (self.folder / f"{stem}_accuracy.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{line} version {task.version} model {self.model_name}\n")
-
-
-def evaluate_task(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    rows: Sequence[Row],
-    *,
-    settings: Decoding,
-    out_dir: str | os.PathLike[str],
-    model_name: str,
-    batch_size: int = 16,
-    prompter: Prompter | None = None,
-    **more: Any,
-) -> Result:
-    """`Evaluator.evaluate` for a single task; more: chosen, num_runs, on_done, scoring, few_shot."""
-    evaluator = Evaluator(
-        model, tokenizer, model_name=model_name, out_dir=out_dir, batch_size=batch_size, prompter=prompter
-    )
-    return evaluator.evaluate(task, rows, settings, **more)

@@ -40,14 +40,12 @@ class Journal:
         """Store a record so that it outlives the process."""
         if self._file is None:
             self._file = self.path.open("a", encoding="utf-8")
+        lines = [{"index": index, "record": record}]
         if not self.records:
-            self._write({"key": self.key})
+            lines.insert(0, {"key": self.key})
         self.records[index] = record
-        self._write({"index": index, "record": record})
+        self._file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._file.flush()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Journal:
         return self

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lota.data.prompts import Prompt
-from lota.evaluate.batching import accepted_arguments, in_batches, padded
+from lota.data.batches import Prompt
+from lota.evaluate.batching import accepted_arguments, first_token, in_batches, padded, reading_only
 from lota.evaluate.kv_cache import can_drop_rows
 
 UNLIMITED = 2048  # tokens of a window where the model sets no limit
@@ -19,7 +20,7 @@ Request = tuple[list[int], list[int]]  # token ids of a context, at least one, a
 
 
 def logliks(
-    model: Any,
+    model: PreTrainedModel,
     requests: Sequence[Request],
     *,
     batch_size: int,
@@ -34,7 +35,7 @@ def logliks(
     done = [0.0] * len(requests)
     reader = _Reader(model)
 
-    def run(numbers: list[int]) -> None:
+    def run(numbers: Sequence[int]) -> None:
         batch = [requests[i] for i in numbers]
         scores = reader.scores(batch)
         sums = [_sum_of(found, after) for found, (_, after) in zip(scores, batch, strict=True)]
@@ -43,13 +44,8 @@ def logliks(
             if on_done is not None:
                 on_done(i, value)
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            in_batches(_order(requests), batch_size, run)
-    finally:
-        model.train(training)
+    with reading_only(model):
+        in_batches(_order(requests), batch_size, run)
     return done
 
 
@@ -70,7 +66,7 @@ def _order(requests: Sequence[Request]) -> list[int]:
 class _Reader:
     """A model's scores of the tokens of continuations."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.accepts = model, accepted_arguments(model)
         self.device = next(model.parameters()).device
         self.can_share = {"past_key_values", "position_ids"} <= self.accepts
@@ -141,7 +137,11 @@ def _sum_of(logits: Tensor, continuation: list[int]) -> float:
 
 
 def choice_requests(
-    tokenizer: Any, prompt: Prompt, choices: Sequence[str], context: int | None, limit: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    choices: Sequence[str],
+    context: int | None,
+    limit: int | None = None,
 ) -> tuple[list[Request], bool]:
     """A request per choice, tokenised as lm-evaluation-harness does; whether the prompt had to be cut.
 
@@ -178,9 +178,7 @@ def windows(tokens: list[int], first: int, context: int | None) -> list[Request]
     return requests
 
 
-def text_requests(tokenizer: Any, text: str, context: int | None) -> list[Request]:
+def text_requests(tokenizer: PreTrainedTokenizerBase, text: str, context: int | None) -> list[Request]:
     """Windows over a text, which follows the token for the beginning (else the end) of text."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        raise ValueError("perplexity needs a tokenizer with a token for the beginning or end of text")
+    first = first_token(tokenizer, "perplexity")
     return windows(tokenizer(text, add_special_tokens=False).input_ids, first, context)

@@ -4,58 +4,77 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from lota.data.prompts import FewShot, Prompter, Row
+from transformers import PreTrainedModel
+
+from lota.data.prompts import FewShot, Fitted, Prompter
+from lota.data.task import Row, Task
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import Estimate, corpus_perplexity, mean, perplexity
 from lota.evaluate.generation import context_length, generate, prompt_bound
-from lota.evaluate.loglik import choice_requests, logliks, text_requests
+from lota.evaluate.loglik import Request, choice_requests, logliks, text_requests
 
 Records = Mapping[int, Row]  # predictions by example number
 Store = Callable[[int, Row], None]
 
 
-class Scorer:
-    """Makes predictions of a task's rows, and numbers of predictions.
+@dataclass(frozen=True)
+class TaskRequest:
+    """What is scored of a task, and how. Raises ValueError for no rows or a scoring that the task lacks."""
 
-    draws: whether predictions depend on a seed; suffix: of the names of its files.
-    """
+    task: Task
+    rows: Sequence[Row]  # all rows of the split
+    decoding: Decoding
+    chosen: Sequence[int] | None = None  # numbers of the rows that are scored; None: all
+    scoring: str | None = None  # a name of `SCORERS`; None: the task's first
+    few_shot: FewShot | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.scorer
+        if not self.numbers:
+            raise ValueError(f"task {self.task.name}: no examples, nothing to score")
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        return range(len(self.rows)) if self.chosen is None else self.chosen
+
+    @property
+    def scorer(self) -> type[Scorer]:
+        return find_scorer(self.task, self.scoring)
+
+
+class Scorer:
+    """Makes predictions of a task's rows, and numbers of predictions."""
 
     name: ClassVar[str]
-    draws: ClassVar[bool] = False
-    suffix: ClassVar[str] = ""
+    draws: ClassVar[bool] = False  # whether predictions depend on a seed, so that several runs differ
+    suffix: ClassVar[str] = ""  # of the task's name in the names of files
 
     def __init__(
-        self,
-        model: Any,
-        prompter: Prompter,
-        task: Any,
-        rows: Sequence[Row],
-        *,
-        decoding: Decoding,
-        few_shot: FewShot | None = None,
-        batch_size: int = 16,
+        self, model: PreTrainedModel, prompter: Prompter, request: TaskRequest, batch_size: int = 16
     ) -> None:
-        self.model, self.prompter, self.task, self.rows = model, prompter, task, rows
-        self.decoding, self.few_shot, self.batch_size = decoding, few_shot, batch_size
+        self.model, self.prompter, self.request, self.batch_size = model, prompter, request, batch_size
+        self.task, self.rows = request.task, request.rows
         self.tokenizer = prompter.tokenizer
+        self.stem = self.task.name + self.suffix  # of the names of its files
 
     @property
     def settings(self) -> dict[str, Any]:
         """What predictions depend on, beside model, data, template and seed."""
-        found = {"scoring": self.name, "num_fewshot": self.few_shot.n if self.few_shot else 0}
+        few_shot = self.request.few_shot
+        found = {"scoring": self.name, "num_fewshot": few_shot.n if few_shot else 0}
         limits = self.prompter.limits if self.prompts_alone else None
         return {**found, "prompt_limits": asdict(limits)} if limits else found
 
     @property
     def prompts_alone(self) -> bool:
         """Whether the model reads prompts as in training: without examples in front."""
-        return self.few_shot is None
+        return self.request.few_shot is None
 
-    def prepare(self, chosen: Sequence[int]) -> int:
-        """Make the prompts of the chosen rows; how many of them lost something to fit the context."""
+    def prepare(self) -> int:
+        """Make the prompts of the request; returns how many of them lost something to fit the context."""
         raise NotImplementedError
 
     def run(self, numbers: Sequence[int], seed: int, store: Store) -> None:
@@ -63,29 +82,34 @@ class Scorer:
         raise NotImplementedError
 
     @staticmethod
-    def metrics(task: Any) -> list[str]:
+    def metrics(task: Task) -> list[str]:
         """Names of the metrics, the one that counts as the score first."""
+        assert task.metric is not None  # find_scorer refuses others
         return [task.metric, *task.more_metrics]
 
     @classmethod
-    def estimates(cls, task: Any, runs: Sequence[Records]) -> dict[str, Estimate]:
+    def estimates(cls, task: Task, runs: Sequence[Records]) -> dict[str, Estimate]:
         """Each metric over the examples of one or several runs; one that no example has is left out.
 
         More runs over the same examples are no new examples: errors are over the examples' means.
         """
-        names, found = cls.metrics(task), {}
+        names, found = cls.metrics(task), dict[str, Estimate]()
         for name in names:
-            scores = {
-                i: statistics.fmean(_value(records[i], name, names) for records in runs)
-                for i in runs[0]
-                if all(_value(records[i], name, names) is not None for records in runs)
-            }
+            scores = {}
+            for i in runs[0]:
+                values = [_value(records[i], name, names) for records in runs]
+                known = [value for value in values if value is not None]
+                if len(known) == len(runs):
+                    scores[i] = statistics.fmean(known)
             if scores:
                 found[name] = mean(scores)
         return found
 
-    def _examples(self, i: int) -> list[Row]:
-        return [] if self.few_shot is None else self.few_shot.examples(self.task, self.rows[i], i)
+    def _fit(self, i: int, bound: int | None) -> Fitted:
+        """The prompt of a row, with its examples in front."""
+        few_shot, row = self.request.few_shot, self.rows[i]
+        examples = [] if few_shot is None else few_shot.examples(self.task, row, i)
+        return self.prompter.fit(self.task, row, examples, bound)
 
 
 def _value(record: Row, name: str, names: Sequence[str]) -> float | None:
@@ -100,29 +124,24 @@ class Generation(Scorer):
 
     @property
     def settings(self) -> dict[str, Any]:
-        decoding = asdict(self.decoding)
+        decoding = asdict(self.request.decoding)
         del decoding["seed"]  # it has a place of its own
         return {**decoding, **super().settings}
 
-    def prepare(self, chosen: Sequence[int]) -> int:
-        bound = prompt_bound(self.model.config, self.decoding.max_new_tokens)
-        self.prompts = {
-            i: self.prompter.fit(self.task, self.rows[i], self._examples(i), bound) for i in chosen
-        }
+    def prepare(self) -> int:
+        bound = prompt_bound(self.model.config, self.request.decoding.max_new_tokens)
+        self.prompts = {i: self._fit(i, bound) for i in self.request.numbers}
         return sum(fitted.shortened for fitted in self.prompts.values())
 
     def run(self, numbers: Sequence[int], seed: int, store: Store) -> None:
-        def done(at: int, completion: str) -> None:
-            store(numbers[at], self._prediction(numbers[at], completion))
-
         generate(
             self.model,
             self.tokenizer,
             [self.prompts[i].ids for i in numbers],
+            replace(self.request.decoding, seed=seed),
             batch_size=self.batch_size,
             indices=numbers,
-            on_done=done,
-            **{**asdict(self.decoding), "seed": seed},
+            on_done=lambda at, text: store(numbers[at], self._prediction(numbers[at], text)),
         )
 
     def _prediction(self, i: int, completion: str) -> Row:
@@ -135,38 +154,15 @@ class Generation(Scorer):
             "extracted": extracted,
             "gold": task.gold(row),
             # no answer scores 0 whatever a task's own score makes of it
-            "score": 0.0 if extracted is None else float(found[task.metric]),
+            "score": 0.0 if extracted is None else float(found[self.metrics(task)[0]]),
         }
         return {**prediction, "metrics": found} if task.more_metrics else prediction
 
 
-class Loglik(Scorer):
-    """The likeliest of the row's choices after the prompt; normalised: per character of the choice.
+class _LoglikScorer(Scorer):
+    """Reads log-likelihoods, several of each row."""
 
-    Equal choices: the first one counts.
-    """
-
-    name = "loglik"
-    suffix = "_loglik"
-
-    @staticmethod
-    def metrics(task: Any) -> list[str]:
-        return ["accuracy_loglik", "accuracy_loglik_norm"]
-
-    def prepare(self, chosen: Sequence[int]) -> int:
-        context = context_length(self.model.config)
-        self.prompts, self.requests, n_cut = {}, {}, 0
-        for i in chosen:
-            choices = self.task.choices(self.rows[i])
-            longest = max(len(self.tokenizer(choice).input_ids) for choice in choices)
-            bound = None if context is None else context - longest
-            fitted = self.prompter.fit(self.task, self.rows[i], self._examples(i), bound)
-            self.prompts[i] = fitted.prompt
-            self.requests[i], cut = choice_requests(
-                self.tokenizer, fitted.prompt, choices, context, fitted.limit
-            )
-            n_cut += cut or fitted.lost > 0
-        return n_cut
+    requests: dict[int, list[Request]]  # by example number
 
     def run(self, numbers: Sequence[int], seed: int, store: Store) -> None:
         places = [(i, place) for i in numbers for place in range(len(self.requests[i]))]
@@ -182,13 +178,46 @@ class Loglik(Scorer):
         logliks(self.model, requests, batch_size=self.batch_size, on_done=done)
 
     def _prediction(self, i: int, values: list[float]) -> Row:
+        """values: the log-likelihoods of the row's requests, in nats."""
+        raise NotImplementedError
+
+
+class Loglik(_LoglikScorer):
+    """The likeliest of the row's choices after the prompt; normalised: per character of the choice.
+
+    Equal choices: the first one counts.
+    """
+
+    name = "loglik"
+    suffix = "_loglik"
+
+    @staticmethod
+    def metrics(task: Task) -> list[str]:
+        return ["accuracy_loglik", "accuracy_loglik_norm"]
+
+    def prepare(self) -> int:
+        context = context_length(self.model.config)
+        self.prompts, self.requests, n_cut = {}, {}, 0
+        for i in self.request.numbers:
+            choices = self.task.choices(self.rows[i])
+            longest = max(len(self.tokenizer(choice).input_ids) for choice in choices)
+            fitted = self._fit(i, None if context is None else context - longest)
+            self.prompts[i] = fitted.prompt
+            self.requests[i], cut = choice_requests(
+                self.tokenizer, fitted.prompt, choices, context, fitted.limit
+            )
+            n_cut += cut or fitted.lost > 0
+        return n_cut
+
+    def _prediction(self, i: int, values: list[float]) -> Row:
         choices, right = self.task.choices(self.rows[i]), self.task.choice(self.rows[i])
         normal = values.index(max(values))
         per_character = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
         normalised = per_character.index(max(per_character))
-        scores = dict(
-            zip(self.metrics(self.task), (float(normal == right), float(normalised == right)), strict=True)
-        )
+        scores = {
+            "accuracy_loglik": float(normal == right),
+            "accuracy_loglik_norm": float(normalised == right),
+        }
         return {
             "prompt": self.prompts[i].text,
             "completion": choices[normal],
@@ -200,45 +229,34 @@ class Loglik(Scorer):
         }
 
 
-class Perplexity(Scorer):
-    """Perplexity of the rows' texts over all of them, per word or token; a row's own is no mean's part."""
+class Perplexity(_LoglikScorer):
+    """Perplexity of the rows' texts, per word or token: over all texts; that of each row is not averaged."""
 
     name = "perplexity"
     prompts_alone = False  # it reads texts
     counts: ClassVar[dict[str, str]] = {"word_perplexity": "words", "token_perplexity": "tokens"}
 
-    def prepare(self, chosen: Sequence[int]) -> int:
+    def prepare(self) -> int:
         context = context_length(self.model.config)
         self.requests = {
-            i: text_requests(self.tokenizer, self.task.target(self.rows[i]), context) for i in chosen
+            i: text_requests(self.tokenizer, self.task.target(self.rows[i]), context)
+            for i in self.request.numbers
         }
         return 0
 
-    def run(self, numbers: Sequence[int], seed: int, store: Store) -> None:
-        places = [i for i in numbers for _ in self.requests[i]]
-        values: dict[int, list[float]] = {i: [] for i in numbers}
-
-        def done(at: int, value: float) -> None:
-            i = places[at]
-            values[i].append(value)
-            if len(values[i]) == len(self.requests[i]):
-                store(i, self._prediction(i, -sum(values[i])))
-
-        requests = [request for i in numbers for request in self.requests[i]]
-        logliks(self.model, requests, batch_size=self.batch_size, on_done=done)
-
-    def _prediction(self, i: int, nats: float) -> Row:
+    def _prediction(self, i: int, values: list[float]) -> Row:
+        nats = -sum(values)
         counted = {
             "words": self.task.n_words(self.rows[i]),
             "tokens": sum(len(after) for _, after in self.requests[i]),
         }
         text = self.task.target(self.rows[i])
-        score = perplexity(nats, counted[self.counts[self.task.metric]])
+        score = perplexity(nats, counted[self.counts[self.metrics(self.task)[0]]])
         prediction = {"prompt": "", "completion": text, "extracted": None, "gold": None, "score": score}
         return {**prediction, "nats": nats, **counted}
 
     @classmethod
-    def estimates(cls, task: Any, runs: Sequence[Records]) -> dict[str, Estimate]:
+    def estimates(cls, task: Task, runs: Sequence[Records]) -> dict[str, Estimate]:
         records = runs[0]  # nothing is drawn: every run is the same
         nats = {i: record["nats"] for i, record in records.items()}
         counts = {name: cls.counts[name] for name in cls.metrics(task)}
@@ -251,7 +269,7 @@ class Perplexity(Scorer):
 SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Generation, Loglik, Perplexity)}
 
 
-def scorer_of(task: Any, name: str | None) -> type[Scorer]:
+def find_scorer(task: Task, name: str | None) -> type[Scorer]:
     """The way to score a task; None: the task's own. ValueError for one that the task does not offer."""
     if task.metric is None:
         raise ValueError(

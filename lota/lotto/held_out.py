@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from lota.config import Config
 from lota.data.batches import collate, encode, seeded_sample
-from lota.data.examples import example_of
+from lota.data.examples import held_out_rows
 from lota.data.prompts import Limits, Prompter
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import Estimate, ratio
 from lota.evaluate.evaluator import Evaluator
-from lota.evaluate.plan import held_out_rows
+from lota.evaluate.scorers import TaskRequest
 from lota.models.loading import choose_pad_token_id
 from lota.train.losses import sequence_logps
 from lota.utils import content_key, write_json
@@ -81,18 +81,12 @@ class HeldOut:
         if self.task.metric is None:
             return Measured(None, None, loss)
         evaluator = Evaluator(
-            model,
-            tokenizer,
-            model_name=name,
-            out_dir=folder,
-            batch_size=self.config.eval_batch_size,
-            prompter=prompter,
+            model, prompter, model_name=name, out_dir=folder, batch_size=self.config.eval_batch_size
         )
         decoding = Decoding(self.task.max_new_tokens, seed=self.config.seed, stop=self.task.stop)
+        request = TaskRequest(self.task, self.rows, decoding, self.chosen)
         with tqdm(total=len(self.chosen), desc=self.task.name, unit="example", disable=None) as bar:
-            result = evaluator.evaluate(
-                self.task, self.rows, decoding, chosen=self.chosen, on_done=lambda _: bar.update()
-            )
+            result = evaluator.evaluate(request, on_done=lambda prediction: bar.update())
         return Measured(result.metric, result.estimates[result.metric], loss)
 
     @torch.no_grad()
@@ -103,7 +97,7 @@ class HeldOut:
         counts: dict[int, float] = {}
         for start in range(0, len(self.chosen), self.config.eval_batch_size):
             numbers = self.chosen[start : start + self.config.eval_batch_size]
-            examples = [example_of(prompter, self.task, self.rows[i]) for i in numbers]
+            examples = [prompter.example(self.task, self.rows[i]) for i in numbers]
             batch = collate([encode(tokenizer, e, **limits) for e in examples], pad).to(model.device)
             logits = model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Batch, Example, collate, encoder
+from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate
 from lota.models.loading import choose_pad_token_id
 from lota.train.losses import (
@@ -72,12 +73,11 @@ class Objective:
             self.model,
             self.tokenizer,
             [row.input_ids[: row.prompt_length] for row in encoded],
-            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+            Decoding(self.config.max_length - self.config.max_prompt_length, stop=stop),
             batch_size=self.config.eval_batch_size,
-            stop=stop,
         )
         both = zip(examples, completions, strict=True)
-        return [{"prompt": e.prompt, "completion": text, "target": e.response} for e, text in both]
+        return [{"prompt": e.prompt.text, "completion": text, "target": e.response} for e, text in both]
 
 
 class SFTObjective(Objective):

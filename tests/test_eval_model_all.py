@@ -1,4 +1,4 @@
-"""eval_model_all.py: aliases, scoring, examples, templates, the summary, comparison, and what it refuses."""
+"""eval_model_all.py: samples, scoring, examples, templates, the summary, comparison, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import math
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import yaml
 
 import eval_model_all
-from lota.data.prompts import recorded_choice
+from lota.evaluate.cli import choose_results_folder, model_parser, recorded_prompting
 from lota.share.convert import convert_policy
 from tasks import evaluation_names
 from tests.chars import char_model, char_tokenizer, save_pair
+from tests.evaluations import json_lines, write_rows
 from tests.hf_models import save_policy
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
@@ -31,22 +33,16 @@ def choice_row(i: int) -> dict:
     }
 
 
-def write(folder, name: str, split: str, rows) -> None:
-    path = folder / "tasks" / name / f"{split}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Small files for gsm8k, ARC-Easy, ARC-Challenge, wikitext and sql."""
     folder = tmp_path_factory.mktemp("data")
     for split, n in (("train", 6), ("test", 8)):
-        write(
+        write_rows(
             folder, "gsm8k", split, [{"question": f"{split} {i}?", "answer": f"#### {i}"} for i in range(n)]
         )
     for name in ("ARC-Easy", "ARC-Challenge"):
-        write(folder, name, "test", [choice_row(i) for i in range(6)])
+        write_rows(folder, name, "test", [choice_row(i) for i in range(6)])
     (folder / "tasks/wikitext").mkdir()
     (folder / "tasks/wikitext/validation.txt").write_text(
         " \n = One = \n \n a b c \n \n = Two = \n \n d e \n"
@@ -77,8 +73,38 @@ def run(folder, data, tmp_path):
 
 
 def predictions(folder, stem):
-    text = (folder / "metrics" / f"{stem}_predictions.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return json_lines(folder / "metrics" / f"{stem}_predictions.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["HERE"], "HERE"),
+        (["HERE", "--out", "HERE/x"], "HERE/x"),
+        (["org/name"], "HERE/cache/results/org/name"),
+        (["HERE", "--delta", "HERE/a.safetensors"], "HERE/a_results"),
+    ],
+)
+def test_where_results_go(tmp_path, arguments, folder):
+    here = [argument.replace("HERE", str(tmp_path)) for argument in (*arguments, folder)]
+    args = model_parser(None, "--model").parse_args(["--model", *here[:-1]])
+    assert choose_results_folder(args) == Path(here[-1])
+
+
+def test_a_sample_of_the_rows_is_scored_greedily_or_drawn(run, folder, tmp_path, capsys):
+    run("gsm8k", "--n_examples", 4, "--bs", 3)
+    greedy = json.loads((tmp_path / "out/metrics/gsm8k.json").read_text())
+    assert greedy["n"] == 4
+    assert greedy["settings"]["temperature"] == 0
+    more = ["--sample", "--top_p", 0.5, "--num_runs", 2, "--verbose"]
+    run("gsm8k", "--n_examples", 4, *more, out="drawn")
+    drawn = json.loads((tmp_path / "drawn/metrics/gsm8k.json").read_text())
+    wanted = {"temperature": 0.6, "top_p": 0.5, "top_k": 50, "max_new_tokens": 6}
+    assert wanted.items() <= drawn["settings"].items()
+    assert "[completion]" in capsys.readouterr().out
+    asked = [p["prompt"] for p in predictions(tmp_path / "drawn", "gsm8k")]
+    assert asked == [p["prompt"] for p in predictions(tmp_path / "out", "gsm8k")]
+    assert asked != [f"Question: test {i}?\nAnswer:\n" for i in range(4)]  # not the first rows
 
 
 def test_aliases():
@@ -163,7 +189,7 @@ def test_comparison_is_paired(run, folder, other, tmp_path, capsys):
 
 def write_scores(journal):
     """Let example i have the score i % 2."""
-    header, *records = [json.loads(line) for line in journal.read_text().splitlines()]
+    header, *records = json_lines(journal)
     for line in records:
         line["record"]["score"] = float(line["index"] % 2)
     journal.write_text("".join(json.dumps(line) + "\n" for line in [header, *records]))
@@ -198,12 +224,12 @@ def convert(tmp_path):
 def test_the_runs_template_is_picked_up(run, convert, tmp_path):
     for choice, start in ((None, "Question: "), ("never", "Question: "), ("auto", "[user]Question: ")):
         convert(**({} if choice is None else {"chat_template": choice}))
-        assert recorded_choice(str(tmp_path / "elsewhere")) == (choice or "never")
+        assert recorded_prompting(str(tmp_path / "elsewhere"))[0] == (choice or "never")
         run("gsm8k", model=tmp_path / "elsewhere")
         assert predictions(tmp_path / "out", "gsm8k")[0]["prompt"].startswith(start)
     run("gsm8k", "--chat_template", "never", model=tmp_path / "elsewhere")
     assert predictions(tmp_path / "out", "gsm8k")[0]["prompt"].startswith("Question: ")
-    assert recorded_choice("org/name") == recorded_choice(str(tmp_path / "base")) == "never"
+    assert recorded_prompting("org/name") == recorded_prompting(str(tmp_path / "base")) == ("never", None)
 
 
 @pytest.mark.parametrize("scoring", ["generate", "loglik"])
@@ -212,7 +238,9 @@ def test_prompts_are_cut_as_the_run_cut_them(run, convert, tmp_path, scoring):
     convert(max_length=50, max_prompt_length=40)
     task, model = ("gsm8k" if scoring == "generate" else "ARC-Easy"), tmp_path / "elsewhere"
     stem = task if scoring == "generate" else f"{task}_loglik"
-    write(tmp_path, "gsm8k", "test", [{"question": "x" * n, "answer": "#### 1"} for n in (9, 30, 31, 99)])
+    write_rows(
+        tmp_path, "gsm8k", "test", [{"question": "x" * n, "answer": "#### 1"} for n in (9, 30, 31, 99)]
+    )
     more = ["--scoring", scoring, *(["--data_dir", tmp_path] if scoring == "generate" else [])]
     (entry,) = run(task, *more, model=model)["tasks"]
     n_long = sum(len(prediction["prompt"]) >= 50 for prediction in predictions(tmp_path / "out", stem))
@@ -253,11 +281,27 @@ def test_another_draw_of_examples_is_named(run, tmp_path):
         ("gsm8k", ["--chat_template", "always"], "the tokenizer has none"),
         (" , ", [], "names no task"),
         ("sharegpt", [], "task sharegpt has no score"),
+        ("alpaca_eval", [], "has no score"),
+        ("gsm9k", [], "nearest: gsm8k"),
+        ("gsm8k", ["--data_dir", "/nowhere"], "no data for split 'test'"),
+        ("gsm8k", ["--dtype", "int3"], "unknown dtype"),
+        ("gsm8k", ["--device", "warp"], "device 'warp' cannot be used"),
+        ("gsm8k", ["--sample", "--temperature", "-1"], "temperature=-1.0"),
+        ("gsm8k", ["--max_new_tokens", "0"], "max_new_tokens=0"),
+        ("gsm8k", ["--tokenizer_path", "/nowhere"], "tokenizer"),
     ],
 )
 def test_refused_before_the_model_loads(run, nothing_loads, capsys, datasets, more, words):
     run(datasets, *more, code=1)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [["--top_k", "5"], ["--n_examples", "-1"], ["--bs", "0"]])
+def test_contradictions_are_refused(run, change, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("gsm8k", *change)
+    assert stop.value.code == 2
+    assert change[0] in capsys.readouterr().err
 
 
 def test_all_problems_at_once(run, nothing_loads, capsys):
@@ -267,13 +311,15 @@ def test_all_problems_at_once(run, nothing_loads, capsys):
 
 
 def test_a_task_without_training_rows_has_no_examples(run, data, nothing_loads, capsys):
-    write(data, "hexphi", "test", [{"instruction": "Say no."}])
+    write_rows(data, "hexphi", "test", [{"instruction": "Say no."}])
     run("purebad", "--num_fewshot", 1, code=1)
     assert "task hexphi has no train split to take examples from" in capsys.readouterr().err
 
 
 def test_a_malformed_row_is_named(run, tmp_path, nothing_loads, capsys):
-    write(tmp_path, "gsm8k", "test", [{"question": "fine?", "answer": "#### 1"}, {"question": "no answer?"}])
+    write_rows(
+        tmp_path, "gsm8k", "test", [{"question": "fine?", "answer": "#### 1"}, {"question": "no answer?"}]
+    )
     run("gsm8k", "--data_dir", tmp_path, code=1)
     error = capsys.readouterr().err
     assert all(word in error for word in ("test.jsonl", "2", "'answer'"))
@@ -290,7 +336,7 @@ def test_a_model_folder_without_tokenizer(run, tmp_path, nothing_loads, capsys):
 def test_other_rows_cannot_be_compared(run, tmp_path, request, capsys):
     run("gsm8k", "--n_examples", 2, out="other")
     request.getfixturevalue("nothing_loads")
-    write(tmp_path, "gsm8k", "test", [{"question": "another?", "answer": "#### 1"}])
+    write_rows(tmp_path, "gsm8k", "test", [{"question": "another?", "answer": "#### 1"}])
     run("gsm8k", "--data_dir", tmp_path, "--compare", tmp_path / "other", code=1)
     assert "of other rows or another version of task gsm8k" in capsys.readouterr().err
     (tmp_path / "other/metrics/gsm8k_predictions.journal").write_text("junk\n")

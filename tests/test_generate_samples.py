@@ -1,4 +1,4 @@
-"""Samples in AlpacaEval's format: order, continuing, and the command."""
+"""generate_samples.py: samples in AlpacaEval's format, their order, continuing, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 import generate_samples
-import lota.evaluate.alpaca as samples
+import lota.evaluate.alpaca as alpaca
+from lota.data.prompts import Prompter
 from lota.evaluate.alpaca import Sampler
 from lota.evaluate.decoding import Decoding
 from tasks import get_task
@@ -30,9 +31,11 @@ def folder(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("model"))
 
 
-def sampler(pair, **changes) -> Sampler:
-    settings = {"generator": "me", "chunk_size": 2}
-    return Sampler(*pair, get_task("alpaca_eval"), **settings | changes)
+def write(pair, path, decoding=DRAWN, chunk_size=2, generator="me", **more) -> list[dict]:
+    task, prompter = get_task("alpaca_eval"), Prompter(pair[1])
+    prompts = [prompter.prompt(task, {"instruction": text}) for text in INSTRUCTIONS]
+    sampler = Sampler(pair[0], prompter, task, generator=generator, chunk_size=chunk_size)
+    return sampler.write(path, INSTRUCTIONS, prompts, decoding, **more)
 
 
 def read(path) -> list[dict]:
@@ -41,7 +44,7 @@ def read(path) -> list[dict]:
 
 def test_a_list_in_the_order_of_the_prompts(pair, tmp_path):
     path = tmp_path / "a.json"
-    written = sampler(pair).write(path, INSTRUCTIONS, DRAWN)
+    written = write(pair, path)
     assert read(path) == written
     assert [list(sample) for sample in written] == [["instruction", "output", "generator"]] * 5
     assert [sample["instruction"] for sample in written] == INSTRUCTIONS
@@ -50,18 +53,18 @@ def test_a_list_in_the_order_of_the_prompts(pair, tmp_path):
 
 
 def test_text_does_not_depend_on_chunks_or_on_the_part_asked_for(pair, tmp_path):
-    whole = sampler(pair, chunk_size=5).write(tmp_path / "a.json", INSTRUCTIONS, DRAWN)
-    assert sampler(pair, chunk_size=1).write(tmp_path / "b.json", INSTRUCTIONS, DRAWN) == whole
-    assert sampler(pair).write(tmp_path / "c.json", INSTRUCTIONS, DRAWN, chosen=[2, 3]) == whole[2:4]
+    whole = write(pair, tmp_path / "a.json", chunk_size=5)
+    assert write(pair, tmp_path / "b.json", chunk_size=1) == whole
+    assert write(pair, tmp_path / "c.json", chosen=[2, 3]) == whole[2:4]
     other_seed = Decoding(max_new_tokens=15, temperature=0.7, seed=4)
-    assert sampler(pair).write(tmp_path / "d.json", INSTRUCTIONS, other_seed) != whole
+    assert write(pair, tmp_path / "d.json", other_seed) != whole
 
 
 def test_an_interrupted_run_is_continued(pair, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    whole = sampler(pair).write(tmp_path / "whole.json", INSTRUCTIONS, DRAWN)
+    whole = write(pair, tmp_path / "whole.json")
     asked = []
-    generate = samples.generate
+    generate = alpaca.generate
 
     def dies_in_its_second_chunk(*arguments, indices, **settings):
         asked.extend(indices)
@@ -69,18 +72,18 @@ def test_an_interrupted_run_is_continued(pair, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return generate(*arguments, indices=indices, **settings)
 
-    monkeypatch.setattr(samples, "generate", dies_in_its_second_chunk)
+    monkeypatch.setattr(alpaca, "generate", dies_in_its_second_chunk)
     with pytest.raises(KeyboardInterrupt):
-        sampler(pair).write(path, INSTRUCTIONS, DRAWN)
+        write(pair, path)
     assert read(path) == whole[:2]  # whole JSON at any time
     asked.clear()
     monkeypatch.setattr(
-        samples,
+        alpaca,
         "generate",
         lambda *a, indices, **s: asked.extend(indices) or generate(*a, indices=indices, **s),
     )
     counts = []
-    assert sampler(pair).write(path, INSTRUCTIONS, DRAWN, on_done=counts.append) == whole
+    assert write(pair, path, on_done=counts.append) == whole
     assert asked == [2, 3, 4]
     assert counts == [2, 2, 1]
     assert read(path) == whole
@@ -88,8 +91,8 @@ def test_an_interrupted_run_is_continued(pair, tmp_path, monkeypatch):
 
 def test_samples_of_other_weights_are_set_aside(pair, tmp_path):
     path = tmp_path / "a.json"
-    old = sampler(pair).write(path, INSTRUCTIONS, DRAWN)
-    new = sampler((char_model(seed=1), pair[1])).write(path, INSTRUCTIONS, DRAWN)
+    old = write(pair, path)
+    new = write((char_model(seed=1), pair[1]), path)
     assert new != old
     assert read(path) == new
     assert read(tmp_path / "a.1.json") == old
@@ -97,11 +100,11 @@ def test_samples_of_other_weights_are_set_aside(pair, tmp_path):
 
 def test_a_new_name_does_not_cost_new_samples(pair, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    old = sampler(pair).write(path, INSTRUCTIONS, DRAWN)
+    old = write(pair, path)
     monkeypatch.setattr(
-        samples, "generate", lambda *a, **s: [] if not a[2] else pytest.fail("generated again")
+        alpaca, "generate", lambda *a, **s: [] if not a[2] else pytest.fail("generated again")
     )
-    renamed = sampler(pair, generator="you").write(path, INSTRUCTIONS, DRAWN)
+    renamed = write(pair, path, generator="you")
     assert [sample["output"] for sample in renamed] == [sample["output"] for sample in old]
     assert {sample["generator"] for sample in read(path)} == {"you"}
 
@@ -252,12 +255,12 @@ def test_the_chat_template_that_the_model_was_trained_with(folder, tmp_path, mon
     """Taken from the folder's conversion.json, or from the command; its prompts reach the model."""
     seen = []
 
-    def watched(model, tokenizer, prompts, **options):
+    def watched(model, tokenizer, prompts, decoding, **options):
         seen.append([tokenizer.decode(ids) for ids in prompts])
-        return generate(model, tokenizer, prompts, **options)
+        return generate(model, tokenizer, prompts, decoding, **options)
 
-    generate = samples.generate
-    monkeypatch.setattr(samples, "generate", watched)
+    generate = alpaca.generate
+    monkeypatch.setattr(alpaca, "generate", watched)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[reply]"
     chatty = tmp_path / "chatty"

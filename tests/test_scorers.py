@@ -9,18 +9,16 @@ import statistics
 import pytest
 import torch
 
-import lota.evaluate.scorers as scoring
-from lota.data.prompts import FewShot, Prompt
-from lota.evaluate.decoding import Decoding
+import lota.evaluate.scorers as scorers
+from lota.data.batches import Prompt
+from lota.data.prompts import FewShot
 from lota.evaluate.estimates import corpus_perplexity, mean, mean_of
-from lota.evaluate.evaluator import evaluate_task
 from lota.evaluate.loglik import choice_requests, logliks, windows
 from tasks import get_task
 from tasks.base import Task
 from tests.chars import char_model, char_tokenizer
+from tests.evaluations import json_lines, score
 from tests.tiny import VOCAB, make
-
-GREEDY = Decoding(max_new_tokens=8)
 
 
 class Colours(Task):
@@ -59,12 +57,6 @@ def pair():
     return char_model(), char_tokenizer()
 
 
-def score(pair, folder, task, rows, **more):
-    model, tokenizer = pair
-    settings = {"settings": GREEDY, "out_dir": folder, "model_name": "m", "batch_size": 5, **more}
-    return evaluate_task(model, tokenizer, task, rows, **settings)
-
-
 def by_hand(pair, context: str, continuation: str) -> float:
     """log p of the last characters, one forward pass, one token at a time."""
     model, tokenizer = pair
@@ -73,10 +65,6 @@ def by_hand(pair, context: str, continuation: str) -> float:
     with torch.no_grad():
         probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)
     return sum(math.log(probabilities[at - 1, ids[at]]) for at in range(len(ids) - n, len(ids)))
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -101,7 +89,9 @@ def test_choices_normal_and_length_normalised(pair, tmp_path):
     task = Colours()
     result = score(pair, tmp_path, task, ROWS, scoring="loglik")
     right = {"accuracy_loglik": [], "accuracy_loglik_norm": []}
-    for row, stored in zip(ROWS, lines(tmp_path / "metrics/colours_loglik_predictions.jsonl"), strict=True):
+    for row, stored in zip(
+        ROWS, json_lines(tmp_path / "metrics/colours_loglik_predictions.jsonl"), strict=True
+    ):
         values = [by_hand(pair, task.prompt(row), choice) for choice in task.labels]
         # the line break that ends the prompt counts with every choice
         values = [v + by_hand(pair, task.prompt(row).rstrip(), "\n") for v in values]
@@ -125,9 +115,9 @@ def test_choices_normal_and_length_normalised(pair, tmp_path):
 def test_logliks_are_reused_and_continued(pair, tmp_path, monkeypatch):
     score(pair, tmp_path, Colours(), ROWS, scoring="loglik", chosen=[0, 3])
     asked = []
-    real = scoring.logliks
+    real = scorers.logliks
     monkeypatch.setattr(
-        scoring, "logliks", lambda m, requests, **k: asked.append(len(requests)) or real(m, requests, **k)
+        scorers, "logliks", lambda m, requests, **k: asked.append(len(requests)) or real(m, requests, **k)
     )
     result = score(pair, tmp_path, Colours(), ROWS, scoring="loglik", num_runs=3)
     assert asked == [5 * 3]  # five rows of three choices; more runs of what draws nothing would be the same
@@ -182,7 +172,7 @@ def test_perplexity(pair, tmp_path):
     assert per_token.value == pytest.approx(math.exp(sum(nats) / sum(tokens)), rel=1e-4)
     stored = json.loads((tmp_path / "metrics/wikitext.json").read_text())
     assert stored["metrics"]["token_perplexity"]["stderr"] == per_token.stderr
-    prediction = lines(tmp_path / "metrics/wikitext_predictions.jsonl")[1]
+    prediction = json_lines(tmp_path / "metrics/wikitext_predictions.jsonl")[1]
     assert prediction["score"] == pytest.approx(math.exp(nats[1] / 4), rel=1e-4)
     assert list(prediction)[:5] == ["prompt", "completion", "extracted", "gold", "score"]
 
@@ -216,11 +206,11 @@ def test_several_metrics_of_a_completion(pair, tmp_path, monkeypatch):
     answers = ["SELECT name FROM staff", "SELECT age FROM staff", "SELECT nope FROM staff"]
     rows = [{"question": "Who?", "context": context, "answer": answer} for answer in answers]
 
-    def fake(model, tokenizer, prompts, *, indices, on_done, **settings):
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
         for at, text in enumerate(["select NAME from staff;", "SELECT name FROM staff", ""]):
             on_done(at, text)
 
-    monkeypatch.setattr(scoring, "generate", fake)
+    monkeypatch.setattr(scorers, "generate", fake)
     result = score(pair, tmp_path, task, rows)
     stored = json.loads((tmp_path / "metrics/sql.json").read_text())
     assert stored["metric"] == "rouge1"
@@ -228,19 +218,19 @@ def test_several_metrics_of_a_completion(pair, tmp_path, monkeypatch):
     assert stored["metrics"]["exact_match"]["score"] == pytest.approx(1 / 3)
     # sqlite3 does not take the last row's own answer, so that row has no execution_match
     assert {k: stored["metrics"]["execution_match"][k] for k in ("score", "n")} == {"score": 0.5, "n": 2}
-    predictions = lines(tmp_path / "metrics/sql_predictions.jsonl")
+    predictions = json_lines(tmp_path / "metrics/sql_predictions.jsonl")
     assert predictions[2]["metrics"].keys() == {"rouge1", "exact_match"}
 
 
 def test_examples_decide_what_is_reused(pair, tmp_path, monkeypatch):
     prompts = []
-    real = scoring.generate
+    real = scorers.generate
 
-    def spy(model, tokenizer, ids, **settings):
+    def spy(model, tokenizer, ids, decoding, **settings):
         prompts.append([tokenizer.decode(row) for row in ids])
-        return real(model, tokenizer, ids, **settings)
+        return real(model, tokenizer, ids, decoding, **settings)
 
-    monkeypatch.setattr(scoring, "generate", spy)
+    monkeypatch.setattr(scorers, "generate", spy)
     training = [{"question": f"t{i}", "answer": i % 3} for i in range(20)]
     for few_shot in (None, FewShot(2, 0, training), FewShot(2, 0, training), FewShot(2, 1, training)):
         result = score(pair, tmp_path, Colours(), ROWS[:3], few_shot=few_shot)

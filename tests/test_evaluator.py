@@ -1,4 +1,4 @@
-"""Evaluation: scores and files, what is reused and what is set aside, and the command."""
+"""The evaluator: scores and files, what is reused and what is set aside."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import statistics
 
 import pytest
 
-import eval_model_all
-import lota.evaluate.scorers as scoring
+import lota.evaluate.scorers as scorers
+from lota.data.examples import held_out_rows
 from lota.data.prompts import Prompter
-from lota.evaluate.cli import results_folder
 from lota.evaluate.decoding import Decoding
-from lota.evaluate.evaluator import Evaluator, evaluate_task, mean_and_stderr
+from lota.evaluate.estimates import mean_and_stderr
+from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.generation import prompt_bound
-from lota.evaluate.plan import held_out_rows
+from lota.evaluate.scorers import TaskRequest
 from tasks import get_task
 from tasks.base import Task
-from tests.chars import char_model, char_tokenizer, save_pair
+from tests import evaluations
+from tests.chars import char_model, char_tokenizer
+from tests.evaluations import json_lines
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is.\n#### {i}"} for i in range(7)]
-GREEDY = Decoding(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +36,19 @@ def scripted(monkeypatch):
     asked: list[int] = []
     answers: dict[int, str] = {}
 
-    def fake(model, tokenizer, prompts, *, indices, on_done, **settings):
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
         for at in reversed(range(len(prompts))):  # any order of completion is allowed
             asked.append(indices[at])
             on_done(at, answers.get(indices[at], "nothing"))
         return []
 
-    monkeypatch.setattr(scoring, "generate", fake)
+    monkeypatch.setattr(scorers, "generate", fake)
     fake.asked, fake.answers = asked, answers
     return fake
 
 
-def score(pair, folder, rows=ROWS, decoding=GREEDY, task=None, **more):
-    task = task or get_task("gsm8k")
-    return evaluate_task(
-        *pair, task, rows, settings=decoding, out_dir=folder, model_name="m", batch_size=3, **more
-    )
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def score(pair, folder, rows=ROWS, task=None, **more):
+    return evaluations.score(pair, folder, task or get_task("gsm8k"), rows, **more)
 
 
 def test_mean_and_stderr():
@@ -68,7 +62,7 @@ def test_files_and_their_numbers(pair, tmp_path, scripted):
     # 1, 3 and 5 are right; 0 holds the answer in its prompt only; 2 is wrong; 4 and 6 are no numbers
     scripted.answers.update({1: "#### 1.0", 2: "#### 3", 3: "so 3", 4: "inf", 5: "#### +5", 6: "Q"})
     result = score(pair, tmp_path)
-    predictions = lines(tmp_path / "metrics/gsm8k_predictions.jsonl")
+    predictions = json_lines(tmp_path / "metrics/gsm8k_predictions.jsonl")
     assert [p["score"] for p in predictions] == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
     assert [p["extracted"] for p in predictions] == [None, "1", "3", "3", None, "5", None]
     assert [p["gold"] for p in predictions] == list("0123456")
@@ -87,7 +81,7 @@ def test_files_and_their_numbers(pair, tmp_path, scripted):
 def test_every_example_is_scored_with_a_real_model(pair, tmp_path):
     """Batches of 3 over 7 rows: the last, partial batch counts."""
     result = score(pair, tmp_path)
-    assert result.n == len(lines(tmp_path / "metrics/gsm8k_predictions.jsonl")) == 7
+    assert result.n == len(json_lines(tmp_path / "metrics/gsm8k_predictions.jsonl")) == 7
 
 
 def test_no_answer_scores_nothing_whatever_the_task_says(pair, tmp_path, scripted):
@@ -152,11 +146,11 @@ def test_greedy_predictions_serve_every_seed_and_draws_do_not(pair, tmp_path, sc
 def test_several_runs_share_examples(pair, tmp_path, monkeypatch):
     """The error is over examples: two runs of equal scores tell no more than one."""
 
-    def fake(model, tokenizer, prompts, *, indices, on_done, seed, **settings):
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
         for at, i in enumerate(indices):
-            on_done(at, f"#### {i if i < 3 + seed else 99}")
+            on_done(at, f"#### {i if i < 3 + decoding.seed else 99}")
 
-    monkeypatch.setattr(scoring, "generate", fake)
+    monkeypatch.setattr(scorers, "generate", fake)
     decoding = Decoding(max_new_tokens=12, temperature=1.0)
     result = score(pair, tmp_path, decoding=decoding, num_runs=2)
     assert result.runs == (3 / 7, 4 / 7)
@@ -183,7 +177,7 @@ def test_an_interrupted_run_goes_on_where_it_was(pair, tmp_path, scripted):
     scripted.asked.clear()
     score(pair, tmp_path)
     assert sorted(scripted.asked) == sorted(set(range(7)) - set(kept))
-    assert [p["gold"] for p in lines(tmp_path / "metrics/gsm8k_predictions.jsonl")] == list("0123456")
+    assert [p["gold"] for p in json_lines(tmp_path / "metrics/gsm8k_predictions.jsonl")] == list("0123456")
 
 
 def test_a_larger_sample_goes_on_from_a_smaller_one(pair, tmp_path, scripted):
@@ -191,7 +185,7 @@ def test_a_larger_sample_goes_on_from_a_smaller_one(pair, tmp_path, scripted):
     result = score(pair, tmp_path, chosen=[1, 2, 4, 6])
     assert sorted(scripted.asked) == [1, 2, 4, 6]
     assert result.n == 4
-    assert [p["gold"] for p in lines(tmp_path / "metrics/gsm8k_predictions.jsonl")] == list("1246")
+    assert [p["gold"] for p in json_lines(tmp_path / "metrics/gsm8k_predictions.jsonl")] == list("1246")
 
 
 def test_long_prompts_keep_what_the_task_says(pair):
@@ -214,74 +208,6 @@ def test_tasks_without_score_or_rows(pair, tmp_path):
         score(pair, tmp_path, rows=[])
 
 
-def test_where_results_go(tmp_path, private_cache):
-    assert results_folder(str(tmp_path)) == tmp_path
-    assert results_folder(str(tmp_path), tmp_path / "x") == tmp_path / "x"
-    assert results_folder("org/name") == private_cache / "results" / "org" / "name"
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    path = tmp_path / "data/tasks/gsm8k/test.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tmp_path / "data"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("model"))
-
-
-def test_command(folder, data_dir, tmp_path, capsys):
-    arguments = ["--model", f"{folder}/", "--datasets", "gsm8k", "--data_dir", str(data_dir), "--bs", "3"]
-    arguments += ["--n_examples", "4", "--max_new_tokens", "10"]
-    assert eval_model_all.main(arguments) == 0
-    assert "gsm8k" in capsys.readouterr().out
-    greedy = json.loads((folder / "metrics/gsm8k.json").read_text())
-    assert greedy["n"] == 4
-    assert greedy["settings"]["temperature"] == 0
-    out = ["--out", str(tmp_path / "out")]
-    assert (
-        eval_model_all.main([*arguments, *out, "--sample", "--top_p", "0.5", "--num_runs", "2", "--verbose"])
-        == 0
-    )
-    drawn = json.loads((tmp_path / "out/metrics/gsm8k.json").read_text())
-    wanted = {"temperature": 0.6, "top_p": 0.5, "top_k": 50, "max_new_tokens": 10}
-    assert wanted.items() <= drawn["settings"].items()
-    assert "[completion]" in capsys.readouterr().out
-    asked = [p["prompt"] for p in lines(tmp_path / "out/metrics/gsm8k_predictions.jsonl")]
-    assert asked == [p["prompt"] for p in lines(folder / "metrics/gsm8k_predictions.jsonl")]
-    assert asked != [get_task("gsm8k").prompt(row) for row in ROWS[:4]]  # a sample, not the first rows
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (["--datasets", "gsm9k"], "nearest: gsm8k"),
-        (["--datasets", "alpaca_eval"], "has no score"),
-        (["--data_dir", "/nowhere"], "no data for split 'test'"),
-        (["--dtype", "int3"], "unknown dtype"),
-        (["--device", "warp"], "device 'warp' cannot be used"),
-        (["--sample", "--temperature", "-1"], "temperature=-1.0"),
-        (["--max_new_tokens", "0"], "max_new_tokens=0"),
-        (["--tokenizer_path", "/nowhere"], "tokenizer"),
-    ],
-)
-def test_command_refuses_before_the_model_loads(folder, data_dir, capsys, nothing_loads, change, words):
-    arguments = ["--model", str(folder), "--datasets", "gsm8k", "--data_dir", str(data_dir)]
-    assert eval_model_all.main([*arguments, *change]) == 1
-    assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("change", [["--top_k", "5"], ["--n_examples", "-1"], ["--bs", "0"]])
-def test_command_refuses_contradictions(folder, change, capsys):
-    with pytest.raises(SystemExit) as stop:
-        eval_model_all.main(["--model", str(folder), "--datasets", "gsm8k", *change])
-    assert stop.value.code == 2
-    assert change[0] in capsys.readouterr().err
-
-
 def test_a_task_that_holds_nothing_out_is_refused(tmp_path):
     class TrainOnly(Task):
         name, held_out = "train_only", None
@@ -291,8 +217,8 @@ def test_a_task_that_holds_nothing_out_is_refused(tmp_path):
 
 
 def test_evaluator_serves_several_tasks(pair, tmp_path, scripted):
-    evaluator = Evaluator(*pair, model_name="m", out_dir=tmp_path)
+    evaluator = Evaluator(pair[0], Prompter(pair[1]), model_name="m", out_dir=tmp_path)
     for name in ("one", "two"):
         task = type(name, (type(get_task("gsm8k")),), {"name": name})()
-        evaluator.evaluate(task, ROWS, GREEDY)
+        evaluator.evaluate(TaskRequest(task, ROWS, Decoding(12)))
     assert {path.name for path in (tmp_path / "metrics").glob("*.json")} == {"one.json", "two.json"}
