@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lota.delta import extract
+from lota.delta import Delta, extract
+from lota.masks import Mask
 
 
 def save_model(
@@ -39,6 +40,27 @@ def delta_pair(
     change(save_model(base, kind, dtype, **settings)).save_pretrained(tuned, **settings)
     extract(base, tuned, delta)
     return base, tuned, delta
+
+
+def disjoint_deltas(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, n: int = 3):
+    """n deltas of one base that change different entries: (base values, tuned values, open deltas)."""
+    model = save_model(folder / "base", kind, dtype)
+    base = values(model)
+    generator = torch.Generator().manual_seed(0)
+    owner = {name: torch.randint(n + 1, p.shape, generator=generator) for name, p in base.items()}
+    tuned, deltas = [], []
+    for i in range(n):
+        model.load_state_dict(base, strict=False)
+        change(model, seed=i, mask=Mask.from_dense({name: o == i for name, o in owner.items()}))
+        model.save_pretrained(folder / f"t{i}")
+        tuned.append(values(model))
+        extract(folder / "base", folder / f"t{i}", folder / f"{i}.safetensors")
+        deltas.append(Delta.open(folder / f"{i}.safetensors"))
+    return base, tuned, deltas
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

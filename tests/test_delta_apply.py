@@ -10,12 +10,11 @@ import sys
 import hf_models
 import pytest
 import torch
-from delta_models import change, delta_pair, same_files, save_model, tensors
+from delta_models import change, delta_pair, disjoint_deltas, same_files, save_model, tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from lota.delta import Delta, apply, extract, revert, verify
-from lota.masks import Mask
 from lota.models.hashing import content_hash
 from lota.models.weights import open_weights
 from lota.share.delta.cli import entropy_bytes, main
@@ -165,23 +164,16 @@ def test_folders_that_must_not_be_replaced(tmp_path):
 
 
 def test_disjoint_deltas_commute(tmp_path):
-    kept = {n: torch.rand(p.shape) < 0.3 for n, p in save_model(tmp_path / "base").named_parameters()}
-    deltas = []
-    for i, mask in enumerate((kept, {name: ~bits for name, bits in kept.items()})):
-        tuned = change(save_model(tmp_path / "base"), seed=i, mask=Mask.from_dense(mask))
-        tuned.save_pretrained(tmp_path / f"t{i}")
-        extract(tmp_path / "base", tmp_path / f"t{i}", tmp_path / f"{i}.safetensors")
-        deltas.append(Delta.open(tmp_path / f"{i}.safetensors"))
-    base, *tuned = (open_weights(tmp_path / name) for name in ("base", "t0", "t1"))
-    for name in base.names():
-        one, other = base.read(name), base.read(name)
+    base, tuned, deltas = disjoint_deltas(tmp_path, n=2)
+    for name, start in base.items():
+        one, other = start.clone(), start.clone()
         for delta, last in zip(deltas, reversed(deltas), strict=True):
             delta.flip_(name, one)
             last.flip_(name, other)
         assert torch.equal(one, other)
-        assert torch.equal(one, torch.where(kept[name], tuned[0].read(name), tuned[1].read(name)))
+        assert torch.equal(one, torch.where(tuned[0][name] != start, tuned[0][name], tuned[1][name]))
         deltas[0].flip_(name, one)
-        assert torch.equal(one, tuned[1].read(name))
+        assert torch.equal(one, tuned[1][name])
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -7,7 +7,7 @@ import copy
 import hf_models
 import pytest
 import torch
-from delta_models import bits, change, save_model
+from delta_models import bits, change, disjoint_deltas, save_model, values
 from transformers import AutoModelForCausalLM
 
 import lota
@@ -20,34 +20,13 @@ def load(folder, dtype="auto"):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def equal(model, expected):
     return all(torch.equal(bits(p), bits(expected[name])) for name, p in model.named_parameters())
 
 
-def make(tmp_path, kind="llama", dtype=torch.bfloat16, n=3):
-    """n deltas of one base that change different entries; (base values, tuned values, open deltas)."""
-    model = save_model(tmp_path / "base", kind, dtype)
-    base = values(model)
-    generator = torch.Generator().manual_seed(0)
-    owner = {name: torch.randint(n + 1, p.shape, generator=generator) for name, p in base.items()}
-    tuned, deltas = [], []
-    for i in range(n):
-        model.load_state_dict(base, strict=False)
-        change(model, seed=i, mask=Mask.from_dense({name: o == i for name, o in owner.items()}))
-        model.save_pretrained(tmp_path / f"t{i}")
-        tuned.append(values(model))
-        extract(tmp_path / "base", tmp_path / f"t{i}", tmp_path / f"{i}.safetensors")
-        deltas.append(Delta.open(tmp_path / f"{i}.safetensors"))
-    return base, tuned, deltas
-
-
 @pytest.mark.parametrize("kind", list(hf_models.CONFIGS))
 def test_attach_and_detach_for_every_architecture(tmp_path, kind):
-    base, tuned, deltas = make(tmp_path, kind, n=1)
+    base, tuned, deltas = disjoint_deltas(tmp_path, kind, n=1)
     model = load(tmp_path / "base")
     lota.attach(model, deltas[0])
     assert equal(model, tuned[0]) and not equal(model, base)
@@ -58,7 +37,7 @@ def test_attach_and_detach_for_every_architecture(tmp_path, kind):
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_model_in_a_wider_dtype(tmp_path, stored):
-    base, tuned, deltas = make(tmp_path, dtype=stored, n=1)
+    base, tuned, deltas = disjoint_deltas(tmp_path, dtype=stored, n=1)
     for dtype in (torch.float32, torch.float64):
         model = load(tmp_path / "base", dtype)
         for change_model, state in ((lota.attach, tuned[0]), (lota.switch, tuned[0]), (lota.detach, base)):
@@ -88,7 +67,7 @@ def test_any_dtype_that_a_file_may_have(tmp_path, stored):
 
 
 def test_several_at_once_in_any_order(tmp_path):
-    base, tuned, (a, b, c) = make(tmp_path)
+    base, tuned, (a, b, c) = disjoint_deltas(tmp_path)
     model = load(tmp_path / "base")
     lota.attach(model, a, b)
     lota.attach(model, c)
@@ -110,7 +89,7 @@ def test_several_at_once_in_any_order(tmp_path):
 
 
 def test_switch(tmp_path):
-    base, tuned, deltas = make(tmp_path)
+    base, tuned, deltas = disjoint_deltas(tmp_path)
     model = load(tmp_path / "base")
     for i in (0, 2, 1, 1, 0):
         lota.switch(model, deltas[i])
@@ -124,7 +103,7 @@ def test_switch(tmp_path):
 
 
 def test_what_is_refused_leaves_the_model_as_it_was(tmp_path):
-    base, tuned, deltas = make(tmp_path)
+    base, tuned, deltas = disjoint_deltas(tmp_path)
     model = load(tmp_path / "base")
     overlapping = save_model(tmp_path / "base")
     change(overlapping, seed=9, density=0.5).save_pretrained(tmp_path / "t9")
@@ -151,7 +130,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(tmp_path):
 
 
 def test_another_model_or_dtype_is_refused(tmp_path):
-    _, _, (delta, *_) = make(tmp_path)
+    _, _, (delta, *_) = disjoint_deltas(tmp_path)
     cut = load(tmp_path / "base").float()
     position = int(delta.positions(delta.names[0])[0])
     cut.get_parameter(delta.names[0]).data.view(-1)[position] += 2**-20  # not a bf16 value
@@ -177,7 +156,7 @@ def test_another_model_or_dtype_is_refused(tmp_path):
 
 
 def test_changes_made_since_cannot_be_undone(tmp_path):
-    _, tuned, (delta, *_) = make(tmp_path)
+    _, tuned, (delta, *_) = disjoint_deltas(tmp_path)
     model = load(tmp_path / "base")
     lota.attach(model, delta)
     flat, positions = model.get_parameter(delta.names[0]).data.view(-1), delta.positions(delta.names[0])
@@ -194,7 +173,7 @@ def test_changes_made_since_cannot_be_undone(tmp_path):
 
 def test_a_delta_on_top_of_the_task_before(tmp_path):
     """As tasks are learnt one after another: the second delta's base is the first one's tuned model."""
-    base, tuned, (first, *_) = make(tmp_path)
+    base, tuned, (first, *_) = disjoint_deltas(tmp_path)
     model = load(tmp_path / "t0")
     kept = {name: (tuned[0][name] == value) & (torch.rand(value.shape) < 0.2) for name, value in base.items()}
     change(model, seed=7, mask=Mask.from_dense(kept)).save_pretrained(tmp_path / "both")
@@ -207,7 +186,7 @@ def test_a_delta_on_top_of_the_task_before(tmp_path):
 
 
 def test_wrapped_and_copied_models(tmp_path):
-    _, tuned, deltas = make(tmp_path)
+    _, tuned, deltas = disjoint_deltas(tmp_path)
     model = load(tmp_path / "base")
     lota.attach(torch.nn.DataParallel(model), deltas[0])  # names with `module.` in front
     assert equal(model, tuned[0])

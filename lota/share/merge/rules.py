@@ -86,8 +86,8 @@ def keep_random(
     return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool)
 
 
-def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[float], normalize: bool = False) -> Tensor:
-    """sum_i w_i tau_i (2212.04089, section 2); normalize: over sum_i w_i, where that is not 0."""
+def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+    """sum_i w_i tau_i (2212.04089, section 2); normalize: over sum_i w_i, unless that is 0."""
     total = torch.zeros_like(vectors[0])
     for vector, weight in zip(vectors, weights, strict=True):
         total += vector * weight
@@ -95,10 +95,10 @@ def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[float], normalize:
     return total / divisor if normalize and divisor.abs() >= 1e-8 else total
 
 
-def consensus(vectors: Sequence[Tensor], weights: Sequence[float], normalize: bool = True) -> Tensor:
+def consensus(vectors: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
     """TIES (2306.01708, section 3, steps 2 and 3): elect a sign per entry, average what agrees with it.
 
-    The elected sign is that of sum_i w_i tau_i, + where the sum is 0. normalize=True: the mean of the
+    The elected sign is that of sum_i w_i tau_i, + if the sum is 0. normalize=True: the mean of the
     agreeing nonzero entries, weighted by w_i (the paper's disjoint mean); False: their weighted sum.
     """
     weighted = [vector * weight for vector, weight in zip(vectors, weights, strict=True)]
