@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,11 +38,7 @@ def fuse_in_backward(
     if gradient_accumulation_steps < 1:
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: must be at least 1")
 
-    def hook(p: nn.Parameter) -> None:
-        with torch.no_grad():
-            optimizer.receive(p)
-
-    handles = [p.register_post_accumulate_grad_hook(hook) for p in optimizer.names]
+    handles = [p.register_post_accumulate_grad_hook(optimizer.receive) for p in optimizer.names]
     undo = None
     if optimizer.model is not None:
         handles.append(optimizer.model.register_forward_pre_hook(_refuse_data_parallel))

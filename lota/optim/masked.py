@@ -180,6 +180,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         # what another pass left here died with it: an error stopped that pass before p's hook
         self._aside[p] = (number, grad if before != number else total.add_(grad))
 
+    @torch.no_grad()
     def receive(self, p: nn.Parameter) -> None:
         """Take over p.grad: gather its kept entries, add what compact layers put aside; fused: free it."""
         aside = self._aside.pop(p, None)
