@@ -40,7 +40,7 @@ LOWEST = 1.2  # of all cells together, for the sake of the colour bar
 
 FEW_POINTS = 25  # of a panel's longest curve: up to here each point is marked
 Target = str | os.PathLike[str] | None  # where a figure is written, if anywhere
-Estimate = tuple[float, float | None]  # a value and its standard error
+ValueAndError = tuple[float, float | None]  # a value and its standard error
 Matrix = Sequence[Sequence[float | None]] | NDArray[np.float64]
 STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
@@ -165,7 +165,7 @@ def against_sparsity(
     *,
     label: str,
     title: str = "",
-    levels: Mapping[str, Estimate] | None = None,
+    levels: Mapping[str, ValueAndError] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
     """A curve with error bars per method over the share of weights that train, on a log scale.
@@ -262,7 +262,7 @@ def over_examples(
 
 
 def bars(
-    panels: Mapping[str, Sequence[Estimate | None]],
+    panels: Mapping[str, Sequence[ValueAndError | None]],
     rows: Sequence[str],
     path: Target = None,
     *,
