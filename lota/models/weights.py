@@ -162,6 +162,8 @@ class WeightSource:
             if n_read == 0:
                 raise ValueError(f"{tensor.path} is truncated: it ends at byte {position}")
             view, position = view[n_read:], position + n_read
+        if start == stop:  # NumPy's empty arrays have no stride that torch could view
+            return torch.empty(0, dtype=tensor.dtype)
         return torch.from_numpy(buffer).view(tensor.dtype)
 
 
