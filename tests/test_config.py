@@ -16,8 +16,7 @@ from lota.config_checks import WEIGHT_NEUTRAL, differences, unused_settings, val
 from lota.lotto.config import LottoConfig
 from lota.models.loading import DTYPES as TORCH_DTYPES
 from lota.optim.masked import GRAD_NORM_STRATEGIES
-from lota.optim.optimizers import OPTIMIZERS
-from lota.optim.schedule import SCHEDULERS
+from lota.optim.optimizers import OPTIMIZERS, SCHEDULERS
 from lota.settings import keys_of
 from lota.train.objectives import OBJECTIVES
 from lota.train.reference import REFERENCES

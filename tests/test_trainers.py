@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lota.data.batches import Example, Prompt, encode, epoch_batches
 from lota.models.scope import find_scope
-from lota.optim.schedule import learning_rate
+from lota.optim.optimizers import learning_rate
 from tasks import get_task
 
 

@@ -1,4 +1,4 @@
-"""Optimizers that train only the entries a mask keeps: pure update rules, and a class for each.
+"""Optimizers that train only the entries a mask keeps: pure update rules, a class for each, learning rates.
 
 The rules are functions on 1-D fp32 tensors of shape (kept,): values and state buffers are changed in place,
 nothing is read elsewhere. Their arithmetic follows `torch.optim`'s single-tensor implementations term by
@@ -10,6 +10,7 @@ into the backward pass (`lota.fuse_in_backward`).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -188,3 +189,20 @@ OPTIMIZERS: dict[str, type[MaskedOptimizer]] = {
     "AdamW": MaskedAdamW,
     "SGD": MaskedSGD,
 }
+
+SCHEDULERS = ("constant", "linear", "cosine")
+
+
+def learning_rate(step: int, *, peak: float, scheduler: str, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to `peak`, then the scheduler.
+
+    `constant` stays at the peak; `linear` and `cosine` fall to 0 at total_steps.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if scheduler == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if scheduler == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -19,8 +19,7 @@ from lota.data.task import FindTask
 from lota.models.loading import dtype_of, enable_activation_checkpointing
 from lota.models.weights import WeightSource, open_weights
 from lota.optim.fused import fuse_in_backward
-from lota.optim.optimizers import OPTIMIZERS
-from lota.optim.schedule import learning_rate
+from lota.optim.optimizers import OPTIMIZERS, learning_rate
 from lota.system import peak_memory_bytes, reset_peak_memory, versions
 from lota.train import checkpoint, lora
 from lota.train.interrupt import Interrupted, StopBetweenSteps
