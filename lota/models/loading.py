@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -105,11 +103,13 @@ def load_model(
     Raises ValueError when weights are missing, left over or of another shape.
     """
     if archive is not None and is_policy(archive):
-        policy = read_policy(archive)
-        model = model_from_policy(load_config(name_or_path), policy.state, source=str(find_policy(archive)))
+        config, state = load_config(name_or_path), read_policy(archive).state
+        model = model_from_policy(config, state, find_policy(archive))
         cast_parameters(model, dtype, device, copy=True)  # off the mapped file
     else:
-        model = _from_pretrained(name_or_path if archive is None else archive, dtype, device)
+        path = str(name_or_path if archive is None else archive)
+        on_device = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+        model = _load_all(AutoModelForCausalLM, path, path, dtype=dtype, **on_device)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
         model.config.pad_token_id = add_pad_token(tokenizer, pad_token)
@@ -119,63 +119,50 @@ def load_model(
     return model.eval()
 
 
-def _from_pretrained(
-    name_or_path: str | Path, dtype: torch.dtype, device: str | torch.device
-) -> PreTrainedModel:
-    """transformers' loader; weights that it would have drawn at random or left out are an error."""
-    placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(name_or_path), dtype=dtype, output_loading_info=True, **placement
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(_no_model(name_or_path, error)) from error
-    model, info = loaded
-    absent, extra = info["missing_keys"], _left_over(model, info["unexpected_keys"])
-    remedy = "its config.json and its weights are of different models"
-    refuse_misfit(
-        name_or_path, _described(model), dict.fromkeys(absent, ()), dict.fromkeys(extra, ()), remedy
-    )
-    return model
-
-
-def _described(model: PreTrainedModel) -> str:
-    return f"a {type(model).__name__} of this configuration"
-
-
 def model_from_policy(
-    config: PreTrainedConfig, state: dict[str, Tensor], source: str = "the checkpoint"
+    config: PreTrainedConfig, state: dict[str, Tensor], source: str | Path = "the checkpoint"
 ) -> PreTrainedModel:
-    """A model whose parameters *are* the tensors of `state`: no copy, no change of dtype.
+    """The model with the weights of `state`: the same memory if nothing is converted, the same dtype.
 
-    `config.vocab_size` becomes the checkpoint's number of embedding rows. Names of older transformers
+    source: what errors name. `config.vocab_size` becomes the checkpoint's number of embedding rows. Names of older transformers
     releases (experts apart, `embed_out`) are translated by transformers. Raises ValueError listing what is
     missing, what is not in the model and what has another shape.
     """
-    model = _empty_model(config)
-    rows, text = _stored_rows(model, state), config.get_text_config()
-    if rows is not None and rows != text.vocab_size:
-        logger.info("%s: vocabulary of %d rows instead of the base's %d", source, rows, text.vocab_size)
-        text.vocab_size = rows
+    with torch.device("meta"):
+        structure = AutoModelForCausalLM.from_config(config)
+    rows, base_rows = _stored_rows(structure, state), embedding_rows(structure)
+    if rows is not None and rows != base_rows:
+        logger.info("%s: vocabulary of %d rows instead of the base's %d", source, rows, base_rows)
+        config.get_text_config().vocab_size += rows - base_rows
         if config.pad_token_id is not None and config.pad_token_id >= rows:
             config.pad_token_id = None
-        model = _empty_model(config)
-    expected, held = _shapes_of_both(model, state)
-    if expected.keys() - held.keys() and held.keys() - expected.keys():  # another release's names?
-        translated = _translated(model, state)
-        if translated is not None:
-            return translated
-    remedy = "give the base that it was trained from"
-    refuse_misfit(source, _described(model), expected, held, remedy)
-    model.load_state_dict(_with_tied(source, model, state), strict=False, assign=True)
-    model.tie_weights()
-    return model.eval()
+    for name, origin in tied_names(structure).items():
+        if name in state and origin in state and not torch.equal(state[name], state[origin]):
+            raise ValueError(f"{source}: {name} and {origin} differ, but the base ties them")
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return _load_all(type(structure), None, source, config=config, state_dict=state, dtype=dtype)
 
 
-def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers (rotary frequencies are in no file)."""
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def _load_all(model_class: Any, path: str | None, source: str | Path, **options: Any) -> PreTrainedModel:
+    """transformers' loader, which draws at random what it does not find; that is an error here.
+
+    source: what the error names. Raises ValueError for weights missing, left over or of another shape.
+    """
+    try:
+        model, info = model_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(_no_model(source, error)) from error
+    expected, held = dict.fromkeys(info["missing_keys"], ()), {}
+    for name, stored, own in info["mismatched_keys"]:
+        expected[name], held[name] = tuple(own), tuple(stored)
+    ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]))
+    held |= {name: () for name in info["unexpected_keys"] if not ignored.search(name)}
+    partner = f"a {type(model).__name__} of this configuration"
+    refuse_misfit(source, partner, expected, held, "give the config.json or the base that they belong to")
+    return model
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -194,57 +181,6 @@ def _stored_rows(model: PreTrainedModel, state: dict[str, Tensor]) -> int | None
     names = [f"{prefix}.weight" for prefix, module in model.named_modules() if module is embedding]
     names += [target for target, origin in tied_names(model).items() if origin in names]
     return next((state[name].shape[0] for name in names if name in state), None)
-
-
-def _shapes_of_both(
-    model: PreTrainedModel, state: dict[str, Tensor]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """(the model's names and shapes, those of `state`); a tied name may be absent from `state`."""
-    partner = tied_names(model)
-    partner |= {origin: target for target, origin in partner.items()}
-    known = model.state_dict()
-    left_over = _left_over(model, [name for name in state if name not in known])
-    expected = {n: tuple(v.shape) for n, v in known.items() if n in state or partner.get(n) not in state}
-    return expected, {n: tuple(v.shape) for n, v in state.items() if n in known or n in left_over}
-
-
-def _left_over(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Of the names that the model has no place for, those of weights that this would lose."""
-    ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]))
-    return [name for name in names if not ignored.search(name)]
-
-
-def _with_tied(source: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with both names of each tied pair; two different values would lose one and are refused."""
-    state = dict(state)
-    for target, origin in tied_names(model).items():
-        one = state[target if target in state else origin]  # one of them is there
-        other = state.get(origin, one)
-        state |= {target: one, origin: other}
-        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
-            raise ValueError(f"{source}: {target} and {origin} differ, but the base ties them")
-    return state
-
-
-def _translated(empty: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel | None:
-    """The model with weights under names of another transformers release, by its own conversion (a copy).
-
-    None if they do not fit then either.
-    """
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    try:
-        loaded: Any = type(empty).from_pretrained(
-            None,
-            config=empty.config,
-            state_dict=dict(state),
-            dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
-            output_loading_info=True,
-        )
-    except (ValueError, KeyError, RuntimeError):
-        return None
-    model, info = loaded
-    misfit = info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]
-    return None if misfit else model
 
 
 def cast_parameters(

@@ -79,7 +79,7 @@ def convert_policy(
     most, dtypes = disk_dtypes(model_path, config) if dtype is None else (dtype, {})
 
     record = read_policy(file)
-    model = model_from_policy(config, record.state, source=str(file))
+    model = model_from_policy(config, record.state, file)
     pad_id = None
     if vocab == "base":
         _cut_rows(model, base_rows)

@@ -59,7 +59,9 @@ def write_weights(
     """
     ignored = {*tied_names(model), *(model._keys_to_ignore_on_save or ())}
     state = {name: value.detach() for name, value in model.state_dict().items() if name not in ignored}
-    state = revert_weight_conversion(model, state)
+    with torch.device("meta"):  # one that was not loaded: names on disk are those of the architecture
+        structure = type(model)(model.config)
+    state = revert_weight_conversion(structure, state)
     forms = {
         name: _Form(dtypes.get(name, dtype) if v.is_floating_point() else v.dtype, tuple(v.shape))
         for name, v in state.items()
