@@ -124,7 +124,7 @@ def model_from_policy(
 ) -> PreTrainedModel:
     """The model with the weights of `state`: the same memory if nothing is converted, the same dtype.
 
-    source: what errors name. `config.vocab_size` becomes the checkpoint's number of embedding rows. Names of older transformers
+    source: what errors name. The vocabulary of `config` becomes the checkpoint's. Names of older transformers
     releases (experts apart, `embed_out`) are translated by transformers. Raises ValueError listing what is
     missing, what is not in the model and what has another shape.
     """
