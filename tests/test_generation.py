@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
+import lota.evaluate.batching as batching
 import lota.evaluate.generation as generation
-import lota.evaluate.kv_cache as kv_cache
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate, prompt_bound
 from tests import tiny
@@ -135,7 +135,7 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
 def test_a_cache_that_cannot_give_up_rows(model, tokenizer, monkeypatch):
     stopped = Decoding(40, stop=("q",))
     expected = generate(model, tokenizer, TEXTS, stopped, batch_size=6)
-    monkeypatch.setattr(kv_cache, "SELECTABLE_LAYERS", ())
+    monkeypatch.setattr(batching, "SELECTABLE_LAYERS", ())
     assert generate(model, tokenizer, TEXTS, stopped, batch_size=6) == expected
 
 

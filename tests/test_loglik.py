@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lota.evaluate.loglik
-from lota.evaluate.kv_cache import can_drop_rows
+from lota.evaluate.batching import can_drop_rows
 from lota.evaluate.loglik import logliks
 from tests.chars import char_model
 from tests.tiny import make

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+# Subclasses carry more state (linear attention, quantised blocks), and selecting rows may leave that behind.
+SELECTABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +64,12 @@ def accepted_arguments(model: PreTrainedModel) -> set[str]:
     """Names of the arguments of the model's forward, of the model itself if a wrapper hides them."""
     inner = getattr(model, "get_base_model", lambda: model)()
     return set(inspect.signature(inner.forward).parameters)
+
+
+def can_drop_rows(cache: object) -> bool:
+    """Whether single rows of a model's cache can be kept; None, no cache yet, has nothing to drop."""
+    layers = getattr(cache, "layers", [None])
+    return cache is None or all(type(layer) in SELECTABLE_LAYERS for layer in layers)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:

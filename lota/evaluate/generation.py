@@ -15,9 +15,15 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.data.batches import Prompt
-from lota.evaluate.batching import accepted_arguments, first_token, in_batches, padded, reading_only
+from lota.evaluate.batching import (
+    accepted_arguments,
+    can_drop_rows,
+    first_token,
+    in_batches,
+    padded,
+    reading_only,
+)
 from lota.evaluate.decoding import Decoding, StopCheck, choose, decode, uniforms
-from lota.evaluate.kv_cache import can_drop_rows, give_room
 
 
 def generate(
@@ -171,12 +177,8 @@ class _Batch:
         )
         first, self.cache = self.cache is None, getattr(output, "past_key_values", None)
         logits = output.logits[:, -1].float()
-        if first:
-            if logits.isnan().any():
-                raise ValueError(
-                    "the model's scores are not numbers (NaN): its weights or its dtype are broken"
-                )
-            give_room(self.cache)
+        if first and logits.isnan().any():
+            raise ValueError("the model's scores are not numbers (NaN): its weights or its dtype are broken")
         return logits
 
     def extend(self, chosen: Tensor, going: list[bool]) -> None:

@@ -11,8 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.data.batches import Prompt
-from lota.evaluate.batching import accepted_arguments, first_token, in_batches, padded, reading_only
-from lota.evaluate.kv_cache import can_drop_rows
+from lota.evaluate.batching import (
+    accepted_arguments,
+    can_drop_rows,
+    first_token,
+    in_batches,
+    padded,
+    reading_only,
+)
 
 UNLIMITED = 2048  # tokens of a window where the model sets no limit
 WORTH_SHARING = 0.2  # share of a batch's tokens that reading contexts once must save; it costs a second pass
