@@ -6,6 +6,12 @@ product of the same kind. For other masks, on a CPU, the product goes to one scr
 share; if very few entries are kept, only those are computed (`torch.sparse.sampled_addmm`: at 1 % kept 3
 times faster than the dense product, no faster from about 5 % on).
 
+    product     for                                         on          computes
+    _Lines      whole rows or columns                       any device  (lines, width) or (height, lines)
+    _Sampled    fp32, at most SAMPLED_DENSITY of a weight   CPU         the kept entries, (kept,)
+    _Gathered   other masks                                 CPU         (height, width) in a shared buffer
+    autograd    all other weights                           any device  (height, width) in memory of its own
+
 To autograd the weight stays a leaf like any other. The backward of a layer adds the compact gradient to what
 the optimizer holds for the running pass and returns an empty sparse tensor as the weight's gradient, so the
 weight's post-accumulate hook runs exactly once per pass, after every use of the weight, and does not run
@@ -17,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +57,7 @@ class _CompactLinear(torch.autograd.Function):
         if not transposed:
             return F.linear(x, weight, bias)
         # what transformers' Conv1D computes, by the same operation
+        assert bias is not None  # every Conv1D has one
         flat = torch.addmm(bias, x.reshape(-1, weight.shape[0]), weight)
         return flat.view(*x.shape[:-1], weight.shape[1])
 
@@ -89,15 +96,14 @@ def _weight_gradient(ctx: Any, a: Tensor, b: Tensor) -> Tensor | None:
         return a.t() @ b
     ctx.put_aside(a, b)
     shape = (a.shape[1], b.shape[1])
-    return torch.sparse_coo_tensor(size=shape, dtype=a.dtype, device=a.device, check_invariants=False)
+    return torch.sparse_coo_tensor(  # type: ignore[call-arg]  # torch's stub wants indices and values
+        size=shape, dtype=a.dtype, device=a.device, check_invariants=False
+    )
 
 
-class _Product(Protocol):
-    """a^T b at the kept positions of the weight, in their order: (tokens, height), (tokens, width) -> (kept,)
-    in fp32.
-    """
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
+# What computes a^T b at the kept positions of a weight (height, width), in their order:
+# (tokens, height), (tokens, width) -> (kept,) in fp32.
+_Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Lines:
@@ -108,9 +114,10 @@ class _Lines:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         if self.axis == 0:
-            a = a.index_select(1, self.lines)
+            a = a.index_select(1, self.lines)  # (tokens, lines)
         else:
             b = b.index_select(1, self.lines)
+        # (lines, width) row by row, or (height, lines): either is the order of the kept positions
         return torch.mm(a.t(), b).view(-1).float()
 
     @classmethod
@@ -168,11 +175,12 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
     the CPU only if whole rows or columns are kept. Other parameters, such as stacks of experts, stay
     autograd's. Returns a function that undoes it.
     """
-    suitable = [m for m in model.modules() if _is_suitable(m, optimizer)]
-    products = _products(list(dict.fromkeys(m.weight for m in suitable)), optimizer)
-    chosen = [m for m in suitable if m.weight in products]
+    layers = [m for m in model.modules() if _is_plain_linear(m) and m.weight in optimizer.names]
+    kept = {m.weight: found for m in layers if (found := optimizer.positions(m.weight)) is not None}
+    products = _products(kept)
+    chosen = [m for m in layers if m.weight in products]
     for module in chosen:
-        module.forward = _forward(module, optimizer, products[module.weight])
+        module.forward = _forward(module, optimizer, products[module.weight])  # type: ignore[method-assign]
 
     def undo() -> None:
         for module in chosen:
@@ -181,43 +189,37 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
     return undo
 
 
-def _is_suitable(module: nn.Module, optimizer: MaskedOptimizer) -> bool:
-    if (type(module) is not nn.Linear and not is_conv1d(module)) or "forward" in vars(module):
-        return False
-    return module.weight in optimizer.names and optimizer.positions(module.weight) is not None
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """nn.Linear itself, or Conv1D, which has the same attributes; with no other forward attached."""
+    return (type(module) is nn.Linear or is_conv1d(module)) and "forward" not in vars(module)
 
 
-def _products(weights: list[nn.Parameter], optimizer: MaskedOptimizer) -> dict[nn.Parameter, _Product]:
-    """How each weight's kept gradient is computed, if that beats autograd.
+def _products(kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, _Product]:
+    """How each weight's kept gradient is computed, if that beats autograd. kept: weight -> flat positions.
 
     Scratch buffers are as large as the largest weight needs, one per dtype.
     """
-    lines = {w: _Lines.of(optimizer.positions(w), w.shape) for w in weights}
-    scattered = [w for w in weights if lines[w] is None and w.device.type == "cpu"]
-    sampled = {w for w in scattered if w.dtype == torch.float32 and _density(w, optimizer) <= SAMPLED_DENSITY}
-    zeros = torch.zeros(max((optimizer.positions(w).numel() for w in sampled), default=0))
-    gathered = [w for w in scattered if w not in sampled]
+    products: dict[nn.Parameter, _Product] = {
+        w: lines for w, positions in kept.items() if (lines := _Lines.of(positions, w.shape)) is not None
+    }
+    scattered = {w: p for w, p in kept.items() if w not in products and w.device.type == "cpu"}
+    sampled = {
+        w: p
+        for w, p in scattered.items()
+        if w.dtype == torch.float32 and p.numel() / w.numel() <= SAMPLED_DENSITY
+    }
+    gathered = {w: p for w, p in scattered.items() if w not in sampled}
+    zeros = torch.zeros(max((p.numel() for p in sampled.values()), default=0))
     scratch = {
         dtype: torch.empty(max(w.numel() for w in gathered if w.dtype == dtype), dtype=dtype)
         for dtype in {w.dtype for w in gathered}
     }
-    products: dict[nn.Parameter, _Product] = {
-        w: product for w, product in lines.items() if product is not None
-    }
-    for w in scattered:
-        positions = optimizer.positions(w)
-        if w in sampled:
-            products[w] = _Sampled(positions, w.shape, zeros)
-        else:
-            products[w] = _Gathered(positions, w.shape, scratch[w.dtype])
+    products |= {w: _Sampled(p, w.shape, zeros) for w, p in sampled.items()}
+    products |= {w: _Gathered(p, w.shape, scratch[w.dtype]) for w, p in gathered.items()}
     return products
 
 
-def _density(weight: nn.Parameter, optimizer: MaskedOptimizer) -> float:
-    return optimizer.positions(weight).numel() / weight.numel()
-
-
-def _forward(module: nn.Module, optimizer: MaskedOptimizer, product: _Product) -> Callable[[Tensor], Tensor]:
+def _forward(module: nn.Linear, optimizer: MaskedOptimizer, product: _Product) -> Callable[[Tensor], Tensor]:
     """A forward bound to the module, so that a deep copy's is bound to the copy.
 
     It computes as the layer's class does whenever the layer no longer is what the product was made for:

@@ -1,13 +1,20 @@
 """Machinery shared by the masked optimizers: state for kept entries only, gather, clip, update, write back.
 
-Per kept entry the state is an int32 position, the rule's fp32 buffers and, where the weight is not fp32, an
-fp32 master value.
+What a parameter's state holds, by key:
+
+    positions      int32 (kept,), ascending, in the flattened parameter; absent if all its entries are kept
+    master         fp32 (kept,), the exact values; absent if the parameter itself is fp32
+    square_avg...  fp32 (kept,), the buffers of the update rule
+    step           updates made so far
+
+An update of a parameter goes: gather its gradient's kept entries into an fp32 tensor (kept,), sum over the
+passes of an accumulation, clip, update the values (kept,), write them back into the parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -37,8 +44,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
     unknown strategy or when nothing would train.
     """
 
-    buffers: tuple[str, ...] = ()
-
     def __init__(
         self,
         model: nn.Module | Iterable[tuple[str, nn.Parameter]],
@@ -53,14 +58,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if mask is not None:
             mask.check({name: p.shape for name, p in named})
         self.grad_norm_strategy = grad_norm_strategy
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.model = model if isinstance(model, nn.Module) else None
-        self.names: dict[nn.Parameter, str] = {}
+        self.names: dict[nn.Parameter, str] = {}  # of the parameters that train
         self.fused = False
         self._accumulation = 1
         self._pending: dict[nn.Parameter, tuple[Tensor, int]] = {}  # summed gradient, passes it came from
         self._aside: dict[nn.Parameter, tuple[int, Tensor]] = {}  # autograd's number of the pass, gradient
-        self._square_norms: list[Tensor] = []
+        self._square_norms: list[Tensor] = []  # of the gradients since the last step, before clipping
         self._grad_norm: Tensor | None = None
         for name, p in named:
             kept = mask.kept(name) if mask is not None else (p.numel() if p.requires_grad else 0)
@@ -84,18 +89,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state["positions"] = positions.to(device=p.device, dtype=dtype)
         if p.dtype != torch.float32:
             state["master"] = self.working_values(p).float()
-        n = state["positions"].numel() if "positions" in state else p.numel()
-        group = self._group_of(p)
-        for name in self._buffer_names(group):
-            state[name] = torch.zeros(n, dtype=torch.float32, device=p.device)
+        for name in self._buffer_names(self._group_of(p)):
+            state[name] = torch.zeros(self._n_kept(p), dtype=torch.float32, device=p.device)
         state["step"] = 0
 
     # What a rule defines
 
     def _buffer_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self.buffers
+        """Keys of the rule's buffers in the state."""
+        raise NotImplementedError
 
     def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Change values (kept,) and the state's buffers in place."""
         raise NotImplementedError
 
     # Reading
@@ -107,22 +112,20 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Backward passes per update when fused; 1 otherwise: then the caller's loop decides."""
+        """Backward passes per update if fused; 1 otherwise: then the caller's loop decides."""
         return self._accumulation
 
     @property
     def grad_norm(self) -> float:
-        """Global norm of the trained entries' gradient before clipping, as of the last `step()`; nan
-        before it.
-        """
-        return float("nan") if self._grad_norm is None else float(self._grad_norm)
+        """Global norm of the trained gradient before clipping, as of the last `step()`; nan before it."""
+        return math.nan if self._grad_norm is None else float(self._grad_norm)
 
     def positions(self, p: nn.Parameter) -> Tensor | None:
-        """Flat kept positions of a trained parameter; None where all its entries are kept."""
+        """Flat kept positions of a trained parameter; None if all its entries are kept."""
         return self.state[p].get("positions")
 
-    def kept_values(self) -> Iterable[tuple[str, Tensor | None, Tensor]]:
-        """(name, flat positions or None where all are kept, fp32 values) of every trained parameter."""
+    def kept_values(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+        """(name, flat positions or None if all are kept, fp32 values) of every trained parameter."""
         for p, name in self.names.items():
             state = self.state[p]
             values = state["master"] if "master" in state else self.working_values(p)
@@ -130,8 +133,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of positions, masters and buffers."""
-        tensors = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for state in self.state.values() for t in state.values() if torch.is_tensor(t))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -146,7 +148,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
     # Steps
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(  # type: ignore[override]  # torch's stub has an overload for either kind of closure
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """Apply what has not been applied yet.
 
         Deferred: all gradients. Fused: the clipping and updates that had to wait for the end of the
@@ -167,39 +171,42 @@ class MaskedOptimizer(torch.optim.Optimizer):
             grad, _ = self._pending.pop(p)
             self._apply(p, grad if scale is None else grad.mul_(scale))
         if self._square_norms:
-            self._grad_norm = (
-                torch.stack([n.to(self._square_norms[0].device) for n in self._square_norms]).sum().sqrt()
-            )
+            device = self._square_norms[0].device
+            self._grad_norm = torch.stack([n.to(device) for n in self._square_norms]).sum().sqrt()
         self._square_norms = []
         return loss
 
     def put_aside(self, p: nn.Parameter, grad: Tensor) -> None:
         """Keep a part of p's compact fp32 gradient (kept,) until the running backward pass has all of it."""
         number = torch._C._current_graph_task_id()
-        before, total = self._aside.get(p, (None, None))
+        before = self._aside.get(p)
         # what another pass left here died with it: an error stopped that pass before p's hook
-        self._aside[p] = (number, grad if before != number else total.add_(grad))
+        if before is not None and before[0] == number:
+            grad = before[1].add_(grad)
+        self._aside[p] = (number, grad)
 
     @torch.no_grad()
     def receive(self, p: nn.Parameter) -> None:
         """Take over p.grad: gather its kept entries, add what compact layers put aside; fused: free it."""
+        whole = p.grad
+        assert whole is not None  # hooks run once it is there
         aside = self._aside.pop(p, None)
         if aside is not None and aside[0] == torch._C._current_graph_task_id():
             grad = aside[1]
-            if not p.grad.is_sparse:  # something else than compact layers used the weight too
-                grad = grad.add_(self._gathered_gradient(p))
+            if not whole.is_sparse:  # something else than compact layers used the weight too
+                grad = grad.add_(self._gathered(p, whole))
         else:
-            grad = self._gathered_gradient(p)
+            grad = self._gathered(p, whole)
         if self.fused:
             p.grad = None
         self.accumulate(p, grad)
 
-    def _gathered_gradient(self, p: nn.Parameter) -> Tensor:
-        """The kept entries of p.grad in fp32, (kept,); unless fused, in memory of their own."""
-        grad = (p.grad.to_dense() if p.grad.is_sparse else p.grad).reshape(-1)
+    def _gathered(self, p: nn.Parameter, whole: Tensor) -> Tensor:
+        """The kept entries of a whole gradient in fp32, (kept,); unless fused, in memory of their own."""
+        flat = (whole.to_dense() if whole.is_sparse else whole).reshape(-1)
         if "positions" in self.state[p]:
-            return grad.index_select(0, self.state[p]["positions"]).float()
-        return grad.float() if self.fused or grad.dtype != torch.float32 else grad.clone()
+            return flat.index_select(0, self.state[p]["positions"]).float()
+        return flat.float() if self.fused or flat.dtype != torch.float32 else flat.clone()
 
     def forget_gradients(self) -> None:
         """Drop gradients that no update has used yet."""
@@ -207,29 +214,27 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._aside.clear()
 
     def accumulate(self, p: nn.Parameter, grad: Tensor) -> None:
-        """Add a compact fp32 gradient (kept,); update when it is complete and no other tensor's norm is
-        needed.
-        """
-        total, count = self._pending.pop(p, (None, 0))
-        grad = grad if total is None else total.add_(grad)
+        """Add a pass's compact fp32 gradient (kept,); update if it is complete and needs no other's norm."""
+        before, count = self._pending.pop(p, (None, 0))
+        total = grad if before is None else before.add_(grad)
         if count + 1 < self._accumulation or self.grad_norm_strategy == "global":
-            self._pending[p] = (grad, count + 1)
+            self._pending[p] = (total, count + 1)
         else:
-            self._apply(p, grad)
+            self._apply(p, total)
 
     def _apply(self, p: nn.Parameter, grad: Tensor) -> None:
-        if self.grad_norm_strategy != "global":
+        """Clip the complete gradient (kept,), update the kept values, write them back."""
+        if self.grad_norm_strategy != "global":  # `step` has measured and clipped those
             norm = torch.linalg.vector_norm(grad)
             self._square_norms.append(norm.square())
             limit = self._tensor_limit()
             if limit is not None:
                 grad.mul_((limit / (norm + _CLIP_EPS)).clamp(max=1.0))
-        state, group = self.state[p], self._group_of(p)
+        state = self.state[p]
         state["step"] += 1
-        in_place = "positions" not in state and p.dtype == torch.float32
         values = self._current_values(p)
-        self._update(values, grad, state, group)
-        if not in_place:
+        self._update(values, grad, state, self._group_of(p))
+        if "positions" in state or p.dtype != torch.float32:  # else `values` is the parameter itself
             self.write(p, values)
 
     def _tensor_limit(self) -> float | None:
@@ -240,12 +245,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return None
 
     def _global_scale(self) -> Tensor | None:
+        """What `global` clipping multiplies all gradients with; None if it does not apply."""
         if self.grad_norm_strategy != "global" or not self._pending:
             return None
         device = next(iter(self._pending)).device
-        in_order = (
-            self._pending[p][0] for p in self.names if p in self._pending
-        )  # the same sum in either mode
+        in_order = (self._pending[p][0] for p in self.names if p in self._pending)  # one sum in either mode
         norms = [torch.linalg.vector_norm(grad).to(device) for grad in in_order]
         self._square_norms = [norm.square() for norm in norms]
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -254,9 +258,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
     # Kept entries of a parameter
 
     def working_values(self, p: nn.Parameter) -> Tensor:
-        """Kept entries of the parameter itself, (kept,); a view where all are kept."""
+        """Kept entries of the parameter itself, (kept,); a view if all are kept."""
         flat = p.detach().view(-1)
-        positions = self.state[p].get("positions")
+        positions = self.positions(p)
         return flat if positions is None else flat.index_select(0, positions)
 
     def _current_values(self, p: nn.Parameter) -> Tensor:
@@ -278,7 +282,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def write(self, p: nn.Parameter, values: Tensor) -> None:
         """Set the parameter's kept entries, rounding to its dtype; a master stays as it is."""
-        positions = self.state[p].get("positions")
+        positions = self.positions(p)
         flat = p.detach().view(-1)
         if positions is None:
             flat.copy_(values)
@@ -286,7 +290,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             flat.scatter_(0, positions.long(), values.to(p.dtype))
 
     def _n_kept(self, p: nn.Parameter) -> int:
-        positions = self.state[p].get("positions")
+        positions = self.positions(p)
         return p.numel() if positions is None else positions.numel()
 
     def _group_of(self, p: nn.Parameter) -> dict[str, Any]:
@@ -299,7 +303,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore positions and fp32 state unchanged (torch's default casts state to the parameter's dtype).
 
-        Raises ValueError when the state belongs to another mask, another set of parameters or another rule.
+        Raises ValueError if the state belongs to another mask, another set of parameters or another rule.
         """
         groups = state_dict["param_groups"]
         loaded = [index for group in groups for index in group["params"]]
@@ -318,12 +322,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if saved is None or set(saved) != set(current):
             found = sorted(saved) if saved else "nothing"
             raise ValueError(f"optimizer state of {name}: expected {sorted(current)}, found {found}")
-        state = {k: v.to(p.device).clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+        state = {k: v.to(p.device).clone() if torch.is_tensor(v) else v for k, v in saved.items()}
         for key, value in current.items():
-            if isinstance(value, Tensor) and (state[key].shape, state[key].dtype) != (
-                value.shape,
-                value.dtype,
-            ):
+            if torch.is_tensor(value) and (state[key].shape, state[key].dtype) != (value.shape, value.dtype):
                 raise ValueError(
                     f"optimizer state of {name}: {key} is {tuple(state[key].shape)} {state[key].dtype}, "
                     f"expected {tuple(value.shape)} {value.dtype}: it belongs to another mask"
@@ -352,10 +353,10 @@ def _clear_frozen_gradients(p: nn.Parameter, optimizer: MaskedOptimizer) -> None
     @torch.no_grad()
     def hook(p: nn.Parameter) -> None:
         alive = list(optimizers)
-        if not alive or any(other.fused for other in alive) or p.grad.is_sparse:
+        if not alive or any(other.fused for other in alive) or p.grad is None or p.grad.is_sparse:
             return
         flat = p.grad.view(-1)
-        kept = [other.positions(p) for other in alive]
+        kept = [other.state[p]["positions"] for other in alive]
         values = [flat.index_select(0, positions) for positions in kept]
         flat.zero_()
         for positions, gradient in zip(kept, values, strict=True):

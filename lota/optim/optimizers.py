@@ -1,4 +1,4 @@
-"""Optimizers that train only the entries a mask keeps: pure update rules, a class for each, learning rates.
+"""Optimizers that train only the entries a mask keeps: pure update rules, learning rates, and the classes.
 
 The rules are functions on 1-D fp32 tensors of shape (kept,): values and state buffers are changed in place,
 nothing is read elsewhere. Their arithmetic follows `torch.optim`'s single-tensor implementations term by
@@ -11,12 +11,15 @@ into the backward pass (`lota.fuse_in_backward`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lota.masks import Mask
 from lota.optim.masked import MaskedOptimizer
+
+Parameters = nn.Module | Iterable[tuple[str, nn.Parameter]]  # see `MaskedOptimizer`
 
 
 def rmsprop_update_(
@@ -88,115 +91,14 @@ def sgd_update_(
     values.add_(grad, alpha=-lr)
 
 
-class MaskedRMSprop(MaskedOptimizer):
-    """RMSprop on the kept entries; the method's default optimizer. Arguments as in `torch.optim.RMSprop`."""
-
-    def __init__(
-        self,
-        model,
-        mask: Mask | None = None,
-        lr: float = 1e-5,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
-        **clipping: Any,
-    ):
-        super().__init__(
-            model, mask, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, **clipping
-        )
-
-    def _buffer_names(self, group):
-        return ("square_avg", "momentum_buffer") if group["momentum"] else ("square_avg",)
-
-    def _update(self, values, grad, state, group):
-        rmsprop_update_(
-            values,
-            grad,
-            state["square_avg"],
-            state.get("momentum_buffer"),
-            lr=group["lr"],
-            alpha=group["alpha"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-        )
-
-
-class MaskedAdamW(MaskedOptimizer):
-    """AdamW on the kept entries. Arguments as in `torch.optim.AdamW`, with weight decay 0 by default."""
-
-    buffers = ("exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self,
-        model,
-        mask: Mask | None = None,
-        lr: float = 1e-5,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        **clipping: Any,
-    ):
-        super().__init__(
-            model, mask, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **clipping
-        )
-
-    def _update(self, values, grad, state, group):
-        adamw_update_(
-            values,
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            step=state["step"],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-
-
-class MaskedSGD(MaskedOptimizer):
-    """SGD on the kept entries. Arguments as in `torch.optim.SGD`."""
-
-    def __init__(
-        self,
-        model,
-        mask: Mask | None = None,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        **clipping: Any,
-    ):
-        super().__init__(model, mask, lr=lr, momentum=momentum, weight_decay=weight_decay, **clipping)
-
-    def _buffer_names(self, group):
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _update(self, values, grad, state, group):
-        sgd_update_(
-            values,
-            grad,
-            state.get("momentum_buffer"),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-        )
-
-
-OPTIMIZERS: dict[str, type[MaskedOptimizer]] = {
-    "RMSprop": MaskedRMSprop,
-    "AdamW": MaskedAdamW,
-    "SGD": MaskedSGD,
-}
-
 SCHEDULERS = ("constant", "linear", "cosine")
 
 
 def learning_rate(step: int, *, peak: float, scheduler: str, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up to `peak`, then the scheduler.
+    """Returns the learning rate of optimizer step `step` (from 0): nothing to save, nothing to restore.
 
-    `constant` stays at the peak; `linear` and `cosine` fall to 0 at total_steps.
+    Linear warm-up to `peak`, then the scheduler: `constant` stays there, `linear` and `cosine` fall to 0 at
+    total_steps.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -206,3 +108,81 @@ def learning_rate(step: int, *, peak: float, scheduler: str, warmup_steps: int, 
     if scheduler == "linear":
         return peak * max(0.0, 1.0 - progress)
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+class MaskedRMSprop(MaskedOptimizer):
+    """RMSprop on the kept entries; the method's default optimizer. Arguments as in `torch.optim.RMSprop`."""
+
+    def __init__(
+        self,
+        model: Parameters,
+        mask: Mask | None = None,
+        lr: float = 1e-5,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        **clipping: Any,
+    ):
+        settings = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(model, mask, **settings, **clipping)
+
+    def _buffer_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("square_avg", "momentum_buffer") if group["momentum"] else ("square_avg",)
+
+    def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        settings = {key: group[key] for key in ("lr", "alpha", "eps", "weight_decay", "momentum")}
+        rmsprop_update_(values, grad, state["square_avg"], state.get("momentum_buffer"), **settings)
+
+
+class MaskedAdamW(MaskedOptimizer):
+    """AdamW on the kept entries. Arguments as in `torch.optim.AdamW`, with weight decay 0 by default."""
+
+    def __init__(
+        self,
+        model: Parameters,
+        mask: Mask | None = None,
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **clipping: Any,
+    ):
+        settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(model, mask, **settings, **clipping)
+
+    def _buffer_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        adamw_update_(values, grad, state["exp_avg"], state["exp_avg_sq"], step=state["step"], **settings)
+
+
+class MaskedSGD(MaskedOptimizer):
+    """SGD on the kept entries. Arguments as in `torch.optim.SGD`."""
+
+    def __init__(
+        self,
+        model: Parameters,
+        mask: Mask | None = None,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        **clipping: Any,
+    ):
+        super().__init__(model, mask, lr=lr, momentum=momentum, weight_decay=weight_decay, **clipping)
+
+    def _buffer_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        settings = {key: group[key] for key in ("lr", "weight_decay", "momentum")}
+        sgd_update_(values, grad, state.get("momentum_buffer"), **settings)
+
+
+OPTIMIZERS: dict[str, type[MaskedOptimizer]] = {
+    "RMSprop": MaskedRMSprop,
+    "AdamW": MaskedAdamW,
+    "SGD": MaskedSGD,
+}
