@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,23 +175,23 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
     the CPU only if whole rows or columns are kept. Other parameters, such as stacks of experts, stay
     autograd's. Returns a function that undoes it.
     """
-    layers = [m for m in model.modules() if _is_plain_linear(m) and m.weight in optimizer.names]
-    kept = {m.weight: found for m in layers if (found := optimizer.positions(m.weight)) is not None}
+    weights: dict[nn.Module, nn.Parameter] = {}  # of plain linear layers
+    for module in model.modules():
+        is_linear = type(module) is nn.Linear or is_conv1d(module)
+        if is_linear and "forward" not in vars(module) and isinstance(module.weight, nn.Parameter):
+            weights[module] = module.weight
+    trained = (weight for weight in weights.values() if weight in optimizer.names)
+    kept = {weight: found for weight in trained if (found := optimizer.positions(weight)) is not None}
     products = _products(kept)
-    chosen = [m for m in layers if m.weight in products]
-    for module in chosen:
-        module.forward = _forward(module, optimizer, products[module.weight])  # type: ignore[method-assign]
+    chosen = {module: weight for module, weight in weights.items() if weight in products}
+    for module, weight in chosen.items():
+        module.forward = _forward(module, weight, optimizer, products[weight])
 
     def undo() -> None:
         for module in chosen:
             del module.forward
 
     return undo
-
-
-def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """nn.Linear itself, or Conv1D, which has the same attributes; with no other forward attached."""
-    return (type(module) is nn.Linear or is_conv1d(module)) and "forward" not in vars(module)
 
 
 def _products(kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, _Product]:
@@ -219,15 +219,16 @@ def _products(kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, _Product]:
     return products
 
 
-def _forward(module: nn.Linear, optimizer: MaskedOptimizer, product: _Product) -> Callable[[Tensor], Tensor]:
+def _forward(
+    module: nn.Module, weight: nn.Parameter, optimizer: MaskedOptimizer, product: _Product
+) -> Callable[[Tensor], Tensor]:
     """A forward bound to the module, so that a deep copy's is bound to the copy.
 
     It computes as the layer's class does whenever the layer no longer is what the product was made for:
     another weight stands in its place (a deep copy, `functional_call`, pruning, tying), the model was moved
     or cast, or autocast or functorch transforms the computation.
     """
-    weight, transposed = module.weight, is_conv1d(module)
-    device, dtype = weight.device, weight.dtype
+    device, dtype, transposed = weight.device, weight.dtype, is_conv1d(module)
 
     def put_aside(a: Tensor, b: Tensor) -> None:
         optimizer.put_aside(weight, product(a, b))

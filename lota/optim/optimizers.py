@@ -124,8 +124,9 @@ class MaskedRMSprop(MaskedOptimizer):
         momentum: float = 0.0,
         **clipping: Any,
     ):
-        settings = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(model, mask, **settings, **clipping)
+        super().__init__(
+            model, mask, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, **clipping
+        )
 
     def _buffer_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("square_avg", "momentum_buffer") if group["momentum"] else ("square_avg",)
@@ -148,8 +149,9 @@ class MaskedAdamW(MaskedOptimizer):
         weight_decay: float = 0.0,
         **clipping: Any,
     ):
-        settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model, mask, **settings, **clipping)
+        super().__init__(
+            model, mask, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **clipping
+        )
 
     def _buffer_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
