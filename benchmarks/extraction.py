@@ -30,7 +30,7 @@ from lota.masks.extract.select import Quota, Rule, select
 from lota.models import chunks as streaming
 from lota.models.pair import ModelPair, open_pair
 from lota.models.scope import meta_model
-from lota.models.tensor_files import SafetensorsWriter
+from lota.models.tensor_files import new_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = [0.5, 0.9, 0.99]
@@ -54,17 +54,16 @@ def make_pair(folder: Path, entries: int, hidden: int = 2048, dtype: str = "floa
         path.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(path)
     parameters = dict(meta_model(paths[0]).to(getattr(torch, dtype)).named_parameters())
-    base, tuned = (SafetensorsWriter(path / "model.safetensors", parameters) for path in paths)
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in parameters.items():
-        shape = parameter.shape
-        rows = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) + 0.2
-        weight = torch.randn(shape, generator=generator) * 0.02
-        change = torch.randn(shape, generator=generator) * rows * 1e-3
-        base.put(name, weight)
-        tuned.put(name, weight + change)
-    base.close()
-    tuned.close()
+    base, tuned = (new_safetensors(path / "model.safetensors", parameters) for path in paths)
+    with base as put_base, tuned as put_tuned:
+        for name, parameter in parameters.items():
+            shape = parameter.shape
+            rows = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) + 0.2
+            weight = torch.randn(shape, generator=generator) * 0.02
+            change = torch.randn(shape, generator=generator) * rows * 1e-3
+            put_base(name, weight)
+            put_tuned(name, weight + change)
     return paths
 
 

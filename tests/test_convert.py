@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from pathlib import Path
 
@@ -211,15 +210,6 @@ def test_smaller_vocabulary(llama):
         convert_policy(base, epoch, epoch, vocab="base")
     convert_policy(base, epoch, epoch)
     assert torch.equal(logits(loaded(epoch)), logits(tuned))
-
-
-@pytest.fixture
-def full_disk():
-    """Files end at 40 KB: writing beyond raises OSError, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk_leaves_no_new_folder(llama, full_disk):

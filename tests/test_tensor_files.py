@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lota.models.tensor_files import SafetensorsWriter, header_bytes, is_delta, read_header, read_metadata
+from lota.models.tensor_files import header_bytes, is_delta, new_safetensors, read_header, read_metadata
 from lota.models.weights import open_weights
 
 DTYPES = [
@@ -42,11 +42,9 @@ def test_what_safetensors_writes_is_read(tmp_path):
 
 def test_what_we_write_is_read_by_safetensors(tmp_path):
     state = {**of_every_dtype(), "empty": torch.empty(0, 4), "scalar": torch.tensor(1.5)}
-    writer = SafetensorsWriter(tmp_path / "x.safetensors", state, {"a": "b"})
-    for name in reversed(state):
-        assert name in writer.unwritten
-        writer.put(name, state[name])
-    writer.close()
+    with new_safetensors(tmp_path / "x.safetensors", state, {"a": "b"}) as put:
+        for name in reversed(state):
+            put(name, state[name])
     found = load_file(tmp_path / "x.safetensors")
     assert set(found) == set(state)
     assert all(same_bits(found[name], value) for name, value in state.items())
@@ -56,9 +54,8 @@ def test_what_we_write_is_read_by_safetensors(tmp_path):
 def test_the_scales_of_mx_formats(tmp_path):
     """safetensors knows F8_E8M0, its torch part does not yet."""
     value = torch.arange(8, dtype=torch.uint8).view(torch.float8_e8m0fnu)
-    writer = SafetensorsWriter(tmp_path / "x.safetensors", {"x": value})
-    writer.put("x", value)
-    writer.close()
+    with new_safetensors(tmp_path / "x.safetensors", {"x": value}) as put:
+        put("x", value)
     assert same_bits(open_weights(tmp_path / "x.safetensors").read("x"), value)
 
 
@@ -67,7 +64,7 @@ def test_a_dtype_that_no_file_holds(tmp_path):
     with pytest.raises(ValueError, match=r"^x is torch\.complex128, which a safetensors file cannot hold"):
         header_bytes(state)
     with pytest.raises(ValueError, match=r"y\.safetensors cannot be written: x is torch\.complex128"):
-        SafetensorsWriter(tmp_path / "y.safetensors", state)
+        new_safetensors(tmp_path / "y.safetensors", state).__enter__()
     assert not (tmp_path / "y.safetensors").exists()
 
 

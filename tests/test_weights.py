@@ -81,7 +81,7 @@ def test_mixtral_is_stored_with_separate_experts_and_read_in_rows(tmp_path):
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert name not in on_disk
     source = open_weights(tmp_path)
-    spans = source._targets[name].source.row_spans[name]
+    spans = source._origins[name].row_spans[name]
     assert len(spans) == 22  # w1 and w3 of every expert, one span each
     expected = dict(model.named_parameters())[name].detach().reshape(-1)
     pieces = [

@@ -136,24 +136,10 @@ def _join_rows(rows: np.ndarray, first_row: Mapping[str, int], n_columns: int) -
     ]
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a parameter's values come from: one stored tensor under another name, or a conversion."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    source: str | Conversion  # name of the stored tensor, or what makes the parameter of several
-
-    @property
-    def conversion(self) -> Conversion | None:
-        """The conversion, if there is one."""
-        return None if isinstance(self.source, str) else self.source
-
-
 def translate(
     stored: Mapping[str, Shaped], model: PreTrainedModel, loaded_names: bool = False
-) -> dict[str, Target]:
-    """Parameter or buffer name of `model` -> Target.
+) -> dict[str, str | Conversion]:
+    """Parameter or buffer name of `model` -> name of its stored tensor, or what makes it of several.
 
     stored: name in the file -> shape and dtype. model: a transformers model, on the meta device is enough.
     loaded_names: the file was written from a loaded model's state dict, so that a name that the model has is
@@ -162,21 +148,20 @@ def translate(
     """
     known = model.state_dict()
     rename, converter_of, order = _transformers_mapping(model, known)
-    targets: dict[str, Target] = {}
+    origins: dict[str, str | Conversion] = {}
     conversions: dict[str, Conversion] = {}
     for name in sorted(stored, key=order):
         renamed, pattern = (name, None) if loaded_names and name in known else rename(name)
         if renamed not in known:
             continue
         if pattern is None:
-            targets[renamed] = Target(tuple(stored[name].shape), stored[name].dtype, name)
+            origins[renamed] = name
         else:
             new = Conversion(converter_of[pattern], renamed, model, stored)
             conversions.setdefault(renamed, new).sources.append((name, pattern))
     for conversion in conversions.values():
-        for name, value in conversion.results.items():
-            targets[name] = Target(tuple(value.shape), value.dtype, conversion)
-    return targets
+        origins |= dict.fromkeys(conversion.results, conversion)
+    return origins
 
 
 def _transformers_mapping(

@@ -9,10 +9,11 @@ counted from the end of the header, and may have `__metadata__`, a dict of strin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -228,37 +229,27 @@ def header_bytes(
     return text, {name: len(text) + begin for name, begin in begins.items()}
 
 
-class SafetensorsWriter:
-    """A new safetensors file: laid out when made, filled tensor by tensor in any order.
+@contextlib.contextmanager
+def new_safetensors(
+    path: Path, tensors: Mapping[str, Shaped], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """A new safetensors file; yields put(name, value), to be called once for each name, in any order.
 
-    safetensors' own save_file wants all tensors in memory in their final dtype at once.
+    Values are cast to the dtype of `tensors`, which need no memory, and written at once: safetensors' own
+    save_file wants all of them at the same time. Raises ValueError for a dtype that such files cannot hold.
     """
+    try:
+        header, begins = header_bytes(tensors, metadata)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
 
-    def __init__(self, path: Path, tensors: Mapping[str, Shaped], metadata: Mapping[str, str] | None = None):
-        try:
-            header, self._begins = header_bytes(tensors, metadata)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be written: {error}") from error
-        self._tensors = dict(tensors)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._write(memoryview(header), 0)
+    def put(name: str, value: Tensor) -> None:
+        value = value.to(tensors[name].dtype).contiguous()
+        assert tuple(value.shape) == tuple(tensors[name].shape), name
+        file.seek(begins.pop(name))
+        file.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Write a tensor to its place, in the dtype that the header says."""
-        value = value.to(self._tensors[name].dtype).contiguous()
-        assert tuple(value.shape) == tuple(self._tensors[name].shape), name
-        self._write(value.reshape(-1).view(torch.uint8).numpy().data, self._begins.pop(name))
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._handle)
-
-    @property
-    def unwritten(self) -> list[str]:
-        """Names that `put` has not been called with."""
-        return list(self._begins)
-
-    def _write(self, view: memoryview, position: int) -> None:
-        while view:
-            written = os.pwrite(self._handle, view, position)
-            view, position = view[written:], position + written
+    with open(path, "xb") as file:
+        file.write(header)
+        yield put
+        assert not begins, f"never written: {list(begins)[:5]}"

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lota.models.key_mapping import Conversion, Target, translate
+from lota.models.key_mapping import Conversion, translate
 from lota.models.policy import index_torch_file
 from lota.models.scope import meta_model
-from lota.models.tensor_files import StoredTensor, checkpoint_files, config_folder, read_header
+from lota.models.tensor_files import Shaped, StoredTensor, checkpoint_files, config_folder, read_header
 from lota.utils import first_few
 
 if TYPE_CHECKING:
@@ -42,24 +42,24 @@ class ReadUnit:
 class WeightSource:
     """The weights of one model on disk; made by `open_weights`. Reading is safe from several threads."""
 
-    def __init__(self, id: str, stored: Mapping[str, StoredTensor], targets: Mapping[str, Target]):
+    def __init__(self, id: str, stored: Mapping[str, StoredTensor], origins: Mapping[str, str | Conversion]):
         self.id = id  # the path or hub id that was opened
         self.stored = dict(stored)  # stored name -> place in its file, parameters or not
-        self._targets = dict(targets)  # parameter name -> where its values come from
+        self._origins = dict(origins)  # parameter name -> its stored name, or what makes it of several
         self._files: dict[Path, int] = {}  # open files' handles
         self._converted: tuple[Conversion | None, dict[str, Tensor]] = (None, {})  # the last one converted
         self._lock = threading.RLock()
         self.close = weakref.finalize(self, _close_all, self._files)
 
     def __repr__(self) -> str:
-        return f"WeightSource({self.id!r}, {len(self._targets)} tensors)"
+        return f"WeightSource({self.id!r}, {len(self._origins)} tensors)"
 
     def __contains__(self, name: str) -> bool:
-        return name in self._targets
+        return name in self._origins
 
     def names(self) -> list[str]:
         """Parameter names of the loaded model in its order, a tied one once."""
-        return list(self._targets)
+        return list(self._origins)
 
     @property
     def unused(self) -> dict[str, tuple[int, ...]]:
@@ -70,34 +70,38 @@ class WeightSource:
     def units(self) -> list[ReadUnit]:
         """Which stored tensors belong to which parameters, in the order of names."""
         found: dict[str | Conversion, ReadUnit] = {}
-        for name, target in self._targets.items():
-            if isinstance(target.source, str):
-                found[target.source] = ReadUnit([name], [target.source], converted=False)
+        for name, origin in self._origins.items():
+            if isinstance(origin, str):
+                found[origin] = ReadUnit([name], [origin], converted=False)
             else:
-                unit = ReadUnit([], target.source.stored_names, converted=True)
-                found.setdefault(target.source, unit).parameters.append(name)
+                unit = ReadUnit([], origin.stored_names, converted=True)
+                found.setdefault(origin, unit).parameters.append(name)
         return list(found.values())
 
     @property
     def n_entries(self) -> int:
         """Of all parameters."""
-        return sum(self.numel(name) for name in self._targets)
+        return sum(self.numel(name) for name in self._origins)
 
     @property
     def main_dtype(self) -> torch.dtype:
         """The dtype of most entries."""
         entries: Counter[torch.dtype] = Counter()
-        for name in self._targets:
+        for name in self._origins:
             entries[self.dtype(name)] += self.numel(name)
         return entries.most_common(1)[0][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The parameter's shape in the loaded model."""
-        return self._targets[name].shape
+        return tuple(self._form(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """The parameter's dtype in the file."""
-        return self._targets[name].dtype
+        return self._form(name).dtype
+
+    def _form(self, name: str) -> Shaped:
+        origin = self._origins[name]
+        return self.stored[origin] if isinstance(origin, str) else origin.results[name]
 
     def numel(self, name: str) -> int:
         """Entries of the parameter."""
@@ -112,13 +116,13 @@ class WeightSource:
 
         In its own memory, or, if that saves a copy, in `out` (uint8, as many bytes as asked for).
         """
-        source = self._targets[name].source
-        if isinstance(source, str):
-            return self._read_part(self.stored[source], start, stop, out)
+        origin = self._origins[name]
+        if isinstance(origin, str):
+            return self._read_part(self.stored[origin], start, stop, out)
         with self._lock:
-            spans = source.row_spans.get(name)
+            spans = origin.row_spans.get(name)
         if spans is None:
-            return self._convert(source)[name].reshape(-1)[start:stop].clone()
+            return self._convert(origin)[name].reshape(-1)[start:stop].clone()
         # Of every span its overlap with [start, stop), at the place in the file that the span says.
         parts = []
         for span in spans:
@@ -182,10 +186,15 @@ def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = N
         stored.update(index)
     if model is None and folder is not None and config_folder(folder):
         model = meta_model(folder)
-    if model is None:
-        return WeightSource(str(path), stored, _untied(stored))
-    targets = translate(stored, model, loaded_names=folder is None)
-    return WeightSource(str(path), stored, _parameters(targets, model))
+    if model is None:  # every stored tensor under its own name; of several names for the same bytes the first
+        first = {tensor: name for name, tensor in reversed(stored.items())}
+        return WeightSource(str(path), stored, {name: name for name in stored if first[stored[name]] == name})
+    origins = translate(stored, model, loaded_names=folder is None)
+    names_of: dict[int, list[str]] = {}  # of each parameter: a tied one is stored under any of its names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    held = {names[0]: [origins[name] for name in names if name in origins] for names in names_of.values()}
+    return WeightSource(str(path), stored, {name: found[0] for name, found in held.items() if found})
 
 
 def refuse_misfit(
@@ -209,30 +218,6 @@ def refuse_misfit(
     if lines:
         last = [f"  {remedy}"] if remedy else []
         raise ValueError("\n".join([f"{source} does not belong to {partner}:", *lines, *last]))
-
-
-def _parameters(targets: Mapping[str, Target], model: PreTrainedModel) -> dict[str, Target]:
-    """The targets of `named_parameters()`; a tied parameter may be stored under any of its names."""
-    names_of: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
-    found = {}
-    for names in names_of.values():
-        stored = next((name for name in names if name in targets), None)
-        if stored is not None:
-            found[names[0]] = targets[stored]
-    return found
-
-
-def _untied(stored: Mapping[str, StoredTensor]) -> dict[str, Target]:
-    """Every stored tensor under its own name; of several names for the same bytes the first."""
-    seen: set[StoredTensor] = set()
-    targets = {}
-    for name, tensor in stored.items():
-        if tensor not in seen:
-            targets[name] = Target(tensor.shape, tensor.dtype, name)
-        seen.add(tensor)
-    return targets
 
 
 def _close_all(files: dict[Path, int]) -> None:

@@ -7,12 +7,12 @@ under the loaded model's names.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lota.models.loading import tied_names
 from lota.models.scope import meta_model
-from lota.models.tensor_files import SafetensorsWriter, Shaped, config_folder
+from lota.models.tensor_files import Shaped, config_folder, new_safetensors
 from lota.models.weights import ReadUnit, WeightSource, open_weights
 from lota.share.hf_folder import TOKENIZER_FILES, copy_small_files
 
@@ -66,9 +66,9 @@ def write_weights(
         name: _Form(dtypes.get(name, dtype) if v.is_floating_point() else v.dtype, tuple(v.shape))
         for name, v in state.items()
     }
-    with _Shards(folder, forms, max_shard_size) as shards:
+    with _new_shards(folder, forms, max_shard_size) as put:
         for name in forms:
-            shards.put(name, state.pop(name))
+            put(name, state.pop(name))
 
 
 def open_folder(path: str | os.PathLike[str]) -> tuple[WeightSource, PreTrainedModel]:
@@ -107,13 +107,13 @@ def write_like(
     copied = [name for name in source.unused if name not in tied_names(model)]
     units = sorted(source.units(), key=lambda unit: min(unit.stored))
     order = [name for unit in units for name in unit.stored] + copied
-    with _Shards(folder, {name: source.stored[name] for name in order}, max_shard_size) as shards:
+    with _new_shards(folder, {name: source.stored[name] for name in order}, max_shard_size) as put:
         for unit in units:
             values = {name: value_of(name) for name in unit.parameters}
             for name, value in _on_disk(model, values, unit).items():
-                shards.put(name, value)
+                put(name, value)
         for name in copied:
-            shards.put(name, source.read_stored(name))
+            put(name, source.read_stored(name))
     copy_small_files(base, (*CONFIG_FILES, *TOKENIZER_FILES), folder)
 
 
@@ -139,36 +139,25 @@ def _on_disk(model: PreTrainedModel, values: Mapping[str, Tensor], unit: ReadUni
     return {unit.stored[0]: values[unit.parameters[0]]}
 
 
-class _Shards:
-    """The weight files of a folder, and their index if there are several; filled tensor by tensor."""
-
-    def __init__(self, folder: Path, tensors: Mapping[str, Shaped], max_shard_size: str):
-        plan = split_state_dict_into_shards_factory(
-            dict(tensors),
-            get_storage_size=lambda tensor: math.prod(tensor.shape) * tensor.dtype.itemsize,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        self._file_of: dict[str, SafetensorsWriter] = {}
+@contextlib.contextmanager
+def _new_shards(
+    folder: Path, tensors: Mapping[str, Shaped], max_shard_size: str
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """The weight files of a folder, and their index if there are several; yields put(name, value)."""
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * tensor.dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        put_of: dict[str, Callable[[str, Tensor], None]] = {}  # name -> put of its file
         for file, names in plan.filename_to_tensors.items():
             # transformers reads the metadata: "pt" says that the tensors are PyTorch's
-            writer = SafetensorsWriter(folder / file, {n: tensors[n] for n in names}, {"format": "pt"})
-            self._file_of |= dict.fromkeys(names, writer)
-
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for writer in dict.fromkeys(self._file_of.values()):
-            writer.close()
-            assert kind is not None or not writer.unwritten, f"never written: {writer.unwritten[:5]}"
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Write a tensor to its place, in the dtype planned for it."""
-        self._file_of[name].put(name, value)
+            new = new_safetensors(folder / file, {n: tensors[n] for n in names}, {"format": "pt"})
+            put_of |= dict.fromkeys(names, stack.enter_context(new))
+        yield lambda name, value: put_of[name](name, value)
