@@ -108,17 +108,15 @@ def heatmap(
     matrix = _matrix(values, len(rows), len(columns))
     if not np.isfinite(matrix).any():
         raise ValueError("the heat map has no number to draw")
+    stderrs = None if errors is None else _matrix(errors, *matrix.shape)
     tallest = CELL_HEIGHT if errors is None else CELL_HEIGHT_WITH_ERROR
     cell_width = min(CELL_WIDTH, WIDEST / len(columns))
     cell_height = min(tallest, HIGHEST / len(rows))
     height = max(cell_height * len(rows), LOWEST)
     longest_row, longest_column = (CHARACTER * max(map(len, names)) for names in (rows, columns))
     upright = longest_column > cell_width  # column names that are wider than their cells
-    size = (
-        cell_width * len(columns) + longest_row + 1.8,
-        height + 0.8 + (longest_column if upright else 0.2),
-    )
-    with figure_at(path, *size, title) as figure:
+    width = cell_width * len(columns) + longest_row + 1.8
+    with figure_at(path, width, height + 0.8 + (longest_column if upright else 0.2), title) as figure:
         axes = figure.subplots()
         axes.set_facecolor("#e6e6e6")  # of blank cells
         low = np.nanmin(matrix) if limits[0] is None else limits[0]
@@ -128,7 +126,6 @@ def heatmap(
         label = textwrap.fill(label, int((height + 0.4) / CHARACTER))
         figure.colorbar(image, ax=axes, pad=0.02, aspect=height / 0.15, label=label)
         if (cell_width, cell_height) == (CELL_WIDTH, tallest):
-            stderrs = None if errors is None else _matrix(errors, *matrix.shape)
             _write_numbers(axes, matrix, stderrs, fmt, dark_below=low + 0.45 * (high - low))
         rooms = ((axes.xaxis, columns, cell_width if upright else 1.0), (axes.yaxis, rows, cell_height))
         for axis, names, room in rooms:
@@ -150,7 +147,7 @@ def _matrix(values: Matrix, n_rows: int, n_columns: int) -> NDArray[np.float64]:
 def _write_numbers(
     axes: Axes, matrix: NDArray[np.float64], errors: NDArray[np.float64] | None, fmt: str, dark_below: float
 ) -> None:
-    """Each number into its cell, white where the cell is dark."""
+    """Each number into its cell, white where the cell is dark: in the lower part of viridis."""
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
             error = math.nan if errors is None else errors[row, column]
