@@ -54,7 +54,7 @@ class Progress:
         self.finished = self.step == total_steps
 
     def folder_name(self, by_epoch: bool) -> str:
-        """epoch-N at the end of an epoch where checkpoints are counted so, else step-<examples>."""
+        """epoch-N at the end of an epoch if checkpoints are counted in epochs, else step-<examples>."""
         whole = self.batch == 0 and self.epoch > 0
         return f"epoch-{self.epoch}" if by_epoch and whole else f"step-{self.examples}"
 
@@ -229,7 +229,7 @@ def save_delta(config: Config, mask: Mask | None, checkpoint: Path, name: Path) 
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """(folder, content of resume.pt) of the whole checkpoint with most steps; None where there is none.
+    """(folder, content of resume.pt) of the whole checkpoint with most steps; None if there is none.
 
     A checkpoint whose resume.pt cannot be read is passed over with a warning.
     """

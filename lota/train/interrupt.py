@@ -17,8 +17,8 @@ class Interrupted(Exception):
 
 
 class StopBetweenSteps:
-    """Context manager: Ctrl-C or SIGTERM is remembered, and `check` raises Interrupted where it is safe to
-    stop.
+    """Context manager: Ctrl-C or SIGTERM is remembered, and `check`, called when it is safe to stop, raises
+    Interrupted.
 
     A fused step changes weights during the backward pass, so an exception in its midst would leave half a
     step. A second Ctrl-C stops at once, without saving.

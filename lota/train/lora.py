@@ -34,7 +34,7 @@ def lora_targets(
     """(paths of the linear layers whose weights lie in the scope, names of scoped weights that stay frozen).
 
     The latter are what peft's LoRA layers do not fit: stacks of expert matrices, classes of a model's own.
-    A meta-device model will do. Raises ValueError when there is no layer to adapt.
+    A meta-device model will do. Raises ValueError if there is no layer to adapt.
     """
     modules = dict(model.named_modules())
     found, frozen = [], []
@@ -142,7 +142,7 @@ def _plain(items: Iterable[tuple[str, Tensor]], layers: dict[str, Any]) -> Itera
 
 def save(adapter: PeftModel | None, checkpoint: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, which `PeftModel.from_pretrained` loads, into
-    a folder of the checkpoint; nothing where no adapter trains.
+    a folder of the checkpoint; nothing without an adapter.
     """
     if adapter is None:
         return
@@ -152,7 +152,7 @@ def save(adapter: PeftModel | None, checkpoint: Path) -> None:
 
 
 def restore(adapter: PeftModel, checkpoint: Path) -> None:
-    """Set A and B to what `save` wrote, bit for bit. Raises ValueError when they are another adapter's."""
+    """Set A and B to what `save` wrote, bit for bit. Raises ValueError if they are another adapter's."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 

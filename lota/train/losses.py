@@ -18,10 +18,10 @@ Precision = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(logits)[target] in fp32 from logits of any dtype; 0 where the target is -100.
+    """log softmax(logits)[target] in fp32 from logits of any dtype; 0 if the target is -100.
 
     logits: (tokens, vocabulary); targets: (tokens,). Beyond the logits and their gradient it needs one
-    chunk of memory, where log_softmax and its gradient would each need another copy of all logits in fp32:
+    chunk of memory; log_softmax and its gradient would each need another copy of all logits in fp32:
     with 128k words and 4,096 tokens, 2 GiB apiece.
     """
 
@@ -74,7 +74,7 @@ def _chunks(spans: list[tuple[int, int]], vocabulary: int) -> Iterator[slice]:
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's labelled tokens.
 
-    logits: (batch, length, vocabulary); labels: (batch, length), -100 where a token does not count.
+    logits: (batch, length, vocabulary); labels: (batch, length), -100 if a token does not count.
     Returns (sum of log-probabilities in nats, number of counted tokens), both (batch,) and fp32.
     The logits at position t predict the label at t + 1.
     """

@@ -1,4 +1,4 @@
-"""What a run minimises: how its examples become a batch, the loss of that batch, and what the log tells."""
+"""What a run minimises: how its examples become a batch, the loss of that batch, and what is logged of it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class SFTObjective(Objective):
 
 
 class PreferenceObjective(Objective):
-    """DPO and its relatives on preference pairs, both responses in one forward pass."""
+    """DPO and its relatives on preferences, both responses in one forward pass."""
 
     headline = ("loss/eval", "rewards_eval/margins", "rewards_eval/accuracies")
     reference: Reference | None = None  # before `start` the policy itself, at its start

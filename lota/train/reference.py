@@ -223,11 +223,10 @@ class PrecomputedReference:
         settings, model = self.trainer.config.model, self.trainer.model
         given = settings.reference_archive
         source = self.trainer.base() if given is None else open_weights(given)
+        folder = model_folder(settings.name_or_path, given or settings.archive)
         return {
             "model": content_hash(source),
-            "model_config": config_key(
-                load_config(model_folder(settings.name_or_path, given or settings.archive))
-            ),
+            "model_config": config_key(load_config(folder)),
             "vocabulary": embedding_rows(model),
             "dtype": str(model.dtype if given is None else _model_dtype(self.trainer)),
             "mixed_precision": settings.fsdp_policy_mp,

@@ -156,7 +156,7 @@ class Resumable:
 
 
 def find_resumable(config: Config) -> Resumable | None:
-    """The checkpoint to continue from; None to start anew. Raises ValueError where neither is right."""
+    """The checkpoint to continue from; None: a new run starts. Raises ValueError if neither may be."""
     folder = RunFolder(config)
     if config.debug or not folder.may_continue():
         return None

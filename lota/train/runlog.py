@@ -1,4 +1,4 @@
-"""What a run tells: console, progress bar, metrics.jsonl, samples.jsonl, and Weights & Biases if asked."""
+"""What a run writes as it trains: progress bar, metrics.jsonl, samples.jsonl, wandb if it is enabled."""
 
 from __future__ import annotations
 
@@ -51,10 +51,6 @@ class RunLog:
                 refresh=False,
             )
 
-    def advance(self, examples: int) -> None:
-        """Move the progress bar."""
-        self.bar.update(examples)
-
     def samples(self, examples: int, rows: list[dict[str, Any]]) -> None:
         """Append completions of held-out prompts."""
         with self.samples_path.open("a", encoding="utf-8") as file:
@@ -86,17 +82,15 @@ def _start_wandb(config: Config, folder: Path) -> Any:
 
 
 def _keep_lines_until(path: Path, examples: int) -> None:
+    """Drop lines of later steps, and the line that was being written when the run was killed."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that was being written when the run was killed
-        if row["examples"] <= examples:
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):  # no whole line of JSON
+            if json.loads(line)["examples"] <= examples:
+                kept.append(line + b"\n")
+    path.write_bytes(b"".join(kept))
 
 
 class Meter:

@@ -1,6 +1,4 @@
-"""The mask of `snip=true`: chosen by SNIP's score before training, stored, and reused when nothing of it has
-changed.
-"""
+"""The mask of `snip=true`: computed before training, stored, reused by runs that would compute the same."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ class SnipMask:
     path: Path | None  # file that the mask is stored in; None: it is not stored
 
     def stored(self) -> Mask | None:
-        """The mask at `path` if it was made under the same key; None where there is none.
+        """The mask at `path` if it was made under the same key; None if there is none.
 
         Raises ValueError for a file that holds something else than a mask of snip=true.
         """

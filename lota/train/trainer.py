@@ -230,7 +230,7 @@ class Trainer:
 
     def log_step(self, batch: ScheduledBatch) -> None:
         """Move the bar; write a line when enough time has passed, and for the first and last step."""
-        self.log.advance(len(batch.rows))
+        self.log.bar.update(len(batch.rows))
         due = self.meter.seconds >= self.config.minimum_log_interval_secs
         if not (due or self.progress.step == 1 or self.progress.finished):
             return
