@@ -1,4 +1,8 @@
-"""SHA-256 identities of weights, configs and models."""
+"""SHA-256 identities, as hex digits.
+
+`content_hash`: weights on disk under the loaded model's names; masks and deltas carry it.
+`weights_key`, `config_key`, `model_key`: what a loaded model computes; results are stored under them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ HASH_CHUNK = 1 << 20  # entries that are read at a time
 
 
 def content_hash(source: WeightSource) -> str:
-    """Hex sha256 over (name, dtype, shape, bytes) of every parameter in the order of names."""
+    """sha256 over (name, dtype, shape, bytes) of every parameter in the order of names."""
     return StreamingHash(source).finish()
 
 
@@ -36,14 +40,14 @@ class StreamingHash:
         """shared: names whose parts will be put in."""
         self._source = source
         self._shared = {name for name in shared if source.numel(name)}
-        self._parts = [
+        self._parts = [  # (name, start, stop) in the order in which they are hashed
             (name, start, min(start + chunk, source.numel(name)))
             for name in sorted(source.names())
             for start in range(0, max(source.numel(name), 1), chunk)
         ]
         self._turn = {part: i for i, part in enumerate(self._parts)}
-        self._next = 0
-        self._waiting: dict[int, Tensor] = {}
+        self._next = 0  # turn of the part that is hashed next
+        self._waiting: dict[int, Tensor] = {}  # turn -> part that came before its turn
         self._digest = hashlib.sha256()
         self._lock = threading.Lock()
 
@@ -65,7 +69,7 @@ class StreamingHash:
                 self._lock.release()
 
     def finish(self) -> str:
-        """The hash as hex digits, once nobody puts in more."""
+        """The hash, once nobody puts in more."""
         while self._next < len(self._parts):
             self._take_next()
         return self._digest.hexdigest()

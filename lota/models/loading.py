@@ -61,14 +61,9 @@ def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
 
     Ids that the model has no embedding row for are passed over, so the vocabulary never grows.
     """
-    rows = config.get_text_config().vocab_size
-    choices = (
-        tokenizer.pad_token_id,
-        config.pad_token_id,
-        tokenizer.eos_token_id,
-        _first(config.eos_token_id),
-        tokenizer.unk_token_id,
-    )
+    rows, ends = config.get_text_config().vocab_size, config.eos_token_id
+    choices = [tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id]
+    choices += [*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.unk_token_id]
     return next((i for i in choices if i is not None and 0 <= i < rows), 0)
 
 
@@ -235,11 +230,6 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     else:  # transformers before 5.23
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.config.use_cache = False
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    """The first of a config's eos ids, which may be one id or a list."""
-    return (ids[0] if ids else None) if isinstance(ids, list | tuple) else ids
 
 
 def _short(error: Exception) -> str:

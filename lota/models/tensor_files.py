@@ -35,13 +35,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. offset: byte of its first entry; stride: entries, None where contiguous."""
+    """A tensor in a file."""
 
     path: Path
-    offset: int
+    offset: int  # byte of the file at which its first entry begins
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stride: tuple[int, ...] | None = None
+    stride: tuple[int, ...] | None = None  # in entries, None if contiguous
 
     @property
     def numel(self) -> int:
@@ -70,8 +70,7 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | N
         folder = _fetch(str(path))
     else:
         raise ValueError(f"{path} does not exist: give a Hugging Face folder, a hub id or a policy.pt")
-    files = _weight_files(folder)
-    if files:
+    if files := _weight_files(folder):
         return files, folder
     if (folder / "policy.pt").is_file():
         return [folder / "policy.pt"], None
@@ -89,7 +88,8 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.index.json"
         if index.is_file():
             try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                shards = sorted({str(shard) for shard in weight_map.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is no index of weight shards: {error}") from error
             missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -144,9 +144,8 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """The header, every entry checked against the file's size. Raises ValueError naming a damaged file."""
-    content, data_start = _read_json(path)
+    metadata, content, data_start = _read_json(path)
     size = path.stat().st_size
-    metadata = _metadata(path, content)
     entries = {}
     for name, entry in content.items():
         try:
@@ -158,11 +157,11 @@ def read_header(path: Path) -> Header:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata alone; the file may be cut off behind its header. Raises ValueError naming the file."""
-    return _metadata(path, _read_json(path)[0])
+    return _read_json(path)[0]
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """(content of the header, byte at which the tensors begin)."""
+def _read_json(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
+    """(metadata, entries as they stand in the header, byte of the file at which the tensors begin)."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -171,16 +170,12 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
             content = json.loads(file.read(length))
         if not isinstance(content, dict):
             raise ValueError("its header is no dict")
+        metadata = content.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are no dict of strings")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    return content, 8 + length
-
-
-def _metadata(path: Path, content: dict[str, Any]) -> dict[str, str]:
-    metadata = content.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path} is no safetensors file: its metadata are no dict of strings")
-    return metadata
+    return metadata, content, 8 + length
 
 
 def _stored_tensor(path: Path, data_start: int, size: int, entry: Mapping[str, Any]) -> StoredTensor:
