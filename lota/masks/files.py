@@ -75,25 +75,24 @@ def _packed(path: Path, content: Mapping[str, Any]) -> Content:
     return Content(content["bits"], content["shapes"], content["meta"])
 
 
-def write_packed(path: str | os.PathLike[str], content: Content) -> None:
-    """Bits and metadata, atomically."""
+def write(
+    path: str | os.PathLike[str], content: Content, all_shapes: Mapping[str, Iterable[int]] | None = None
+) -> None:
+    """Write a file atomically: bits and metadata, or, given all_shapes, the older layout.
+
+    That is name -> bool tensor, True = frozen, for every name of all_shapes, in its order; names that the
+    mask does not list are all True.
+    """
     shapes = {name: list(shape) for name, shape in content.shapes.items()}
-    whole = {"format": FORMAT, "version": FORMAT_VERSION, **content._asdict(), "shapes": shapes}
+    whole: dict[str, Any] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        **content._asdict(),
+        "shapes": shapes,
+    }
+    if all_shapes is not None:
+        whole = {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in all_shapes.items()}
+        for name, bits in content.bits.items():
+            whole[name].view(-1)[:] = torch.from_numpy(unpack(bits, whole[name].numel()) == 0)
     with atomic_path(path) as temporary:
         save_tensors(whole, temporary)
-
-
-def write_dense(
-    path: str | os.PathLike[str], content: Content, all_shapes: Mapping[str, Iterable[int]]
-) -> None:
-    """The older layout, atomically: name -> bool tensor, True = frozen, for every name of all_shapes, in its
-    order; names that the mask does not list are all True.
-    """
-    frozen = {}
-    for name, shape in all_shapes.items():
-        frozen[name] = torch.ones(tuple(shape), dtype=torch.bool)
-        if name in content.bits:
-            kept = torch.from_numpy(unpack(content.bits[name], frozen[name].numel())).bool()
-            frozen[name] = ~kept.reshape(tuple(shape))
-    with atomic_path(path) as temporary:
-        save_tensors(frozen, temporary)

@@ -9,6 +9,7 @@ on disk.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -93,7 +94,7 @@ class Mask:
 
     def numel(self, name: str) -> int:
         """Entries of the parameter, kept or not."""
-        return int(np.prod(self.shapes[name], dtype=np.int64))
+        return math.prod(self.shapes[name])
 
     def kept(self, name: str) -> int:
         """Kept entries of the parameter; 0 for a name that is not listed."""
@@ -260,7 +261,7 @@ class Mask:
     def _bytes(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name in self.bits:
             return self.bits[name].numpy()
-        return np.zeros((int(np.prod(shape, dtype=np.int64)) + 7) // 8, dtype=np.uint8)
+        return np.zeros((math.prod(shape) + 7) // 8, dtype=np.uint8)
 
     # files
     def save(
@@ -275,13 +276,10 @@ class Mask:
         for every parameter of the model, whose shapes `all_shapes` gives; names that the mask does not list
         are all True.
         """
-        content = mask_files.Content(self.bits, self.shapes, self.meta)
-        if format == "packed":
-            mask_files.write_packed(path, content)
-        elif format == "dense":
-            mask_files.write_dense(path, content, {**(all_shapes or {}), **self.shapes})
-        else:
+        if format not in ("packed", "dense"):
             raise ValueError(f"format={format!r}: choose packed or dense")
+        shapes = {**(all_shapes or {}), **self.shapes} if format == "dense" else None
+        mask_files.write(path, mask_files.Content(self.bits, self.shapes, self.meta), shapes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], mapped: bool = False) -> Mask:

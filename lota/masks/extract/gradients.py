@@ -36,9 +36,6 @@ class Collected:
         self.values, self.kind, self.meta = dict(values), kind, dict(meta or {})
         self.id = f"the collected gradients ({kind})"
 
-    def __repr__(self) -> str:
-        return f"Collected({self.kind}, {len(self.values)} tensors, {self.meta})"
-
     def dtype(self, name: str) -> torch.dtype:
         return self.values[name].dtype
 
@@ -88,7 +85,7 @@ def collect_gradients(
     _check_parameters(parameters, wanted)
     sums = {name: torch.zeros_like(parameters[name], dtype=dtype, requires_grad=False) for name in wanted}
     n_batches = 0
-    with _hooked(parameters, {name: _adder(sums[name], kind) for name in wanted}):
+    with _hooked(parameters, sums, kind):
         for batch in batches:
             loss = loss_of(batch)
             if not loss.isfinite():
@@ -112,33 +109,32 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter], wanted: list[str])
         raise ValueError(f"{holding} holds a gradient already: call zero_grad() first")
 
 
-def _adder(total: Tensor, kind: str) -> Callable[[nn.Parameter], None]:
-    @torch.no_grad()
-    def add(p: nn.Parameter) -> None:
-        grad, p.grad = p.grad, None
-        assert grad is not None  # the hook runs once it is complete
-        if kind == "squares":
-            grad = grad.float()  # itself if it is fp32: it is ours, and changed in place
-            grad.square_()
-        total.add_(grad)
-
-    return add
-
-
 @contextmanager
-def _hooked(
-    parameters: Mapping[str, nn.Parameter], hooks: Mapping[str, Callable[[nn.Parameter], None]]
-) -> Iterator[None]:
-    """Only the parameters with a hook require a gradient, which the hook takes; all is undone afterwards."""
-    before = {name: p.requires_grad for name, p in parameters.items()}
+def _hooked(parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], kind: str) -> Iterator[None]:
+    """Each gradient of a parameter with a sum joins it once it is complete, and is freed.
+
+    No other parameter requires a gradient meanwhile; all is undone afterwards.
+    """
+
+    def add_to(total: Tensor) -> Callable[[nn.Parameter], None]:
+        @torch.no_grad()
+        def add(p: nn.Parameter) -> None:
+            grad, p.grad = p.grad, None
+            assert grad is not None  # the hook runs once it is complete
+            # float() gives an fp32 gradient itself: nobody else needs it, so it is squared in place
+            total.add_(grad.float().square_() if kind == "squares" else grad)
+
+        return add
+
+    before = {p: p.requires_grad for p in parameters.values()}
     for name, p in parameters.items():
-        p.requires_grad_(name in hooks)
-    handles = [parameters[name].register_post_accumulate_grad_hook(hook) for name, hook in hooks.items()]
+        p.requires_grad_(name in sums)
+    handles = [parameters[n].register_post_accumulate_grad_hook(add_to(total)) for n, total in sums.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for name, p in parameters.items():
+        for p, required in before.items():
             p.grad = None
-            p.requires_grad_(before[name])
+            p.requires_grad_(required)

@@ -239,9 +239,8 @@ def _layer_label(pair: ModelPair, name: str) -> str:
 def _taken(protect: Sequence[Mask], pair: ModelPair) -> dict[str, np.ndarray]:
     """Packed bits of the entries that the protect masks keep, inside the scope."""
     taken: dict[str, np.ndarray] = {}
-    shapes = {**pair.shapes, **{name: tensor.shape for name, tensor in pair.scope.items()}}
     for mask in protect:
-        mask.check(shapes)
+        mask.check(pair.shapes)
         for name in pair.scope:
             if name in mask and mask.kept(name):
                 bits = mask.bits[name].numpy()
@@ -281,17 +280,8 @@ def _meta(
 
 
 def _log_shortfall(sparsity: float, shortfall: int, rule: Rule, by_size: bool) -> None:
+    level, reason = logging.WARNING, "their saliency is 0 or they are protected"
     if by_size:
-        logger.info(
-            "sparsity %s: %d entries fewer than asked for are kept, because no whole %s fits into them",
-            sparsity,
-            shortfall,
-            rule.granularity,
-        )
-    else:
-        logger.warning(
-            "sparsity %s: %d entries fewer than asked for are kept, because their saliency is 0 "
-            "or they are protected",
-            sparsity,
-            shortfall,
-        )
+        level, reason = logging.INFO, f"no whole {rule.granularity} fits into them"
+    text = "sparsity %s: %d entries fewer than asked for are kept, because %s"
+    logger.log(level, text, sparsity, shortfall, reason)
