@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import merge_models
 from lota.data.prompts import Limits
-from lota.evaluate.cli import recorded_prompting
 from lota.delta import Delta, extract
+from lota.evaluate.cli import recorded_prompting
 from lota.models.weights import open_weights
 from lota.share.merge.rules import METHODS
 
