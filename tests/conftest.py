@@ -51,6 +51,29 @@ def full_disk() -> Iterator[None]:
 
 
 @pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the tasks `mini` and `pairs`."""
+    from runs import with_mini_task
+
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def mask(workplace: Path):
+    """A random mask that keeps one entry of ten, in the working directory as 0.9_mask.pt."""
+    from runs import write_mask
+
+    return write_mask(workplace / "0.9_mask.pt")
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run may load a model: for what should be refused before."""
+    monkeypatch.setattr("lota.train.run_model.load_model", None)
+
+
+@pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model may be loaded, and there is no hub: for commands that should refuse before either."""
     import datasets

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from lota.config import Config
 from lota.config_checks import validated
@@ -31,9 +32,10 @@ register("training", Config)
 
 
 def with_mini_task(folder: Path) -> Path:
-    """Make `folder` a working directory with tasks/mini.py; returns it."""
+    """Make `folder` a working directory with tasks/mini.py and tasks/pairs.py; returns it."""
     (folder / "tasks").mkdir(exist_ok=True)
-    shutil.copy(Path(__file__).with_name("mini_task.py"), folder / "tasks" / "mini.py")
+    for name, file in (("mini", "mini_task.py"), ("pairs", "pair_task.py")):
+        shutil.copy(Path(__file__).with_name(file), folder / "tasks" / f"{name}.py")
     return folder
 
 
@@ -83,6 +85,22 @@ def write_mask(path: Path, density: float = 0.1, seed: int = 0) -> Mask:
     mask = Mask.from_dense({n: torch.rand(t.shape, generator=generator) < density for n, t in scope.items()})
     mask.save(path)
     return mask
+
+
+def base(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The embedded model."""
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
+
+
+def assert_frozen(mask: Mask, state: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
+    """What the mask freezes has the bits of the start; returns how much of what it keeps has moved."""
+    moved = 0
+    assert state.keys() == start.keys()
+    for name, value in state.items():
+        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
+        assert torch.equal(value[~kept], start[name][~kept]), name
+        moved += (value[kept] != start[name][kept]).sum().item()
+    return moved / mask.n_kept
 
 
 def policy(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,8 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from delta_models import same_files, tensors
-from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
-from transformers import AutoModelForCausalLM
+from runs import MODEL, base, metrics, policy, same, settings, train, write_mask
 
 import trainers
 from lota.config_checks import differences, unused_settings
@@ -19,26 +18,17 @@ from lota.models.provenance import recorded_prompts
 from lota.models.weights import open_weights
 from lota.share.convert import convert_policy
 
-
-@pytest.fixture(autouse=True)
-def mini(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
-
-
-def bf16_base(folder):
-    """The embedded model with bf16 files."""
-    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).save_pretrained(folder)
-    for file in MODEL.glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return f"model.name_or_path={folder}"
+pytestmark = pytest.mark.usefixtures("workplace")
+SAVED = ("save_delta=true", "mask_path=0.9_mask.pt")
 
 
 @pytest.mark.parametrize("precision", ["null", "bfloat16"])
-def test_base_and_delta_are_what_the_converter_writes(tmp_path, precision):
-    mask = write_mask(tmp_path / "mask.pt")
-    base = bf16_base(tmp_path / "base")
-    options = (base, f"mask_path={tmp_path / 'mask.pt'}", f"model.fsdp_policy_mp={precision}")
-    trainer, folder = train("save_delta=true", *options)
+def test_base_and_delta_are_what_the_converter_writes(mask, tmp_path, precision):
+    base(torch.bfloat16).save_pretrained("base")
+    for file in MODEL.glob("tokenizer*"):
+        shutil.copy(file, "base")
+    options = ("model.name_or_path=base", f"model.fsdp_policy_mp={precision}")
+    trainer, folder = train(*SAVED, *options)
     delta = Delta.open(folder / "delta.safetensors")
     assert 0 < delta.n_changed <= mask.n_kept == delta.meta["kept"]
     assert delta.meta["task"] == "mini" and delta.meta["sparsity"] == pytest.approx(1 - mask.density)
@@ -54,9 +44,8 @@ def test_base_and_delta_are_what_the_converter_writes(tmp_path, precision):
     assert metrics(trainer)[-1]["step"] > 0
 
 
-def test_a_checkpoint_with_a_delta_beside_it_is_still_a_checkpoint(tmp_path):
-    write_mask(tmp_path / "mask.pt")
-    _, folder = train("save_delta=true", f"mask_path={tmp_path / 'mask.pt'}")
+def test_a_checkpoint_with_a_delta_beside_it_is_still_a_checkpoint(mask, tmp_path):
+    _, folder = train(*SAVED)
     assert content_hash(open_weights(folder)) == content_hash(open_weights(folder / "policy.pt"))
     extract(MODEL, folder, tmp_path / "again.safetensors")  # as a user names it: RUN/epoch-1
     again, saved = (
@@ -69,27 +58,24 @@ def test_a_checkpoint_with_a_delta_beside_it_is_still_a_checkpoint(tmp_path):
     assert (folder / "delta.safetensors").is_file()
 
 
-def test_it_changes_nothing_else_and_a_run_continues_with_or_without(tmp_path):
-    write_mask(tmp_path / "mask.pt")
-    options = ("n_epochs=2", f"mask_path={tmp_path / 'mask.pt'}")
+def test_it_changes_nothing_else_and_a_run_continues_with_or_without(mask):
+    options = ("n_epochs=2", "mask_path=0.9_mask.pt")
     plain = train("exp_name=plain", *options)[1]
     _, folder = train("exp_name=with", "save_delta=true", *options)
     assert same(policy(plain), policy(folder))
     for epoch in ("epoch-1", "epoch-2"):  # each is a delta of the base, not of the epoch before
         delta = Delta.open(folder.parent / epoch / "delta.safetensors")
-        state, base = policy(folder.parent / epoch), tensors(MODEL)
+        state, start = policy(folder.parent / epoch), tensors(MODEL)
         for name in delta.names:
-            assert torch.equal(delta.tuned(name, base[name]), state[name])
+            assert torch.equal(delta.tuned(name, start[name]), state[name])
     old = settings("exp_name=with", *options)
     assert not differences(asdict(old), settings("exp_name=with", "save_delta=true", *options))
 
 
-def test_from_an_archive_the_delta_is_of_the_archive(tmp_path):
-    write_mask(tmp_path / "a.pt", seed=1)
-    write_mask(tmp_path / "b.pt", seed=2)
-    _, first = train("exp_name=first", f"mask_path={tmp_path / 'a.pt'}")
-    archive = f"model.archive={first / 'policy.pt'}"
-    _, second = train("exp_name=second", f"mask_path={tmp_path / 'b.pt'}", archive, "save_delta=true")
+def test_from_an_archive_the_delta_is_of_the_archive(mask, tmp_path):
+    write_mask(tmp_path / "other.pt", seed=2)
+    _, first = train("exp_name=first", "mask_path=other.pt")
+    _, second = train(*SAVED, "exp_name=second", f"model.archive={first}/policy.pt")
     delta = Delta.open(second / "delta.safetensors")
     before, after = policy(first), policy(second)
     changed = 0
@@ -99,31 +85,25 @@ def test_from_an_archive_the_delta_is_of_the_archive(tmp_path):
     assert changed == delta.n_changed > 0 and delta.meta["base"] == str(first / "policy.pt")
 
 
-def test_what_cannot_be_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "lota.train.run_model.load_model", lambda *_, **__: pytest.fail("the model was loaded")
-    )
+def test_what_cannot_be_is_refused_before_the_model_loads(no_model):
     with pytest.raises(ValueError, match=r"policy_dtype=bfloat16 cannot hold the torch\.float32 weights"):
         train("save_delta=true", "model.policy_dtype=bfloat16")
     with pytest.raises(ValueError, match=r"pad_token=<PAD> gives .* use model\.pad_token=null"):
         train("save_delta=true", 'model.pad_token="<PAD>"')
 
 
-def test_a_checkpoint_is_saved_even_where_the_delta_cannot_be(tmp_path, caplog):
-    base = tmp_path / "base"
-    shutil.copytree(MODEL, base)
-    write_mask(tmp_path / "mask.pt")
-    options = (f"model.name_or_path={base}", f"mask_path={tmp_path / 'mask.pt'}", "save_delta=true")
-    trainer = trainers.TRAINERS["BasicTrainer"](settings(*options))
-    other = AutoModelForCausalLM.from_pretrained(MODEL)
+def test_a_checkpoint_is_saved_even_where_the_delta_cannot_be(mask, caplog):
+    shutil.copytree(MODEL, "base")
+    trainer = trainers.TRAINERS["BasicTrainer"](settings(*SAVED, "model.name_or_path=base"))
+    other = base()
     other.model.embed_tokens.weight.data += 1
-    other.save_pretrained(base)  # after the checks: frozen entries come from elsewhere
+    other.save_pretrained("base")  # after the checks: frozen entries come from elsewhere
     start = trainer.load
 
     def load_then_restore():
         start()
-        shutil.rmtree(base)
-        shutil.copytree(MODEL, base)
+        shutil.rmtree("base")
+        shutil.copytree(MODEL, "base")
 
     trainer.load = load_then_restore
     folder = trainer.train()

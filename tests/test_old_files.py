@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import metrics, policy, train, with_mini_task
+from runs import assert_frozen, metrics, policy, same, train
 from safetensors.torch import load_file
 
 from lota.config import Config
@@ -25,14 +25,22 @@ COMMON = ("model.name_or_path=base", "max_length=48", "max_prompt_length=24", "n
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, private_cache):
+def folder(workplace, private_cache):
     """A working directory with the old files; the run lies in the cache."""
-    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    shutil.copy(Path(__file__).with_name("pair_task.py"), tmp_path / "tasks" / "pairs.py")
-    shutil.move(tmp_path / "run", private_cache / "run")
-    torch.set_num_threads(1)
-    return tmp_path
+    shutil.copytree(OLD, workplace, dirs_exist_ok=True)
+    shutil.move(workplace / "run", private_cache / "run")
+    return workplace
+
+
+@pytest.fixture
+def config(private_cache):
+    """The settings of the run."""
+    stored = OmegaConf.load(private_cache / "run" / "config.yaml")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
+
+
+def finished() -> dict[str, torch.Tensor]:
+    return torch.load("finished.pt", weights_only=True)["state"]
 
 
 def test_masks_of_both_layouts(folder):
@@ -44,18 +52,13 @@ def test_masks_of_both_layouts(folder):
 
 def test_a_policy_is_converted(folder):
     convert_policy("base", "finished.pt", "converted")
-    state = torch.load("finished.pt", weights_only=True)["state"]
-    converted = load_file("converted/model.safetensors")
-    assert converted.keys() == state.keys()
-    assert all(torch.equal(converted[name], value) for name, value in state.items())
+    assert same(load_file("converted/model.safetensors"), finished())
 
 
 def test_a_delta_is_applied_and_reverted(folder):
     assert content_hash(open_weights("base")) == BASE
     apply("base", "delta.safetensors", "applied")
-    state = torch.load("finished.pt", weights_only=True)["state"]
-    applied = load_file("applied/model.safetensors")
-    assert all(torch.equal(applied[name], value) for name, value in state.items())
+    assert same(load_file("applied/model.safetensors"), finished())
     revert("applied", "delta.safetensors", "reverted")
     assert content_hash(open_weights("reverted")) == BASE
 
@@ -65,25 +68,17 @@ def test_a_delta_is_written_to_the_same_bytes(folder):
     assert (folder / "again.safetensors").read_bytes() == (folder / "delta.safetensors").read_bytes()
 
 
-def test_a_run_is_continued_from_its_checkpoint(folder, private_cache):
+def test_a_run_is_continued_from_its_checkpoint(config):
     """It ends where the old code ended, but for rounding: that was another processor."""
-    stored = OmegaConf.load(private_cache / "run" / "config.yaml")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
     trainer = TRAINERS["BasicTrainer"](config)
     assert trainer.data.resumable.folder.name == "step-32"
     last = trainer.train()
     assert [line["step"] for line in metrics(trainer) if "loss/train" in line] == list(range(1, 11))
-    mask, start = Mask.load("mask_packed.pt"), load_file("base/model.safetensors")
-    expected = torch.load("finished.pt", weights_only=True)["state"]
-    for name, value in policy(last).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
-        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
-        assert torch.equal(value[~kept], start[name][~kept]), name
+    assert_frozen(Mask.load("mask_packed.pt"), policy(last), load_file("base/model.safetensors"))
+    torch.testing.assert_close(policy(last), finished(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_is_not_continued_with_another_mask_or_other_data(folder, private_cache):
-    stored = OmegaConf.load(private_cache / "run" / "config.yaml")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), stored))
+def test_a_run_is_not_continued_with_another_mask_or_other_data(folder, config):
     Mask.load("mask_packed.pt").flip(Mask.load("mask_packed.pt").shapes).save("mask_packed.pt")
     task = folder / "tasks" / "mini.py"
     task.write_text(task.read_text().replace("7 * i + 3 * k", "5 * i + 3 * k"))
