@@ -28,12 +28,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lota.data.batches import encode
 from lota.data.prompts import Prompter
 from lota.data.task import Row, Task
-from lota.evaluate.cli import load_model_and_tokenizer
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import mean_and_stderr
 from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
+from lota.models.loading import load_model, load_tokenizer
 from lota.plots import heatmap
 from lota.utils import write_json
 from tasks import get_task
@@ -121,9 +121,9 @@ class Study:
         if set(names) <= set(found):
             return {name: found[name] for name in names}
         archive = str(model) if (model / "policy.pt").is_file() else None
-        policy, tokenizer = load_model_and_tokenizer(
-            str(BASE if archive else model), archive=archive, dtype="float32"
-        )
+        base = BASE if archive else model
+        tokenizer = load_tokenizer(base)
+        policy = load_model(base, archive=archive, tokenizer=tokenizer)
         evaluator = Evaluator(
             policy, Prompter(tokenizer), model_name=str(model), out_dir=model, batch_size=200
         )

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 import convert_policy_to_hf_resize
 import eval_model_all
 import generate_samples
-from lota.delta import Delta, apply, extract
-from lota.evaluate.cli import load_model_and_tokenizer
+from lota.delta import apply, extract
+from lota.evaluate.cli import load_chosen_model, model_parser
+from lota.models.loading import load_tokenizer
 from tests.chars import save_pair
 from tests.delta_models import bits, change, same_files
 
@@ -40,6 +41,13 @@ def data(tmp_path):
 def evaluate(model, data, *more, code=0):
     line = f"--model {model} --datasets gsm8k --data_dir {data} --max_new_tokens 8"
     assert eval_model_all.main([*line.split(), *map(str, more)]) == code
+
+
+def load_as_command(model, *flags):
+    """The model that a command gives these flags."""
+    parser = model_parser(None, "--model")
+    args = parser.parse_args(["--model", str(model), "--device", "cpu", *map(str, flags)])
+    return load_chosen_model(args, load_tokenizer(model))
 
 
 def predictions(folder):
@@ -90,8 +98,8 @@ def test_a_narrower_dtype_rounds_the_tuned_weights_as_loading_them_does(models, 
     base, _, delta = models
     apply(base, delta, tmp_path / "applied")
     for dtype in ("bfloat16", "float32", "float16"):
-        model, _ = load_model_and_tokenizer(str(base), dtype=dtype, device="cpu", deltas=[Delta.open(delta)])
-        expected, _ = load_model_and_tokenizer(str(tmp_path / "applied"), dtype=dtype, device="cpu")
+        model = load_as_command(base, "--dtype", dtype, "--delta", delta)
+        expected = load_as_command(tmp_path / "applied", "--dtype", dtype)
         for (name, p), other in zip(model.named_parameters(), expected.parameters(), strict=True):
             assert p.dtype == other.dtype and torch.equal(bits(p), bits(other)), name
         for p, other in zip(model.buffers(), expected.buffers(), strict=True):

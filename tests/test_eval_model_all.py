@@ -285,7 +285,7 @@ def test_another_draw_of_examples_is_named(run, tmp_path):
         ("gsm9k", [], "nearest: gsm8k"),
         ("gsm8k", ["--data_dir", "/nowhere"], "no data for split 'test'"),
         ("gsm8k", ["--dtype", "int3"], "unknown dtype"),
-        ("gsm8k", ["--device", "warp"], "device 'warp' cannot be used"),
+        ("gsm8k", ["--device", "warp"], "--device warp cannot be used"),
         ("gsm8k", ["--sample", "--temperature", "-1"], "temperature=-1.0"),
         ("gsm8k", ["--max_new_tokens", "0"], "max_new_tokens=0"),
         ("gsm8k", ["--tokenizer_path", "/nowhere"], "tokenizer"),

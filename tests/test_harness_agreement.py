@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from lota.data.batches import Prompt
+from lota.evaluate.batching import context_length
 from lota.evaluate.estimates import corpus_perplexity
-from lota.evaluate.generation import context_length
 from lota.evaluate.loglik import choice_requests, logliks, text_requests
 from tasks import get_task
 

@@ -6,10 +6,11 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Subclasses carry more state (linear attention, quantised blocks), and selecting rows may leave that behind.
@@ -60,10 +61,30 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def accepted_arguments(model: PreTrainedModel) -> set[str]:
-    """Names of the arguments of the model's forward, of the model itself if a wrapper hides them."""
-    inner = getattr(model, "get_base_model", lambda: model)()
-    return set(inspect.signature(inner.forward).parameters)
+class Forward:
+    """A model's forward pass over padded rows, with those arguments that the model knows."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        inner = getattr(model, "get_base_model", lambda: model)()  # a wrapper hides the arguments
+        self.accepts = set(inspect.signature(inner.forward).parameters)
+        self.context = context_length(model.config)
+
+    def __call__(self, ids: Tensor, mask: Tensor, kept: int, **more: Any) -> Any:
+        """The model's output.
+
+        ids: (rows, width), what the cache has not read; mask: (rows, cached tokens + width), 1 for tokens
+        that count; kept: positions at the end whose scores are needed; more: the cache.
+        """
+        positions = (mask.cumsum(-1) - 1).clamp(0, self.context and self.context - 1)[:, -ids.shape[1] :]
+        known = {"position_ids": positions, "logits_to_keep": kept}
+        known = {name: value for name, value in known.items() if name in self.accepts}
+        return self.model(input_ids=ids, attention_mask=mask, **known, **more)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """How many positions a model has, prompt and completion together; None if it sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def can_drop_rows(cache: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -89,44 +88,22 @@ def recorded_prompting(path: str) -> tuple[str, Limits | None]:
 def load_chosen_model(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, archive: str | None = None
 ) -> PreTrainedModel:
-    """The model, its deltas on top. Raises ValueError for the deltas' files before it loads."""
-    model, _ = load_model_and_tokenizer(
-        args.model,
-        tokenizer=tokenizer,
-        archive=archive,
-        dtype=args.dtype,
-        device=args.device,
-        deltas=[Delta.open(path) for path in args.delta],
-    )
-    return model
+    """The model, its deltas on top. Raises ValueError for deltas, dtype or device before it loads.
 
-
-def load_model_and_tokenizer(
-    name_or_path: str,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    archive: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    deltas: Sequence[Delta] = (),
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer as the scripts name them; None: the model's own, and a GPU if there is one.
-
-    deltas: put on top, before weights are cast to a narrower dtype than that of their files.
-    Raises ValueError for the tokenizer, dtype or device, before the model loads.
+    The deltas are put on top before weights are cast to a narrower dtype than that of their files.
     """
-    tokenizer = tokenizer or load_tokenizer(name_or_path)
-    stored = load_config(name_or_path).dtype
+    deltas = [Delta.open(path) for path in args.delta]
+    stored = load_config(args.model).dtype
     own = stored if isinstance(stored, torch.dtype) else torch.float32
-    chosen = dtype_of(dtype) if dtype else own
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype_of(args.dtype) if args.dtype else own
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    wide = functools.reduce(common_dtype, (delta.widest for delta in deltas if delta.names), chosen)
-    model = load_model(name_or_path, archive=archive, dtype=wide, device=device, tokenizer=tokenizer)
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    wide = functools.reduce(common_dtype, (delta.widest for delta in deltas if delta.names), dtype)
+    model = load_model(args.model, archive=archive, dtype=wide, device=device, tokenizer=tokenizer)
     attach(model, *deltas)
-    if wide != chosen:
-        cast_parameters(model, chosen)
-    return model, tokenizer
+    if wide != dtype:
+        cast_parameters(model, dtype)
+    return model

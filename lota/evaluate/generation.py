@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lota.data.batches import Prompt
 from lota.evaluate.batching import (
-    accepted_arguments,
+    Forward,
     can_drop_rows,
+    context_length,
     first_token,
     in_batches,
     padded,
@@ -67,11 +68,6 @@ def generate(
     return done
 
 
-def context_length(config: PretrainedConfig) -> int | None:
-    """How many positions the model has, prompt and completion together; None if it sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def prompt_bound(
     config: PretrainedConfig, max_new_tokens: int, max_prompt_length: int | None = None
 ) -> int | None:
@@ -118,8 +114,7 @@ def _complete(
 
     draws: (prompts, max_new_tokens), numbers in [0, 1); (prompts, 0) for greedy decoding.
     """
-    context = context_length(model.config)
-    longest = decoding.max_new_tokens
+    context, longest = context_length(model.config), decoding.max_new_tokens
     limits = [longest if context is None else min(longest, context - len(prompt)) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
     stops = StopCheck(tokenizer, decoding.stop)
@@ -131,7 +126,7 @@ def _complete(
         tokens[row].append(token)
         return len(tokens[row]) < limits[row] and not stops.reached(tokens[row])
 
-    batch = _Batch(model, prompts, context)
+    batch = _Batch(model, prompts)
     step = 0
     while batch.rows:
         uniform = draws[batch.rows, step] if decoding.temperature else draws
@@ -152,29 +147,17 @@ class _Batch:
     finished.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], context: int | None) -> None:
-        self.model, self.context = model, context
-        self.accepts = accepted_arguments(model)
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> None:
+        self.forward = Forward(model)
         # (rows, width): ids, or what the cache has not read of them; mask 1 for tokens that count
-        self.ids, self.mask = padded(prompts, next(model.parameters()).device, left=True)
-        self.positions = self._within((self.mask.cumsum(-1) - 1).clamp(min=0))  # of ids
+        self.ids, self.mask = padded(prompts, self.forward.device, left=True)
         self.cache: Any = None  # one of transformers' caches, or a model's own
         self.rows = list(range(len(prompts)))  # numbers of the prompts in the batch
         self.alive = [True] * len(prompts)  # which of them still go on
 
-    def _within(self, positions: Tensor) -> Tensor:
-        return positions if self.context is None else positions.clamp(max=self.context - 1)
-
     def logits(self) -> Tensor:
         """Scores of the next token, fp32, (rows, vocabulary)."""
-        known = {"position_ids": self.positions, "logits_to_keep": 1}
-        output = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **{name: value for name, value in known.items() if name in self.accepts},
-        )
+        output = self.forward(self.ids, self.mask, 1, past_key_values=self.cache, use_cache=True)
         first, self.cache = self.cache is None, getattr(output, "past_key_values", None)
         logits = output.logits[:, -1].float()
         if first and logits.isnan().any():
@@ -183,18 +166,16 @@ class _Batch:
 
     def extend(self, chosen: Tensor, going: list[bool]) -> None:
         """Append a token to each row that goes on and drop the others. chosen: (rows,)."""
-        alive = torch.tensor(going, device=self.ids.device)
-        token, position = chosen[:, None], self._within(self.positions[:, -1:] + alive[:, None])
+        alive, token = torch.tensor(going, device=self.ids.device), chosen[:, None]
         # a finished row that has to stay gets tokens that nothing attends to
         self.mask = torch.cat([self.mask, alive[:, None].to(self.mask.dtype)], 1)
-        if self.cache is None:  # the model reads the whole rows again
-            token, position = torch.cat([self.ids, token], 1), torch.cat([self.positions, position], 1)
-        self.ids, self.positions, self.alive = token, position, going
+        self.ids = token if self.cache is not None else torch.cat([self.ids, token], 1)
+        self.alive = going
         if not any(going):
             self.rows = []
         elif not all(going) and can_drop_rows(self.cache):
             kept = alive.nonzero().squeeze(1)
-            self.ids, self.mask, self.positions = self.ids[kept], self.mask[kept], self.positions[kept]
+            self.ids, self.mask = self.ids[kept], self.mask[kept]
             if self.cache is not None:
                 self.cache.batch_select_indices(kept)
             self.rows = [row for row, goes_on in zip(self.rows, going, strict=True) if goes_on]

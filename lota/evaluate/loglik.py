@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.data.batches import Prompt
 from lota.evaluate.batching import (
-    accepted_arguments,
+    Forward,
     can_drop_rows,
     first_token,
     in_batches,
@@ -73,9 +72,9 @@ class _Reader:
     """A model's scores of the tokens of continuations."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.accepts = model, accepted_arguments(model)
-        self.device = next(model.parameters()).device
-        self.can_share = {"past_key_values", "position_ids"} <= self.accepts
+        self.forward = Forward(model)
+        self.device = self.forward.device
+        self.can_share = {"past_key_values", "position_ids"} <= self.forward.accepts
 
     def scores(self, batch: Sequence[Request]) -> list[Tensor]:
         """Of each request (tokens of the continuation, vocabulary), or more positions in front of those."""
@@ -99,14 +98,14 @@ class _Reader:
         """
         kept = max(len(after) for _, after in batch)
         ids, mask = padded([(context + after)[:-1] for context, after in batch], self.device, left=True)
-        return self._forward(ids, mask, kept, use_cache=False).logits[:, -kept:]
+        return self.forward(ids, mask, kept, use_cache=False).logits[:, -kept:]
 
     def _after_shared(
         self, contexts: Sequence[Sequence[int]], row_of: Sequence[int], continuations: Sequence[list[int]]
     ) -> list[Tensor] | None:
         """Scores after contexts[row_of[i]], read once each; None where the model's cache cannot be shared."""
         ids, mask = padded(contexts, self.device, left=True)
-        output = self._forward(ids, mask, 1, use_cache=True)
+        output = self.forward(ids, mask, 1, use_cache=True)
         cache = getattr(output, "past_key_values", None)
         if cache is None or not can_drop_rows(cache):
             return None
@@ -118,18 +117,10 @@ class _Reader:
         cache.batch_select_indices(rows)
         more, counts = padded([continuations[i][:-1] for i in longer], self.device, left=False)
         mask = torch.cat([mask[rows], counts], 1)
-        logits = self._forward(more, mask, more.shape[1], use_cache=True, past_key_values=cache).logits
+        logits = self.forward(more, mask, more.shape[1], use_cache=True, past_key_values=cache).logits
         for at, i in enumerate(longer):
             scores[i] = torch.cat([scores[i], logits[at, : len(continuations[i]) - 1]])
         return scores
-
-    def _forward(self, ids: Tensor, mask: Tensor, kept: int, **more: Any) -> Any:
-        """mask: over what the cache holds and ids; kept: positions at the end whose scores are needed."""
-        if "position_ids" in self.accepts:
-            more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if "logits_to_keep" in self.accepts:
-            more["logits_to_keep"] = kept
-        return self.model(input_ids=ids, attention_mask=mask, **more)
 
 
 def _sum_of(logits: Tensor, continuation: list[int]) -> float:

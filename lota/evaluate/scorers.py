@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from lota.data.prompts import FewShot, Fitted, Prompter
 from lota.data.task import Row, Task
+from lota.evaluate.batching import context_length
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import Estimate, corpus_perplexity, mean, perplexity
-from lota.evaluate.generation import context_length, generate, prompt_bound
+from lota.evaluate.generation import generate, prompt_bound
 from lota.evaluate.loglik import Request, choice_requests, logliks, text_requests
 
 Records = Mapping[int, Row]  # predictions by example number
