@@ -54,7 +54,7 @@ def versions(device: torch.device) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    installed = {}
+    installed: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             installed[package] = metadata.version(package)

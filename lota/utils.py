@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside `path` for a file or folder; rename it to `path` if the block succeeds.
 
     An existing file is replaced in one step; an existing folder is moved aside first and removed afterwards,
@@ -78,13 +78,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_tensors(content: Any, path: str | os.PathLike) -> None:
+def save_tensors(content: Any, path: str | os.PathLike[str]) -> None:
     """torch.save to `path`. Raises OSError when it cannot be written, where torch names its own assertion."""
     import torch  # settings are checked without it
 
@@ -225,7 +225,7 @@ def with_flags(error: Exception, args: argparse.Namespace, **flags: str) -> str:
     return re.sub(rf"(?<![^\s(])({names})=", lambda found: f"--{flags.get(found[1], found[1])} ", str(error))
 
 
-def short_names(paths: Sequence[str | os.PathLike], alike: bool = True) -> list[str]:
+def short_names(paths: Sequence[str | os.PathLike[str]], alike: bool = True) -> list[str]:
     """For each path its last parts, as few as tell all of them apart, joined by slashes.
 
     alike: all names have as many parts; else each has as few as it can. Equal paths get equal names.

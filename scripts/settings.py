@@ -102,7 +102,8 @@ def known() -> dict[str, str]:
 
 def page() -> str:
     """The content of docs/SETTINGS.md."""
-    text, sections = known(), defaultdict(dict)
+    text = known()
+    sections: dict[str, dict[str, str]] = defaultdict(dict)  # heading -> key -> default
     for file, prefix in FILES.items():
         for line in lines_of(CONFIG / file, prefix):
             own = prefix.removesuffix(".") or ("a sequence of tasks" if file == "lotto.yaml" else "")

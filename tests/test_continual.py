@@ -9,20 +9,20 @@ import statistics
 import pytest
 
 from lota.evaluate.estimates import mean, ratio
-from lota.lotto.forgetting import Matrix, report
+from lota.lotto.forgetting import Matrix, write_results
 from lota.lotto.held_out import Measured
 
 # scores of two examples per task; a[i][j] on task j after stage i
-SALIENCIES = {
+SCORES = {
     "a": [(1.0, 0.8), (0.5, 0.9), (0.4, 0.2)],
     "b": [(0.0, 0.2), (0.6, 1.0), (0.7, 0.3)],
     "c": [(0.1, 0.1), (0.0, 0.2), (0.9, 0.7)],
 }
-TASKS = list(SALIENCIES)
+TASKS = list(SCORES)
 
 
 def matrix(sign: float = 1.0, **more) -> Matrix:
-    rows = [{t: mean(dict(enumerate(sign * x for x in SALIENCIES[t][at]))) for t in TASKS} for at in range(3)]
+    rows = [{t: mean(dict(enumerate(sign * x for x in SCORES[t][at]))) for t in TASKS} for at in range(3)]
     return Matrix(TASKS, rows, **more)
 
 
@@ -38,7 +38,7 @@ def test_summaries():
     assert found.average()[0] == pytest.approx((0.3 + 0.5 + 0.8) / 3)
     value, error = found.backward_transfer()
     assert value == pytest.approx(((0.3 - 0.9) + (0.5 - 0.8)) / 2)
-    differences = [(SALIENCIES["a"][2], SALIENCIES["a"][0]), (SALIENCIES["b"][2], SALIENCIES["b"][1])]
+    differences = [(SCORES["a"][2], SCORES["a"][0]), (SCORES["b"][2], SCORES["b"][1])]
     assert error == pytest.approx(stderr_of(*differences))
     value, error = found.forgetting()
     assert value == pytest.approx(((0.9 - 0.3) + (0.8 - 0.5)) / 2)
@@ -70,16 +70,16 @@ def test_a_single_task_has_nothing_to_forget():
 
 
 def measured(at: int, task: str, metric: str | None = "exact_match") -> Measured:
-    score = None if metric is None else mean(dict(enumerate(SALIENCIES[task][at])))
+    score = None if metric is None else mean(dict(enumerate(SCORES[task][at])))
     return Measured(metric, score, ratio({0: 2.0 + at, 1: 4.0}, {0: 1, 1: 3}))
 
 
 @pytest.mark.parametrize("metric", ["exact_match", None, "word_perplexity"])
-def test_report(tmp_path, metric):
+def test_the_results_of_a_sequence(tmp_path, metric):
     """Scores are left out where a task has none, or one of which less is better."""
     kinds = {"a": "exact_match", "b": metric, "c": "exact_match"}
     stages = [{t: measured(at, t, kinds[t]) for t in TASKS} for at in range(3)]
-    content = report(tmp_path, TASKS, stages, stages[0])
+    content = write_results(tmp_path, TASKS, stages, stages[0])
     assert json.loads((tmp_path / "forgetting.json").read_text()) == content
     assert content["loss"]["matrix"] == [[1.5] * 3, [1.75] * 3, [2.0] * 3]
     assert content["loss"]["forgetting"]["value"] == pytest.approx((0.5 + 0.5) / 2)

@@ -235,7 +235,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(two, tmp
 KILLS = [
     ("policy", 2, ["1_one/calibrate"]),
     ("backward", 8, ["1_one/calibrate", "1_one/adapt"]),
-    ("ledger", 2, ["1_one/calibrate", "1_one/adapt", "2_two/calibrate"]),
+    ("ledger", 3, ["1_one/calibrate", "1_one/adapt", "2_two/calibrate"]),
 ]
 
 

@@ -12,9 +12,9 @@ from lotto_runs import NAMES, Trainings, settings, with_tasks
 from runs import MODEL, train, write_mask
 
 from lota.config import Config, ModelConfig
+from lota.lotto.check import SequenceFolder
 from lota.lotto.config import LottoConfig
 from lota.lotto.driver import Lotto
-from lota.lotto.folder import SequenceFolder
 from lota.masks import Mask
 from lota.models.scope import find_scope, meta_model
 from tasks import get_task

@@ -1,9 +1,10 @@
-"""What of a sequence of tasks can be refused before anything is trained: tasks, data, masks, capacity."""
+"""What of a sequence can be refused before anything is trained: folder, tasks, data, masks, capacity."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import ceil
@@ -11,29 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
+from lota.config_checks import differences
+from lota.data.task import FindTask
 from lota.lotto.config import LottoConfig
-from lota.lotto.folder import SequenceFolder
 from lota.lotto.held_out import HeldOut
 from lota.lotto.ledger import Ledger
 from lota.masks import Mask, kept_count
 from lota.models.scope import find_scope, meta_model
 from lota.train.preflight import prepare
+from lota.train.run_folder import RunFolder
 from lota.utils import Problems
+
+_FILES = re.compile(r"config\.yaml|base|ledger\.(json|txt)|forgetting.*\.(json|txt|png)")
+_STAGE = re.compile(r"\d+_.+")
 
 
 @dataclass(frozen=True)
 class Checked:
     """What a sequence works on."""
 
-    model: nn.Module  # on the meta device
+    model: PreTrainedModel  # on the meta device
     everything: Mask  # all entries that dense training may change: the scope without protect_masks
     custom: dict[str, Path]  # task -> mask file that was given for it
     held_out: list[HeldOut]  # rows of each task in the order of the sequence
 
 
-def check(config: LottoConfig, find_task: Callable[[str], Any]) -> Checked:
+def check(config: LottoConfig, find_task: FindTask) -> Checked:
     """Everything that a sequence starts from. Raises one ValueError with all the problems found."""
     problems = Problems()
     problems.attempt(SequenceFolder(config).may_continue)
@@ -55,7 +61,7 @@ def check(config: LottoConfig, find_task: Callable[[str], Any]) -> Checked:
     return Checked(model, everything, files, [rows for rows in held_out if rows is not None])
 
 
-def _rows(config: LottoConfig, name: str, find_task: Callable[[str], Any]) -> HeldOut:
+def _rows(config: LottoConfig, name: str, find_task: FindTask) -> HeldOut:
     """Returns the task's held-out rows, and checks its training run as far as that is possible before earlier
     tasks have run.
     """
@@ -115,3 +121,30 @@ def _check_capacity(config: LottoConfig, full: Mask, taken: Iterable[Mask], with
         f"scope's {total:,} are free, enough for {sum(n <= free for n in needed)} of {len(open_tasks)} "
         f"tasks: all fit at sparsity={least:g} or more, or name fewer tasks"
     )
+
+
+class SequenceFolder(RunFolder):
+    """The folder of a sequence, whose items are files of its own and a folder for each task."""
+
+    config: LottoConfig
+
+    def items(self) -> list[Path]:
+        found = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [p for p in found if _FILES.fullmatch(p.name) or (p.is_dir() and _STAGE.fullmatch(p.name))]
+
+    def results(self) -> list[str]:
+        return [item.name for item in self.items()]
+
+    def begun(self) -> bool:
+        return any(self.path.glob("[0-9]*_*/*/*/policy.pt"))
+
+    def changes(self, old: dict[str, Any]) -> list[str]:
+        """As for one run; tasks that come after those of the old sequence are no change."""
+        config = self.config
+        before = list(old.get("tasks") or [])
+        before = before[::-1] if old.get("order") == "reversed" else before
+        if before and config.sequence[: len(before)] == before:
+            ours = {task: given for task, given in config.task_overrides.items() if task in before}
+            same = {"task_overrides": config.task_overrides} if old.get("task_overrides") == ours else {}
+            old = {**old, "tasks": config.tasks, "order": config.order, **same}
+        return differences(old, config)

@@ -20,19 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
-from lota.lotto.check import Checked, check
+from lota.data.task import FindTask
+from lota.lotto.check import Checked, SequenceFolder, check
 from lota.lotto.config import LottoConfig
-from lota.lotto.folder import SequenceFolder
-from lota.lotto.forgetting import report, table
+from lota.lotto.forgetting import table, write_results
 from lota.lotto.held_out import Measured, measure_all
 from lota.lotto.ledger import Entry, Ledger, values_hash
 from lota.masks import Mask
 from lota.masks.extract.select import extract
-from lota.models.loading import dtype_of, load_model, load_tokenizer
+from lota.models.loading import dtype_of, load_model
 from lota.models.weights import open_weights
 from lota.train.checkpoint import POLICY, newest_checkpoint
+from lota.train.run_model import load_run_tokenizer
 
 logger = logging.getLogger(__name__)
 CALIBRATE, ADAPT = "calibrate", "adapt"
@@ -58,9 +60,7 @@ class Lotto:
     Raises ValueError for an invalid sequence before anything is trained or written.
     """
 
-    def __init__(
-        self, config: LottoConfig, train: Callable[[Config], Path | None], find_task: Callable[[str], Any]
-    ):
+    def __init__(self, config: LottoConfig, train: Callable[[Config], Path | None], find_task: FindTask):
         for line in config.unused():
             logger.info("not used here: %s", line)
         self.config, self.train = config, train
@@ -79,16 +79,18 @@ class Lotto:
                     logger.info("\n%d of %d: %s", stage.number, len(self.stages), stage.task)
                     self.learn(stage)
                     opened.keep()
-                results.append(self.measure(self.folder / stage.name, self.weights(stage)))
-                self.ledger.measured(at, *_numbers(results[-1]))
-            content = report(self.folder, self.config.sequence, results, base)
+                found = self.measure(self.folder / stage.name, self.weights(stage))
+                scores = {task: one.score.value for task, one in found.items() if one.score is not None}
+                self.ledger.measured(at, scores, {task: one.loss.value for task, one in found.items()})
+                results.append(found)
+            content = write_results(self.folder, self.config.sequence, results, base)
         logger.info("\n%s\n\n%s", self.ledger.table(), table(content))
         return content
 
     # One stage
 
     def learn(self, stage: Stage) -> None:
-        """Calibrate, extract, adapt, evaluate; the ledger's new entry ends the stage."""
+        """Calibrate, extract, adapt; the ledger's new entry ends the stage."""
         before = self.weights(self.stages[stage.number - 2]) if stage.number > 1 else None
         mask_path = self.mask(stage, before)
         run = self.config.adaptation(
@@ -98,12 +100,10 @@ class Lotto:
             protect_masks=self.protected(stage),
         )
         self.start(run)
-        after = self.weights(stage)
-        scores, losses = _numbers(self.measure(self.folder / stage.name, after))
-        self.ledger.add(self.entry(stage, mask_path, before, after, scores, losses))
+        self.ledger.add(self.entry(stage, mask_path, before))
 
     def mask(self, stage: Stage, before: Path | None) -> Path | None:
-        """The task's mask file: yours, or extracted within what no other task keeps; None: no mask."""
+        """Returns the task's mask file, given or extracted from what no other task keeps; None: no mask."""
         config, method = self.config, self.config.learning
         if method.saliency is None:
             return None
@@ -134,7 +134,7 @@ class Lotto:
         return path
 
     def start(self, config: Config) -> Path:
-        """A training run to its end; what it held in memory is given back."""
+        """Train to the end and give back the memory; returns the last checkpoint."""
         folder = self.train(config)
         assert folder is not None  # of a debug run only, which a sequence refuses
         gc.collect()
@@ -160,15 +160,8 @@ class Lotto:
 
     # What stands in the ledger
 
-    def entry(
-        self,
-        stage: Stage,
-        mask_path: Path | None,
-        before: Path | None,
-        after: Path,
-        scores: dict[str, float],
-        losses: dict[str, float],
-    ) -> Entry:
+    def entry(self, stage: Stage, mask_path: Path | None, before: Path | None) -> Entry:
+        """Of a stage that has been adapted, without its results."""
         mask = self.mask_of(mask_path)
         earlier = {entry.name: self.mask_of(entry.mask) for entry in self.ledger.entries}
 
@@ -185,9 +178,9 @@ class Lotto:
             free_after=reduce(Mask.minus, [mask, *earlier.values()], self.checked.everything).n_kept,
             overlap={task: mask.overlap(kept) for task, kept in earlier.items()},
             hash_before=hashes(before),
-            hash_after=hashes(after),
-            scores=scores,
-            losses=losses,
+            hash_after=hashes(self.weights(stage)),
+            scores={},
+            losses={},
         )
 
     def mask_of(self, path: Path | str | None) -> Mask:
@@ -211,9 +204,8 @@ class Lotto:
         """Results on every task of the model in a policy.pt; None: of the base."""
         return measure_all(self.checked.held_out, lambda: self.load(policy), folder)
 
-    def load(self, policy: Path | None) -> tuple[Any, Any]:
-        model = self.config.model
-        tokenizer = load_tokenizer(model.tokenizer_name_or_path or model.name_or_path)
+    def load(self, policy: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model, tokenizer = self.config.model, load_run_tokenizer(self.config)
         loaded = load_model(
             model.name_or_path,
             archive=policy or model.archive,
@@ -223,12 +215,6 @@ class Lotto:
             tokenizer=tokenizer,
         )
         return loaded, tokenizer
-
-
-def _numbers(results: dict[str, Measured]) -> tuple[dict[str, float], dict[str, float]]:
-    """(scores of the tasks that have one, losses) by task."""
-    scores = {task: found.score.value for task, found in results.items() if found.score is not None}
-    return scores, {task: found.loss.value for task, found in results.items()}
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -14,7 +14,7 @@ are independent, and the choice of the best stage counts as given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,21 @@ from typing import Any
 from lota.evaluate.estimates import Estimate, mean_of
 from lota.lotto.held_out import Measured
 from lota.plots import heatmap
-from lota.utils import atomic_path, write_json
+from lota.utils import aligned, atomic_path, write_json
 
 NAME = "forgetting"  # .json, .txt, .png, _loss.png
-BASE = "base"
-Row = Mapping[str, Estimate]  # task -> result after a stage
+SUMMARIES = ("average", "backward_transfer", "forgetting")
+LOSS = "held-out loss (nats per token)"
 Number = tuple[float, float | None]  # value and its standard error
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Results of tasks (in the order in which they were learnt) after each stage.
+    """Results of tasks after each stage."""
 
-    rows: one per stage, the first of which learnt tasks[0] and so on. smaller_is_better: for losses.
-    """
-
-    tasks: Sequence[str]
-    rows: Sequence[Row]
-    smaller_is_better: bool = False
+    tasks: Sequence[str]  # in the order in which they were learnt
+    rows: Sequence[Mapping[str, Estimate]]  # task -> result, after the stage that learnt tasks[0] and so on
+    smaller_is_better: bool = False  # for losses
 
     def average(self) -> Number:
         """Over all tasks, after the last stage."""
@@ -62,68 +59,60 @@ class Matrix:
     def _gain(self, new: Estimate, old: Estimate) -> Estimate:
         return old.minus(new) if self.smaller_is_better else new.minus(old)
 
-    def _over_earlier(self, difference) -> Number | None:
+    def _over_earlier(self, difference: Callable[[int, str], Estimate]) -> Number | None:
         found = [difference(at, task) for at, task in enumerate(self.tasks[:-1])]
         return mean_of(found) if found else None
 
-    def to_dict(self, base: Row | None = None) -> dict[str, Any]:
-        """Plain values: the matrix with its standard errors, the base's results, the three summaries."""
+    def to_dict(self, base: Mapping[str, Estimate]) -> dict[str, Any]:
+        """Returns plain values: matrix and results of the base with standard errors, summaries."""
         content: dict[str, Any] = {
             "matrix": [[row[task].value for task in self.tasks] for row in self.rows],
             "stderr": [[row[task].stderr for task in self.tasks] for row in self.rows],
+            "base": [base[task].value for task in self.tasks],
+            "base_stderr": [base[task].stderr for task in self.tasks],
         }
-        if base is not None:
-            content["base"] = [base[task].value for task in self.tasks]
-            content["base_stderr"] = [base[task].stderr for task in self.tasks]
-        summaries = {
-            "average": self.average(),
-            "backward_transfer": self.backward_transfer(),
-            "forgetting": self.forgetting(),
-        }
-        for name, found in summaries.items():
+        for name in SUMMARIES:
+            found = getattr(self, name)()
             content[name] = None if found is None else {"value": found[0], "stderr": found[1]}
         return content
 
 
-def report(
+def write_results(
     folder: Path, tasks: Sequence[str], stages: Sequence[Mapping[str, Measured]], base: Mapping[str, Measured]
 ) -> dict[str, Any]:
     """Write forgetting.json, .txt and the heat maps of a sequence; returns what is in the JSON file.
 
-    stages: results on every task after each stage. The scores' part is left out where a task has none, or a
+    stages: results on every task after each stage. The scores' part is left out if a task has none, or a
     perplexity, of which less is better.
     """
-    content: dict[str, Any] = {"tasks": list(tasks), "metrics": {t: base[t].metric for t in tasks}}
-    parts = {"loss": Matrix(tasks, [{t: s[t].loss for t in tasks} for s in stages], smaller_is_better=True)}
-    content["loss"] = parts["loss"].to_dict({t: base[t].loss for t in tasks})
-    if all(base[t].score is not None and not base[t].metric.endswith("perplexity") for t in tasks):
-        parts["score"] = Matrix(tasks, [{t: s[t].score for t in tasks} for s in stages])
-        content["score"] = parts["score"].to_dict({t: base[t].score for t in tasks})
+    metrics = [base[task].metric for task in tasks]
+    content: dict[str, Any] = {"tasks": list(tasks), "metrics": dict(zip(tasks, metrics, strict=True))}
+    scored = not any(metric is None or metric.endswith("perplexity") for metric in metrics)
+    for kind in ("loss", "score") if scored else ("loss",):
+        first, *rows = [{task: getattr(results[task], kind) for task in tasks} for results in (base, *stages)]
+        content[kind] = Matrix(tasks, rows, smaller_is_better=kind == "loss").to_dict(first)
+        draw(content, kind, folder / (f"{NAME}.png" if kind == "score" else f"{NAME}_loss.png"))
     write_json(folder / f"{NAME}.json", content)
     with atomic_path(folder / f"{NAME}.txt") as temporary:
         temporary.write_text(table(content) + "\n", encoding="utf-8")
-    for kind in parts:
-        draw(content, kind, folder / (f"{NAME}.png" if kind == "score" else f"{NAME}_loss.png"))
     return content
 
 
 def stage_names(tasks: Sequence[str]) -> list[str]:
     """Of the rows of a drawn or printed matrix, the base model's first."""
-    return [BASE, *(f"after {task}" for task in tasks)]
+    return ["base", *(f"after {task}" for task in tasks)]
 
 
 def draw(content: Mapping[str, Any], kind: str, path: Path) -> None:
     """The matrix as a heat map. kind: `score` or `loss`."""
     part, tasks = content[kind], content["tasks"]
-    metrics = dict.fromkeys(content["metrics"].values())
-    label = "held-out loss (nats per token)" if kind == "loss" else ", ".join(f"{m}" for m in metrics)
     heatmap(
         [part["base"], *part["matrix"]],
         stage_names(tasks),
         tasks,
         path,
         title="Held-out loss" if kind == "loss" else "Score on each task after each stage",
-        label=label,
+        label=LOSS if kind == "loss" else ", ".join(dict.fromkeys(content["metrics"].values())),
         column_label="evaluated on",
         errors=[part["base_stderr"], *part["stderr"]],
     )
@@ -132,26 +121,23 @@ def draw(content: Mapping[str, Any], kind: str, path: Path) -> None:
 def table(content: Mapping[str, Any]) -> str:
     """Both matrices as text, +- one standard error over examples, and their summaries."""
     blocks = []
-    for kind, title in (("score", "score"), ("loss", "held-out loss (nats per token)")):
+    for kind in ("score", "loss"):
         if kind not in content:
             continue
         part, tasks = content[kind], content["tasks"]
-        rows = [part["base"], *part["matrix"]]
-        errors = [part["base_stderr"], *part["stderr"]]
-        lines = [[title, *tasks]]
-        for name, values, stderrs in zip(stage_names(tasks), rows, errors, strict=True):
-            lines.append([name, *(number(pair) for pair in zip(values, stderrs, strict=True))])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        shown = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        for name in ("average", "backward_transfer", "forgetting"):
+        lines = [[LOSS if kind == "loss" else kind, *tasks]]
+        rows = [part["base"], *part["matrix"]], [part["base_stderr"], *part["stderr"]]
+        for name, values, stderrs in zip(stage_names(tasks), *rows, strict=True):
+            lines.append([name, *map(number, zip(values, stderrs, strict=True))])
+        shown = aligned(lines, left=len(lines[0]))
+        for name in SUMMARIES:
             if part[name] is not None:
-                shown.append(
-                    f"{name.replace('_', ' ')}: {number((part[name]['value'], part[name]['stderr']))}"
-                )
+                value = number((part[name]["value"], part[name]["stderr"]))
+                shown.append(f"{name.replace('_', ' ')}: {value}")
         blocks.append("\n".join(shown))
     return "\n\n".join(blocks)
 
 
 def number(found: Number) -> str:
-    """0.950 +- 0.015; without the error where there is none."""
+    """0.950 +- 0.015; without the error if there is none."""
     return f"{found[0]:.3f}" + ("" if found[1] is None else f" +- {found[1]:.3f}")

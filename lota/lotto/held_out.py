@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
-from lota.data.batches import collate, encode, seeded_sample
+from lota.data.batches import encoder, seeded_sample
 from lota.data.examples import held_out_rows
 from lota.data.prompts import Limits, Prompter
+from lota.data.task import Task
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import Estimate, ratio
 from lota.evaluate.evaluator import Evaluator
+from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
-from lota.models.loading import choose_pad_token_id
-from lota.train.losses import sequence_logps
 from lota.utils import content_key, write_json
 
 RESULTS = "held_out.json"
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on a task. score: in the task's metric, None where it has none; loss: nats per target token."""
+    """Results of a model on a task."""
 
-    metric: str | None
+    metric: str | None  # of the score; None: the task has none
     score: Estimate | None
-    loss: Estimate
+    loss: Estimate  # nats per target token
 
     def to_dict(self) -> dict[str, Any]:
         both = {"score": self.score, "loss": self.loss}
@@ -56,12 +54,12 @@ def _estimate(content: Mapping[str, Any]) -> Estimate:
 
 
 class HeldOut:
-    """The tasks' held-out rows, of each a seeded sample of n_eval_examples, the same for every model.
+    """A task's held-out rows, a seeded sample of n_eval_examples that is the same for every model.
 
-    Reads the rows when made; raises ValueError for a task without held-out rows.
+    Raises ValueError for a task without held-out rows.
     """
 
-    def __init__(self, config: Config, task: Any):
+    def __init__(self, config: Config, task: Task):
         self.config, self.task = config, task
         self.rows = held_out_rows(task, config.data_folder)
         self.chosen = seeded_sample(range(len(self.rows)), config.n_eval_examples, config.seed)
@@ -73,15 +71,15 @@ class HeldOut:
             }
         )
 
-    def measure(self, model: Any, tokenizer: Any, folder: Path, name: str) -> Measured:
-        """Scores the model; predictions go to <folder>/metrics. name: of the model, for the results."""
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Measured:
+        """Returns the model's loss and score; its predictions go to <folder>/metrics."""
         limits = Limits(self.config.max_length, self.config.max_prompt_length)
         prompter = Prompter(tokenizer, self.config.chat_template, limits)
-        loss = self._loss(model, tokenizer, prompter)
+        loss = self._loss(model, prompter)
         if self.task.metric is None:
             return Measured(None, None, loss)
         evaluator = Evaluator(
-            model, prompter, model_name=name, out_dir=folder, batch_size=self.config.eval_batch_size
+            model, prompter, model_name=folder.name, out_dir=folder, batch_size=self.config.eval_batch_size
         )
         decoding = Decoding(self.task.max_new_tokens, seed=self.config.seed, stop=self.task.stop)
         request = TaskRequest(self.task, self.rows, decoding, self.chosen)
@@ -89,32 +87,25 @@ class HeldOut:
             result = evaluator.evaluate(request, on_done=lambda prediction: bar.update())
         return Measured(result.metric, result.estimates[result.metric], loss)
 
-    @torch.no_grad()
-    def _loss(self, model: Any, tokenizer: Any, prompter: Prompter) -> Estimate:
-        pad = choose_pad_token_id(tokenizer, model.config)
-        limits = {"max_length": self.config.max_length, "max_prompt_length": self.config.max_prompt_length}
-        nats: dict[int, float] = {}
-        counts: dict[int, float] = {}
-        for start in range(0, len(self.chosen), self.config.eval_batch_size):
-            numbers = self.chosen[start : start + self.config.eval_batch_size]
-            examples = [prompter.example(self.task, self.rows[i]) for i in numbers]
-            batch = collate([encode(tokenizer, e, **limits) for e in examples], pad).to(model.device)
-            logits = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
-            logps, counted = sequence_logps(logits, batch.labels)
-            nats.update(zip(numbers, (-logps).tolist(), strict=True))
-            counts.update(zip(numbers, counted.tolist(), strict=True))
-        return ratio(nats, counts)
+    def _loss(self, model: PreTrainedModel, prompter: Prompter) -> Estimate:
+        """Nats per target token, of prompts and targets cut as in training."""
+        encode = encoder(self.config, prompter.tokenizer)
+        rows = [encode(prompter.example(self.task, self.rows[i]))[0] for i in self.chosen]
+        requests = [(row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :]) for row in rows]
+        found = logliks(model, requests, batch_size=self.config.eval_batch_size)
+        nats = {i: -value for i, value in zip(self.chosen, found, strict=True)}
+        return ratio(nats, {i: len(target) for i, (_, target) in zip(self.chosen, requests, strict=True)})
 
 
 def measure_all(
-    held_out: Sequence[HeldOut], load: Callable[[], tuple[Any, Any]], folder: Path
+    held_out: Sequence[HeldOut],
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    folder: Path,
 ) -> dict[str, Measured]:
-    """Task name -> what the model of `load` (model and tokenizer) makes of it.
+    """Returns task name -> results of the model that `load` gives.
 
     What <folder>/held_out.json holds for the same rows and settings is not measured again; the model is
-    loaded only where something is missing.
+    loaded only if something is missing.
     """
     path = folder / RESULTS
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -122,7 +113,7 @@ def measure_all(
     if missing:
         model, tokenizer = load()
         for one in missing:
-            found = one.measure(model, tokenizer, folder, folder.name)
+            found = one.measure(model, tokenizer, folder)
             stored[one.task.name] = {"key": one.key, **found.to_dict()}
             write_json(path, stored)
     return {one.task.name: Measured.from_dict(stored[one.task.name]) for one in held_out}

@@ -101,5 +101,5 @@ def values_hash(source: WeightSource, mask: Mask) -> str:
         values = source.read(name).flatten()[mask.positions(name)]
         dtype = str(values.dtype).removeprefix("torch.")
         digest.update(f"{name}\0{dtype}\0{values.numel()}\0".encode())
-        digest.update(values.view(torch.uint8).numpy())
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from lota.lotto.forgetting import SUMMARIES
 from lota.lotto.ledger import SHOWN_DIGITS, Entry
 from lota.plots import heatmap
 from lota.report.page import Section, cell, file_name
@@ -16,7 +17,6 @@ KINDS = {
 }
 SETTINGS = ("method", "sparsity", "order", "seed")
 NOTHING = {"value": None, "stderr": None}  # the summary of a single task
-SUMMARIES = ("average", "backward_transfer", "forgetting")
 COMPARISON_TEXT = (
     "Average over all tasks after the last stage; backward transfer: how much later stages changed what a "
     "task had after its own; forgetting: how far it fell below its best. With standard errors over examples."

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lota.evaluate.estimates import mean_and_stderr
-from lota.lotto.forgetting import Number, number
+from lota.lotto.forgetting import SUMMARIES, Number, number
 from lota.plots import heatmap
 from lota.report.reading import RunRecord, read_runs
 from lota.report.replicates import Replicates, find_replicates
-from lota.report.sequence_sections import SUMMARIES
 from lota.utils import aligned, atomic_path, write_json
 
 

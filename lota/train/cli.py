@@ -47,7 +47,7 @@ def resolve(
         raise ValueError(f"not given: {names} (docs/SETTINGS.md tells what each key means)")
     given = OmegaConf.to_container(cfg)
     assert isinstance(given, dict)
-    unknown = unknown_keys(given, schema)
+    unknown = unknown_keys({str(key): value for key, value in given.items()}, schema)
     if unknown:
         raise ValueError("\n".join(unknown))
     config = OmegaConf.to_object(cfg)
