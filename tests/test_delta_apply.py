@@ -238,11 +238,8 @@ print(peak(extract, base, tuned, delta), peak(apply, base, delta, out), peak(ver
 
 
 def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path):
-    config = hf_models.LlamaConfig(
-        vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=4
-    )
-    torch.manual_seed(0)
-    model = hf_models.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24}
+    model = hf_models.new_model("llama", num_key_value_heads=4, **sizes).bfloat16()
     model.save_pretrained(tmp_path / "base")
     for p in model.parameters():
         p.data.view(-1)[::10] += 1

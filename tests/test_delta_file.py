@@ -221,7 +221,7 @@ def test_models_that_do_not_belong_together(tmp_path, pair):
         ("deeper", {"num_hidden_layers": 3}),
         ("wider", {"hidden_size": 64, "intermediate_size": 96}),
     ):
-        config = hf_models.LlamaConfig(**{**hf_models.WIDE, **sizes}, num_key_value_heads=2)
+        config = hf_models.new_config("llama", **sizes)
         hf_models.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
     for name, message in (
         ("deeper", "does not belong to"),

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def pair(tmp_path):
-    return make_pair(tmp_path, "qwen2_tied", ties=False)
+    return make_pair(tmp_path, "qwen2", ties=False)
 
 
 def test_files_summary_table_and_next_command(pair, tmp_path, capsys):

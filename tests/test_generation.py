@@ -39,7 +39,7 @@ def alone(model, ids: list[int], n: int) -> list[int]:
     return output[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_greedy_equals_transformers(architecture: str, batch_size: int, tokenizer):
     """Token by token, with left padding, rows that end early at an end token, and all rows together."""

@@ -31,7 +31,7 @@ def train(model, mask, *, fused: bool, strategy: str, dtype: torch.dtype):
     return model, optimizer
 
 
-@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("strategy", ["even", "global"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_equals_deferred_and_frozen_entries_stay(architecture, strategy, dtype):

@@ -20,7 +20,7 @@ from lota.models.scope import find_scope
 from tests.test_selection import assert_mask, sorted_masks
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ["llama", "gpt2", "qwen2_tied", "mixtral"]
+ARCHITECTURES = ["llama", "gpt2", "qwen2", "mixtral"]
 
 
 def loss_of(model):

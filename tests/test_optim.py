@@ -103,7 +103,7 @@ def compare(architecture, rule, strategy, accumulation):
     assert moved > 0.9 * mask.n_kept
 
 
-@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_every_architecture(architecture):
     compare(architecture, "RMSprop", "even", 1)
 
@@ -190,7 +190,7 @@ def test_activation_checkpointing_changes_nothing():
 
     results = []
     for checkpointing in (False, True):
-        model = tiny.make("qwen2_tied")
+        model = tiny.make("qwen2")
         if checkpointing:
             enable_activation_checkpointing(model)
         optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model), lr=1e-3)

@@ -12,7 +12,7 @@ _LLAMA_MLP = {f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
 PER_LAYER = {  # (attention, MLP) names within a block
     "llama": (_LLAMA_ATTENTION, _LLAMA_MLP),
     "gpt2": ({"attn.c_attn.weight", "attn.c_proj.weight"}, {"mlp.c_fc.weight", "mlp.c_proj.weight"}),
-    "qwen2_tied": (_LLAMA_ATTENTION, _LLAMA_MLP),
+    "qwen2": (_LLAMA_ATTENTION, _LLAMA_MLP),
     "gpt_neox": (
         {"attention.query_key_value.weight", "attention.dense.weight"},
         {"mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight"},

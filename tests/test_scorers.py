@@ -244,7 +244,7 @@ def test_examples_decide_what_is_reused(pair, tmp_path, monkeypatch):
     assert result.settings["num_fewshot"] == 2
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2_tied"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2"])
 def test_logliks_do_not_depend_on_the_batch(kind):
     """Padding leaves no trace, whatever a model's positions; scores are made for continuations only."""
     model = make(kind).eval()

@@ -21,7 +21,7 @@ from lota.models.hashing import content_hash
 from lota.models.pair import open_pair
 from lota.models.scope import find_scope
 from lota.models.weights import open_weights
-from tests.test_weights import TINY, save_tiny
+from tests.hf_models import CONFIGS, save_model
 
 SPARSITIES = [0.0, 0.5, 0.9, 0.99]
 
@@ -34,7 +34,7 @@ def small_chunks(monkeypatch):
 
 def make_pair(tmp_path: Path, kind: str = "llama", dtype=torch.float32, ties: bool = True, tuned: str = "hf"):
     """A base folder of several shards and a tuned model; returns paths and both loaded models."""
-    base = save_tiny(kind, tmp_path / "base").to(dtype)
+    base = save_model(kind, tmp_path / "base").to(dtype)
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     (tmp_path / "base" / "model.safetensors").unlink()
     torch.manual_seed(1)
@@ -75,7 +75,7 @@ def assert_mask(mask: Mask, expected: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("tuned", ["hf", "policy"])
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_every_architecture_equals_a_sort(kind, tuned, tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, kind, tuned=tuned)
     masks = lota.extract(base_path, tuned_path, SPARSITIES)
@@ -260,8 +260,8 @@ def test_another_vocabulary_is_no_difference(tmp_path):
 
 def test_pairs_that_do_not_belong_together(tmp_path):
     base_path, _, base, _ = make_pair(tmp_path)
-    save_tiny("qwen2_tied", tmp_path / "gpt_like")
-    save_tiny("gpt2", tmp_path / "gpt2")
+    save_model("qwen2", tmp_path / "gpt_like")
+    save_model("gpt2", tmp_path / "gpt2")
     with pytest.raises(ValueError, match=r"(?s)missing there: model\.layers.*only there: transformer\.h"):
         lota.extract(base_path, tmp_path / "gpt2", [0.5])
     deeper = {name.replace("layers.1.", "layers.2."): value for name, value in base.state_dict().items()}

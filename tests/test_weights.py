@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Concatenate, Interleave, Transpose, WeightConverter
 
 from lota.models.hashing import content_hash
 from lota.models.key_mapping import Conversion
 from lota.models.scope import meta_model
 from lota.models.weights import open_weights
-
-TINY = {
-    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64
-    ),
-    "mixtral": lambda: transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=11, vocab_size=64,
-    ),
-    "qwen2_tied": lambda: transformers.Qwen2Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=64, tie_word_embeddings=True,
-    ),
-    "llama": lambda: transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=64, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
-
-
-def save_tiny(kind: str, folder: Path, shard: str | None = None, seed: int = 0) -> torch.nn.Module:
-    """A randomly initialised model of two layers, saved as a folder and returned as it loads."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(TINY[kind]())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-    return AutoModelForCausalLM.from_pretrained(folder)
+from tests.hf_models import CONFIGS, new_model, save_model
 
 
 def assert_same_weights(source, model: torch.nn.Module) -> None:
@@ -61,9 +30,9 @@ def assert_same_weights(source, model: torch.nn.Module) -> None:
         assert torch.equal(source.read_flat(name, start, stop), flat[start:stop]), name
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_folder_and_policy_give_the_loaded_models_parameters(kind, tmp_path):
-    model = save_tiny(kind, tmp_path / "hf", shard="20KB")
+    model = save_model(kind, tmp_path / "hf", max_shard_size="20KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     torch.save({"step_idx": 3, "state": model.state_dict(), "metrics": {}}, tmp_path / "policy.pt")
     structure = meta_model(tmp_path / "hf")
@@ -76,7 +45,8 @@ def test_folder_and_policy_give_the_loaded_models_parameters(kind, tmp_path):
 
 def test_mixtral_is_stored_with_separate_experts_and_read_in_rows(tmp_path):
     """Eleven experts: expert 10 must not come before expert 2."""
-    model = save_tiny("mixtral", tmp_path)
+    model = new_model("mixtral", num_local_experts=11)
+    model.save_pretrained(tmp_path)
     on_disk = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert name not in on_disk
@@ -91,7 +61,7 @@ def test_mixtral_is_stored_with_separate_experts_and_read_in_rows(tmp_path):
 
 
 def test_gpt_neox_embed_out_is_the_head(tmp_path):
-    model = save_tiny("gpt_neox", tmp_path)
+    model = save_model("gpt_neox", tmp_path)
     assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
     head = [name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight]
     assert torch.equal(open_weights(tmp_path).read(head[0]), model.get_output_embeddings().weight.detach())
@@ -99,7 +69,7 @@ def test_gpt_neox_embed_out_is_the_head(tmp_path):
 
 def test_gpt2_folder_without_prefix(tmp_path):
     """The published GPT-2 folders hold the base model: no `transformer.`, and buffers nobody reads."""
-    model = save_tiny("gpt2", tmp_path)
+    model = save_model("gpt2", tmp_path)
     file = tmp_path / "model.safetensors"
     state = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
     state["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
@@ -111,7 +81,7 @@ def test_gpt2_folder_without_prefix(tmp_path):
 
 @pytest.mark.parametrize("stored_name", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_tied_weight_under_either_name(stored_name, tmp_path):
-    model = save_tiny("qwen2_tied", tmp_path)
+    model = save_model("qwen2", tmp_path)
     state = dict(model.state_dict())
     kept = state.pop("lm_head.weight")
     state.pop("model.embed_tokens.weight")
@@ -122,7 +92,7 @@ def test_tied_weight_under_either_name(stored_name, tmp_path):
 
 
 def test_policy_with_wrapped_names_views_and_dtypes(tmp_path):
-    model = save_tiny("llama", tmp_path)
+    model = save_model("llama", tmp_path)
     wrapped = {
         "module._orig_mod." + name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."): value
         for name, value in model.state_dict().items()
@@ -146,7 +116,7 @@ def test_policy_with_wrapped_names_views_and_dtypes(tmp_path):
 
 
 def test_folder_of_torch_shards(tmp_path):
-    model = save_tiny("llama", tmp_path)
+    model = save_model("llama", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     assert_same_weights(open_weights(tmp_path), model)
@@ -177,7 +147,7 @@ def test_content_hash_is_over_name_dtype_shape_bytes(tmp_path):
 @pytest.mark.parametrize("file", ["model.safetensors", "policy.pt"])
 @pytest.mark.parametrize("damage", ["half", "tail", "garbage", "empty"])
 def test_damaged_files_are_named(file, damage, tmp_path):
-    model = save_tiny("llama", tmp_path)
+    model = save_model("llama", tmp_path)
     torch.save({"step_idx": 0, "state": model.state_dict(), "metrics": {}}, tmp_path / "policy.pt")
     path = tmp_path / file
     content = path.read_bytes()
@@ -215,7 +185,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     torch.save({"step_idx": 0, "state": {}, "metrics": {}}, tmp_path / "empty.pt")
     with pytest.raises(ValueError, match="no checkpoint"):
         open_weights(tmp_path / "empty.pt")
-    save_tiny("llama", tmp_path / "hf", shard="20KB")
+    save_model("llama", tmp_path / "hf", max_shard_size="20KB")
     shard = sorted((tmp_path / "hf").glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ValueError, match=shard.name):
@@ -226,7 +196,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 
 
 def test_hub_id_is_fetched(tmp_path, monkeypatch):
-    model = save_tiny("llama", tmp_path / "cache")
+    model = save_model("llama", tmp_path / "cache")
     asked = []
 
     def snapshot_download(repo_id, allow_patterns):
@@ -251,7 +221,7 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
 
 
 def test_conversion_that_moves_more_than_rows_is_done_whole(tmp_path, monkeypatch):
-    model = save_tiny("mixtral", tmp_path)
+    model = save_model("mixtral", tmp_path)
     monkeypatch.setattr(Conversion, "row_spans", {})
     assert_same_weights(open_weights(tmp_path), model)
 

@@ -4,50 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lota.masks import Mask
 from lota.masks.extract.neurons import units_of
+from lota.models.loading import turn_dropout_off
 from lota.models.scope import find_scope
+from tests.hf_models import new_config
 
 VOCAB = 61
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "vocab_size": VOCAB,
-    **_IDS,
-}
-_NEOX = {key: value for key, value in _SMALL.items() if key != "num_key_value_heads"}
-
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**_SMALL),
-    "gpt2": lambda: transformers.GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        vocab_size=VOCAB,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **_IDS,
-    ),
-    "qwen2_tied": lambda: transformers.Qwen2Config(**_SMALL, tie_word_embeddings=True),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_NEOX),
-    "mixtral": lambda: transformers.MixtralConfig(**_SMALL, num_local_experts=4),
-}
+ARCHITECTURES = ("llama", "gpt2", "qwen2", "gpt_neox", "mixtral")
 
 
 def make(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A randomly initialised causal LM, seeded, in training mode."""
+    """A randomly initialised causal LM without dropout, seeded, in training mode."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    model = AutoModelForCausalLM.from_config(new_config(architecture, vocab_size=VOCAB, pad_token_id=0))
+    turn_dropout_off(model)
     return model.to(dtype).train()
 
 
