@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import (
 
 from lota.models.policy import find_policy, is_policy, read_policy
 from lota.models.weights import refuse_misfit
+from lota.utils import DAMAGED, torch_reason
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +49,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer at {name_or_path}: {remedy}. Cause: {_short(error)}") from error
+        raise ValueError(f"no tokenizer at {name_or_path}: {remedy}. Cause: {torch_reason(error)}") from error
     # transformers makes a GPT-2 tokenizer of config.json alone, whose vocabulary is the end token
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
         raise ValueError(f"no tokenizer at {name_or_path} (it has no vocabulary): {remedy}")
@@ -148,7 +148,7 @@ def _load_all(model_class: Any, path: str | None, source: str | Path, **options:
         model, info = model_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (OSError, SafetensorError, *DAMAGED) as error:
         raise ValueError(_no_model(source, error)) from error
     expected, held = dict.fromkeys(info["missing_keys"], ()), {}
     for name, stored, own in info["mismatched_keys"]:
@@ -232,12 +232,8 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     model.config.use_cache = False
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _no_model(name_or_path: str | Path, error: Exception) -> str:
     return (
         f"no causal language model at name_or_path={name_or_path}: give a folder with config.json and"
-        f" weights, or a hub id that this machine can reach. Cause: {_short(error)}"
+        f" weights, or a hub id that this machine can reach. Cause: {torch_reason(error)}"
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lota.models.tensor_files import StoredTensor
-from lota.utils import torch_reason
+from lota.utils import DAMAGED, torch_reason
 
 LAYOUT = ("step_idx", "state", "metrics")
 # torch.compile, FSDP1 and checkpoint_wrapper put these into a name at any depth; no model has its own.
@@ -152,7 +152,7 @@ def _load(file: Path, **options: Any) -> Any:
             " could run code. Save it again from where it was made, as torch.save({'step_idx': int, 'state':"
             f" {{name: tensor}}, 'metrics': {{name: Python number}}}}). torch says: {refused[0][:200]}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, *DAMAGED) as error:
         raise ValueError(_unreadable(file, error)) from error
 
 
