@@ -6,6 +6,7 @@ import importlib
 import shutil
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -35,20 +36,6 @@ def run(tmp_path):
     return run_example
 
 
-def same_state(a: dict, b: dict) -> bool:
-    """Of two optimizers: the same entries, dtypes and bits."""
-    return a["state"].keys() == b["state"].keys() and all(
-        type(value) is type(other)
-        and (
-            torch.equal(value, other) and value.dtype == other.dtype
-            if torch.is_tensor(value)
-            else value == other
-        )
-        for index, entry in a["state"].items()
-        for (value, other) in ((entry[key], b["state"][index][key]) for key in entry | b["state"][index])
-    )
-
-
 @pytest.mark.parametrize("name", LOOPS)
 def test_an_example(name, run, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
@@ -64,7 +51,7 @@ def test_an_example(name, run, tmp_path):
         step_back(name, run, mode, tmp_path / "out")
         resumed, resumed_state = run(name, *mode, "--resume")
         assert same(resumed, weights)
-        assert same_state(resumed_state, state)
+        assert tiny.same_state(resumed_state, state)
         found.append(weights)
     for key, tensor in found[0].items():
         torch.testing.assert_close(found[1][key], tensor, rtol=1e-4, atol=1e-5, msg=key)

@@ -1,22 +1,25 @@
-"""extract_masks.py as a user runs it: files, table, refusals, memory."""
+"""extract_masks.py as a user runs it: files, table, refusals, memory, and saliencies that look at data."""
 
 from __future__ import annotations
 
 import json
+import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from memory import needs_proc, printed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import benchmarks.extraction
 import extract_masks
 import lota
-from lota.masks import Mask
-from tests.test_selection import make_pair
-
-ROOT = Path(__file__).resolve().parent.parent
+from lota.masks import Mask, kept_count
+from lota.models.scope import find_scope
+from tests.hf_models import save_policy
+from tests.mask_pairs import make_pair, sorted_masks
+from tests.mini_task import TASK
+from tests.runs import MODEL, with_mini_task
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_files_summary_table_and_next_command(pair, tmp_path, capsys):
 def test_the_next_command_starts_from_the_weights_that_the_mask_is_of(pair, tmp_path, capsys):
     folder, _, base, _ = pair
     policy = tmp_path / "policy.pt"
-    torch.save({"step_idx": 1, "state": base.state_dict(), "metrics": {}}, policy)
+    save_policy(policy, base.state_dict())
     sides = f"--base {policy} --model {folder} --score magnitude"
     extract_masks.main(f"{sides} --name x --out {tmp_path} --sparsities 0.9".split())
     assert f"model.name_or_path={folder} model.archive={policy} 'datasets" in capsys.readouterr().out
@@ -99,8 +102,7 @@ def test_random_per_tensor_protected_without_tuned(pair, tmp_path):
 )
 def test_refusals_leave_nothing_behind(changed, message, pair, tmp_path):
     base_path, tuned_path, base, _ = pair
-    torch.save({"step_idx": 0, "state": base.state_dict(), "metrics": {}}, tmp_path / "cut.pt")
-    content = (tmp_path / "cut.pt").read_bytes()
+    content = save_policy(tmp_path / "cut.pt", base.state_dict()).read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: len(content) * 2 // 3])
     arguments = {"--base": str(base_path), "--tuned": str(tuned_path), "--sparsities": "0.5", "--name": "x"}
     flag, _, value = changed.replace("TMP", str(tmp_path)).partition(" ")
@@ -117,33 +119,170 @@ def test_task_vector_without_tuned(pair, tmp_path):
 
 
 MEMORY = """
-import sys
-import torch
 from lota.models.pair import open_pair
 from lota.masks.extract.select import Quota, Rule, extract, select
 
-def peak():  # not getrusage: a program started by a large one begins with that one's peak
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-
 extract(sys.argv[1], sys.argv[2], [0.5])  # imports, buffers
 pair = open_pair(sys.argv[3], sys.argv[4])
-before = peak()
+before = memory("VmHWM")
 masks = select(Quota(pair, [0.5, 0.9, 0.99], Rule()))
-print(masks[0.9].n_total, peak() - before)
+print(masks[0.9].n_total, memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@needs_proc
 def test_peak_memory_is_chunks_and_masks(pair, tmp_path):
     """1.3e7 entries in fp32 are 50 MB a side: neither may show in the peak, nor half of one."""
-    from benchmarks.extraction import make_pair as make_large
-
-    base, tuned = make_large(tmp_path / "large", 13_000_000, hidden=512)
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY, *map(str, (*pair[:2], base, tuned))],
-        capture_output=True, text=True, cwd=ROOT, check=True,
-    )  # fmt: skip
-    entries, grown = map(int, result.stdout.split())
+    large = benchmarks.extraction.make_pair(tmp_path / "large", 13_000_000, hidden=512)
+    entries, grown = printed(MEMORY, *pair[:2], *large)
     assert entries > 12_000_000
     assert grown < 3 * entries / 8 + 40 * 2**20
+
+
+# Saliencies that look at data, on the embedded model
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(with_mini_task(tmp_path))
+    return tmp_path
+
+
+def run(arguments: str) -> None:
+    extract_masks.main(f"--base {MODEL} --name m --sparsities 0.5 0.9 {arguments}".split())
+
+
+def gradients(n_batches: int, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Per batch the gradient of the summed response loss, each example on its own without padding."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    rows = TASK.load("train", None)
+    order = list(range(len(rows)))
+    random.Random(f"{seed}-0").shuffle(order)  # the order of the first epoch
+    found = []
+    for start in range(0, n_batches * batch_size, batch_size):
+        model.zero_grad()
+        for row in (rows[i] for i in order[start : start + batch_size]):
+            prompt = tokenizer(TASK.prompt(row)).input_ids
+            response = tokenizer(TASK.target(row), add_special_tokens=False).input_ids
+            response = [*response, tokenizer.eos_token_id]
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum").backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if n in find_scope(model)})
+    return found
+
+
+@pytest.mark.parametrize("score", ["gradient", "fisher", "snip"])
+def test_masks_from_data(score, folder, capsys):
+    run(f"--score {score} --datasets mini --score_batches 3 --batch_size 4 --seed 5 --out {folder}/masks")
+    weights = dict(AutoModelForCausalLM.from_pretrained(MODEL).named_parameters())
+    total: dict[str, torch.Tensor] = {}
+    for grads in gradients(3, 4, seed=5):
+        for name, grad in grads.items():
+            part = grad.square() if score == "fisher" else grad
+            total[name] = total[name] + part if name in total else part
+    if score == "snip":
+        total = {name: value * weights[name].detach() for name, value in total.items()}
+    summary = json.loads((folder / "masks" / "m" / "summary.json").read_text())
+    for typed in ("0.5", "0.9"):
+        mask = Mask.load(folder / "masks" / "m" / f"{typed}_mask.pt")
+        expected = sorted_masks(
+            {n: v.abs() for n, v in total.items()}, kept_count(float(typed), mask.n_total)
+        )
+        differ = sum((mask.dense(n) != flags).sum().item() for n, flags in expected.items())
+        assert differ <= 1e-4 * mask.n_kept  # the last digits of sums in another order
+        data = mask.meta["data"]
+        assert (data["datasets"], data["batches"], data["examples"]) == (["mini"], 3, 12)
+        assert summary["masks"][typed]["data"] == data and mask.meta["score"] == score
+    assert "0.9_mask.pt" in capsys.readouterr().out
+
+
+def test_what_is_looked_at_is_recorded(folder):
+    def data_of(options):
+        run(f"--score snip --datasets mini --score_batches 2 {options} --out {folder}/masks")
+        mask = Mask.load(folder / "masks" / "m" / "0.9_mask.pt")
+        return mask.meta["data"], mask
+
+    first, mask = data_of("--batch_size 2")
+    assert data_of("--batch_size 2")[0] == first
+    assert data_of("--batch_size 2 --seed 1")[0]["data_hash"] != first["data_hash"]
+    longer, _ = data_of("--batch_size 100")
+    assert (longer["batches"], longer["examples"]) == (1, 40)  # at most one pass
+    coarse, other = data_of(
+        "--batch_size 2 --score_dtype bfloat16 --dtype bfloat16 --activation_checkpointing"
+    )
+    assert (coarse["dtype"], coarse["score_dtype"]) == ("bfloat16", "bfloat16")
+    assert 0.85 * mask.n_kept < mask.overlap(other) < mask.n_kept == other.n_kept
+
+
+def test_base_of_a_run(folder):
+    """A policy.pt and a folder that gives its structure: the same mask as from the folder."""
+    state = AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
+    save_policy(folder / "policy.pt", state)
+    options = "--sparsities 0.9 --score snip --datasets mini --score_batches 2"
+    run(f"{options} --out {folder}/a")
+    extract_masks.main(
+        f"--base {folder}/policy.pt --model {MODEL} --name m {options} --out {folder}/b".split()
+    )
+    first, second = (Mask.load(folder / out / "m" / "0.9_mask.pt") for out in "ab")
+    assert all(torch.equal(first.bits[name], second.bits[name]) for name in first.names)
+
+
+def test_rows_by_data(folder):
+    run(f"--score snip --datasets mini --score_batches 2 --granularity row --per layer --out {folder}/masks")
+    mask = Mask.load(folder / "masks" / "m" / "0.9_mask.pt")
+    assert (mask.meta["per"], mask.meta["granularity"]) == ("layer", "row")
+    for name in mask.names:
+        by_row = mask.dense(name).float().mean(1)
+        assert ((by_row == 0) | (by_row == 1)).all()
+    assert 0 < mask.n_kept <= kept_count(0.9, mask.n_total)
+
+
+@pytest.mark.parametrize(
+    "options, messages",
+    [
+        ("--score gradient", ["--datasets null: name the tasks"]),
+        (
+            "--score fischer --datasets mini --per module",
+            ["--score 'fischer'", "did you mean fisher", "--per 'module'"],
+        ),
+        ("--score snip --datasets minni", ["unknown task 'minni'"]),
+        ("--score snip --datasets mini --score_batches 0", ["--score_batches 0: must be at least 1"]),
+        ("--score snip --datasets mini --batch_size 0", ["--batch_size 0: must be at least 1"]),
+        (
+            "--score snip --datasets mini --score_dtype float16",
+            ["--score_dtype float16: choose one of float32"],
+        ),
+        ("--score snip --datasets mini --dtype half", ["--dtype half: choose one of float32"]),
+        ("--score snip --datasets mini --max_prompt_length 600", ["--max_prompt_length 600 leaves no room"]),
+        ("--score snip --datasets mini --device tpu", ["--device tpu"]),
+        ("--score snip --datasets mini --tokenizer_path nowhere", ["no tokenizer at nowhere"]),
+        (
+            "--score snip --granularity rows --protect none.pt --score_dtype int8",
+            [
+                "did you mean row",
+                "none.pt does not exist",
+                "--datasets null: name the tasks",
+                "--score_dtype int8",
+            ],
+        ),
+        ("--per module", ["--per 'module'", "--tuned"]),
+    ],
+)
+def test_refusals_tell_all_and_load_nothing(options, messages, folder, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lota.train.run_model.load_model", load)
+    with pytest.raises(SystemExit) as stopped:
+        run(f"{options} --out {folder}/masks")
+    for message in messages:
+        assert message in str(stopped.value.code)
+    assert not (folder / "masks").exists()
+
+
+def test_flags_that_nothing_reads_are_told(folder, capsys):
+    run(f"--score magnitude --tuned nowhere --datasets mini --batch_size 4 --seed 3 --out {folder}/masks")
+    shown = capsys.readouterr().err
+    assert "not used here: --datasets, --batch_size, --tuned, --seed (--score magnitude)" in shown
+    run(f"--score random --seed 3 --out {folder}/masks")
+    assert "not used" not in capsys.readouterr().err

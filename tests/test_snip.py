@@ -17,9 +17,9 @@ from lota.masks import Mask, kept_count
 from lota.models.loading import load_tokenizer
 from lota.models.scope import find_scope, meta_model
 from tasks import get_task
+from tests.mask_pairs import sorted_masks
 from tests.runs import MODEL, policy, same, settings, stopped_after, train, with_mini_task, write_mask
 from tests.test_preference_training import logp
-from tests.test_selection import sorted_masks
 
 SNIP = ("snip=true", "snip_batches=3", "n_epochs=1")
 

@@ -51,3 +51,37 @@ def batches(n: int, size: int = 4, length: int = 12, seed: int = 0) -> list[torc
     """n batches of random token ids, shape (size, length)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (size, length), generator=generator) for _ in range(n)]
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, n: int = 3, accumulation: int = 1) -> None:
+    """n optimizer steps on random batches, on the model's device."""
+    for i, ids in enumerate(batches(n * accumulation)):
+        ids = ids.to(model.device)
+        (model(input_ids=ids, labels=ids).loss / accumulation).backward()
+        if (i + 1) % accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def count_moved(model: nn.Module, start: nn.Module, mask: Mask) -> int:
+    """Entries that differ from those of `start`; every frozen one must be the same bits."""
+    moved = 0
+    for (name, p), before in zip(model.named_parameters(), start.parameters(), strict=True):
+        differ = p.detach().cpu() != before.detach().cpu()
+        assert not (differ & ~mask.dense(name) if name in mask else differ).any(), name
+        moved += int(differ.sum())
+    return moved
+
+
+def same_state(a: dict, b: dict) -> bool:
+    """Whether two optimizers' state dicts have the same entries, dtypes and bits."""
+    return a["state"].keys() == b["state"].keys() and all(
+        type(value) is type(b["state"][i].get(key))
+        and (
+            torch.equal(value, b["state"][i][key]) and value.dtype == b["state"][i][key].dtype
+            if torch.is_tensor(value)
+            else value == b["state"][i][key]
+        )
+        for i, entry in a["state"].items()
+        for key, value in entry.items()
+    )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
+from memory import needs_proc, printed
 from safetensors.torch import load_file
 
 import lota
@@ -17,9 +13,8 @@ from lota.masks import kept_count
 from lota.masks.extract.gradients import Collected, collect_gradients
 from lota.models.loading import enable_activation_checkpointing
 from lota.models.scope import find_scope
-from tests.test_selection import assert_mask, sorted_masks
+from tests.mask_pairs import assert_mask, sorted_masks
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "mixtral"]
 
 
@@ -187,10 +182,6 @@ import torch, transformers
 from lota.masks.extract.gradients import collect_gradients
 from lota.models.scope import find_scope
 
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-
 def model(hidden, layers):
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=8,
@@ -206,14 +197,15 @@ def collect(model, dtype):
 collect(model(64, 2), torch.float32)  # imports, kernels
 large = model(768, 8)
 scope = [p for n, p in large.named_parameters() if n in find_scope(large)]
-dtype = torch.DTYPE
-before = peak()
+dtype = getattr(torch, sys.argv[1])
+before = memory("VmHWM")
 collect(large, dtype)
-print(sum(p.numel() for p in scope) * dtype.itemsize, max(p.numel() for p in scope) * 4, peak() - before)
+sums, largest = sum(p.numel() for p in scope) * dtype.itemsize, max(p.numel() for p in scope) * 4
+print(sums, largest, memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@needs_proc
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_weights_sums_and_one_gradient(dtype):
     """190 MB of weights in the scope, in fp32: gradients of all, as autograd keeps them, would be as much."""
@@ -221,9 +213,5 @@ def test_peak_memory_is_weights_sums_and_one_gradient(dtype):
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_ARENA_MAX": "1",
     }  # what is freed is given back at once
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY.replace("DTYPE", dtype)],
-        capture_output=True, text=True, cwd=ROOT, check=True, env=os.environ | exact,
-    )  # fmt: skip
-    sums, gradient, grown = map(int, result.stdout.split())
+    sums, gradient, grown = printed(MEMORY, dtype, **exact)
     assert grown < sums + 2 * gradient + 24 * 2**20  # activations, workspaces of the kernels

@@ -1,77 +1,29 @@
-"""Masks from a pair on disk, against a stable sort of all scores in memory."""
+"""Masks from a pair on disk, against a stable sort of all saliencies in memory."""
 
 from __future__ import annotations
 
+import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import lota
 from lota.masks import Mask, kept_count
 from lota.masks.extract import topk
 from lota.masks.extract.saliency import SaliencyStream
 from lota.masks.extract.select import Quota, Rule, select
-from lota.models import chunks as streaming
+from lota.models import chunks
 from lota.models.hashing import content_hash
 from lota.models.pair import open_pair
 from lota.models.scope import find_scope
 from lota.models.weights import open_weights
-from tests.hf_models import CONFIGS, save_model
+from tests.hf_models import CONFIGS, save_model, save_policy
+from tests.mask_pairs import assert_mask, make_pair, saliencies_of, small_chunks, sorted_masks  # noqa: F401
 
 SPARSITIES = [0.0, 0.5, 0.9, 0.99]
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Several chunks per tensor, also in tiny models."""
-    monkeypatch.setattr(streaming, "CHUNK", 512)
-
-
-def make_pair(tmp_path: Path, kind: str = "llama", dtype=torch.float32, ties: bool = True, tuned: str = "hf"):
-    """A base folder of several shards and a tuned model; returns paths and both loaded models."""
-    base = save_model(kind, tmp_path / "base").to(dtype)
-    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    (tmp_path / "base" / "model.safetensors").unlink()
-    torch.manual_seed(1)
-    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            steps = torch.randint(-3, 4, parameter.shape) / 4 if ties else torch.randn(parameter.shape)
-            parameter += steps.to(dtype)
-    if tuned == "hf":
-        changed.save_pretrained(tmp_path / "tuned", max_shard_size="15KB")
-        path = tmp_path / "tuned"
-    else:
-        path = tmp_path / "policy.pt"
-        torch.save({"step_idx": 1, "state": changed.state_dict(), "metrics": {}}, path)
-    return tmp_path / "base", path, base, changed
-
-
-def scores_of(base, tuned, scope) -> dict[str, torch.Tensor]:
-    first, second = dict(base.named_parameters()), dict(tuned.named_parameters())
-    return {name: (second[name].detach().float() - first[name].detach().float()).abs() for name in scope}
-
-
-def sorted_masks(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """Kept flags of the k largest nonzero scores; ties by position in parameter order."""
-    flat = torch.cat([value.reshape(-1) for value in scores.values()]).double()
-    order = torch.argsort(flat, descending=True, stable=True)[:k]
-    kept = torch.zeros(len(flat), dtype=torch.bool)
-    kept[order[flat[order] > 0]] = True
-    parts = kept.split([value.numel() for value in scores.values()])
-    return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
-
-
-def assert_mask(mask: Mask, expected: dict[str, torch.Tensor]) -> None:
-    assert mask.names == list(expected)
-    for name, flags in expected.items():
-        assert torch.equal(mask.dense(name), flags), name
-    assert mask.meta["kept"] == mask.n_kept == sum(int(flags.sum()) for flags in expected.values())
 
 
 @pytest.mark.parametrize("tuned", ["hf", "policy"])
@@ -79,17 +31,16 @@ def assert_mask(mask: Mask, expected: dict[str, torch.Tensor]) -> None:
 def test_every_architecture_equals_a_sort(kind, tuned, tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, kind, tuned=tuned)
     masks = lota.extract(base_path, tuned_path, SPARSITIES)
-    scope = find_scope(base)
-    n = sum(math.prod(tensor.shape) for tensor in scope.values())
-    scores = scores_of(base, changed, scope)
+    saliencies = saliencies_of(base, changed)
+    n = sum(value.numel() for value in saliencies.values())
     assert list(masks) == SPARSITIES
     for sparsity, mask in masks.items():
         k = kept_count(sparsity, n)
-        assert_mask(mask, sorted_masks(scores, k))
+        assert_mask(mask, sorted_masks(saliencies, k))
         mask.check(base)
         assert mask.meta["shortfall"] == k - mask.n_kept
         assert mask.n_kept == k or sparsity == 0.0  # a seventh of the entries did not move
-    kept = [scores[name][masks[0.9].dense(name)] for name in scope]
+    kept = [value[masks[0.9].dense(name)] for name, value in saliencies.items()]
     assert masks[0.9].meta["threshold"] == torch.cat(kept).min().item()
     assert masks[0.9].meta["base_hash"] == content_hash(open_weights(base_path))
 
@@ -98,32 +49,28 @@ def test_every_architecture_equals_a_sort(kind, tuned, tmp_path):
 @pytest.mark.parametrize("ties", [True, False])
 def test_dtypes(dtype, ties, tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, dtype=dtype, ties=ties)
-    scope = find_scope(base)
-    assert open_weights(base_path).dtype(next(iter(scope))) == dtype
-    n = sum(math.prod(tensor.shape) for tensor in scope.values())
+    saliencies = saliencies_of(base, changed)
+    assert open_weights(base_path).dtype(next(iter(saliencies))) == dtype
     for sparsity, mask in lota.extract(base_path, tuned_path, SPARSITIES[1:]).items():
-        assert_mask(mask, sorted_masks(scores_of(base, changed, scope), kept_count(sparsity, n)))
+        assert_mask(mask, sorted_masks(saliencies, kept_count(sparsity, mask.n_total)))
 
 
 def test_sides_of_different_dtype(tmp_path):
     base_path, _, base, _ = make_pair(tmp_path, dtype=torch.bfloat16)
     torch.manual_seed(3)
-    state = {
-        name: value.float() + torch.randn(value.shape) * 1e-3 for name, value in base.state_dict().items()
-    }
-    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "fp32.pt")
-    scope = find_scope(base)
-    scores = {name: (state[name] - dict(base.named_parameters())[name].float()).abs() for name in scope}
-    n = sum(value.numel() for value in scores.values())
+    tuned = copy.deepcopy(base).float()
+    for parameter in tuned.parameters():
+        parameter.data += torch.randn(parameter.shape) * 1e-3
+    save_policy(tmp_path / "fp32.pt", tuned.state_dict())
     mask = lota.extract(base_path, tmp_path / "fp32.pt", [0.9])[0.9]
-    assert_mask(mask, sorted_masks(scores, kept_count(0.9, n)))
+    assert_mask(mask, sorted_masks(saliencies_of(base, tuned), kept_count(0.9, mask.n_total)))
 
 
 def test_policy_against_policy_takes_the_structure_from_the_run_or_from_model(tmp_path):
     base_path, tuned_path, base, _changed = make_pair(tmp_path, tuned="policy")
     run = tmp_path / "run"
     (run / "epoch-1").mkdir(parents=True)
-    torch.save({"step_idx": 0, "state": base.state_dict(), "metrics": {}}, run / "epoch-1" / "policy.pt")
+    save_policy(run / "epoch-1" / "policy.pt", base.state_dict())
     with pytest.raises(ValueError, match="--model"):
         lota.extract(run / "epoch-1" / "policy.pt", tuned_path, [0.5])
     expected = lota.extract(base_path, tuned_path, [0.5])[0.5]
@@ -134,24 +81,13 @@ def test_policy_against_policy_takes_the_structure_from_the_run_or_from_model(tm
         assert_mask(mask, {name: expected.dense(name) for name in expected.names})
 
 
-def test_per_tensor(tmp_path):
-    base_path, tuned_path, base, changed = make_pair(tmp_path, "gpt2")
-    mask = lota.extract(base_path, tuned_path, [0.9], per="tensor")[0.9]
-    scores = scores_of(base, changed, find_scope(base))
-    expected = {}
-    for name, value in scores.items():
-        expected |= sorted_masks({name: value}, kept_count(0.9, value.numel()))
-    assert_mask(mask, expected)
-    assert set(mask.meta["threshold"]) == set(scores)
-
-
 def test_smallest_keeps_the_smallest_nonzero_scores(tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, ties=False)
     mask = lota.extract(base_path, tuned_path, [0.9], smallest=True)[0.9]
-    scores = scores_of(base, changed, find_scope(base))
-    inverse = {name: torch.where(value > 0, 1e9 - value.double(), 0.0) for name, value in scores.items()}
+    saliencies = saliencies_of(base, changed)
+    inverse = {name: torch.where(value > 0, 1e9 - value.double(), 0.0) for name, value in saliencies.items()}
     assert_mask(mask, sorted_masks(inverse, kept_count(0.9, mask.n_total)))
-    kept = torch.cat([scores[name][mask.dense(name)] for name in scores])
+    kept = torch.cat([value[mask.dense(name)] for name, value in saliencies.items()])
     assert mask.meta["threshold"] == kept.max().item()  # the score of the last entry taken
 
 
@@ -172,7 +108,7 @@ def test_random_depends_on_seed_and_not_on_chunks(tmp_path, monkeypatch):
         return torch.cat([mask.dense(name).reshape(-1) for name in mask.names])
 
     first, other = bits(0), bits(1)
-    monkeypatch.setattr(streaming, "CHUNK", 1 << 20)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 20)
     assert torch.equal(bits(0), first)
     agree = (first == other).double().mean().item()
     assert abs(agree - 0.5) < 4 * 0.5 / len(first) ** 0.5  # independent seeds agree by chance only
@@ -186,10 +122,11 @@ def test_protected_entries_are_left_alone_and_still_count(tmp_path):
     other = lota.extract(base_path, sparsities=[0.9], score="random")[0.9]
     other.save(tmp_path / "other.pt")
     second = lota.extract(base_path, tuned_path, [0.5], protect=[first, tmp_path / "other.pt"])[0.5]
-    scores = scores_of(base, changed, find_scope(base))
-    for name in scores:
-        scores[name] = scores[name].masked_fill(first.dense(name) | other.dense(name), 0)
-    assert_mask(second, sorted_masks(scores, kept_count(0.5, second.n_total)))
+    free = {
+        name: value.masked_fill(first.dense(name) | other.dense(name), 0)
+        for name, value in saliencies_of(base, changed).items()
+    }
+    assert_mask(second, sorted_masks(free, kept_count(0.5, second.n_total)))
     assert second.overlap(first) == second.overlap(other) == 0
     assert second.meta["protected"] == first.union(other).n_kept
 
@@ -208,7 +145,7 @@ def test_unmoved_entries_are_never_kept(tmp_path, caplog):
     base_path, _, base, _ = make_pair(tmp_path)
     state = {name: value.clone() for name, value in base.state_dict().items()}
     state["model.layers.1.mlp.up_proj.weight"][3, :5] += 1
-    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "few.pt")
+    save_policy(tmp_path / "few.pt", state)
     mask = lota.extract(base_path, tmp_path / "few.pt", [0.9])[0.9]
     assert mask.positions("model.layers.1.mlp.up_proj.weight").tolist() == [3 * 32 + i for i in range(5)]
     assert mask.n_kept == 5
@@ -252,36 +189,30 @@ def test_another_vocabulary_is_no_difference(tmp_path):
     expected = lota.extract(base_path, tuned_path, [0.9])[0.9]
     changed.resize_token_embeddings(70, mean_resizing=False)
     changed.save_pretrained(tmp_path / "grown")
-    torch.save({"step_idx": 1, "state": changed.state_dict(), "metrics": {}}, tmp_path / "grown.pt")
+    save_policy(tmp_path / "grown.pt", changed.state_dict())
     for path in (tmp_path / "grown", tmp_path / "grown.pt"):
         mask = lota.extract(base_path, path, [0.9])[0.9]
         assert_mask(mask, {name: expected.dense(name) for name in expected.names})
 
 
-def test_pairs_that_do_not_belong_together(tmp_path):
+def test_models_that_do_not_belong_together(tmp_path):
     base_path, _, base, _ = make_pair(tmp_path)
-    save_model("qwen2", tmp_path / "gpt_like")
     save_model("gpt2", tmp_path / "gpt2")
     with pytest.raises(ValueError, match=r"(?s)missing there: model\.layers.*only there: transformer\.h"):
         lota.extract(base_path, tmp_path / "gpt2", [0.5])
-    deeper = {name.replace("layers.1.", "layers.2."): value for name, value in base.state_dict().items()}
-    torch.save({"step_idx": 1, "state": {**base.state_dict(), **deeper}, "metrics": {}}, tmp_path / "deep.pt")
-    with pytest.raises(ValueError, match=r"only there: model\.layers\.2"):
-        lota.extract(base_path, tmp_path / "deep.pt", [0.5])
-    wider = {n: v.repeat(2, 1) if "up_proj" in n else v for n, v in base.state_dict().items()}
-    torch.save({"step_idx": 1, "state": wider, "metrics": {}}, tmp_path / "wide.pt")
-    with pytest.raises(
-        ValueError, match=r"of another shape: .*up_proj\.weight \(96, 32\) instead of \(48, 32\)"
+    state = base.state_dict()
+    deeper = {name.replace("layers.1.", "layers.2."): value for name, value in state.items()}
+    wider = {name: value.repeat(2, 1) if "up_proj" in name else value for name, value in state.items()}
+    fewer = {name: value for name, value in state.items() if "down_proj" not in name}
+    whole = {n: value.to(torch.int8) if "down_proj" in n else value for n, value in state.items()}
+    for other, message in (
+        (state | deeper, r"only there: model\.layers\.2"),
+        (wider, r"of another shape: .*up_proj\.weight \(96, 32\) instead of \(48, 32\)"),
+        (fewer, r"2 missing there: model\.layers\.0\.mlp\.down_proj"),
+        (whole, r"down_proj\.weight is torch\.int8"),
     ):
-        lota.extract(base_path, tmp_path / "wide.pt", [0.5])
-    fewer = {n: v for n, v in base.state_dict().items() if "down_proj" not in n}
-    torch.save({"step_idx": 1, "state": fewer, "metrics": {}}, tmp_path / "fewer.pt")
-    with pytest.raises(ValueError, match=r"2 missing there: model\.layers\.0\.mlp\.down_proj"):
-        lota.extract(base_path, tmp_path / "fewer.pt", [0.5])
-    whole = {n: v.to(torch.int8) if "down_proj" in n else v for n, v in base.state_dict().items()}
-    torch.save({"step_idx": 1, "state": whole, "metrics": {}}, tmp_path / "int8.pt")
-    with pytest.raises(ValueError, match=r"down_proj\.weight is torch\.int8"):
-        lota.extract(base_path, tmp_path / "int8.pt", [0.5])
+        with pytest.raises(ValueError, match=message):
+            lota.extract(base_path, save_policy(tmp_path / "other.pt", other), [0.5])
 
 
 @pytest.mark.parametrize(
@@ -325,11 +256,11 @@ def test_the_files_are_read_at_most_twice(passes, tmp_path, monkeypatch):
     assert read == {"base": passes * mask.n_total + outside, "tuned": passes * mask.n_total}
 
 
-def test_random_scores_are_positive_and_uniform(tmp_path):
+def test_random_saliencies_are_positive_and_uniform(tmp_path):
     base_path, _tuned_path, _, _ = make_pair(tmp_path)
     stream = SaliencyStream(open_pair(base_path, needs=()).sources, "random", seed=7)
     name = "model.layers.0.mlp.up_proj.weight"
-    whole = stream.keys(streaming.Span(name, 0, 100_003)).view(np.float32)
-    assert np.array_equal(stream.keys(streaming.Span(name, 808, 1001)).view(np.float32), whole[808:1001])
+    whole = stream.keys(chunks.Span(name, 0, 100_003)).view(np.float32)
+    assert np.array_equal(stream.keys(chunks.Span(name, 808, 1001)).view(np.float32), whole[808:1001])
     assert whole.min() > 0 and whole.max() <= 1
     assert np.abs(np.histogram(whole, 10, (0, 1))[0] / 1e5 - 0.1).max() < 5 * (0.1 * 0.9 / 1e5) ** 0.5

@@ -10,16 +10,11 @@ import transformers
 import lota
 from lota.masks import kept_count
 from lota.masks.extract.neurons import Units, choose, units_of
-from lota.models import chunks as streaming
 from lota.models.scope import ScopedTensor, find_scope
-from tests.test_selection import make_pair, scores_of
+from tests.hf_models import save_policy
+from tests.mask_pairs import make_pair, saliencies_of, small_chunks, sorted_masks  # noqa: F401
 
 OUTPUT_AXIS = {"Conv1D": 1}  # of a two-dimensional weight as stored
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(streaming, "CHUNK", 512)
 
 
 def unit_sums(score: torch.Tensor, output_axis: int, granularity: str) -> torch.Tensor:
@@ -58,7 +53,7 @@ def axes_of(model) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_whole_units_of_every_architecture(kind, granularity, tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, kind)
-    scores, axis = scores_of(base, changed, find_scope(base)), axes_of(base)
+    scores, axis = saliencies_of(base, changed), axes_of(base)
     masks = lota.extract(base_path, tuned_path, [0.5, 0.9], granularity=granularity)
     for sparsity, mask in masks.items():
         k = kept_count(sparsity, mask.n_total)
@@ -77,7 +72,7 @@ def test_whole_units_of_every_architecture(kind, granularity, tmp_path):
 @pytest.mark.parametrize("per", ["tensor", "layer"])
 def test_per_tensor_and_layer(per, tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, "gpt2")
-    scores, axis = scores_of(base, changed, find_scope(base)), axes_of(base)
+    scores, axis = saliencies_of(base, changed), axes_of(base)
     for granularity in ("element", "row"):
         mask = lota.extract(base_path, tuned_path, [0.8], per=per, granularity=granularity)[0.8]
         label = {"tensor": lambda name: name, "layer": lambda name: name.split(".")[2]}[per]
@@ -88,18 +83,15 @@ def test_per_tensor_and_layer(per, tmp_path):
             k = kept_count(0.8, sum(value.numel() for value in part.values()))
             if granularity == "row":
                 expected, left = expected_mask(part, axis, "row", k)
-                assert sum(mask.kept(name) for name in names) == k - left
-                assert all(torch.equal(mask.dense(name), expected[name]) for name in names)
             else:
-                assert sum(mask.kept(name) for name in names) == k
-                lowest = min(part[n][mask.dense(n)].min() for n in names if mask.kept(n))
-                highest = max(part[n][~mask.dense(n)].max() for n in names)
-                assert lowest >= highest
+                expected, left = sorted_masks(part, k), 0
+            assert sum(mask.kept(name) for name in names) == k - left
+            assert all(torch.equal(mask.dense(name), expected[name]) for name in names)
 
 
 def test_smallest_random_and_protected_rows(tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, ties=False)
-    scores = scores_of(base, changed, find_scope(base))
+    scores = saliencies_of(base, changed)
     axis = dict.fromkeys(scores, 0)
     common = {"granularity": "row", "sparsities": [0.7]}
     mask = lota.extract(base_path, tuned_path, smallest=True, **common)[0.7]
@@ -127,7 +119,7 @@ def test_a_row_without_change_is_never_kept(tmp_path, caplog):
     base_path, _, base, _ = make_pair(tmp_path)
     state = {name: value.clone() for name, value in base.state_dict().items()}
     state["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
-    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "few.pt")
+    save_policy(tmp_path / "few.pt", state)
     mask = lota.extract(base_path, tmp_path / "few.pt", [0.9], granularity="row")[0.9]
     assert mask.positions("model.layers.1.mlp.up_proj.weight").tolist() == list(range(96, 128))
     assert mask.n_kept == 32 and mask.meta["threshold"] == 0.0
@@ -159,15 +151,8 @@ def test_sums_do_not_depend_on_chunks(runs, chunk):
 
 def test_a_unit_that_does_not_fit_is_passed_over():
     scores, lengths = np.array([5.0, 4.0, 3.0, 3.0, 0.0]), np.array([6, 6, 2, 2, 1])
-    for budget, kept in [
-        (6, [0]),
-        (7, [0]),
-        (8, [0, 2]),
-        (11, [0, 2, 3]),
-        (12, [0, 1]),
-        (13, [0, 1]),
-        (99, range(4)),
-    ]:
+    kept_of = {6: [0], 7: [0], 8: [0, 2], 11: [0, 2, 3], 12: [0, 1], 13: [0, 1], 99: range(4)}
+    for budget, kept in kept_of.items():
         chosen, cut = choose(scores, lengths, budget, smallest=False)
         assert np.flatnonzero(chosen).tolist() == list(kept)
         assert cut.shortfall == budget - lengths[chosen].sum()
@@ -208,7 +193,7 @@ def test_one_row_of_gpt2_is_one_output(tmp_path):
     state = {name: value.clone() for name, value in base.state_dict().items()}
     name = "transformer.h.0.mlp.c_fc.weight"  # (32 inputs, 128 outputs)
     state[name][:, 17] += 1
-    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "few.pt")
+    save_policy(tmp_path / "few.pt", state)
     mask = lota.extract(base_path, tmp_path / "few.pt", [0.9], granularity="row")[0.9]
     assert mask.positions(name).tolist() == [128 * i + 17 for i in range(32)] and mask.n_kept == 32
     x = torch.randn(5, 32)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import tiny
 import torch
 from transformers import Trainer, TrainingArguments
 
 import lota
-from tests.tiny import make, random_mask
+from tests.runs import same
 
 
 def trainer_for(model, optimizer, folder, callbacks=(), collate=None, **settings):
@@ -54,8 +55,8 @@ def padded(rows):
 
 def masked(fused: int | None = None, rule=lota.MaskedRMSprop, dtype=torch.float32, **settings):
     """(model, mask, optimizer); fused: after how many backward passes it updates."""
-    model = make("llama", dtype=dtype)
-    mask = random_mask(model)
+    model = tiny.make("llama", dtype=dtype)
+    mask = tiny.random_mask(model)
     optimizer = rule(model, mask, **{"lr": 1e-2, **settings})
     if fused is not None:
         lota.fuse_in_backward(optimizer, gradient_accumulation_steps=fused)
@@ -129,7 +130,7 @@ def test_a_step_sees_the_mean_over_all_its_tokens(tmp_path, accumulation, fused)
     trainer_for(model, optimizer, tmp_path, [lota.FusedCallback()], **settings).train()
     assert len(seen) == 5
 
-    expected = make("llama")
+    expected = tiny.make("llama")
     parameters = {name: p for name, p in expected.named_parameters() if mask.kept(name)}
     reference = torch.optim.SGD(parameters.values(), lr=0.5)
     for start in range(0, 5, accumulation):
@@ -154,23 +155,16 @@ def test_bf16_weights_resume_exactly(tmp_path, fused):
         settings = {"save_strategy": "steps", "save_steps": 2}
         trainer = trainer_for(model, optimizer, tmp_path, [lota.FusedCallback()], **settings)
         trainer.train(resume_from_checkpoint=resume)
-        return model.state_dict(), optimizer.state_dict()["state"]
+        return model.state_dict(), optimizer.state_dict()
 
     weights, state = train(resume=False)
     for name in ("checkpoint-4", "checkpoint-5"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
     again, state_again = train(resume=True)
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
-    for index, entry in state.items():
-        assert entry["master"].dtype == entry["square_avg"].dtype == torch.float32
-        assert {key: type(value) for key, value in entry.items()} == {
-            key: type(value) for key, value in state_again[index].items()
-        }
-        for key, value in entry.items():
-            other = state_again[index][key]
-            assert (
-                torch.equal(value, other) and value.dtype == other.dtype
-                if key != "step"
-                else value == other == 5
-            )
-    assert max(int(e["positions"].max()) for e in state.values() if "positions" in e) > 257
+    assert same(again, weights)
+    assert tiny.same_state(state, state_again)
+    entries = state["state"].values()
+    assert all(
+        e["master"].dtype == e["square_avg"].dtype == torch.float32 and e["step"] == 5 for e in entries
+    )
+    assert max(int(e["positions"].max()) for e in entries if "positions" in e) > 257
