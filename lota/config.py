@@ -51,7 +51,7 @@ class ModelConfig:
         choices=(None, "bfloat16"),
     )
     reference: str | None = _reference(
-        "where a preference loss has its reference from: swap (the policy, its trained entries swapped to "
+        "reference of a preference loss: swap (the policy, its trained entries swapped to "
         "their start), model (a second model) or precomputed (log-probabilities stored on disk); null = swap "
         "with a mask or LoRA, else model",
         choices=(None, "swap", "model", "precomputed"),

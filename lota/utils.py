@@ -1,4 +1,4 @@
-"""Files that are whole or absent, results that are valid under a key, problems told together, text tables."""
+"""Files that are whole or absent, results that are valid under a key, problems reported together, text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def fsync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder; nothing happens where there is none."""
+    """Delete a file or folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -85,7 +85,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def save_tensors(content: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save to `path`. Raises OSError when it cannot be written, where torch names its own assertion."""
+    """torch.save to `path`. Raises OSError if it cannot be written; torch would name its own assertion."""
     import torch  # settings are checked without it
 
     try:
@@ -182,7 +182,7 @@ class Problems:
         self.found: list[str] = []
 
     def attempt(self, check: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
-        """The check's result; None where it raised ValueError, whose message is kept."""
+        """Returns the check's result, or None if it raised ValueError, whose message is kept."""
         try:
             return check(*arguments, **named)
         except ValueError as error:
@@ -190,7 +190,7 @@ class Problems:
             return None
 
     def refuse(self) -> None:
-        """Raise one ValueError with everything found, each message once; nothing where there is nothing."""
+        """Raise one ValueError with every message once, if there is any."""
         if self.found:
             raise ValueError("\n".join(dict.fromkeys(self.found)))
 

@@ -169,10 +169,10 @@ def test_a_training_run_of_that_name_is_refused():
     assert "tasks: [] -> ['one', 'two']" in refused()
 
 
-def test_unused_settings_are_told():
+def test_unused_settings_are_listed():
     assert settings().unused() == []
-    told = settings("method=fft", "sparsity=0.5", "calibrate.n_steps=3").unused()
-    assert told == ["sparsity=0.5 (method=fft)", "calibrate.n_steps=3 (method=fft)"]
+    found = settings("method=fft", "sparsity=0.5", "calibrate.n_steps=3").unused()
+    assert found == ["sparsity=0.5 (method=fft)", "calibrate.n_steps=3 (method=fft)"]
 
 
 def test_names_are_all_of_the_scope():

@@ -35,7 +35,7 @@ class Checked:
 
     model: PreTrainedModel  # on the meta device
     everything: Mask  # all entries that dense training may change: the scope without protect_masks
-    custom: dict[str, Path]  # task -> mask file that was given for it
+    custom: dict[str, Path]  # task -> mask file of yours
     held_out: list[HeldOut]  # rows of each task in the order of the sequence
 
 
@@ -86,15 +86,15 @@ def _stage_masks(config: LottoConfig) -> dict[str, Mask]:
 def _check_overlap(
     config: LottoConfig, protect: dict[str, Mask], tasks: dict[str, Mask], custom: dict[str, Mask]
 ) -> None:
-    """Raise ValueError where a given mask keeps what another mask keeps that must not be touched."""
-    pairs = list(itertools.product(custom, protect))
+    """Raise ValueError if a mask of yours keeps entries of another mask that must not be touched."""
+    both = list(itertools.product(custom, protect))
     if config.learning.protects:
-        pairs += [(a, b) for a, b in itertools.combinations(tasks, 2) if a in custom or b in custom]
+        both += [(a, b) for a, b in itertools.combinations(tasks, 2) if a in custom or b in custom]
     masks = {**protect, **tasks}
     lines = [
         f"{a} and {b} both keep {shared:,} entries, but what one task keeps is frozen for the others: give "
         "masks that share nothing (extract_masks.py --protect)"
-        for a, b in pairs
+        for a, b in both
         if (shared := masks[a].overlap(masks[b]))
     ]
     if lines:
@@ -102,7 +102,7 @@ def _check_overlap(
 
 
 def _check_capacity(config: LottoConfig, full: Mask, taken: Iterable[Mask], with_mask: set[str]) -> None:
-    """Raise ValueError where the tasks that need a mask find too few free entries, saying what would fit."""
+    """Raise ValueError if the tasks that need a mask find too few free entries; names what would fit."""
     done = set() if config.overwrite else {entry.name for entry in Ledger(config.run_dir).entries}
     open_tasks = [task for task in config.sequence if task not in with_mask | done]
     if config.learning.saliency is None or not open_tasks:

@@ -20,24 +20,19 @@ SHOWN_DIGITS = 12  # of a hash in the text table
 
 @dataclass(frozen=True)
 class Entry:
-    """A task after its stage.
-
-    mask: file, relative to the run folder where it lies inside, None for dense training; kept: entries of the
-    scope that it may change; free_after: entries of the scope that no task so far keeps. The others map a
-    task's name to its value after the stage. overlap: entries that an earlier task keeps too; hash_before,
-    hash_after: SHA-256 of what an earlier task keeps, in the model that the stage started from and in its
-    result; scores: in the task's metric; losses: nats per token of the held-out rows' targets.
-    """
+    """A task after its stage. The dicts map the name of a task to its value."""
 
     name: str
-    mask: str | None
-    kept: int
-    free_after: int
-    overlap: dict[str, int]
-    hash_before: dict[str, str]
-    hash_after: dict[str, str]
-    scores: dict[str, float]
-    losses: dict[str, float]
+    mask: str | None  # file, relative to the run folder if it lies inside; None: dense training
+    kept: int  # entries of the scope that the task may change
+    free_after: int  # entries of the scope that no task so far keeps
+    overlap: dict[str, int]  # entries that an earlier task keeps too
+    hash_before: dict[
+        str, str
+    ]  # SHA-256 of what an earlier task keeps, in the model that the stage started from
+    hash_after: dict[str, str]  # and in the result of the stage
+    scores: dict[str, float]  # in the task's metric; empty until the stage is evaluated
+    losses: dict[str, float]  # nats per token of the held-out rows' targets
 
     @property
     def changed(self) -> list[str]:
@@ -49,7 +44,7 @@ class Ledger:
     """The entries of a sequence in their order, on disk after each change."""
 
     def __init__(self, folder: Path):
-        """Raises ValueError for a ledger.json that is none."""
+        """Raises ValueError for a damaged ledger.json."""
         self.path = folder / LEDGER
         self.entries: list[Entry] = []
         if self.path.is_file():
@@ -64,7 +59,7 @@ class Ledger:
         self._write()
 
     def measured(self, at: int, scores: Mapping[str, float], losses: Mapping[str, float]) -> None:
-        """Replace the results of the entry number `at`, where they are others."""
+        """Replace the results of entry number `at` if they differ."""
         entry = replace(self.entries[at], scores=dict(scores), losses=dict(losses))
         if entry != self.entries[at]:
             self.entries[at] = entry
