@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lotto_runs import NAMES, Trainings, settings, with_tasks
+from lotto_runs import NAMES, settings, with_tasks
 from runs import MODEL, train, write_mask
 
 from lota.config import Config, ModelConfig
@@ -27,15 +27,15 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-class NoTraining(Trainings):
-    def __call__(self, config):
-        raise AssertionError("something was trained")
+def checked(*overrides: str) -> Lotto:
+    """A sequence that has passed its checks; it cannot train."""
+    return Lotto(settings(*overrides), None, get_task)
 
 
 def refused(*overrides: str) -> str:
     """The message of a sequence that does not start."""
     with pytest.raises(ValueError) as error:
-        Lotto(settings(*overrides), NoTraining(), get_task)
+        checked(*overrides)
     return str(error.value)
 
 
@@ -105,7 +105,7 @@ def test_bad_settings_are_refused_before_anything_is_trained(workplace, override
     assert not (workplace / "cache").exists()
 
 
-def test_a_mistake_is_told_once():
+def test_a_mistake_is_reported_once():
     assert refused("lr=-1", "n_eval_examples=0").count("n_eval_examples=0") == 1
 
 
@@ -115,10 +115,10 @@ def test_tasks_that_do_not_fit_are_refused_with_what_would():
     text = refused("tasks=[one,two,three]", "sparsity=0.5")
     assert "1,069,056 entries" in text and "712,704" in text and "enough for 2 of 3 tasks" in text
     least = float(text.split("all fit at sparsity=")[1].split()[0])
-    assert Lotto(settings("tasks=[one,two,three]", f"sparsity={least}"), NoTraining(), get_task)
+    assert checked("tasks=[one,two,three]", f"sparsity={least}")
     assert "enough for 2 of 3" in refused("tasks=[one,two,three]", f"sparsity={least - 1e-5}")
-    assert Lotto(settings("sparsity=0.4", "method=lota"), NoTraining(), get_task)
-    assert Lotto(settings("sparsity=0.4", "+task_overrides.two.sparsity=0.6"), NoTraining(), get_task)
+    assert checked("sparsity=0.4", "method=lota")
+    assert checked("sparsity=0.4", "+task_overrides.two.sparsity=0.6")
 
 
 def test_masks_count_against_the_capacity(workplace):
@@ -139,7 +139,7 @@ def test_masks_that_overlap_are_refused(workplace):
         for task, name in (("one", "a"), ("two", "b"))
     ]
     assert f"both keep {shared} entries" in refused(*both)
-    assert Lotto(settings("method=lota", *both), NoTraining(), get_task)
+    assert checked("method=lota", *both)
 
 
 def test_a_mask_of_another_model_is_refused(workplace):
@@ -157,11 +157,11 @@ def test_a_folder_of_another_run_is_refused(workplace, monkeypatch):
     assert "model.name_or_path: " in text and "lr: 0.01 -> 0.001" in text and "overwrite=true" in text
     assert "tasks: ['one', 'two'] -> ['two']" in refused("tasks=[two]")
     assert "holds a run" in refused("resume=never")
-    assert Lotto(settings("n_eval_examples=3", "eval_every=5"), NoTraining(), get_task)
+    assert checked("n_eval_examples=3", "eval_every=5")
     (config.run_dir / "1_one").mkdir()
     (config.run_dir / "config.yaml").unlink()
     assert "config.yaml is missing" in refused()
-    assert Lotto(settings("overwrite=true"), NoTraining(), get_task)
+    assert checked("overwrite=true")
 
 
 def test_a_training_run_of_that_name_is_refused():
@@ -176,7 +176,7 @@ def test_unused_settings_are_listed():
 
 
 def test_names_are_all_of_the_scope():
-    checked = Lotto(settings(), NoTraining(), get_task).checked
-    assert checked.everything.n_total == 712_704 == checked.everything.n_kept
-    assert checked.everything.names == list(find_scope(meta_model(MODEL)))
-    assert [h.task.name for h in checked.held_out] == list(NAMES[:2])
+    found = checked().checked
+    assert found.everything.n_total == 712_704 == found.everything.n_kept
+    assert found.everything.names == list(find_scope(meta_model(MODEL)))
+    assert [h.task.name for h in found.held_out] == list(NAMES[:2])
