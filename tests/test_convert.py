@@ -10,22 +10,17 @@ import pytest
 import torch
 import yaml
 from hf_models import CONFIGS, ROWS, logits, new_model, save_policy, word_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import convert_policy_to_hf_resize as script
 import lota.share.hf_folder
 from lota.models.loading import load_model, load_tokenizer, resize_vocabulary
 from lota.share.convert import convert_policy
+from lota.share.hf_weights import write_weights
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 END = "<|endoftext|>"  # transformers adds this one to any tokenizer that it finds beside a Qwen2 config
-
-
-@pytest.fixture(params=sorted(CONFIGS))
-def pair(request, tmp_path: Path):
-    """(base folder, tuned model, its run's epoch-1 folder with policy.pt)."""
-    return make_pair(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -61,25 +56,16 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_converted_logits_are_the_trained_models(pair):
-    base, tuned, epoch = pair
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_converted_folder_is_the_base_with_the_trained_weights(kind, tmp_path):
+    base, tuned, epoch = make_pair(kind, tmp_path)
     policy = (epoch / "policy.pt").read_bytes()
     run_script(base, epoch / "policy.pt", epoch)
     assert torch.equal(logits(loaded(epoch)), logits(tuned))
     assert (epoch / "policy.pt").read_bytes() == policy
     assert not list(epoch.glob("*.tmp")) and not list(epoch.glob(".*"))
-
-
-def test_names_on_disk_are_the_bases(pair):
-    base, _, epoch = pair
-    convert_policy(base, epoch, epoch)
     names = [set(load_file(folder / "model.safetensors")) for folder in (base, epoch)]
     assert names[0] == names[1]
-
-
-def test_config_generation_config_and_chat_template_are_kept(pair):
-    base, _, epoch = pair
-    convert_policy(base, epoch, epoch)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (base, epoch)]
     assert configs[0] == configs[1]  # dropout included, although training had none
     assert (epoch / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
@@ -124,36 +110,39 @@ def test_dtype_is_the_bases_unless_asked(tmp_path):
 
 
 def test_each_weight_keeps_its_own_dtype(llama, tmp_path):
-    """A base with float32 norms beside bfloat16 matrices gets a folder of the same make."""
-    from safetensors.torch import save_file
-
+    """A base with float32 norms and fp8 beside bfloat16 matrices gets a folder of the same make."""
     base, tuned, epoch = llama
     state = {k: v if "norm" in k else v.bfloat16() for k, v in load_file(base / "model.safetensors").items()}
+    fp8 = "model.layers.0.mlp.up_proj.weight"
+    state[fp8] = state[fp8].to(torch.float8_e4m3fn)
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     convert_policy(base, epoch, epoch)
     written = load_file(epoch / "model.safetensors")
     assert {k: v.dtype for k, v in written.items()} == {k: v.dtype for k, v in state.items()}
     assert torch.equal(written["model.norm.weight"], tuned.state_dict()["model.norm.weight"])
+    expected = tuned.state_dict()[fp8].to(torch.float8_e4m3fn)
+    assert torch.equal(written[fp8].view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_shards(pair):
-    base, tuned, epoch = pair
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint16, torch.bool])
+def test_a_buffer_of_any_dtype_is_copied(dtype, tmp_path):
+    model = new_model("llama")
+    model.register_buffer("flags", torch.tensor([0, 1, 1]).to(dtype))
+    write_weights(model, tmp_path, torch.bfloat16, {}, "1GB")
+    written = load_file(tmp_path / "model.safetensors")
+    assert written["flags"].dtype == dtype and torch.equal(written["flags"], model.flags)
+    assert written["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_shards(kind, tmp_path):
+    base, tuned, epoch = make_pair(kind, tmp_path)
     convert_policy(base, epoch, epoch, max_shard_size="20KB")
     shards = list(epoch.glob("model-*.safetensors"))
     assert len(shards) > 2 and not (epoch / "model.safetensors").exists()
     assert torch.equal(logits(loaded(epoch)), logits(tuned))
     convert_policy(base, epoch, epoch)  # again, in one file: no shard of before may stay
     assert not list(epoch.glob("model-*")) and not (epoch / "model.safetensors.index.json").exists()
-    assert torch.equal(logits(loaded(epoch)), logits(tuned))
-
-
-def test_wrapped_names(llama, tmp_path):
-    base, tuned, epoch = llama
-    state = {
-        "module." + name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): value
-        for name, value in tuned.state_dict().items()
-    }
-    convert_policy(base, save_policy(tmp_path / "policy.pt", state), epoch)
     assert torch.equal(logits(loaded(epoch)), logits(tuned))
 
 

@@ -7,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CONFIGS, logits, new_model, word_tokenizer
+from hf_models import CONFIGS, logits, new_model, save_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lota.models.scope import meta_model
 from lota.models.weights import open_weights
 from lota.share.hf_weights import write_like
-
-
-def saved(kind: str, folder: Path, seed: int = 0, **options):
-    model = new_model(kind, seed)
-    model.save_pretrained(folder, **options)
-    return model
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -39,8 +33,8 @@ def written(base: Path, out: Path, value_of, **options) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_the_values_of_another_model(kind, tmp_path):
     """Read under loaded names, written under names on disk: experts apart, heads renamed, tied once."""
-    saved(kind, tmp_path / "base")
-    other = saved(kind, tmp_path / "other", seed=1)
+    save_model(kind, tmp_path / "base")
+    other = save_model(kind, tmp_path / "other", seed=1)
     source = open_weights(tmp_path / "other")
     found = written(tmp_path / "base", tmp_path / "out", source.read)
     expected = weights(tmp_path / "other")
@@ -68,7 +62,7 @@ def test_each_parameter_is_asked_for_once_and_cast_to_the_bases_dtype(tmp_path):
 
 def test_shards_and_small_files(tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
-    saved("llama", base)
+    save_model("llama", base)
     word_tokenizer(64, eos_token="</s>").save_pretrained(base)
     found = written(base, out, open_weights(base).read, max_shard_size="20KB")
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -77,12 +71,26 @@ def test_shards_and_small_files(tmp_path):
         assert (out / file).read_bytes() == (base / file).read_bytes()
 
 
-def test_a_tied_weight_that_the_base_stores_twice_is_written_once(tmp_path):
-    saved("qwen2", tmp_path / "base")
-    state = load_file(tmp_path / "base" / "model.safetensors")
-    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    other = saved("qwen2", tmp_path / "other", seed=1)
-    found = written(tmp_path / "base", tmp_path / "out", open_weights(tmp_path / "other").read)
-    assert "lm_head.weight" not in found
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(other))
+def test_tensors_beside_the_parameters_and_dtypes(tmp_path):
+    """What else the base holds is copied in its dtype; a tied weight that it holds twice is written once."""
+    base = tmp_path / "base"
+    save_model("qwen2", base)
+    other = save_model("qwen2", tmp_path / "other", seed=1)
+    state = load_file(base / "model.safetensors")
+    further = {
+        str(dtype): torch.tensor([0, 1, 1]).to(dtype)
+        for dtype in (torch.float8_e5m2, torch.int8, torch.int16, torch.uint16, torch.bool)
+    }
+    fp8 = "model.layers.0.mlp.up_proj.weight"
+    state |= {"lm_head.weight": state["model.embed_tokens.weight"].clone(), **further}
+    state[fp8] = state[fp8].to(torch.float8_e4m3fn)
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    found = written(base, tmp_path / "out", open_weights(tmp_path / "other").read)
+    assert found.keys() == state.keys() - {"lm_head.weight"}
+    for name, value in further.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+    values = {**other.state_dict(), fp8: other.state_dict()[fp8].to(torch.float8_e4m3fn)}
+    for name in found.keys() - further.keys():
+        assert found[name].dtype == values[name].dtype
+        assert torch.equal(found[name].view(torch.uint8), values[name].view(torch.uint8)), name

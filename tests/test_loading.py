@@ -23,6 +23,7 @@ from lota.models.loading import (
 )
 from lota.models.policy import read_policy
 from lota.models.scope import transformer_blocks
+from lota.models.weights import open_weights
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -164,24 +165,26 @@ class RunsCode:
         return (open, (self.touched, "w"))
 
 
-def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
+@pytest.mark.parametrize("read", [read_policy, open_weights])
+def test_a_pickle_that_would_run_code_is_not_run(read, tmp_path):
     runs_code = RunsCode(tmp_path / "touched")
     path = save_policy(tmp_path / "policy.pt", {"a": torch.zeros(2), "b": runs_code})
     with pytest.raises(ValueError, match=r"policy\.pt was not read.*could run code"):
-        read_policy(path)
+        read(path)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(runs_code))
     with pytest.raises(ValueError, match=r"bare\.pt"):
-        read_policy(tmp_path / "bare.pt")
+        read(tmp_path / "bare.pt")
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_truncated_policy_is_refused_at_every_length(tmp_path):
+@pytest.mark.parametrize("read", [read_policy, open_weights])
+def test_a_truncated_policy_is_refused_at_every_length(read, tmp_path):
     path = save_policy(tmp_path / "policy.pt", new_model("llama").state_dict())
     content = path.read_bytes()
     for length in (0, 1, 10, 100, len(content) // 2, len(content) - 100, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"policy\.pt \(.* bytes\) cannot be read: it is truncated"):
-            read_policy(path)
+            read(path)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,8 @@ def test_a_policy_in_torchs_old_format_is_read(tmp_path):
     content = {"step_idx": 1, "state": {"w": torch.arange(3.0)}, "metrics": {}}
     torch.save(content, tmp_path / "policy.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(read_policy(tmp_path).state["w"], torch.arange(3.0))
+    with pytest.raises(ValueError, match=r"policy\.pt is in the layout of before torch 1\.6"):
+        open_weights(tmp_path)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
