@@ -1,15 +1,26 @@
-# make demo: the whole method on the embedded model.  make test: the tests.  make lint: style and types.
+# make demo: the whole method on the embedded model.  make lint: style and types.
+# make test: all tests, one worker per core and one thread each.  make test-fast: without the slow ones.
+# make test-portable: all tests under other kernels and numbers of threads (scripts/test_portable.sh).
+# ARGS="-k masks" goes to pytest, WORKERS=0 runs in one process, OMP_NUM_THREADS=2 gives each two threads.
 # Each makes the environment it needs in .venv when that is missing or its pins have changed.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast test-portable lint clean
 
 demo: .venv/.run
 	$(BIN)/python scripts/demo.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST) $(ARGS)
+
+test-fast: .venv/.dev
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-portable: .venv/.dev
+	PYTHON=$(BIN)/python scripts/test_portable.sh $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -6,16 +6,53 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: on tiny models threads only wait
+for library in ("OMP", "MKL", "OPENBLAS"):  # before torch is loaded: on tiny models threads only wait
+    os.environ.setdefault(f"{library}_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# files whose module fixture takes many seconds: the commands of a pipeline, mergekit's merges, a sequence
+TOGETHER = ("test_pipeline.py", "test_mergekit.py", "test_lotto.py", "test_plot_runs.py")
+
+
+def pytest_report_header() -> str:
+    import torch
+
+    level, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"torch {torch.__version__}, CPU capability {level}, threads per process: {threads}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker takes the next test when it is free; a file with a dear fixture goes to one worker whole.
+
+    (--dist loadgroup is for that, but pytest 9.2 ignores the names that pytest-xdist 3.8 gives to groups.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesOfDearFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.rpartition("/")[2] in TOGETHER else nodeid
+
+    return FilesOfDearFixtures(config, log)
+
+
+def pytest_unconfigure() -> None:
+    import prepared
+
+    prepared.stop()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -55,8 +56,9 @@ def save_policy(path: Path, state: dict, step_idx: int = 7) -> Path:
 
 
 def logits(model) -> torch.Tensor:
+    """From a copy: tensors of a file begin at odd addresses, where some kernels add in another order."""
     with torch.no_grad():
-        return model(INPUT).logits
+        return copy.deepcopy(model)(INPUT).logits
 
 
 def word_tokenizer(size: int, **special: str) -> PreTrainedTokenizerFast:

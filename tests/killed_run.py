@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import lotto_runs
-import torch
 from runs import train
 
 import lota.train.checkpoint
@@ -78,7 +77,6 @@ def arrange(moment: str, n: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     arrange(sys.argv[1], int(sys.argv[2]))
     try:
         if sys.argv[3:4] == ["lotto"]:

@@ -75,6 +75,7 @@ def config(folder: Path) -> Path:
     return folder / "longer_wins"
 
 
+@pytest.mark.slow
 def test_a_win_rate_over_the_805_references(samples: Path, references: Path, tmp_path: Path):
     ours, theirs = (json.loads(path.read_text()) for path in (samples, references))
     loaded = utils.load_or_convert_to_dataframe(samples)

@@ -62,6 +62,7 @@ def test_tokenizer():
     assert len(tokenizer(" q d x b k a", add_special_tokens=False).input_ids) == 6
 
 
+@pytest.mark.slow
 def test_losses_are_those_written_beside_it(script):
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     settings = TRAINING["settings"]
@@ -108,6 +109,7 @@ def test_demo_prompts():
         get_task("alpaca_eval").check(row)
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_same_tokenizer_and_a_model_that_loads(script, tmp_path, monkeypatch):
     settings = ["--steps", "2", "--batch", "2", "--n_measured", "1"]
     for name in ("one", "two"):

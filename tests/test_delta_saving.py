@@ -58,6 +58,7 @@ def test_a_checkpoint_with_a_delta_beside_it_is_still_a_checkpoint(mask, tmp_pat
     assert (folder / "delta.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_else_and_a_run_continues_with_or_without(mask):
     options = ("n_epochs=2", "mask_path=0.9_mask.pt")
     plain = train("exp_name=plain", *options)[1]

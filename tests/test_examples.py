@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 
@@ -10,7 +11,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+import lota
 from tests.runs import MODEL, same, write_mask
+from tests.tolerance import assert_same_training, chain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),  # TRL uses it
@@ -20,8 +23,10 @@ LOOPS = ("plain_pytorch", "hf_trainer", "trl_sft", "trl_dpo")
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
     """Run an example in this process; returns the weights and the optimizer's state after it."""
+    # eps as large as the gradients are: fused and deferred steps round differently (tolerance.py)
+    monkeypatch.setattr(lota, "MaskedRMSprop", functools.partial(lota.MaskedRMSprop, eps=0.1))
     mask = tmp_path / "mask.pt"
     write_mask(mask, density=0.1)
 
@@ -36,9 +41,11 @@ def run(tmp_path):
     return run_example
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_an_example(name, run, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    base = model.state_dict()
     mask = write_mask(tmp_path / "same.pt", density=0.1)
     kept = {key: mask.dense(key) for key in mask.shapes}
     found = []
@@ -53,8 +60,7 @@ def test_an_example(name, run, tmp_path):
         assert same(resumed, weights)
         assert tiny.same_state(resumed_state, state)
         found.append(weights)
-    for key, tensor in found[0].items():
-        torch.testing.assert_close(found[1][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+    assert_same_training(found[1], found[0], base, terms=chain(model, tokens=400), steps=4)
 
 
 def frozen_are_the_bases(weights, base, kept) -> bool:

@@ -6,13 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from prepared import python
 from runs import MODEL, ROOT, composed, metrics, with_mini_task, write_mask
 
 from scripts.settings import lines_of
@@ -42,7 +41,6 @@ def test_every_experiment_says_its_command_and_comments_its_keys(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_trains(tmp_path, monkeypatch, name):
     monkeypatch.chdir(with_mini_task(tmp_path))
-    torch.set_num_threads(1)
     config = composed(f"+experiment={name}", *SMALL, "seed=4", "n_examples=16")
     if config.mask_path is not None:
         (tmp_path / config.mask_path).parent.mkdir(parents=True)
@@ -66,6 +64,7 @@ def test_rates_differ_by_method_and_the_rest_is_the_same():
         assert {key for key in other if other[key] != base[key]} <= method, name
 
 
+@pytest.mark.slow
 def test_a_multirun_over_experiments_and_adapters_has_a_folder_per_job(tmp_path):
     cwd = with_mini_task(tmp_path)
     sweep = ("+experiment=fft,alternate_layers", "adapter=none,lora", "freeze_odd_layers=false")
@@ -76,6 +75,7 @@ def test_a_multirun_over_experiments_and_adapters_has_a_folder_per_job(tmp_path)
     assert names == ["lora", "none"] * 2
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_file(tmp_path):
     cwd = with_mini_task(tmp_path)
     write_mask(tmp_path / "masks" / "mini" / "0.9_mask.pt")
@@ -86,14 +86,14 @@ def test_a_sweep_in_a_file(tmp_path):
 
 
 def train_command(*arguments: str, cwd: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PROJECT_CACHE": str(cwd / "cache")}
-    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *arguments]
+    environment = {**os.environ, "PROJECT_CACHE": str(cwd / "cache")}
+    command = [python(), str(ROOT / "train_single_gpu.py"), *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def sweep(out: Path, *arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "PYTHON": sys.executable}
+    environment = {**os.environ, "OUT": str(out), "PYTHON": python()}
     environment |= {"SEEDS": "0", "METHODS": "lota_0.9", "SPARSITIES": "0.9"}
     environment["EVAL"] = "--n_examples 4 --max_new_tokens 2"
     command = [str(ROOT / "scripts" / "sweep_sparsity.sh"), *arguments]
@@ -102,6 +102,7 @@ def sweep(out: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_and_skips_what_is_finished(tmp_path):
     small = ("n_examples=32", "lr=1e-3")
     said = sweep(tmp_path, *small)

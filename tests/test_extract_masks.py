@@ -130,6 +130,7 @@ print(masks[0.9].n_total, memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @needs_proc
 def test_peak_memory_is_chunks_and_masks(pair, tmp_path):
     """1.3e7 entries in fp32 are 50 MB a side: neither may show in the peak, nor half of one."""

@@ -74,6 +74,7 @@ def test_sliding_window_equals_transformers(tokenizer):
     assert generate(model, tokenizer, TEXTS, Decoding(30), batch_size=3) == expected
 
 
+@pytest.mark.slow
 def test_stories_golden_fact(stories):
     model = transformers.AutoModelForCausalLM.from_pretrained(stories)
     tokenizer = transformers.AutoTokenizer.from_pretrained(stories)

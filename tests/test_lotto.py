@@ -21,6 +21,7 @@ from lota.lotto.driver import Lotto
 from lota.models.loading import load_model, load_tokenizer
 from tasks import get_task
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 KEYS = ["name", "mask", "kept", "free_after", "overlap", "hash_before", "hash_after", "scores", "losses"]
 
@@ -28,7 +29,6 @@ KEYS = ["name", "mask", "kept", "free_after", "overlap", "hash_before", "hash_af
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(with_tasks(tmp_path))
-    torch.set_num_threads(1)
 
 
 def after(lotto: Lotto, at: int) -> dict[str, torch.Tensor]:

@@ -23,7 +23,6 @@ from tasks import get_task
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(with_tasks(tmp_path))
-    torch.set_num_threads(1)
     return tmp_path
 
 

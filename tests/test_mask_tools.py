@@ -107,6 +107,7 @@ def test_overlap_against_brute_force_and_against_chance(files, tmp_path, capsys)
     assert (tmp_path / "overlap.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_chance_is_what_random_masks_give():
     generator = torch.Generator().manual_seed(0)
     kept = {
@@ -166,6 +167,7 @@ def test_a_random_mask_is_drawn_anew_also_under_its_own_seed():
     assert abs(found.both - found.expected) < 5 * found.deviation
 
 
+@pytest.mark.slow
 def test_every_entry_is_as_likely_as_any_other():
     mask = Mask.from_positions({"w": torch.arange(4)}, {"w": (4, 5)})  # all kept ones at the front
     counts = sum(random_like(mask, seed).dense("w").reshape(-1).int() for seed in range(2000))
@@ -238,12 +240,14 @@ def test_refusals(files, tmp_path, monkeypatch, arguments, message):
     assert not (tmp_path / "n.pt").exists()
 
 
+@pytest.mark.slow
 def test_as_a_module_without_warnings(files):
     command = [sys.executable, "-W", "error", "-m", "lota.masks", "compare", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=runs.ROOT)
     assert "IoU" in done.stdout and not done.stderr
 
 
+@pytest.mark.slow
 @needs_proc
 def test_many_masks_stay_on_disk(tmp_path):
     """Mapped bits: four masks of 32 MB each add less than one of them to the process."""

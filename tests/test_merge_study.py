@@ -12,6 +12,7 @@ from scripts import merge_study
 from scripts.merge_study import METHODS, TASKS, Study
 
 
+@pytest.mark.slow
 def test_stages(tmp_path):
     """Two tasks learnt under masks that share nothing, merged and scored; nothing is run twice."""
     study = Study(tmp_path, data_fraction=0.01, n_examples=4)

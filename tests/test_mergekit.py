@@ -19,6 +19,7 @@ import merge_models
 from lota.delta import extract
 
 pytest.importorskip("mergekit")
+pytestmark = pytest.mark.slow
 # mergekit-yaml's own entry point, several times in one process: most of its time is spent importing
 RUN = """
 import json, sys

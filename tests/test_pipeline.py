@@ -10,18 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared import python
 from runs import MODEL, ROOT, SMALL, train, with_mini_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lota.masks import Mask, kept_count
 
+pytestmark = pytest.mark.slow
 MODELS = sorted(path.stem for path in (ROOT / "config" / "model").glob("*.yaml"))
 
 
-def script(name: str, *arguments: object, cwd: Path, code: int = 0) -> str:
-    """Run an entry script; returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PROJECT_CACHE": str(cwd / "cache")}
-    command = [sys.executable, "-u", str(ROOT / name), *map(str, arguments)]
+def script(name: str, *arguments: object, cwd: Path, code: int = 0, anew: bool = False) -> str:
+    """Run an entry script; returns what it printed. anew: by an interpreter that has imported nothing yet."""
+    environment = {**os.environ, "PROJECT_CACHE": str(cwd / "cache")}
+    interpreter = sys.executable if anew else python()
+    command = [interpreter, "-u", str(ROOT / name), *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -32,22 +35,21 @@ def pipeline(tmp_path_factory):
     """The five commands: folder, and what each printed."""
     cwd = with_mini_task(tmp_path_factory.mktemp("pipeline"))
     runs, said = cwd / "cache", {}
-    said["calibrate"] = script("train_single_gpu.py", "exp_name=dense", *SMALL, "n_epochs=3", cwd=cwd)
+    how = {"cwd": cwd, "anew": True}
+    said["calibrate"] = script("train_single_gpu.py", "exp_name=dense", *SMALL, "n_epochs=3", **how)
     pair = ("--base", MODEL, "--tuned", runs / "dense" / "epoch-3")
-    said["extract"] = script(
-        "extract_masks.py", *pair, "--sparsities", "0.5", "0.9", "--name", "mini", cwd=cwd
-    )
+    said["extract"] = script("extract_masks.py", *pair, "--sparsities", "0.5", "0.9", "--name", "mini", **how)
     adapt = ("mask_path=masks/mini/0.9_mask.pt", "trainer=FSDPTrainer", "sample_during_eval=true")
     said["adapt"] = script(
         "train_single_gpu.py", "exp_name=lota", *SMALL, *adapt, "do_first_eval=true", cwd=cwd
     )
     run = runs / "lota" / "epoch-1"
     said["convert"] = script("convert_policy_to_hf_resize.py", "--model_path", MODEL, "--policy_path",
-                             run / "policy.pt", "--save_path", run, cwd=cwd)  # fmt: skip
-    said["evaluate"] = script("eval_model_all.py", "--model", run, "--datasets", "mini", "--sample", cwd=cwd)
+                             run / "policy.pt", "--save_path", run, **how)  # fmt: skip
+    said["evaluate"] = script("eval_model_all.py", "--model", run, "--datasets", "mini", "--sample", **how)
     prompts = ROOT / "assets" / "prompts" / "demo_prompts.json"
-    how = ("--prompt_set", prompts, "--temperatures", "0.7", "--model_name", "lota", "--n_examples", "3")
-    said["sample"] = script("generate_samples.py", *how, "--model_path", run, cwd=cwd)
+    draw = ("--prompt_set", prompts, "--temperatures", "0.7", "--model_name", "lota", "--n_examples", "3")
+    said["sample"] = script("generate_samples.py", *draw, "--model_path", run, **how)
     return cwd, said
 
 
@@ -157,7 +159,6 @@ def test_bad_command_lines_end_with_a_message(tmp_path, arguments, message):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_yaml_trains(tmp_path, monkeypatch, name):
     monkeypatch.chdir(with_mini_task(tmp_path))
-    torch.set_num_threads(1)
     trainer, _ = train(f"model={name}", f"model.name_or_path={MODEL}", "n_examples=8", "debug=true")
     assert trainer.progress.finished
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import statistics
 
 import numpy as np
@@ -19,13 +20,25 @@ from lota.masks import Mask
 from lota.report.reading import read_runs
 from tests.test_plots import check_legible
 
+pytestmark = pytest.mark.slow
 SORT = [1.0, 0.0, 1.0, 1.0]
+METHODS = ("dense", "lota_0.5", "lota_0.9", "random_0.9")
 
 
 @pytest.fixture
-def folders(tmp_path):
+def folders(made, tmp_path):
+    """What `made` holds, in the test's own folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    for config in tmp_path.rglob("config.yaml"):
+        config.write_text(config.read_text().replace(str(made), str(tmp_path)))
+    names = [f"{method}_{seed}" for method in METHODS for seed in (0, 1)]
+    return [tmp_path / "runs" / name for name in (*names, "two_tasks")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """Dense training, LoTA at 0.5 and 0.9, a random mask: two seeds each; a LoTTO sequence of two tasks."""
-    made = []
+    tmp_path = tmp_path_factory.mktemp("made")
     methods = {
         "dense": [],
         "lota_0.5": [run_folders.rated_mask(tmp_path / "m" / "sort" / "0.5_mask.pt", 0.5, "task_vector")],
@@ -33,13 +46,15 @@ def folders(tmp_path):
         "random_0.9": [run_folders.rated_mask(tmp_path / "m" / "random" / "0.9_mask.pt", 0.1, "random", 2)],
     }
     methods["lota_0.9"].append("lr=1e-2")
+    assert tuple(methods) == METHODS
     for at, (name, overrides) in enumerate(methods.items()):
         for seed in (0, 1):
             log = run_folders.log_of([5 - step * (1 + at) / 4 + 0.3 * seed for step in range(6)])
             scores = {"toy_sort": [1.0] * (at + 4 * seed + 1) + [0.0] * 7}
             folder = tmp_path / "runs" / f"{name}_{seed}"
-            made.append(run_folders.write_run(folder, *overrides, f"seed={seed}", log=log, scores=scores))
-    return [*made, write_sequence(tmp_path / "runs" / "two_tasks")]
+            run_folders.write_run(folder, *overrides, f"seed={seed}", log=log, scores=scores)
+    write_sequence(tmp_path / "runs" / "two_tasks")
+    return tmp_path
 
 
 def write_sequence(folder):

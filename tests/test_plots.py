@@ -64,6 +64,7 @@ def test_heatmap_shows_its_numbers(tmp_path, ending):
     assert [path.name for path in tmp_path.iterdir()] == [f"h{ending}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_rows", "n_columns"), [(1, 1), (3, 3), (4, 7), (12, 7), (80, 7), (40, 40), (7, 130)]
 )
@@ -118,6 +119,7 @@ def test_against_sparsity_shows_means_errors_and_levels():
     assert axes.get_ylim()[0] < 0 < 100 < axes.get_ylim()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3, 9, 20])
 def test_many_methods_and_sparsities_stay_legible(n):
     sparsities = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999]
@@ -160,6 +162,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, draw, message: str):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_matplotlib_comes_on_first_use_and_keeps_its_settings():
     code = (
         "import sys, lota.plots as p; assert 'matplotlib' not in sys.modules;"

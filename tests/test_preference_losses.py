@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from chars import char_model, char_tokenizer
+from tolerance import assert_same, chain, rounding
 
 from lota.data.batches import IGNORED, Batch
 from lota.train.losses import (
@@ -174,11 +175,13 @@ def test_losses_rewards_and_gradients_are_those_of_trl(trl_batch, kind, beta):
         of_policy, of_reference, ChosenRejected.split(counted), beta=beta, ipo=kind == "ipo"
     )
     losses.mean().backward()
-    assert losses.mean().item() == pytest.approx(theirs, rel=1e-5)
+    terms = chain(policy, tokens=batch["input_ids"].numel())
+    rel = rounding(torch.float32, terms)
+    assert losses.mean().item() == pytest.approx(theirs, rel=rel)
     rewards = reward_sums(log_ratios(of_policy, of_reference), beta)
     for name, value in rewards.items():
-        assert value.item() / len(ROWS) == pytest.approx(metrics[f"rewards/{name}"], rel=1e-5), name
+        assert value.item() / len(ROWS) == pytest.approx(metrics[f"rewards/{name}"], rel=rel), name
     for which, value in of_policy._asdict().items():
-        assert value.mean().item() == pytest.approx(metrics[f"logps/{which}"], rel=1e-5)
+        assert value.mean().item() == pytest.approx(metrics[f"logps/{which}"], rel=rel)
     for p, gradient in zip(policy.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5)
+        assert_same(p.grad, gradient, terms=terms)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from runs import MODEL, policy, settings, train, with_mini_task, write_mask
+from tolerance import assert_same, assert_same_training, chain
 
 import lota
 from lota.models.loading import load_model
@@ -21,7 +22,6 @@ DPO = ("loss=dpo", "datasets=[pairs]", "do_first_eval=true")
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(with_mini_task(tmp_path))
     shutil.copy(Path(__file__).with_name("pair_task.py"), tmp_path / "tasks" / "pairs.py")
-    torch.set_num_threads(1)
     write_mask(tmp_path / "0.9_mask.pt")
     return tmp_path
 
@@ -128,30 +128,29 @@ def by_hand(trainer, model) -> torch.Tensor:
     return torch.tensor(values)
 
 
+@pytest.mark.slow
 def test_three_ways_give_the_same(workplace):
-    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt")
+    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt", "lr=1e-2", "eps=1.0")  # eps: see test_trainers.py
     found = {}
     for kind in ("swap", "model", "precomputed", "null"):
         trainer, folder = train(*options, f"model.reference={kind}", f"exp_name=ref_{kind}")
         found[kind] = (*loss_of_held_out(trainer), policy(folder))
-    start = by_hand(trainer, load_model(MODEL))
+    base = load_model(MODEL)
+    start, terms = by_hand(trainer, base), chain(base, tokens=400)
     for of_reference, of_policy, _ in found.values():
-        torch.testing.assert_close(of_reference, start, rtol=1e-5, atol=1e-4)
-        assert (of_policy - of_reference).abs().max() > 1
-    assert torch.equal(found["swap"][0], found["model"][0])
-    assert torch.equal(found["swap"][0], found["null"][0])
-    for name, weights in found["swap"][2].items():
-        assert torch.equal(weights, found["model"][2][name])
-        assert torch.equal(weights, found["null"][2][name])
-        assert (
-            torch.isclose(weights, found["precomputed"][2][name], rtol=1e-3, atol=1e-4).float().mean() > 0.999
-        )
+        assert_same(of_reference, start, terms=terms)
+        assert (of_policy - of_reference).abs().max() > 0.1
+    first, weights = base.state_dict(), {kind: trained for kind, (_, _, trained) in found.items()}
+    for kind in ("model", "null", "precomputed"):
+        assert_same_training(weights[kind], weights["swap"], first, terms=terms, steps=5)
 
 
+@pytest.mark.slow
 def test_lora_is_left_out_for_the_reference(workplace):
     trainer, _ = train(*DPO, "adapter=lora", "lr=1e-2")
     of_reference, of_policy = loss_of_held_out(trainer)
-    torch.testing.assert_close(of_reference, by_hand(trainer, load_model(MODEL)), rtol=1e-5, atol=1e-4)
+    base = load_model(MODEL)
+    assert_same(of_reference, by_hand(trainer, base), terms=chain(base))
     assert (of_policy - of_reference).abs().max() > 1
 
 
@@ -159,6 +158,7 @@ def stored(trainer) -> list[Path]:
     return sorted((trainer.config.cache_dir / "reference_logps").glob("*.pt"))
 
 
+@pytest.mark.slow
 def test_stored_values_are_read_back_under_the_same_key_only(workplace, caplog):
     caplog.set_level("INFO")
     options = (*DPO, f"mask_path={workplace}/0.9_mask.pt", "model.reference=precomputed")
@@ -197,6 +197,7 @@ def lose(path: Path) -> None:
     torch.save({**content, "logps": content["logps"][:-1]}, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [tamper, cut, lose])
 def test_what_does_not_fit_is_set_aside(workplace, caplog, damage):
     options = (*DPO, "model.reference=precomputed", "n_examples=8", "do_first_eval=false")
@@ -217,6 +218,7 @@ def test_only_pairs_that_the_run_sees_are_computed(workplace, caplog):
     assert "16 training pairs stored" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "precomputed", "null"])
 def test_a_reference_that_is_given(workplace, kind):
     _, archive = train("exp_name=sft", "loss=sft", "n_epochs=2")
@@ -226,8 +228,9 @@ def test_a_reference_that_is_given(workplace, kind):
         "model.reference_dtype=float32",
     ]
     trainer, _ = train(*DPO, *how, f"mask_path={workplace}/0.9_mask.pt")
-    expected = by_hand(trainer, load_model(MODEL, archive=archive / "policy.pt"))
-    torch.testing.assert_close(loss_of_held_out(trainer)[0], expected, rtol=1e-5, atol=1e-4)
+    reference = load_model(MODEL, archive=archive / "policy.pt")
+    expected = by_hand(trainer, reference)
+    assert_same(loss_of_held_out(trainer)[0], expected, terms=chain(reference))
 
 
 def test_a_reference_of_another_vocabulary_is_refused_before_loading(workplace, monkeypatch):
@@ -263,6 +266,7 @@ def test_the_reference_has_no_graph(workplace):
     assert trainer.objective.logps(batch)[0].requires_grad
 
 
+@pytest.mark.slow
 def test_a_second_model_has_the_dtype_of_the_policy_or_its_own(workplace, caplog):
     caplog.set_level("INFO")
     mask = f"mask_path={workplace}/0.9_mask.pt"
@@ -279,6 +283,7 @@ def test_a_second_model_has_the_dtype_of_the_policy_or_its_own(workplace, caplog
     assert "not used here: model.reference_dtype=float16" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_computing_goes_on_from_there(workplace, monkeypatch, caplog):
     from lota.train.interrupt import Interrupted, StopBetweenSteps
 

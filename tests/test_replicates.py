@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import run_folders
 
 from lota.masks import Mask
@@ -16,6 +17,7 @@ def names(folder, *runs: str) -> dict[str, int]:
     return {group.name: len(group.runs) for group in found}
 
 
+@pytest.mark.slow
 def test_seeds_are_one_group(tmp_path):
     masks = [
         run_folders.rated_mask(tmp_path / f"{i}" / "0.9_mask.pt", 0.1, "task_vector", i) for i in range(2)
@@ -24,6 +26,7 @@ def test_seeds_are_one_group(tmp_path):
     assert found == {"LoTA, s = 0.9": 2, "full fine-tuning": 2}
 
 
+@pytest.mark.slow
 def test_a_sweep_is_told_apart_where_its_settings_meet(tmp_path):
     low = run_folders.rated_mask(tmp_path / "0.5_mask.pt", 0.5, "task_vector")
     high = run_folders.rated_mask(tmp_path / "0.9_mask.pt", 0.1, "task_vector")
@@ -50,6 +53,7 @@ def test_masks_from_different_places_with_one_seed(tmp_path):
     assert found == {"LoTA, mask_path=a/0.9_mask.pt, s = 0.9": 1, "LoTA, mask_path=b/0.9_mask.pt, s = 0.9": 1}
 
 
+@pytest.mark.slow
 def test_methods_have_the_names_of_the_field(tmp_path):
     high = run_folders.rated_mask(tmp_path / "0.9_mask.pt", 0.1, "magnitude")
     settings = ["adapter=lora lora_rank=16", "freeze_odd_layers=true", f"{high} flip_mask=true"]
@@ -69,6 +73,7 @@ def test_too_many_settings_give_way_to_the_name(tmp_path):
     assert found == {"full fine-tuning, r0": 1, "full fine-tuning, r1": 1}
 
 
+@pytest.mark.slow
 def test_how_a_mask_was_chosen_is_in_its_name(tmp_path):
     path = tmp_path / "0.9_mask.pt"
     setting = run_folders.rated_mask(path, 0.1, "fisher")
@@ -83,6 +88,7 @@ def test_how_a_mask_was_chosen_is_in_its_name(tmp_path):
         assert names(tmp_path / name, setting.replace("0.9_mask", "new")) == {name: 1}
 
 
+@pytest.mark.slow
 def test_masks_of_snip_are_found_where_the_run_keeps_them(tmp_path):
     folders = [run_folders.write_run(tmp_path / f"r{seed}", "snip=true", f"seed={seed}") for seed in (0, 1)]
     for folder in folders:

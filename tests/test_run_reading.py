@@ -11,6 +11,7 @@ import plot_runs
 from lota.report.reading import read_runs
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_left_out_and_said(tmp_path, capsys):
     gone = run_folders.rated_mask(tmp_path / "gone" / "0.9_mask.pt", 0.1, "task_vector")
     empty = run_folders.write_run(tmp_path / "empty", log=[])
@@ -85,6 +86,7 @@ def test_a_sequence_stands_for_the_runs_of_its_stages(tmp_path):
     assert found[0].notes == ["no forgetting.json"]
 
 
+@pytest.mark.slow
 def test_a_sequence_without_a_finished_stage(tmp_path, capsys):
     folder = run_folders.write_run(tmp_path / "two_tasks")
     with (folder / "config.yaml").open("a", encoding="utf-8") as file:

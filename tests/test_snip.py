@@ -40,6 +40,7 @@ def told(caplog):
     return caplog
 
 
+@pytest.mark.slow
 def test_the_mask_is_that_of_extract_masks(folder):
     trainer, last = train(*SNIP, f"save_snip_mask_path={folder}/s/mask.pt", "seed=4")
     mask = Mask.load(folder / "s" / "mask.pt")
@@ -60,6 +61,7 @@ def test_the_mask_is_that_of_extract_masks(folder):
     assert trainer.optimizer.n_trained == mask.n_kept and set(base) == set(policy(other))
 
 
+@pytest.mark.slow
 def test_reused_by_an_equal_run_and_set_aside_by_another(folder, told, monkeypatch):
     path = folder / "mask.pt"
     _, first = train(*SNIP, f"save_snip_mask_path={path}")
@@ -84,6 +86,7 @@ def test_reused_by_an_equal_run_and_set_aside_by_another(folder, told, monkeypat
     assert "made with another data.data_hash" in log_of(told)
 
 
+@pytest.mark.slow
 def test_without_a_path_the_run_keeps_it(folder, private_cache, told):
     train(*SNIP)
     path = private_cache / "run" / "snip_mask.pt"
@@ -92,6 +95,7 @@ def test_without_a_path_the_run_keeps_it(folder, private_cache, told):
     assert not list((private_cache / "quick").rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_data_protection_and_accumulation(folder, told):
     protect = write_mask(folder / "first.pt", 0.2)
     protected = (*SNIP, f"protect_masks=[{folder}/first.pt]")
@@ -110,12 +114,14 @@ def test_data_protection_and_accumulation(folder, told):
     assert half.optimizer.n_trained == sum(parts.kept(n) for n, layer in layers.items() if layer % 2 == 0)
 
 
+@pytest.mark.slow
 def test_bf16_weights(folder):
     trainer, _ = train(*SNIP, "model.fsdp_policy_mp=bfloat16", f"save_snip_mask_path={folder}/a.pt")
     assert next(trainer.model.parameters()).dtype == torch.bfloat16
     assert Mask.load(folder / "a.pt").meta["data"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_interrupted_run_continues_bit_for_bit(lost, folder):
     options = (*SNIP, "batch_size=4", f"save_snip_mask_path={folder}/m.pt")
@@ -131,6 +137,7 @@ def test_an_interrupted_run_continues_bit_for_bit(lost, folder):
             train(*options, "exp_name=cut", "snip_sparsity=0.8")
 
 
+@pytest.mark.slow
 def test_a_preference_run_takes_its_own_loss(folder):
     """At the start policy and reference agree: the gradient of DPO is -b / 2 times that of the log-ratio."""
     shutil.copy(Path(__file__).with_name("pair_task.py"), folder / "tasks" / "pairs.py")
@@ -176,6 +183,7 @@ def test_contradictions(overrides, message):
     assert message in str(refused.value)
 
 
+@pytest.mark.slow
 def test_refused_before_a_model_loads(folder, monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")

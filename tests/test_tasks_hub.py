@@ -159,7 +159,7 @@ def test_a_hub_out_of_reach_is_said_at_once(name: str, tmp_path, monkeypatch, ca
         ValueError, match=rf"task {name}: no data[^$]*On a machine with a network, run"
     ) as error:
         get_task(name).load("train", tmp_path)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # a busy machine takes some seconds as well
     assert str(tmp_path) in str(error.value).splitlines()[-1] and "mkdir" not in str(error.value)
     assert "Retrying" not in caplog.text
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE  # only meanwhile

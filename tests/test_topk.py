@@ -73,6 +73,7 @@ def test_equals_a_stable_sort(kind, monkeypatch):
     assert_equals_brute_force(keys, [0, 1, 7, total // 100, total // 10, total // 2, total - 1, total])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_stream_is_read_once(kind, monkeypatch):
     """Enough entries that the sample is a small part of them."""
@@ -115,6 +116,7 @@ def test_an_error_in_a_reader_reaches_the_caller():
         topk.top_bits(read, {"t": 1000}, [10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_entries_inside_a_bracket_take_a_second_pass(kind, monkeypatch):
     monkeypatch.setattr(streaming, "CHUNK", 1 << 12)

@@ -82,6 +82,7 @@ def test_the_base_cannot_do_it(name):
     assert accuracy(model, tokenizer, get_task(name)) <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "examples"), [("toy_shift", 1600), ("toy_reverse", 2400)])
 def test_a_few_steps_teach_it(name, examples):
     task, tokenizer, model = get_task(name), load_tokenizer(str(MODEL)), load_model(str(MODEL))

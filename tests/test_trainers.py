@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
+from tolerance import assert_same_training, chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lota.data.batches import Example, Prompt, encode, epoch_batches
@@ -19,7 +20,6 @@ from tasks import get_task
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(with_mini_task(tmp_path))
-    torch.set_num_threads(1)
     return tmp_path
 
 
@@ -42,7 +42,7 @@ def plain_run(
     rows = [Example(Prompt(task.prompt(r), task.closing), task.target(r)) for r in task.load("train", None)]
     kept = {name: mask.dense(name) for name in mask.names}
     trained = {name: p for name, p in model.named_parameters() if name in kept}
-    optimizer = torch.optim.RMSprop(trained.values(), lr=lr, alpha=0.99, eps=1e-8, foreach=False)
+    optimizer = torch.optim.RMSprop(trained.values(), lr=lr, alpha=0.99, eps=1.0, foreach=False)
     for step, numbers in enumerate(epoch_batches(len(rows), batch_size, seed=0, epoch=0)[:steps]):
         encoded = [encode(tokenizer, rows[i], max_length=512, max_prompt_length=256) for i in numbers]
         total = 0.0
@@ -67,15 +67,13 @@ def plain_run(
 )
 def test_weights_equal_a_plain_loop(mask, tmp_path, accumulation, scheduler):
     schedule = ("warmup_steps=2", f"lr_scheduler={scheduler}", f"gradient_accumulation_steps={accumulation}")
-    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", *schedule)
+    # eps=1 is as large as the gradients are: under the default 1e-8, rounding of an entry whose gradient is
+    # almost zero moves it by a whole step, either way
+    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "eps=1.0", *schedule)
     expected = plain_run(mask, steps=5, batch_size=8, lr=1e-3, warmup=2, scheduler=scheduler)
     got, start = policy(folder), base()
-    assert got.keys() == expected.keys()
+    assert_same_training(got, expected, start, terms=chain(trainer.model, tokens=200), steps=5)
     for name, want in expected.items():
-        # RMSprop divides by the gradient's own size: rounding noise of a near-zero gradient moves an entry
-        # by at most a step, and only few entries have one
-        close = torch.isclose(got[name], want, rtol=1e-4, atol=2e-5)
-        assert close.float().mean() > 0.999, name
         frozen = ~mask.dense(name) if name in mask else torch.ones_like(want, dtype=torch.bool)
         assert torch.equal(got[name][frozen], start[name][frozen]), name
     moved = sum((got[n] != start[n])[mask.dense(n)].sum().item() for n in mask.names)
@@ -204,6 +202,7 @@ def test_learning_rate_zero_under_bf16_gives_back_the_base(mask, tmp_path):
     assert same(policy(folder), base())
 
 
+@pytest.mark.slow
 def test_lengths_fractions_and_groups_are_used(workplace, seen):
     train("max_length=12", "max_prompt_length=6", "exp_name=short")
     assert max(n for rows in seen["lengths"] for n in rows) == 12
@@ -259,6 +258,7 @@ def test_policy_dtype(mask, tmp_path):
     assert torch.equal(policy(folder)[name][mask.dense(name)], masters[name].bfloat16())
 
 
+@pytest.mark.slow
 def test_what_flip_protect_and_layer_freezing_leave_trainable(mask, tmp_path):
     other = write_mask(tmp_path / "other.pt", density=0.5, seed=1)
     scope = find_scope(AutoModelForCausalLM.from_pretrained(MODEL))

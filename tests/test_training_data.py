@@ -29,6 +29,7 @@ def loaded(*overrides: str) -> list[str]:
     return [e.prompt.text for e in load_examples(tasks, "train", config, Prompter(char_tokenizer()))]
 
 
+@pytest.mark.slow
 def test_every_task_gives_its_share():
     """In the order of the tasks and of their rows; a seeded sample, not the first rows."""
     every = [prompts(name, "train") for name in NAMES]
@@ -51,6 +52,7 @@ def test_held_out_examples_are_a_sample_over_all_tasks():
     assert mini & set(found) and shift & set(found) and set(found) <= mini | shift
 
 
+@pytest.mark.slow
 def test_a_run_on_two_tasks():
     trainer, folder = train("datasets=[mini,toy_shift]", "data_fraction=0.005", "eval_every=16")
     assert [e.prompt.text for e in trainer.data.train] == loaded("data_fraction=0.005")
