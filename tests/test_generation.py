@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
-import lota.evaluate.batching as batching
 import lota.evaluate.generation as generation
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate, prompt_bound
 from tests import tiny
 from tests.chars import ALPHABET, char_model, char_tokenizer
 
+STOPPED = Decoding(40, stop=("q",))  # some of the completions of TEXTS hold a q, at different places
 TEXTS = ["Hello", "a", "The longest of these prompts, by far", "x = 3;", "Why?", "12 + 30 ="]
 
 
@@ -113,12 +112,9 @@ def test_a_draw_depends_on_its_prompt_only(model, tokenizer):
 
 
 def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
-    lengths = [
-        len(text) for text in generate(model, tokenizer, TEXTS, Decoding(40, stop=("q",)), batch_size=6)
-    ]
-    assert len(set(lengths)) > 2
-    widths = []
-    forward = model.forward
+    expected = generate(model, tokenizer, TEXTS, STOPPED, batch_size=6)
+    assert len(set(map(len, expected))) > 2
+    widths, forward = [], model.forward
 
     @functools.wraps(forward)
     def spy(input_ids, **rest):
@@ -126,22 +122,17 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
         return forward(input_ids=input_ids, **rest)
 
     monkeypatch.setattr(model, "forward", spy)
-    generate(model, tokenizer, TEXTS, Decoding(40, stop=("q",)), batch_size=6)
-    assert widths[0] == 6
+    assert generate(model, tokenizer, TEXTS, STOPPED, batch_size=6) == expected
+    assert widths[0] == 6 > widths[-1]
     assert widths == sorted(widths, reverse=True)
-    assert widths[-1] < 6
-    assert sum(widths) < 6 * len(widths)
-
-
-def test_a_cache_that_cannot_give_up_rows(model, tokenizer, monkeypatch):
-    stopped = Decoding(40, stop=("q",))
-    expected = generate(model, tokenizer, TEXTS, stopped, batch_size=6)
-    monkeypatch.setattr(batching, "SELECTABLE_LAYERS", ())
-    assert generate(model, tokenizer, TEXTS, stopped, batch_size=6) == expected
+    monkeypatch.setattr(generation, "can_drop_rows", lambda cache: False)  # they stay, and nobody sees them
+    widths.clear()
+    assert generate(model, tokenizer, TEXTS, STOPPED, batch_size=6) == expected
+    assert set(widths) == {6}
 
 
 def test_a_model_without_cache(model, tokenizer, monkeypatch):
-    expected = generate(model, tokenizer, TEXTS, Decoding(15, stop=("q",)), batch_size=6)
+    expected = generate(model, tokenizer, TEXTS, STOPPED, batch_size=6)
     forward = model.forward
 
     def forgetful(input_ids, attention_mask, position_ids, past_key_values=None, use_cache=None):
@@ -149,7 +140,7 @@ def test_a_model_without_cache(model, tokenizer, monkeypatch):
         return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
 
     monkeypatch.setattr(model, "forward", forgetful)
-    assert generate(model, tokenizer, TEXTS, Decoding(15, stop=("q",)), batch_size=6) == expected
+    assert generate(model, tokenizer, TEXTS, STOPPED, batch_size=6) == expected
 
 
 def test_stop_texts_end_a_completion(model, tokenizer):
@@ -187,45 +178,35 @@ def test_context_is_never_exceeded(tokenizer):
     assert generate(model, tokenizer, [long[-32:]], Decoding(50), batch_size=1) == [texts[0]]
 
 
-def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch, caplog):
+def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
     prompts = TEXTS * 3
     expected = generate(model, tokenizer, prompts, Decoding(12), batch_size=18)
-    complete = generation._complete
-    tried = []
+    tried, done, forward = [], {}, model.forward
 
-    def small_memory(model, tokenizer, batch, *rest):
-        tried.append(len(batch))
-        if len(batch) > 5:
+    @functools.wraps(forward)
+    def small_memory(input_ids, past_key_values, **rest):
+        if past_key_values is None:  # a batch begins
+            tried.append(len(input_ids))
+        if len(input_ids) > 5:
             raise torch.OutOfMemoryError("no room")
-        return complete(model, tokenizer, batch, *rest)
+        return forward(input_ids=input_ids, past_key_values=past_key_values, **rest)
 
-    monkeypatch.setattr(generation, "_complete", small_memory)
-    done = []
-    with caplog.at_level(logging.WARNING):
-        texts = generate(
-            model,
-            tokenizer,
-            prompts,
-            Decoding(12),
-            batch_size=18,
-            on_done=lambda i, text: done.append(i),
-        )
-    assert texts == expected
-    assert tried == [18, 9, 4, 4, 4, 4, 2]
-    assert sorted(done) == list(range(18))
-    assert "out of memory with 18 sequences" in caplog.text
-    monkeypatch.setattr(
-        generation, "_complete", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    monkeypatch.setattr(model, "forward", small_memory)
+    assert (
+        generate(model, tokenizer, prompts, Decoding(12), batch_size=18, on_done=done.setdefault) == expected
     )
-    with pytest.raises(torch.OutOfMemoryError):
-        generate(model, tokenizer, prompts, Decoding(12), batch_size=2)
+    assert [done[i] for i in range(18)] == expected
+    assert tried == [18, 9, 4, 4, 4, 4, 2]
 
 
-def test_mode_is_given_back_and_nothing_needs_gradients(tokenizer):
+def test_training_goes_on_afterwards(tokenizer):
     model = tiny.make("llama")
     generate(model, tokenizer, [[5, 6]], Decoding(3), batch_size=1)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+    ids = torch.tensor([[5, 6, 7]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_broken_weights_are_an_error(tokenizer):

@@ -99,15 +99,13 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -
     The padding is token 0: any valid id does under the mask.
     """
     width = max(map(len, rows))
-    blanks = [[0] * (width - len(row)) for row in rows]
-    ones = [[1] * len(row) for row in rows]
-
-    def aligned(parts: Sequence[Sequence[int]]) -> Tensor:
-        pairs = zip(blanks, parts, strict=True)
-        lists = [[*blank, *part] if left else [*part, *blank] for blank, part in pairs]
-        return torch.tensor(lists, dtype=torch.int64, device=device)
-
-    return aligned(rows), aligned(ones)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), None) if left else slice(len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.int64)
+        mask[i, place] = 1
+    return ids.to(device), mask.to(device)
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase, purpose: str) -> int:

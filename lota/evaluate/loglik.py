@@ -19,7 +19,7 @@ from lota.evaluate.batching import (
     reading_only,
 )
 
-UNLIMITED = 2048  # tokens of a window where the model sets no limit
+UNLIMITED = 2048  # tokens of a window if the model sets no limit
 WORTH_SHARING = 0.2  # share of a batch's tokens that reading contexts once must save; it costs a second pass
 Request = tuple[list[int], list[int]]  # token ids of a context, at least one, and of what follows it
 
@@ -93,8 +93,7 @@ class _Reader:
         """Scores at the last positions of each row, (rows, longest continuation, vocabulary).
 
         Rows are padded on the left, so that all continuations end together: the scores of the positions
-        before them, which a large vocabulary makes large, are not computed where the model can leave them
-        out.
+        before them, which a large vocabulary makes large, are not computed if the model can leave them out.
         """
         kept = max(len(after) for _, after in batch)
         ids, mask = padded([(context + after)[:-1] for context, after in batch], self.device, left=True)
@@ -103,7 +102,7 @@ class _Reader:
     def _after_shared(
         self, contexts: Sequence[Sequence[int]], row_of: Sequence[int], continuations: Sequence[list[int]]
     ) -> list[Tensor] | None:
-        """Scores after contexts[row_of[i]], read once each; None where the model's cache cannot be shared."""
+        """Scores after contexts[row_of[i]], read once each; None if the model's cache cannot be shared."""
         ids, mask = padded(contexts, self.device, left=True)
         output = self.forward(ids, mask, 1, use_cache=True)
         cache = getattr(output, "past_key_values", None)
@@ -143,7 +142,7 @@ def choice_requests(
     """A request per choice, tokenised as lm-evaluation-harness does; whether the prompt had to be cut.
 
     Prompt and choice are tokenised together, so that a choice gets the tokens it has in running text, and
-    blanks at the prompt's end count as the choice's first ones. limit: the most tokens of the prompt, where
+    blanks at the prompt's end count as the choice's first ones. limit: the most tokens of the prompt, if
     there is one besides the model's context.
     """
     stripped = prompt.stripped()
@@ -153,11 +152,9 @@ def choice_requests(
     longest = max(map(len, after))
     if context is not None and longest > context:
         raise ValueError(f"a choice of {longest} tokens does not fit the model's context, {context}")
-    rooms = [] if context is None else [context + 1 - longest]  # the last token is no input
-    room = min([*rooms, *([] if limit is None else [limit])], default=len(before))
-    if len(before) <= room:
-        return [(before, ids) for ids in after], False
-    return [(stripped.ids(tokenizer, room), ids) for ids in after], True
+    most = None if context is None else context + 1 - longest  # the last token is no input
+    room = min(n for n in (len(before), limit, most) if n is not None)
+    return [(stripped.ids(tokenizer, room), ids) for ids in after], room < len(before)
 
 
 def windows(tokens: list[int], first: int, context: int | None) -> list[Request]:
