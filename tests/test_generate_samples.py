@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lota.evaluate.alpaca import Sampler
 from lota.evaluate.decoding import Decoding
 from tasks import get_task
 from tests.chars import char_model, char_tokenizer, save_pair
+from tests.evaluations import write_rows
+from tests.test_tasks_chat import said
 
 INSTRUCTIONS = ["Say hello.", "Name a colour, please, and say why you like it.", "Why?", "Count.", "Rhyme!"]
 DRAWN = Decoding(max_new_tokens=15, temperature=0.7, seed=3)
@@ -42,10 +45,22 @@ def read(path) -> list[dict]:
     return json.loads(path.read_text())
 
 
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[list[int], list[str]]]:
+    """Numbers and texts of the prompts of every call to generate."""
+    calls, generate = [], alpaca.generate
+
+    def watched(model, tokenizer, prompts, decoding, *, indices, **settings):
+        calls.append((list(indices), [tokenizer.decode(ids) for ids in prompts]))
+        return generate(model, tokenizer, prompts, decoding, indices=indices, **settings)
+
+    monkeypatch.setattr(alpaca, "generate", watched)
+    return calls
+
+
 def test_a_list_in_the_order_of_the_prompts(pair, tmp_path):
-    path = tmp_path / "a.json"
-    written = write(pair, path)
-    assert read(path) == written
+    written = write(pair, tmp_path / "a.json")
+    assert read(tmp_path / "a.json") == written
     assert [list(sample) for sample in written] == [["instruction", "output", "generator"]] * 5
     assert [sample["instruction"] for sample in written] == INSTRUCTIONS
     assert {sample["generator"] for sample in written} == {"me"}
@@ -56,57 +71,40 @@ def test_text_does_not_depend_on_chunks_or_on_the_part_asked_for(pair, tmp_path)
     whole = write(pair, tmp_path / "a.json", chunk_size=5)
     assert write(pair, tmp_path / "b.json", chunk_size=1) == whole
     assert write(pair, tmp_path / "c.json", chosen=[2, 3]) == whole[2:4]
-    other_seed = Decoding(max_new_tokens=15, temperature=0.7, seed=4)
-    assert write(pair, tmp_path / "d.json", other_seed) != whole
+    assert write(pair, tmp_path / "d.json", replace(DRAWN, seed=4)) != whole
 
 
-def test_an_interrupted_run_is_continued(pair, tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    whole = write(pair, tmp_path / "whole.json")
-    asked = []
-    generate = alpaca.generate
-
-    def dies_in_its_second_chunk(*arguments, indices, **settings):
-        asked.extend(indices)
-        if len(asked) > 3:
+def test_an_interrupted_run_is_continued(pair, tmp_path, calls):
+    def interrupt(count):
+        if count:
             raise KeyboardInterrupt
-        return generate(*arguments, indices=indices, **settings)
 
-    monkeypatch.setattr(alpaca, "generate", dies_in_its_second_chunk)
+    path, counts = tmp_path / "a.json", []
+    whole = write(pair, tmp_path / "whole.json")
     with pytest.raises(KeyboardInterrupt):
-        write(pair, path)
+        write(pair, path, on_done=interrupt)
     assert read(path) == whole[:2]  # whole JSON at any time
-    asked.clear()
-    monkeypatch.setattr(
-        alpaca,
-        "generate",
-        lambda *a, indices, **s: asked.extend(indices) or generate(*a, indices=indices, **s),
-    )
-    counts = []
-    assert write(pair, path, on_done=counts.append) == whole
-    assert asked == [2, 3, 4]
+    calls.clear()
+    assert write(pair, path, on_done=counts.append) == whole == read(path)
+    assert [numbers for numbers, _ in calls] == [[2, 3], [4]]
     assert counts == [2, 2, 1]
-    assert read(path) == whole
 
 
 def test_samples_of_other_weights_are_set_aside(pair, tmp_path):
     path = tmp_path / "a.json"
     old = write(pair, path)
     new = write((char_model(seed=1), pair[1]), path)
-    assert new != old
-    assert read(path) == new
+    assert read(path) == new != old
     assert read(tmp_path / "a.1.json") == old
 
 
-def test_a_new_name_does_not_cost_new_samples(pair, tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    old = write(pair, path)
-    monkeypatch.setattr(
-        alpaca, "generate", lambda *a, **s: [] if not a[2] else pytest.fail("generated again")
-    )
-    renamed = write(pair, path, generator="you")
+def test_a_new_name_does_not_cost_new_samples(pair, tmp_path, calls):
+    old = write(pair, tmp_path / "a.json")
+    calls.clear()
+    renamed = write(pair, tmp_path / "a.json", generator="you")
     assert [sample["output"] for sample in renamed] == [sample["output"] for sample in old]
-    assert {sample["generator"] for sample in read(path)} == {"you"}
+    assert {sample["generator"] for sample in read(tmp_path / "a.json")} == {"you"}
+    assert calls == []
 
 
 def prompts_file(tmp_path):
@@ -118,15 +116,9 @@ def prompts_file(tmp_path):
 
 
 def run(folder, tmp_path, *more: str) -> int:
-    arguments = [
-        "--prompt_set",
-        str(prompts_file(tmp_path)),
-        "--model_name",
-        "N",
-        "--model_path",
-        str(folder),
-    ]
-    return generate_samples.main([*arguments, "--max_length", "70", "--max_prompt_length", "60", *more])
+    arguments = ["--prompt_set", str(prompts_file(tmp_path)), "--model_name", "N"]
+    arguments += ["--model_path", str(folder), "--max_length", "70", "--max_prompt_length", "60"]
+    return generate_samples.main([*arguments, *more])
 
 
 def test_command(folder, tmp_path):
@@ -138,17 +130,6 @@ def test_command(folder, tmp_path):
     part = ["--ff", "1", "--n_examples", "2", "--out", str(tmp_path / "out")]
     assert run(folder, tmp_path, "--temperatures", "0.7", *part) == 0
     assert read(tmp_path / "out/prompts_temp0.7.json") == first[1:3]
-
-
-def test_command_with_alpaca_eval_itself(folder, tmp_path):
-    data = tmp_path / "tasks/alpaca_eval/eval.json"
-    data.parent.mkdir(parents=True)
-    data.write_text(
-        json.dumps([{"instruction": text, "output": "", "generator": "x"} for text in INSTRUCTIONS])
-    )
-    arguments = ["--prompt_set", "alpaca_eval", "--temperatures", "0", "--data_dir", str(tmp_path)]
-    assert run(folder, tmp_path, *arguments, "--out", str(tmp_path / "out")) == 0
-    assert len(read(tmp_path / "out/alpaca_eval_temp0.0.json")) == 5
 
 
 def test_several_samples_of_a_prompt(folder, tmp_path):
@@ -168,36 +149,25 @@ def test_several_samples_of_a_prompt(folder, tmp_path):
     assert [read(tmp_path / "b" / name) for name in names] == files
 
 
-def chat(*turns: str) -> list[dict]:
-    speakers = ("user", "assistant")
-    return [{"role": speakers[i % 2], "content": turn} for i, turn in enumerate(turns)]
-
-
-def test_prompt_sets_of_chats(folder, tmp_path):
-    """sharegpt's first questions and ultrafeedback's prompts, in the prompts that training gives them."""
+def test_prompt_sets(folder, tmp_path):
+    """sharegpt's first questions and ultrafeedback's prompts are in the prompts that training gives them."""
+    write_rows(tmp_path, "alpaca_eval", "eval", [{"instruction": t, "output": ""} for t in INSTRUCTIONS])
+    chats = [{"conversations": said("Who?", "I.", "Why?", "So.")}, {"conversations": said("Hm?", "No.")}]
     (tmp_path / "sharegpt_data").mkdir()
-    chats = [{"conversations": chat("Who?", "I.", "Why?", "So.")}, {"conversations": chat("Hm?", "No.")}]
     (tmp_path / "sharegpt_data/conversations.json").write_text(json.dumps(chats))
     feedback = get_task("ultrafeedback")
-    path = tmp_path / "tasks/ultrafeedback" / f"{feedback.held_out or feedback.splits[0]}.jsonl"
-    path.parent.mkdir(parents=True)
-    pair = {"chosen": chat("?", "D."), "rejected": chat("?", "E.")}
-    rows = [{"prompt": question, **pair} for question in ("Where?", "Who?")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--data_dir", str(tmp_path), "--temperatures", "0", "--out", str(tmp_path / "out")]
-    for name in ("sharegpt", "ultrafeedback"):
-        assert run(folder, tmp_path, *arguments, "--prompt_set", name) == 0
-    questions = read(tmp_path / "out/sharegpt_temp0.0.json")
-    rest = read(tmp_path / "out/ultrafeedback_temp0.0.json")
-    assert [sample["instruction"] for sample in questions] == ["Who?", "Hm?"]
-    assert [sample["instruction"] for sample in rest] == ["Where?", "Who?"]
-    assert rest[1]["output"] == questions[0]["output"]  # the same prompt
-
-
-def test_the_instruction_of_a_longer_chat_is_all_of_it():
-    row = {"messages": chat("Who?", "I.", "Why?"), "response": "So."}
-    whole = "Human:\nWho?\n\nAssistant:\nI.\n\nHuman:\nWhy?"
-    assert get_task("sharegpt").instruction(row) == whole
+    answers = {"chosen": said("?", "D."), "rejected": said("?", "E.")}
+    rows = [{"prompt": question, **answers} for question in ("Where?", "Who?")]
+    write_rows(tmp_path, "ultrafeedback", feedback.held_out or feedback.splits[0], rows)
+    found = {}
+    for name in ("alpaca_eval", "sharegpt", "ultrafeedback"):
+        where = ["--data_dir", str(tmp_path), "--out", str(tmp_path / "out"), "--prompt_set", name]
+        assert run(folder, tmp_path, "--temperatures", "0", *where) == 0
+        found[name] = read(tmp_path / f"out/{name}_temp0.0.json")
+    asked = {name: [sample["instruction"] for sample in samples] for name, samples in found.items()}
+    questions = {"sharegpt": ["Who?", "Hm?"], "ultrafeedback": ["Where?", "Who?"]}
+    assert asked == {"alpaca_eval": INSTRUCTIONS, **questions}
+    assert found["ultrafeedback"][1]["output"] == found["sharegpt"][0]["output"]  # the same prompt
 
 
 def test_archive_puts_other_weights_on_top(folder, tmp_path):
@@ -251,26 +221,17 @@ def test_a_folder_without_tokenizer(tmp_path, capsys):
     assert "no tokenizer" in capsys.readouterr().err
 
 
-def test_the_chat_template_that_the_model_was_trained_with(folder, tmp_path, monkeypatch):
+def test_the_chat_template_that_the_model_was_trained_with(folder, tmp_path, calls):
     """Taken from the folder's conversion.json, or from the command; its prompts reach the model."""
-    seen = []
-
-    def watched(model, tokenizer, prompts, decoding, **options):
-        seen.append([tokenizer.decode(ids) for ids in prompts])
-        return generate(model, tokenizer, prompts, decoding, **options)
-
-    generate = alpaca.generate
-    monkeypatch.setattr(alpaca, "generate", watched)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[reply]"
-    chatty = tmp_path / "chatty"
-    shutil.copytree(folder, chatty)
+    chatty = shutil.copytree(folder, tmp_path / "chatty")
     tokenizer.save_pretrained(chatty)
     out = ["--temperatures", "0", "--n_examples", "1", "--out", str(tmp_path / "out")]
     assert run(chatty, tmp_path, *out) == 0
     (chatty / "conversion.json").write_text(json.dumps({"chat_template": "auto"}))
     assert run(chatty, tmp_path, *out) == 0
     assert run(chatty, tmp_path, *out, "--chat_template", "never") == 0
-    plain, templated, forced = (texts[0] for texts in seen)
+    plain, templated, forced = (texts[0] for _, texts in calls)
     assert templated == f"[user]{INSTRUCTIONS[0]}[reply]"
     assert plain == forced != templated
