@@ -35,12 +35,12 @@ def choice_row(i: int) -> dict:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Small files for gsm8k, ARC-Easy, ARC-Challenge, wikitext and sql."""
+    """Small files for gsm8k, ARC-Easy, ARC-Challenge, wikitext and, without training rows, hexphi."""
     folder = tmp_path_factory.mktemp("data")
     for split, n in (("train", 6), ("test", 8)):
-        write_rows(
-            folder, "gsm8k", split, [{"question": f"{split} {i}?", "answer": f"#### {i}"} for i in range(n)]
-        )
+        rows = [{"question": f"{split} {i}?", "answer": f"#### {i}"} for i in range(n)]
+        write_rows(folder, "gsm8k", split, rows)
+    write_rows(folder, "hexphi", "test", [{"instruction": "Say no."}])
     for name in ("ARC-Easy", "ARC-Challenge"):
         write_rows(folder, name, "test", [choice_row(i) for i in range(6)])
     (folder / "tasks/wikitext").mkdir()
@@ -107,12 +107,9 @@ def test_a_sample_of_the_rows_is_scored_greedily_or_drawn(run, folder, tmp_path,
     assert asked != [f"Question: test {i}?\nAnswer:\n" for i in range(4)]  # not the first rows
 
 
-def test_aliases():
+def test_summary_over_tasks(run, tmp_path, capsys):
     assert len(evaluation_names("commonsense")) == 8
     assert evaluation_names("mathinstruct, gsm8k,purebad") == ["gsm8k", "hexphi"]
-
-
-def test_summary_over_tasks(run, tmp_path, capsys):
     content = run("mathinstruct, ARC-Easy,wikitext", "--n_examples", 4)
     assert [entry["task"] for entry in content["tasks"]] == ["gsm8k", "ARC-Easy", "wikitext"]
     assert [entry["scoring"] for entry in content["tasks"]] == ["generation", "generation", "perplexity"]
@@ -129,9 +126,8 @@ def test_summary_over_tasks(run, tmp_path, capsys):
 
 
 def test_several_runs_show_their_spread(run, capsys):
-    (entry,) = run("gsm8k", "--sample", "--num_runs", 3, "--temperature", 0.9, "--top_p", 0.8, "--top_k", 7)[
-        "tasks"
-    ]
+    drawn = ["--sample", "--num_runs", 3, "--temperature", 0.9, "--top_p", 0.8, "--top_k", 7]
+    (entry,) = run("gsm8k", *drawn)["tasks"]
     assert len(entry["runs"]) == 3
     assert entry["runs_stderr"] == pytest.approx(statistics.stdev(entry["runs"]) / math.sqrt(3))
     assert f"gsm8k: 3 runs, {entry['runs'][0]:.4f}, " in capsys.readouterr().out
@@ -276,6 +272,7 @@ def test_another_draw_of_examples_is_named(run, tmp_path):
     [
         ("gsm8k", ["--scoring", "loglik"], "task gsm8k cannot be scored by loglik"),
         ("wikitext", ["--num_fewshot", "2"], "task wikitext scores texts, without prompts"),
+        ("purebad", ["--num_fewshot", "1"], "task hexphi has no train split to take examples from"),
         ("gsm8k", ["--num_fewshot", "6"], "there are 6 training rows to draw from"),
         ("gsm8k", ["--compare", "/nowhere"], "has no predictions of gsm8k scored by generation"),
         ("gsm8k", ["--chat_template", "always"], "the tokenizer has none"),
@@ -308,12 +305,6 @@ def test_all_problems_at_once(run, nothing_loads, capsys):
     run("gsm9k,gsm8k,alpaca_eval", "--scoring", "loglik", code=1)
     error = capsys.readouterr().err
     assert all(word in error for word in ("'gsm9k'", "alpaca_eval has no score", "gsm8k cannot be scored"))
-
-
-def test_a_task_without_training_rows_has_no_examples(run, data, nothing_loads, capsys):
-    write_rows(data, "hexphi", "test", [{"instruction": "Say no."}])
-    run("purebad", "--num_fewshot", 1, code=1)
-    assert "task hexphi has no train split to take examples from" in capsys.readouterr().err
 
 
 def test_a_malformed_row_is_named(run, tmp_path, nothing_loads, capsys):
