@@ -246,6 +246,25 @@ def test_kill_while_files_move_is_repaired_by_the_next_conversion(llama, monkeyp
     assert not list(epoch.glob("model-*"))
 
 
+def test_a_record_removes_nothing_but_what_a_conversion_writes(llama):
+    base, _, epoch = llama
+    convert_policy(base, epoch, epoch)
+    for name in ("notes.txt", "model-old.safetensors"):
+        (epoch / name).write_text("mine")
+    record = json.loads((epoch / "conversion.json").read_text())
+    record["files"] += ["..", "../config.yaml", "notes.txt", "policy.pt", "model-old.safetensors"]
+    (epoch / "conversion.json").write_text(json.dumps(record))
+    convert_policy(base, epoch, epoch)
+    assert (epoch / "notes.txt").exists() and (epoch / "policy.pt").exists()
+    assert not (epoch / "model-old.safetensors").exists()
+    before = everything(epoch.parent)
+    for text in ("[]", "{", '{"files": 3}'):
+        (epoch / "conversion.json").write_text(text)
+        with pytest.raises(ValueError, match=r"conversion\.json is not the record"):
+            convert_policy(base, epoch, epoch)
+        assert everything(epoch.parent).keys() == before.keys()
+
+
 def test_what_cannot_be_done_is_refused_before_anything_is_written(llama, tmp_path):
     base, _, epoch = llama
     other = tmp_path / "other"

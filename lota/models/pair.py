@@ -42,7 +42,7 @@ def open_pair(
     sides = {"base": base}
     if "tuned" in needs:
         if tuned is None:
-            raise ValueError("this score compares two models: give the tuned one (--tuned)")
+            raise ValueError("tuned=None: this score compares two models; give the tuned one")
         sides["tuned"] = tuned
     structure_path = _structure(list(sides.values()), model)
     structure = meta_model(structure_path)
@@ -106,7 +106,7 @@ def _structure(sides: Sequence[str | os.PathLike[str]], model: str | os.PathLike
             return name
     raise ValueError(
         f"{' and '.join(str(path) for path in sides)} do not say which model they are of: "
-        "give a Hugging Face folder with its config (--model)"
+        "give model=FOLDER, a Hugging Face folder with its config"
     )
 
 

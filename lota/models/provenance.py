@@ -14,7 +14,7 @@ import yaml
 from lota.models.tensor_files import is_delta, read_metadata
 
 logger = logging.getLogger(__name__)
-# What decides how prompts are written and cut; it goes along with the weights, for evaluation to do the same.
+# These decide how prompts are written and cut; they go along with the weights, for evaluation to do the same.
 PROMPT_LENGTHS = ("max_length", "max_prompt_length")  # in tokens
 PROMPT_SETTINGS = ("chat_template", *PROMPT_LENGTHS)
 Prompts = dict[str, str | int | None]  # of PROMPT_SETTINGS
@@ -24,14 +24,14 @@ MERGE_RECORD = "merge.json"  # of a folder that merging wrote: inputs, rule, sta
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings that outlive training. base: model.name_or_path; None and () where there is no run."""
+    """Settings of a run that outlive training; the defaults stand for no run."""
 
-    base: str | None = None
-    pad_token: str | None = None
-    tokenizer: str | None = None
+    base: str | None = None  # model.name_or_path
+    pad_token: str | None = None  # model.pad_token
+    tokenizer: str | None = None  # model.tokenizer_name_or_path
     datasets: tuple[str, ...] = ()
     chat_template: str | None = None
-    max_length: int | None = None
+    max_length: int | None = None  # in tokens, as is the next
     max_prompt_length: int | None = None
 
     @property
@@ -42,7 +42,7 @@ class RunSettings:
 def run_settings(path: Path) -> RunSettings:
     """Settings of the run that `path` belongs to: RUN, RUN/epoch-1 or RUN/epoch-1/policy.pt.
 
-    Empty for what lies outside a run folder, with a warning where a config.yaml there is no run's.
+    The defaults for what lies outside a run folder, with a warning if a config.yaml there is no run's.
     """
     path = path.expanduser().resolve()
     folders = path.parents[:2] if path.is_file() else (path, path.parent)

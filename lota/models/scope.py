@@ -30,7 +30,7 @@ class ScopedTensor:
     """A parameter of the scope."""
 
     shape: tuple[int, ...]
-    role: str  # attention, mlp, or other where a pattern chose it
+    role: str  # attention, mlp, or other if a pattern chose it
     layer: int | None  # index of its transformer block, None outside
     module_type: str  # class name of the module that holds it
     transposed: bool = False  # matrices are stored (in, out) instead of (out, in)

@@ -119,7 +119,7 @@ def _looks_like_hub_id(path: str) -> bool:
 
 
 def _fetch(hub_id: str) -> Path:
-    """Download a hub model's configuration and weights; safetensors where there are any."""
+    """Download a hub model's configuration and weights; safetensors if there are any."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lota.models.provenance import RECORD
 from lota.models.tensor_files import read_header, safetensors_files
 from lota.utils import TEMPORARY_SUFFIX, flush_to_disk, fsync, remove
 
+CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -37,7 +39,7 @@ def disk_dtypes(
 ) -> tuple[torch.dtype, dict[str, torch.dtype]]:
     """(dtype of most entries, {name on disk: dtype}) of a local folder's floating-point weights.
 
-    A hub id or a folder without safetensors: what its config declares (float32 where it does not), and {}.
+    A hub id or a folder without safetensors: what its config declares (float32 if it does not), and {}.
     """
     entries: Counter[torch.dtype] = Counter()
     dtypes = {}
@@ -113,14 +115,28 @@ def new_model_files(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
 
 def _install(staged: Path, folder: Path) -> None:
     """Move the entries of `staged` up into `folder` in place of the ones that its RECORD lists."""
-    before = folder / RECORD
-    stale = json.loads(before.read_text(encoding="utf-8"))["files"] if before.is_file() else []
+    stale = _listed_before(folder / RECORD)
     remove(folder / "config.json")
-    os.replace(staged / RECORD, before)
+    os.replace(staged / RECORD, folder / RECORD)
     for name in stale:
-        remove(folder / Path(name).name)
+        remove(folder / name)
     for entry in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
         remove(folder / entry.name)
         os.replace(entry, folder / entry.name)
     staged.rmdir()
     fsync(folder)
+
+
+def _listed_before(record: Path) -> list[str]:
+    """The names that a record lists, of those that a conversion writes: anybody may have written into it."""
+    if not record.is_file():
+        return []
+    try:
+        names = [str(name) for name in json.loads(record.read_text(encoding="utf-8"))["files"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{record} is not the record of a conversion ({error}): name a new folder"
+        ) from error
+    ours = [*CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+    patterns = [pattern.split("/")[0] for pattern in ours]
+    return [name for name in names if "/" not in name and any(fnmatch(name, p) for p in patterns)]

@@ -25,9 +25,7 @@ from lota.models.loading import tied_names
 from lota.models.scope import meta_model
 from lota.models.tensor_files import Shaped, config_folder, new_safetensors
 from lota.models.weights import ReadUnit, WeightSource, open_weights
-from lota.share.hf_folder import TOKENIZER_FILES, copy_small_files
-
-CONFIG_FILES = ("config.json", "generation_config.json")
+from lota.share.hf_folder import CONFIG_FILES, TOKENIZER_FILES, copy_small_files
 
 
 class _Form(NamedTuple):
@@ -101,7 +99,7 @@ def write_like(
     base: Hugging Face folder or hub id; source: its opened weights; model: its structure, on the meta device.
     value_of is called once for each of `source.names()`, in the order of their sorted names on disk. Values
     are cast to the base's dtype; buffers are the base's. Raises ValueError, before any value is asked for,
-    where transformers cannot undo the conversion that it applies when it loads such a model.
+    if transformers cannot undo the conversion that it applies when it loads such a model.
     """
     check_writable(source, model)
     copied = [name for name in source.unused if name not in tied_names(model)]
