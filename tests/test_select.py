@@ -71,7 +71,7 @@ def test_policy_against_policy_takes_the_structure_from_the_run_or_from_model(tm
     run = tmp_path / "run"
     (run / "epoch-1").mkdir(parents=True)
     save_policy(run / "epoch-1" / "policy.pt", base.state_dict())
-    with pytest.raises(ValueError, match="--model"):
+    with pytest.raises(ValueError, match="give model="):
         lota.extract(run / "epoch-1" / "policy.pt", tuned_path, [0.5])
     expected = lota.extract(base_path, tuned_path, [0.5])[0.5]
     named = lota.extract(run / "epoch-1", tuned_path, [0.5], model=base_path)[0.5]
@@ -225,7 +225,7 @@ def test_models_that_do_not_belong_together(tmp_path):
         ({"sparsities": []}, "no sparsity"),
         ({"score": "task_vectr"}, "did you mean task_vector"),
         ({"per": "layers"}, "global, tensor, layer .*mean layer"),
-        ({"tuned": None}, "--tuned"),
+        ({"tuned": None}, "tuned=None"),
         ({"tuned": "/nowhere/policy.pt"}, "does not exist"),
     ],
 )
