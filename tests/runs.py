@@ -78,18 +78,18 @@ def stopped_after(step: int, number: int = signal.SIGINT) -> Iterator[None]:
         yield
 
 
-def write_mask(path: Path, density: float = 0.1, seed: int = 0) -> Mask:
-    """A random mask over the embedded model's scope, saved at path."""
+def write_mask(path: Path, density: float = 0.1, seed: int = 0, model: Path = MODEL) -> Mask:
+    """A random mask over the scope of a model, saved at path."""
     generator = torch.Generator().manual_seed(seed)
-    scope = find_scope(meta_model(MODEL))
+    scope = find_scope(meta_model(model))
     mask = Mask.from_dense({n: torch.rand(t.shape, generator=generator) < density for n, t in scope.items()})
     mask.save(path)
     return mask
 
 
-def base(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The embedded model."""
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
+def base(dtype: torch.dtype = torch.float32, model: Path = MODEL) -> torch.nn.Module:
+    """The embedded model, or another one."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
 
 
 def assert_frozen(mask: Mask, state: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:

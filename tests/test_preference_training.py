@@ -9,86 +9,59 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, metrics, policy, same, settings, stopped_after, train, with_mini_task, write_mask
+from runs import (
+    MODEL,
+    assert_frozen,
+    base,
+    metrics,
+    policy,
+    same,
+    settings,
+    stopped_after,
+    train,
+    write_mask,
+)  # fmt: skip
 from tolerance import assert_same_training, chain
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from written_out import logp, train_plainly
 
 import convert_policy_to_hf_resize
-from lota.data.batches import Example, Prompt, encode_rows, epoch_batches
+from lota.data.batches import Example, Prompt, encode_rows
 from lota.masks import Mask
-from lota.models.scope import find_scope, meta_model
 from lota.train.cli import closing_words
 from scripts import score_runs
 from tasks import get_task
 
+pytestmark = pytest.mark.usefixtures("workplace")
 DPO = ("loss=dpo", "datasets=[pairs]")
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    shutil.copy(Path(__file__).with_name("pair_task.py"), tmp_path / "tasks" / "pairs.py")
-    return tmp_path
-
-
-@pytest.fixture
-def mask(workplace):
-    return write_mask(workplace / "0.9_mask.pt")
-
-
-@pytest.fixture
-def masked(workplace, mask):
-    return (*DPO, f"mask_path={workplace}/0.9_mask.pt")
-
-
-def base() -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
-
-
-def logp(model, tokenizer, prompt: str, response: str) -> torch.Tensor:
-    """Of one response, by the model's own log-softmax, without padding."""
-    before = tokenizer(prompt).input_ids
-    after = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    logits = model(input_ids=torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(after)[:, None]).sum()
-
-
-def plain_run(mask: Mask, *, steps: int, beta: float) -> dict[str, torch.Tensor]:
-    """The same training written out: two models, pair by pair, torch.optim.RMSprop on masked gradients."""
-    model, reference = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
-    tokenizer, task = AutoTokenizer.from_pretrained(MODEL), get_task("pairs")
-    pairs = [task.preference(row) for row in task.load("train", None)]
-    trained = {name: p for name, p in model.named_parameters() if name in mask.names}
-    optimizer = torch.optim.RMSprop(trained.values(), lr=1e-3, alpha=0.99, eps=1.0, foreach=False)
-    for step, numbers in enumerate(epoch_batches(len(pairs), 8, seed=0, epoch=0)[:steps]):
-        total = 0.0
-        for pair in (pairs[i] for i in numbers):
-            ratios = []
-            for response in (pair.chosen, pair.rejected):
-                with torch.no_grad():
-                    of_reference = logp(reference, tokenizer, pair.prompt, response)
-                ratios.append(logp(model, tokenizer, pair.prompt, response) - of_reference)
-            total = total + torch.log1p(torch.exp(-beta * (ratios[0] - ratios[1])))
-        model.zero_grad()
-        (total / len(numbers)).backward()
-        for name, p in trained.items():
-            p.grad *= mask.dense(name)
-            p.grad *= min(1.0, 10.0 / p.grad.norm().item())
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 2)
-        optimizer.step()
-    return model.state_dict()
+MASKED = (*DPO, "mask_path=0.9_mask.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_weights_equal_a_plain_loop_with_two_models(mask, masked, accumulation):
-    settings = ("n_examples=24", "loss.beta=0.2", "eps=1.0")  # eps: see test_trainers.py
-    trainer, folder = train(*masked, f"gradient_accumulation_steps={accumulation}", *settings)
-    expected, got, start = plain_run(mask, steps=3, beta=0.2), policy(folder), base()
-    assert_same_training(got, expected, start, terms=chain(trainer.model, tokens=400), steps=3)
-    for name, want in expected.items():
-        kept = mask.dense(name) if name in mask else torch.zeros_like(want, dtype=torch.bool)
-        assert torch.equal(got[name][~kept], start[name][~kept]), name
+def test_weights_equal_a_plain_loop_with_two_models(mask, accumulation):
+    how = ("n_examples=24", "loss.beta=0.2", "eps=1.0", f"gradient_accumulation_steps={accumulation}")
+    trainer, folder = train(*MASKED, *how)
+    model, reference, tokenizer, task = base(), base(), trainer.data.tokenizer, get_task("pairs")
+
+    def loss_of(preference):
+        ratios = []
+        for response in (preference.chosen, preference.rejected):
+            with torch.no_grad():
+                of_reference = logp(reference, tokenizer, preference.prompt, response)
+            ratios.append(logp(model, tokenizer, preference.prompt, response) - of_reference)
+        return torch.log1p(torch.exp(-0.2 * (ratios[0] - ratios[1])))
+
+    train_plainly(
+        {name: p for name, p in model.named_parameters() if name in mask},
+        loss_of,
+        [task.preference(row) for row in task.load("train", None)],
+        [5e-4, 1e-3, 1e-3],
+        mask,
+    )
+    got, start, terms = policy(folder), reference.state_dict(), chain(model, tokens=400)
+    assert_same_training(got, model.state_dict(), start, terms=terms, steps=3)
+    assert_frozen(mask, got, start)
 
 
 KEYS = {
@@ -104,9 +77,9 @@ KEYS = {
 
 
 @pytest.mark.slow
-def test_metrics(masked):
+def test_metrics(mask):
     """The keys, and their values at the start: by hand, on held-out pairs."""
-    trainer, _ = train(*masked, "do_first_eval=true", "loss.beta=0.5")
+    trainer, _ = train(*MASKED, "do_first_eval=true", "loss.beta=0.5")
     lines = metrics(trainer)
     found = {key for line in lines for key in line}
     assert {key for key in found if key.startswith(("rewards", "logps"))} == KEYS
@@ -115,8 +88,7 @@ def test_metrics(masked):
     first, last = lines[0], lines[-1]
     assert first["loss/eval"] == pytest.approx(math.log(2))
     assert [first[f"rewards_eval/{name}"] for name in ("chosen", "rejected", "margins")] == [0.0, 0.0, 0.0]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-    task = get_task("pairs")
+    model, tokenizer, task = base(), trainer.data.tokenizer, get_task("pairs")
     pairs = [task.preference(row) for row in task.load("test", None)]
     with torch.no_grad():
         for which in ("chosen", "rejected"):
@@ -132,8 +104,8 @@ def test_metrics(masked):
 
 
 @pytest.mark.slow
-def test_reference_free_logs_no_reference(masked):
-    trainer, _ = train(*masked, "loss.reference_free=true", "do_first_eval=true")
+def test_reference_free_logs_no_reference(mask):
+    trainer, _ = train(*MASKED, "loss.reference_free=true", "do_first_eval=true")
     found = {key for line in metrics(trainer) for key in line}
     assert {key for key in found if key.startswith(("rewards", "logps"))} == {
         k for k in KEYS if "_ref_" not in k
@@ -159,34 +131,28 @@ SETTINGS = [
 ]
 
 
+def margins(trainer) -> list[float]:
+    """On held-out preferences, at every evaluation."""
+    return [line["rewards_eval/margins"] for line in metrics(trainer) if "rewards_eval/margins" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", SETTINGS)
-def test_margins_grow_and_frozen_entries_stay(mask, masked, how):
-    trainer, folder = train(*masked, "do_first_eval=true", "lr=3e-4", *how.split())
-    lines = [line for line in metrics(trainer) if "rewards_eval/margins" in line]
-    assert lines[-1]["rewards_eval/margins"] > lines[0]["rewards_eval/margins"] + 0.01
-    got, start = policy(folder), base()
-    moved = 0
-    for name, value in got.items():
-        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
-        assert torch.equal(value[~kept], start[name][~kept]), name
-        moved += (value[kept] != start[name][kept]).sum().item()
-    assert moved > 0.9 * mask.n_kept
+def test_margins_grow_and_frozen_entries_stay(mask, how):
+    trainer, folder = train(*MASKED, "do_first_eval=true", "lr=3e-4", *how.split())
+    first, *_, last = margins(trainer)
+    assert last > first + 0.01
+    assert assert_frozen(mask, policy(folder), base().state_dict()) > 0.9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["null", "swap", "precomputed"])
 @pytest.mark.parametrize("precision", ["null", "bfloat16"])
 def test_dense_training(reference, precision):
-    how = (
-        f"model.reference={reference}",
-        f"model.fsdp_policy_mp={precision}",
-        "lr=1e-4",
-        "do_first_eval=true",
-    )
-    trainer, _ = train(*DPO, *how)
-    lines = [line for line in metrics(trainer) if "rewards_eval/margins" in line]
-    assert lines[-1]["rewards_eval/margins"] > lines[0]["rewards_eval/margins"] + 0.5
+    how = (f"model.reference={reference}", f"model.fsdp_policy_mp={precision}", "lr=1e-4")
+    trainer, _ = train(*DPO, *how, "do_first_eval=true")
+    first, *_, last = margins(trainer)
+    assert last > first + 0.5
 
 
 @pytest.mark.slow
@@ -202,16 +168,11 @@ def test_dense_training(reference, precision):
         "dense",
     ],
 )
-def test_a_continued_run_ends_with_the_same_bits(masked, how):
+def test_a_continued_run_ends_with_the_same_bits(mask, how):
     """Stopped in the middle of an epoch; its reference is that of its start, not of where it was stopped."""
     words = how.split()
-    options = [
-        "n_epochs=2",
-        *(DPO if words[0] in ("dense", "adapter=lora") else masked),
-        "n_examples=48",
-        "lr=3e-4",
-    ]
-    options += [word for word in words if "=" in word]
+    kind = DPO if words[0] in ("dense", "adapter=lora") else MASKED
+    options = [*kind, "n_epochs=2", "n_examples=48", "lr=3e-4", *(word for word in words if "=" in word)]
     with stopped_after(4):
         train("exp_name=stopped", *options)
     if words[-1] == "lost":  # computed again, from the starting values in the base
@@ -223,14 +184,13 @@ def test_a_continued_run_ends_with_the_same_bits(masked, how):
 
 
 @pytest.mark.slow
-def test_a_snip_mask_of_the_preference_loss(workplace):
+def test_a_snip_mask_of_the_preference_loss():
     """Before training the policy is its own reference: its gradients are those of the loss at ln 2."""
-    how = ("snip=true", "snip_sparsity=0.9", f"save_snip_mask_path={workplace}/snip_mask.pt", "lr=3e-4")
+    how = ("snip=true", "snip_sparsity=0.9", "save_snip_mask_path=snip_mask.pt", "lr=3e-4")
     trainer, _ = train(*DPO, *how, "do_first_eval=true")
-    lines = [line for line in metrics(trainer) if "rewards_eval/margins" in line]
-    assert lines[0]["loss/eval"] == pytest.approx(math.log(2))
-    assert lines[-1]["rewards_eval/margins"] > 0.5
-    assert Mask.load(workplace / "snip_mask.pt").n_kept == trainer.optimizer.n_trained
+    assert metrics(trainer)[0]["loss/eval"] == pytest.approx(math.log(2))
+    assert margins(trainer)[-1] > 0.5
+    assert Mask.load("snip_mask.pt").n_kept == trainer.optimizer.n_trained
 
 
 def test_sft_on_the_preferred_answer():
@@ -249,8 +209,7 @@ def test_sft_on_the_preferred_answer():
         (["datasets=[sharegpt]"], "task sharegpt has none: give prefs_path=FILE"),
     ],
 )
-def test_a_task_without_pairs_is_refused_before_loading(monkeypatch, overrides, message):
-    monkeypatch.setattr("lota.train.run_model.load_model", None)
+def test_a_task_without_pairs_is_refused_before_loading(no_model, overrides, message):
     with pytest.raises(ValueError, match=message):
         train("loss=dpo", *overrides)
     assert not settings().run_dir.exists()
@@ -272,29 +231,23 @@ def test_both_responses_follow_the_same_prompt(max_length, cut):
 
 
 @pytest.mark.slow
-def test_margins_grow_on_real_held_out_pairs(stories, shared, workplace):
+def test_margins_grow_on_real_held_out_pairs(stories, shared):
     """stories260K on hh under a random mask: frozen entries are bit for bit the base's."""
-    scope = find_scope(meta_model(stories))
-    generator = torch.Generator().manual_seed(0)
-    mask = Mask.from_dense({n: torch.rand(t.shape, generator=generator) < 0.1 for n, t in scope.items()})
-    mask.save(workplace / "0.9_mask.pt")
+    mask = write_mask(Path("0.9_mask.pt"), model=stories)
     trainer, folder = train(
-        "loss=dpo", "datasets=[hh]", f"data_dir={shared}/data", f"model.name_or_path={stories}",
-        f"mask_path={workplace}/0.9_mask.pt", "max_length=160", "max_prompt_length=64", "lr=3e-4",
-        "n_examples=64", "n_eval_examples=20", "do_first_eval=true",
+        *MASKED, "datasets=[hh]", f"data_dir={shared}/data", f"model.name_or_path={stories}",
+        "max_length=160", "max_prompt_length=64", "lr=3e-4", "n_examples=64", "n_eval_examples=20",
+        "do_first_eval=true",
     )  # fmt: skip
-    first, last = (line for line in metrics(trainer) if "loss/eval" in line)
-    assert last["rewards_eval/margins"] > first["rewards_eval/margins"] + 0.05
-    start = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).state_dict()
-    for name, value in policy(folder).items():
-        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
-        assert torch.equal(value[~kept], start[name][~kept]), name
+    first, last = margins(trainer)
+    assert last > first + 0.05
+    assert_frozen(mask, policy(folder), base(model=stories).state_dict())
 
 
-def test_the_next_command_converts_what_started_from_a_policy(masked, tmp_path):
+def test_the_next_command_converts_what_started_from_a_policy(mask):
     """Preference tuning starts where SFT ended: from weights that have no config beside them."""
     _, start = train("datasets=[mini]", "exp_name=sft", "n_examples=8")
-    trainer, folder = train(*masked, f"model.archive={start}", "n_examples=8")
+    trainer, folder = train(*MASKED, f"model.archive={start}", "n_examples=8")
     command = closing_words(trainer, folder).partition("python convert_policy_to_hf_resize.py ")[2]
     convert_policy_to_hf_resize.main(shlex.split(command))
     assert (score_runs.base_of(folder.parent), score_runs.config_of(folder.parent)) == (

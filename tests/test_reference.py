@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from runs import MODEL, policy, settings, train, with_mini_task, write_mask
+from chars import save_pair
+from runs import MODEL, base, policy, same, settings, train
 from tolerance import assert_same, assert_same_training, chain
+from written_out import logp
 
 import lota
 from lota.models.loading import load_model
+from lota.train.interrupt import Interrupted, StopBetweenSteps
 from lota.train.reference import starting_values, swapped
+from trainers import TRAINERS
 
 DPO = ("loss=dpo", "datasets=[pairs]", "do_first_eval=true")
 
 
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    shutil.copy(Path(__file__).with_name("pair_task.py"), tmp_path / "tasks" / "pairs.py")
-    write_mask(tmp_path / "0.9_mask.pt")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("mask")
+MASKED = (*DPO, "mask_path=0.9_mask.pt")
 
 
 def trained(architecture: str, dtype: torch.dtype, masked: bool = True):
@@ -43,30 +42,21 @@ def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "masked"),
+    [("llama", True), ("gpt2", True), ("qwen2", True), ("mixtral", True), ("llama", False)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_start_inside_and_the_very_bits_afterwards(architecture, dtype):
-    model, optimizer, starts, before = trained(architecture, dtype)
+def test_the_start_inside_and_the_very_bits_afterwards(architecture, masked, dtype):
+    model, optimizer, starts, before = trained(architecture, dtype, masked)
     now = bits(model)
     masters = {p: state["master"].clone() for p, state in optimizer.state.items() if "master" in state}
-    assert not equal(now, before)
+    assert not same(now, before)
     with swapped(optimizer, starts):
-        assert equal(bits(model), before)
-    assert equal(bits(model), now)
+        assert same(bits(model), before)
+    assert same(bits(model), now)
     assert all(torch.equal(optimizer.state[p]["master"], master) for p, master in masters.items())
     assert sum(values.numel() for values in starts.values()) == optimizer.n_trained
-
-
-def test_dense_weights_come_back_too():
-    model, optimizer, starts, before = trained("llama", torch.float32, masked=False)
-    now = bits(model)
-    with swapped(optimizer, starts):
-        assert equal(bits(model), before)
-    assert equal(bits(model), now)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
@@ -86,20 +76,18 @@ def test_bits_come_back_when_something_falls_in_between(monkeypatch, error, writ
     monkeypatch.setattr(optimizer, "write", failing)
     with pytest.raises(error), swapped(optimizer, starts):
         raise error
-    assert equal(bits(model), now)
+    assert same(bits(model), now)
 
 
 @pytest.mark.parametrize("precision", ["null", "bfloat16"])
 @pytest.mark.parametrize("pad_token", ["null", '"<PAD>"'])
 @pytest.mark.parametrize("from_archive", [False, True])
-def test_a_continued_run_reads_the_same_start_from_the_base(workplace, precision, pad_token, from_archive):
+def test_a_continued_run_reads_the_same_start_from_the_base(precision, pad_token, from_archive):
     """All layers but the odd ones train, embeddings too, whose added row the base does not have."""
     how = [f"model.fsdp_policy_mp={precision}", f"model.pad_token={pad_token}", "freeze_odd_layers=true"]
     if from_archive:
         _, folder = train("exp_name=first", "n_examples=8")
         how.append(f"model.archive={folder}/policy.pt")
-    from trainers import TRAINERS
-
     trainer = TRAINERS["BasicTrainer"](settings(*DPO, *how))
     trainer.load()
     now = trainer.objective.reference.set_back.args[1]
@@ -116,41 +104,35 @@ def loss_of_held_out(trainer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_hand(trainer, model) -> torch.Tensor:
-    """The same from a model's own log-softmax, row by row, without padding."""
-    rows = [trainer.objective.rows(example) for example in trainer.data.held_out]
-    values = []
-    for row in [pair[0] for pair in rows] + [pair[1] for pair in rows]:
-        ids = torch.tensor([row.input_ids])
-        with torch.no_grad():
-            logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
-        places = range(row.prompt_length, len(row))
-        values.append(sum(logps[t - 1, row.input_ids[t]].item() for t in places))
-    return torch.tensor(values)
+    """The same row by row, without padding: all chosen responses, then all rejected ones."""
+    examples, tokenizer = trainer.data.held_out, trainer.data.tokenizer
+    pairs = [(e.prompt.text, e.response) for e in examples] + [(e.prompt.text, e.rejected) for e in examples]
+    with torch.no_grad():
+        return torch.stack([logp(model, tokenizer, *pair) for pair in pairs])
 
 
 @pytest.mark.slow
-def test_three_ways_give_the_same(workplace):
-    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt", "lr=1e-2", "eps=1.0")  # eps: see test_trainers.py
+def test_three_ways_give_the_same():
     found = {}
     for kind in ("swap", "model", "precomputed", "null"):
-        trainer, folder = train(*options, f"model.reference={kind}", f"exp_name=ref_{kind}")
+        trainer, folder = train(
+            *MASKED, "lr=1e-2", "eps=1.0", f"model.reference={kind}", f"exp_name=r_{kind}"
+        )
         found[kind] = (*loss_of_held_out(trainer), policy(folder))
-    base = load_model(MODEL)
-    start, terms = by_hand(trainer, base), chain(base, tokens=400)
+    start, terms = by_hand(trainer, base()), chain(base(), tokens=400)
     for of_reference, of_policy, _ in found.values():
         assert_same(of_reference, start, terms=terms)
         assert (of_policy - of_reference).abs().max() > 0.1
-    first, weights = base.state_dict(), {kind: trained for kind, (_, _, trained) in found.items()}
+    first, weights = base().state_dict(), {kind: trained for kind, (_, _, trained) in found.items()}
     for kind in ("model", "null", "precomputed"):
         assert_same_training(weights[kind], weights["swap"], first, terms=terms, steps=5)
 
 
 @pytest.mark.slow
-def test_lora_is_left_out_for_the_reference(workplace):
+def test_lora_is_left_out_for_the_reference():
     trainer, _ = train(*DPO, "adapter=lora", "lr=1e-2")
     of_reference, of_policy = loss_of_held_out(trainer)
-    base = load_model(MODEL)
-    assert_same(of_reference, by_hand(trainer, base), terms=chain(base))
+    assert_same(of_reference, by_hand(trainer, base()), terms=chain(base()))
     assert (of_policy - of_reference).abs().max() > 1
 
 
@@ -159,9 +141,9 @@ def stored(trainer) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_stored_values_are_read_back_under_the_same_key_only(workplace, caplog):
+def test_stored_values_are_read_back_under_the_same_key_only(caplog):
     caplog.set_level("INFO")
-    options = (*DPO, f"mask_path={workplace}/0.9_mask.pt", "model.reference=precomputed")
+    options = (*MASKED, "model.reference=precomputed")
     first, _ = train(*options, "exp_name=first")
     assert "40 training pairs stored" in caplog.text and "12 held-out pairs stored" in caplog.text
     files = stored(first)
@@ -199,7 +181,7 @@ def lose(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [tamper, cut, lose])
-def test_what_does_not_fit_is_set_aside(workplace, caplog, damage):
+def test_what_does_not_fit_is_set_aside(caplog, damage):
     options = (*DPO, "model.reference=precomputed", "n_examples=8", "do_first_eval=false")
     trainer, folder = train(*options, "exp_name=first")
     (path,) = stored(trainer)
@@ -209,10 +191,10 @@ def test_what_does_not_fit_is_set_aside(workplace, caplog, damage):
     assert "is not reused" in caplog.text
     assert sorted(stored(again)) == [path.with_name(f"{path.stem}.1.pt"), path]
     assert torch.equal(torch.load(path, weights_only=True)["logps"], whole)
-    assert all(torch.equal(value, policy(second)[name]) for name, value in policy(folder).items())
+    assert same(policy(folder), policy(second))
 
 
-def test_only_pairs_that_the_run_sees_are_computed(workplace, caplog):
+def test_only_pairs_that_the_run_sees_are_computed(caplog):
     caplog.set_level("INFO")
     train(*DPO, "model.reference=precomputed", "n_examples=16", "fast_forward=1")
     assert "16 training pairs stored" in caplog.text
@@ -220,90 +202,77 @@ def test_only_pairs_that_the_run_sees_are_computed(workplace, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "precomputed", "null"])
-def test_a_reference_that_is_given(workplace, kind):
+def test_a_reference_that_is_given(kind):
     _, archive = train("exp_name=sft", "loss=sft", "n_epochs=2")
-    how = [
-        f"model.reference={kind}",
-        f"model.reference_archive={archive}/policy.pt",
-        "model.reference_dtype=float32",
-    ]
-    trainer, _ = train(*DPO, *how, f"mask_path={workplace}/0.9_mask.pt")
+    given = (f"model.reference_archive={archive}/policy.pt", "model.reference_dtype=float32")
+    trainer, _ = train(*MASKED, f"model.reference={kind}", *given)
     reference = load_model(MODEL, archive=archive / "policy.pt")
-    expected = by_hand(trainer, reference)
-    assert_same(loss_of_held_out(trainer)[0], expected, terms=chain(reference))
+    assert_same(loss_of_held_out(trainer)[0], by_hand(trainer, reference), terms=chain(reference))
 
 
-def test_a_reference_of_another_vocabulary_is_refused_before_loading(workplace, monkeypatch):
-    from chars import save_pair
-
+def test_a_reference_of_another_vocabulary_is_refused_before_loading(workplace, no_model):
     save_pair(workplace / "chars")
-    monkeypatch.setattr("lota.train.run_model.load_model", None)
     with pytest.raises(ValueError, match=r"reference_archive=.*chars has another vocabulary"):
-        train(*DPO, f"model.reference_archive={workplace}/chars")
+        train(*DPO, "model.reference_archive=chars")
     (workplace / "chars" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"another vocabulary \(99 rows\)"):
-        train(*DPO, f"model.reference_archive={workplace}/chars")
+        train(*DPO, "model.reference_archive=chars")
     with pytest.raises(ValueError, match=r"model.reference_archive=/nowhere does not exist"):
         train(*DPO, "model.reference_archive=/nowhere")
 
 
-def test_a_reference_with_the_same_tokenizer_is_taken(workplace):
+def test_a_reference_with_the_same_tokenizer_is_taken():
     trainer, _ = train(*DPO, f"model.reference_archive={MODEL}", 'model.pad_token="<PAD>"', "n_examples=8")
-    of_reference, _ = loss_of_held_out(trainer)
-    assert of_reference.isfinite().all()
+    assert loss_of_held_out(trainer)[0].isfinite().all()
 
 
-def test_no_reference_is_loaded_without_one(workplace, monkeypatch):
+def test_no_reference_is_loaded_without_one(monkeypatch):
     monkeypatch.setattr("lota.train.reference.load_run_model", None)
     trainer, _ = train(*DPO, "loss.reference_free=true")
     assert trainer.objective.reference is None
 
 
-def test_the_reference_has_no_graph(workplace):
-    trainer, _ = train(*DPO, f"mask_path={workplace}/0.9_mask.pt", "n_examples=8")
+def test_the_reference_has_no_graph():
+    trainer, _ = train(*MASKED, "n_examples=8")
     batch = trainer.objective.batch(trainer.data.held_out)
     assert not trainer.objective.reference(batch).requires_grad
     assert trainer.objective.logps(batch)[0].requires_grad
 
 
 @pytest.mark.slow
-def test_a_second_model_has_the_dtype_of_the_policy_or_its_own(workplace, caplog):
+def test_a_second_model_has_the_dtype_of_the_policy_or_its_own(caplog):
     caplog.set_level("INFO")
-    mask = f"mask_path={workplace}/0.9_mask.pt"
     short = ("n_examples=8", "overwrite=true", "do_first_eval=false")
     for how, dtype in (
         ("", "float32"),
         ("model.fsdp_policy_mp=bfloat16", "bfloat16"),
         ("model.reference_dtype=float16", "float16"),
     ):
-        trainer, _ = train(*DPO, mask, "model.reference=model", *short, *how.split())
+        trainer, _ = train(*MASKED, "model.reference=model", *short, *how.split())
         assert str(trainer.objective.reference.model.dtype) == f"torch.{dtype}"
     assert "not used here" not in caplog.text
-    train(*DPO, mask, *short, "model.reference_dtype=float16")
+    train(*MASKED, *short, "model.reference_dtype=float16")
     assert "not used here: model.reference_dtype=float16" in caplog.text
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_while_computing_goes_on_from_there(workplace, monkeypatch, caplog):
-    from lota.train.interrupt import Interrupted, StopBetweenSteps
-
+def test_a_run_that_is_stopped_while_computing_goes_on_from_there(monkeypatch, caplog):
     caplog.set_level("INFO")
     options = (*DPO, "model.reference=precomputed", "eval_batch_size=5", "n_examples=16")
-    check, calls = StopBetweenSteps.check, []
+    calls = []
 
     def asked_to_stop(self):
         calls.append(self)
         if len(calls) == 2:
             raise Interrupted(2)
 
-    monkeypatch.setattr(StopBetweenSteps, "check", asked_to_stop)
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(StopBetweenSteps, "check", asked_to_stop)
         train(*options, "exp_name=stopped")
-    monkeypatch.setattr(StopBetweenSteps, "check", check)
     _, folder = train(*options, "exp_name=stopped")
     assert "10 of 16 training pairs read from" in caplog.text
     assert "6 training pairs stored" in caplog.text
     again, whole = train(*options, "exp_name=whole")
     assert "16 of 16 training pairs read from" in caplog.text
-    assert all(torch.equal(value, policy(whole)[name]) for name, value in policy(folder).items())
+    assert same(policy(folder), policy(whole))
     assert len(stored(again)) == 2

@@ -4,84 +4,53 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from runs import MODEL, metrics, policy, same, settings, train, with_mini_task, write_mask
+from runs import MODEL, assert_frozen, base, metrics, policy, same, settings, train, write_mask
 from tolerance import assert_same_training, chain
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from written_out import logp, train_plainly
 
-from lota.data.batches import Example, Prompt, encode, epoch_batches
-from lota.models.scope import find_scope
+from lota.data.batches import epoch_batches
+from lota.evaluate.decoding import Decoding
+from lota.evaluate.generation import generate
 from lota.optim.optimizers import learning_rate
+from lota.train import losses, objectives, run_model
 from tasks import get_task
 
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def mask(tmp_path):
-    return write_mask(tmp_path / "0.9_mask.pt")
-
-
-def base() -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).state_dict()
-
-
-def plain_run(
-    mask, *, steps: int, batch_size: int, lr: float, warmup: int, scheduler: str = "constant"
-) -> dict[str, torch.Tensor]:
-    """The same training written out: torch.optim.RMSprop on masked gradients, sharing only the data."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    task = get_task("mini")
-    rows = [Example(Prompt(task.prompt(r), task.closing), task.target(r)) for r in task.load("train", None)]
-    kept = {name: mask.dense(name) for name in mask.names}
-    trained = {name: p for name, p in model.named_parameters() if name in kept}
-    optimizer = torch.optim.RMSprop(trained.values(), lr=lr, alpha=0.99, eps=1.0, foreach=False)
-    for step, numbers in enumerate(epoch_batches(len(rows), batch_size, seed=0, epoch=0)[:steps]):
-        encoded = [encode(tokenizer, rows[i], max_length=512, max_prompt_length=256) for i in numbers]
-        total = 0.0
-        for row in encoded:  # one by one: no padding, no attention mask
-            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1]
-            targets = torch.tensor(row.input_ids[row.prompt_length :])
-            total = total - torch.log_softmax(logits, -1).gather(1, targets[:, None]).sum()
-        model.zero_grad()
-        (total / len(encoded)).backward()
-        for name, p in trained.items():
-            p.grad *= kept[name]
-            p.grad *= min(1.0, 10.0 / p.grad.norm().item())
-        done = max(0, step - warmup) / (steps - warmup)
-        decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[scheduler]
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup) * decay
-        optimizer.step()
-    return model.state_dict()
+pytestmark = pytest.mark.usefixtures("workplace")
+MASKED = "mask_path=0.9_mask.pt"
 
 
 @pytest.mark.parametrize(
     ("accumulation", "scheduler"), [(1, "constant"), (4, "constant"), (1, "linear"), (1, "cosine")]
 )
-def test_weights_equal_a_plain_loop(mask, tmp_path, accumulation, scheduler):
+def test_weights_equal_a_plain_loop(mask, accumulation, scheduler):
     schedule = ("warmup_steps=2", f"lr_scheduler={scheduler}", f"gradient_accumulation_steps={accumulation}")
-    # eps=1 is as large as the gradients are: under the default 1e-8, rounding of an entry whose gradient is
-    # almost zero moves it by a whole step, either way
-    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "eps=1.0", *schedule)
-    expected = plain_run(mask, steps=5, batch_size=8, lr=1e-3, warmup=2, scheduler=scheduler)
-    got, start = policy(folder), base()
-    assert_same_training(got, expected, start, terms=chain(trainer.model, tokens=200), steps=5)
-    for name, want in expected.items():
-        frozen = ~mask.dense(name) if name in mask else torch.ones_like(want, dtype=torch.bool)
-        assert torch.equal(got[name][frozen], start[name][frozen]), name
-    moved = sum((got[n] != start[n])[mask.dense(n)].sum().item() for n in mask.names)
-    assert moved > 0.95 * mask.n_kept
+    trainer, folder = train(MASKED, "eps=1.0", *schedule)
+    model, start, task = base(), base().state_dict(), get_task("mini")
+    done = [max(0, step - 2) / 3 for step in range(5)]
+    decay = {
+        "constant": [1.0] * 5,
+        "linear": [1 - d for d in done],
+        "cosine": [(1 + math.cos(math.pi * d)) / 2 for d in done],
+    }[scheduler]
+    train_plainly(
+        {name: p for name, p in model.named_parameters() if name in mask},
+        lambda row: -logp(model, trainer.data.tokenizer, task.prompt(row), task.target(row)),
+        task.load("train", None),
+        [1e-3 * min(1.0, (step + 1) / 2) * decay[step] for step in range(5)],
+        mask,
+    )
+    terms = chain(trainer.model, tokens=200)
+    assert_same_training(policy(folder), model.state_dict(), start, terms=terms, steps=5)
+    assert assert_frozen(mask, policy(folder), start) > 0.95
     assert trainer.optimizer.n_trained == mask.n_kept
 
 
-def test_dense_training_learns_and_reports(workplace):
+def test_dense_training_learns_and_reports():
     trainer, folder = train("n_epochs=6", "do_first_eval=true", "eval_every=80", "sample_during_eval=true",
                             "n_eval_model_samples=3")  # fmt: skip
     rows = metrics(trainer)
@@ -102,30 +71,24 @@ def test_dense_training_learns_and_reports(workplace):
     assert len(samples) == 4 * 3
 
 
-def test_held_out_loss_is_the_models_own(workplace):
+def test_held_out_loss_is_the_models_own():
     """The first evaluation equals the mean summed loss, computed row by row without padding."""
     trainer, _ = train("do_first_eval=true", "lr=0")
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    task, total, tokens = get_task("mini"), 0.0, 0
+    model, tokenizer, task = base(), trainer.data.tokenizer, get_task("mini")
     rows = task.load("test", None)
-    for row in rows:
-        prompt = tokenizer(task.prompt(row)).input_ids
-        response = [*tokenizer(task.target(row), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        labels = torch.tensor([[-100] * len(prompt) + response])
-        with torch.no_grad():
-            total += model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.item() * len(
-                response
-            )
-        tokens += len(response)
+    with torch.no_grad():
+        total = -sum(logp(model, tokenizer, task.prompt(row), task.target(row)).item() for row in rows)
+    tokens = sum(len(tokenizer(task.target(row), add_special_tokens=False).input_ids) + 1 for row in rows)
     first = metrics(trainer)[0]
     assert first["loss/eval"] == pytest.approx(total / len(rows), rel=1e-4)
     assert first["nats_per_token/eval"] == pytest.approx(total / tokens, rel=1e-4)
 
 
-def test_learning_rate_zero_changes_nothing(workplace):
-    _, folder = train("lr=0", "weight_decay=0.1")
-    assert same(policy(folder), base())
+@pytest.mark.parametrize("how", ["weight_decay=0.1", f"{MASKED} model.fsdp_policy_mp=bfloat16"])
+def test_learning_rate_zero_gives_back_the_base(mask, how):
+    """Kept entries under bf16 too: their masters are the base's values, not those that bf16 rounded."""
+    _, folder = train("lr=0", *how.split())
+    assert same(policy(folder), base().state_dict())
 
 
 def test_schedules():
@@ -141,10 +104,9 @@ def test_schedules():
     assert rates["cosine"][4:] == pytest.approx([1 + math.cos(math.pi * i / 8) for i in range(9)])
 
 
-def test_fsdp_trainer_in_one_process_gives_the_same_weights(mask, tmp_path, monkeypatch):
-    options = [f"mask_path={tmp_path}/0.9_mask.pt"]
-    _, one = train(*options, "exp_name=basic")
-    _, two = train(*options, "exp_name=fsdp", "trainer=FSDPTrainer", "fsdp_port=12355")
+def test_fsdp_trainer_in_one_process_gives_the_same_weights(mask, monkeypatch):
+    _, one = train(MASKED, "exp_name=basic")
+    _, two = train(MASKED, "exp_name=fsdp", "trainer=FSDPTrainer", "fsdp_port=12355")
     assert same(policy(one), policy(two))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for trainer in ("FSDPTrainer", "BasicTrainer"):
@@ -153,26 +115,20 @@ def test_fsdp_trainer_in_one_process_gives_the_same_weights(mask, tmp_path, monk
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_bf16_under_a_mask_saves_the_base_exactly_and_kept_entries_in_fp32(mask, tmp_path, checkpointing):
-    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "model.fsdp_policy_mp=bfloat16", "lr=1e-4",
+def test_bf16_under_a_mask_saves_the_base_exactly_and_kept_entries_in_fp32(mask, checkpointing):
+    trainer, folder = train(MASKED, "model.fsdp_policy_mp=bfloat16", "lr=1e-4",
                             f"activation_checkpointing={checkpointing}", "weight_decay=0.1")  # fmt: skip
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
-    got, start = policy(folder), base()
-    finer = 0
-    for name, value in got.items():
-        assert value.dtype == torch.float32
-        kept = mask.dense(name) if name in mask else torch.zeros_like(value, dtype=torch.bool)
-        assert torch.equal(value[~kept], start[name][~kept]), name
-        assert (value[kept] != start[name][kept]).float().mean() > 0.9 or not kept.any()
-        finer += (value[kept] != value[kept].bfloat16().float()).sum().item()
-    assert finer > 0.9 * mask.n_kept
+    state = policy(folder)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert assert_frozen(mask, state, base().state_dict()) > 0.9
+    kept = torch.cat([state[name][mask.dense(name)] for name in mask.names])
+    assert (kept != kept.bfloat16().float()).float().mean() > 0.9
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """What the trainer computes with: dtypes of logits, lengths of the rows of each batch."""
-    from lota.train import losses, objectives
-
     record = {"dtypes": [], "lengths": []}
     logps, gather = losses.sequence_logps, objectives.collate
 
@@ -189,21 +145,15 @@ def seen(monkeypatch):
     return record
 
 
-def test_dense_mixed_precision_computes_in_bf16_over_fp32_weights(workplace, seen):
+def test_dense_mixed_precision_computes_in_bf16_over_fp32_weights(seen):
     trainer, folder = train("model.fsdp_policy_mp=bfloat16", "n_examples=16")
     assert set(seen["dtypes"]) == {torch.bfloat16}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    assert not same(policy(folder), base())
-
-
-def test_learning_rate_zero_under_bf16_gives_back_the_base(mask, tmp_path):
-    """Kept entries too: their masters are the base's values, not those that bf16 rounded."""
-    _, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "model.fsdp_policy_mp=bfloat16", "lr=0")
-    assert same(policy(folder), base())
+    assert not same(policy(folder), base().state_dict())
 
 
 @pytest.mark.slow
-def test_lengths_fractions_and_groups_are_used(workplace, seen):
+def test_lengths_fractions_and_groups_are_used(seen):
     train("max_length=12", "max_prompt_length=6", "exp_name=short")
     assert max(n for rows in seen["lengths"] for n in rows) == 12
     seen["lengths"].clear()
@@ -219,21 +169,18 @@ def test_lengths_fractions_and_groups_are_used(workplace, seen):
     assert spread < sum(max(rows) - min(rows) for rows in seen["lengths"])
 
 
-def test_average_log_prob_is_the_mean_over_tokens(workplace):
+def test_average_log_prob_is_the_mean_over_tokens():
     trainer, _ = train("loss.average_log_prob=true", "lr=0", "n_examples=8")
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    means = []
+    model, means = base(), []
     for number in epoch_batches(40, 8, seed=0, epoch=0)[0]:
-        (row,) = trainer.objective.rows(trainer.data.train[number])
-        ids = torch.tensor([row.input_ids])
-        labels = ids.clone()
-        labels[0, : row.prompt_length] = -100
-        means.append(model(input_ids=ids, labels=labels).loss.item())
+        example = trainer.data.train[number]
+        (row,) = trainer.objective.rows(example)
+        total = logp(model, trainer.data.tokenizer, example.prompt.text, example.response).item()
+        means.append(-total / (len(row) - row.prompt_length))
     assert metrics(trainer)[0]["loss/train"] == pytest.approx(sum(means) / 8, rel=1e-4)
 
 
-def test_activation_checkpointing_runs_each_block_twice(workplace, monkeypatch):
-    from lota.train import run_model
+def test_activation_checkpointing_runs_each_block_twice(monkeypatch):
 
     calls, load = [], run_model.load_model
 
@@ -250,8 +197,8 @@ def test_activation_checkpointing_runs_each_block_twice(workplace, monkeypatch):
     assert len(calls) == 10
 
 
-def test_policy_dtype(mask, tmp_path):
-    trainer, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "model.policy_dtype=bfloat16")
+def test_policy_dtype(mask):
+    trainer, folder = train(MASKED, "model.policy_dtype=bfloat16")
     assert {value.dtype for value in policy(folder).values()} == {torch.bfloat16}
     masters = {name: values for name, _, values in trainer.optimizer.kept_values()}
     name = next(iter(masters))
@@ -259,57 +206,51 @@ def test_policy_dtype(mask, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_flip_protect_and_layer_freezing_leave_trainable(mask, tmp_path):
-    other = write_mask(tmp_path / "other.pt", density=0.5, seed=1)
-    scope = find_scope(AutoModelForCausalLM.from_pretrained(MODEL))
-    flipped, _ = train(f"mask_path={tmp_path}/0.9_mask.pt", "flip_mask=true", "exp_name=flip", "n_examples=8")
-    assert flipped.data.mask.n_kept == sum(t.numel() for n, t in base().items() if n in scope) - mask.n_kept
-    protected, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", f"protect_masks=[{tmp_path}/other.pt]",
-                              "exp_name=protect")  # fmt: skip
+def test_what_flip_protect_and_layer_freezing_leave_trainable(mask):
+    other, start = write_mask(Path("other.pt"), density=0.5, seed=1), base().state_dict()
+    flipped, _ = train(MASKED, "flip_mask=true", "exp_name=flip", "n_examples=8")
+    assert flipped.data.mask.n_kept == mask.n_total - mask.n_kept
+    protected, folder = train(MASKED, "protect_masks=[other.pt]", "exp_name=protect")
     assert protected.data.mask.n_kept == mask.n_kept - mask.overlap(other)
-    state, start = policy(folder), base()
-    for name in other.names:
-        assert torch.equal(state[name][other.dense(name)], start[name][other.dense(name)])
-    dense, folder = train(f"protect_masks=[{tmp_path}/other.pt]", "exp_name=dense_protect")
-    state = policy(folder)
-    assert all(torch.equal(state[n][other.dense(n)], start[n][other.dense(n)]) for n in other.names)
+    dense, all_else = train("protect_masks=[other.pt]", "exp_name=dense_protect")
     assert dense.optimizer.n_trained == sum(p.numel() for p in dense.model.parameters()) - other.n_kept
+    for state in (policy(folder), policy(all_else)):
+        assert all(torch.equal(state[n][other.dense(n)], start[n][other.dense(n)]) for n in other.names)
     _, folder = train("freeze_odd_layers=true", "exp_name=layers")
     state = policy(folder)
-    for name in start:
+    for name in (name for name in start if ".layers." in name):
         odd = ".layers.1." in name or ".layers.3." in name
-        if ".layers." in name:
-            assert torch.equal(state[name], start[name]) == odd, name
+        assert torch.equal(state[name], start[name]) == odd, name
 
 
-def test_checkpoints_by_examples_and_the_last_one(workplace):
-    trainer, folder = train("save_every=16", "n_epochs=null", "n_examples=50")
-    assert folder.name == "step-50"
-    assert sorted(p.name for p in trainer.config.run_dir.glob("step-*")) == [
-        "step-16", "step-32", "step-48", "step-50"]  # fmt: skip
-    assert metrics(trainer)[-1]["examples"] == 50
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        ("save_every=16 n_epochs=null n_examples=50", ["step-16", "step-32", "step-48", "step-50"]),
+        ("save_every=epoch_2 n_epochs=3", ["epoch-2", "epoch-3"]),
+    ],
+)
+def test_checkpoints_and_the_last_one(how, names):
+    trainer, folder = train(*how.split())
+    assert sorted(p.name for p in trainer.config.run_dir.glob("*-*")) == names
+    assert folder.name == names[-1]
+    assert metrics(trainer)[-1]["examples"] == {"step-50": 50, "epoch-3": 120}[names[-1]]
 
 
-def test_checkpoints_by_epoch_and_the_last_one(workplace):
-    trainer, folder = train("save_every=epoch_2", "n_epochs=3")
-    assert sorted(p.name for p in trainer.config.run_dir.glob("epoch-*")) == ["epoch-2", "epoch-3"]
-    assert folder.name == "epoch-3"
-
-
-def test_fast_forward_skips_batches(workplace):
+def test_fast_forward_skips_batches():
     train("exp_name=whole", "n_epochs=2")
     trainer, _ = train("exp_name=later", "n_epochs=2", "fast_forward=3")
     assert trainer.progress.examples == 80 - 24
     assert trainer.progress.step == 10 - 3
 
 
-def test_debug_writes_no_checkpoint(workplace):
+def test_debug_writes_no_checkpoint():
     trainer, folder = train("debug=true", "wandb.enabled=true")
     assert folder is None
     assert not list(trainer.config.run_dir.glob("*/policy.pt"))
 
 
-def test_a_diverging_run_stops_with_a_remedy(workplace):
+def test_a_diverging_run_stops_with_a_remedy():
     with pytest.raises(ValueError, match=r"training loss is .*lower lr"):
         train("lr=1e30", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "n_epochs=5")
 
@@ -329,7 +270,7 @@ def test_settings_of_a_task_reach_it(shared, caplog):
     assert "not used here: num_turns=3 (task mini)" in caplog.text
 
 
-def test_a_diverged_model_is_never_saved(workplace):
+def test_a_diverged_model_is_never_saved():
     """Also where no line of the log is due."""
     overrides = ("lr=1e38", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "save_every=8")
     with pytest.raises(ValueError, match="training loss is nan"):
@@ -338,46 +279,35 @@ def test_a_diverged_model_is_never_saved(workplace):
         assert all(value.isfinite().all() for value in policy(folder).values())
 
 
-@pytest.mark.parametrize("mask_kind", ["packed", "dense", "none"])
-def test_a_grown_vocabulary_goes_with_every_kind_of_mask(tmp_path, mask_kind):
-    mask = write_mask(tmp_path / "0.9_mask.pt")
-    if mask_kind == "dense":
-        shapes = {name: value.shape for name, value in base().items()}
-        mask.save(tmp_path / "0.9_mask.pt", format="dense", all_shapes=shapes)
-    path = "null" if mask_kind == "none" else f"{tmp_path}/0.9_mask.pt"
-    _, folder = train(
-        f"mask_path={path}", "freeze_odd_layers=true", 'model.pad_token="<PAD>"', "n_examples=16"
-    )
-    rows = base()["model.embed_tokens.weight"].shape[0]
-    assert policy(folder)["model.embed_tokens.weight"].shape[0] == rows + 1
-    _, second = train(f"mask_path={path}", f"model.archive={folder}/policy.pt", "freeze_even_layers=true",
+@pytest.mark.parametrize("kind", ["packed", "dense", "none"])
+def test_a_grown_vocabulary_goes_with_every_kind_of_mask(mask, kind):
+    name, start = "model.embed_tokens.weight", base().state_dict()
+    if kind == "dense":
+        shapes = {name: value.shape for name, value in start.items()}
+        mask.save("0.9_mask.pt", format="dense", all_shapes=shapes)
+    path = "mask_path=null" if kind == "none" else MASKED
+    _, folder = train(path, "freeze_odd_layers=true", 'model.pad_token="<PAD>"', "n_examples=16")
+    grown = policy(folder)[name]
+    assert grown.shape[0] == start[name].shape[0] + 1
+    assert torch.equal(grown[:-1], start[name]) == (kind != "none")
+    _, second = train(path, f"model.archive={folder}/policy.pt", "freeze_even_layers=true",
                       "exp_name=second", "n_examples=8")  # fmt: skip
-    assert policy(second)["model.embed_tokens.weight"].shape[0] == rows + 1
+    assert policy(second)[name].shape == grown.shape
 
 
-def test_resized_vocabulary(mask, tmp_path):
-    _, folder = train(f"mask_path={tmp_path}/0.9_mask.pt", "'model.pad_token=\"<PAD>\"'".strip("'"))
-    state, start = policy(folder), base()
-    name = "model.embed_tokens.weight"
-    assert state[name].shape[0] == start[name].shape[0] + 1
-    assert torch.equal(state[name][:-1], start[name])
-
-
-def test_an_archive_is_where_training_starts(workplace):
+def test_an_archive_is_where_training_starts():
     _, first = train("exp_name=first")
     _, second = train("exp_name=second", f"model.archive={first}/policy.pt", "lr=0")
     assert same(policy(first), policy(second))
 
 
-def test_samples_with_activation_checkpointing_are_those_of_the_saved_model(workplace):
+def test_samples_with_activation_checkpointing_are_those_of_the_saved_model():
     """Checkpointing switches the cache off in training; the samples are greedy completions all the same."""
-    from lota.evaluate.decoding import Decoding
-    from lota.evaluate.generation import generate
 
     trainer, folder = train("sample_during_eval=true", "eval_every=40", "activation_checkpointing=true",
                             "max_length=40", "max_prompt_length=24")  # fmt: skip
     rows = [json.loads(r) for r in (trainer.config.run_dir / "samples.jsonl").read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = base()
     model.load_state_dict(policy(folder))
     prompts = [row["prompt"] for row in rows]
     expected = generate(model, trainer.data.tokenizer, prompts, Decoding(16), batch_size=3)
@@ -399,49 +329,24 @@ def test_samples_with_activation_checkpointing_are_those_of_the_saved_model(work
         (["model.tokenizer_name_or_path=/nowhere"], "no tokenizer at /nowhere"),
         (["fast_forward=1000"], "fast_forward=1000 skips the whole run"),
         (["datasets=[minni]", "model.archive=/nowhere"], r"unknown task(.|\n)*model.archive=/nowhere"),
+        (["mask_path=tiny_mask.pt"], "does not belong to this model"),
+        ([MASKED, "protect_masks=[0.9_mask.pt]"], "nothing would train"),
+        (["model.archive=policy.pt"], r"policy\.pt"),
+        (
+            ["model.name_or_path=gpt2", f"model.tokenizer_name_or_path={MODEL}"],
+            "max_length=512: the model has 64 positions",
+        ),
     ],
 )
-def test_refused_before_a_model_loads(workplace, monkeypatch, overrides, message):
-    def no_model(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("lota.train.run_model.load_model", no_model)
+def test_refused_before_a_model_loads(mask, no_model, overrides, message):
+    tiny.random_mask(tiny.make("llama")).save("tiny_mask.pt")
+    tiny.make("gpt2").save_pretrained("gpt2")
+    Path("policy.pt").write_bytes(b"broken")
     with pytest.raises(ValueError, match=message):
         train(*overrides)
     assert not settings(*overrides).run_dir.exists()
 
 
-def test_a_mask_of_another_model_is_refused_before_loading(tmp_path, monkeypatch):
-    import tiny
-
-    tiny.random_mask(tiny.make("llama")).save(tmp_path / "other_mask.pt")
-    monkeypatch.setattr("lota.train.run_model.load_model", None)
-    with pytest.raises(ValueError, match="does not belong to this model"):
-        train(f"mask_path={tmp_path}/other_mask.pt")
-
-
-def test_a_mask_that_protection_empties_is_refused_before_loading(mask, tmp_path, monkeypatch):
-    monkeypatch.setattr("lota.train.run_model.load_model", None)
-    path = f"{tmp_path}/0.9_mask.pt"
-    with pytest.raises(ValueError, match="nothing would train"):
-        train(f"mask_path={path}", f"protect_masks=[{path}]")
-
-
-def test_more_tokens_than_positions_are_refused_before_loading(tmp_path, monkeypatch):
-    import tiny
-
-    tiny.make("gpt2").save_pretrained(tmp_path / "gpt2")
-    monkeypatch.setattr("lota.train.run_model.load_model", None)
-    with pytest.raises(ValueError, match="max_length=512: the model has 64 positions"):
-        train(f"model.name_or_path={tmp_path}/gpt2", f"model.tokenizer_name_or_path={MODEL}")
-
-
-def test_zero_mask_that_does_not_exist_is_dense(workplace):
+def test_zero_mask_that_does_not_exist_is_dense():
     trainer, _ = train("mask_path=masks/none/0.0_mask.pt", "n_examples=8")
     assert trainer.data.mask is None
-
-
-def test_unreadable_archive(workplace, monkeypatch):
-    (workplace / "policy.pt").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"policy\.pt"):
-        train(f"model.archive={workplace}/policy.pt")

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import MODEL, policy, same, settings, train, with_mini_task, write_mask
+from runs import MODEL, base, policy, same, settings, train
 from safetensors.torch import load_file
 from tolerance import assert_same, assert_same_training, chain
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+from written_out import logp, train_plainly
 
 from lota.config_checks import unused_settings
-from lota.data.batches import Example, Prompt, encode, epoch_batches
 from lota.models.scope import find_scope
 from lota.share.convert import convert_policy
-from lota.train import lora as adapter
+from lota.train import lora
 from tasks import get_task
 
 # peft asks transformers by an old name when it wraps or loads
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("workplace"),
+]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = ("adapter=lora", "lora_rank=4", "lora_alpha=8", "lr=1e-2", "warmup_steps=0")
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    return tmp_path
-
-
-def base(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
 
 
 def plain_adapter() -> PeftModel:
@@ -49,36 +42,19 @@ def trained_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in named.items()}
 
 
-def plain_run(steps: int, batch_size: int = 8, lr: float = 1e-2) -> PeftModel:
-    """The same training written out: peft, torch.optim.RMSprop, each tensor's gradient clipped to 10."""
-    model = plain_adapter()
-    tokenizer, task = AutoTokenizer.from_pretrained(MODEL), get_task("mini")
-    rows = [Example(Prompt(task.prompt(r), task.closing), task.target(r)) for r in task.load("train", None)]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.RMSprop(trained, lr=lr, alpha=0.99, eps=1.0, foreach=False)
-    for numbers in epoch_batches(len(rows), batch_size, seed=0, epoch=0)[:steps]:
-        total = 0.0
-        for row in (encode(tokenizer, rows[i], max_length=512, max_prompt_length=256) for i in numbers):
-            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.prompt_length - 1 : -1]
-            targets = torch.tensor(row.input_ids[row.prompt_length :])
-            total = total - torch.log_softmax(logits, -1).gather(1, targets[:, None]).sum()
-        optimizer.zero_grad()
-        (total / len(numbers)).backward()
-        for p in trained:
-            torch.nn.utils.clip_grad_norm_([p], 10.0)
-        optimizer.step()
-    return model
-
-
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_loop_equals_peft_and_torch_written_out(accumulation):
-    # eps=1 is as large as the gradients are. A smaller one makes steps of 0.1, after which the loss goes up
-    # and down, and rounding grows from step to step: with eps=1e-2 to 1e-4 of what was learned, now to 1e-5.
-    _, folder = train(*LORA, "eps=1.0", f"gradient_accumulation_steps={accumulation}")
-    want, start = trained_weights(plain_run(steps=5)), trained_weights(plain_adapter())
+    trainer, folder = train(*LORA, "eps=1.0", f"gradient_accumulation_steps={accumulation}")
+    model, start, task = plain_adapter(), trained_weights(plain_adapter()), get_task("mini")
+    train_plainly(
+        {name: p for name, p in model.named_parameters() if p.requires_grad},
+        lambda row: -logp(model, trainer.data.tokenizer, task.prompt(row), task.target(row)),
+        task.load("train", None),
+        [1e-2] * 5,
+    )
     got = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert_same_training(got, want, start, terms=chain(base(), tokens=200), steps=5)
-    assert not any(torch.equal(got[name], start[name]) for name in want)
+    assert_same_training(got, trained_weights(model), start, terms=chain(base(), tokens=200), steps=5)
+    assert not any(torch.equal(got[name], start[name]) for name in start)
 
 
 def test_policy_is_the_merged_model_and_the_rest_is_the_base():
@@ -94,7 +70,7 @@ def test_policy_is_the_merged_model_and_the_rest_is_the_base():
         else:
             assert torch.equal(value, start[name]), name
     # saving left no trace in the training weights
-    layers = adapter.lora_layers(trainer.model)
+    layers = lora.lora_layers(trainer.model)
     assert len(layers) == len(scope)
     for path, layer in layers.items():
         assert torch.equal(layer.base_layer.weight, start[f"{path}.weight"])
@@ -110,14 +86,12 @@ def test_resume_is_exact(tmp_path, extra):
     _, whole = train(*args, "exp_name=whole")
     trainer, part = train(*args, "exp_name=part")
     for later in ("step-24", "step-32", "step-40"):
-        for file in sorted((trainer.config.run_dir / later).rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
+        shutil.rmtree(trainer.config.run_dir / later, ignore_errors=True)
     again, end = train(*args, "exp_name=part")
     assert again.progress.step == trainer.progress.step
     assert end.name == part.name
     assert same(policy(end), policy(whole))
-    names = [folder / "adapter" / "adapter_model.safetensors" for folder in (end, whole)]
-    assert same(load_file(names[0]), load_file(names[1]))
+    assert same(*(load_file(f / "adapter" / "adapter_model.safetensors") for f in (end, whole)))
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation():
@@ -155,11 +129,11 @@ def test_the_converter_makes_a_folder_that_loads(tmp_path):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gpt_neox", "mixtral"])
 def test_architectures(architecture):
     model, plain = tiny.make(architecture).eval(), tiny.make(architecture).eval()
-    targets, frozen = adapter.lora_targets(model)
+    targets, frozen = lora.lora_targets(model)
     assert bool(frozen) == (architecture == "mixtral")  # stacks of experts
-    wrapped = adapter.add_lora(model, targets, rank=3, alpha=6, dropout=0.0)
+    wrapped = lora.add_lora(model, targets, rank=3, alpha=6, dropout=0.0)
     ids = tiny.batches(1)[0]
-    assert set(adapter.lora_layers(model)) == set(targets)
+    assert set(lora.lora_layers(model)) == set(targets)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
         for name, p in model.named_parameters():
@@ -167,11 +141,11 @@ def test_architectures(architecture):
                 p.normal_(std=0.1)
         adapted = model(ids).logits
         assert not torch.allclose(adapted, plain(ids).logits, atol=1e-3)
-        with adapter.disabled(model):
+        with lora.disabled(model):
             assert torch.equal(model(ids).logits, plain(ids).logits)
         assert torch.equal(model(ids).logits, adapted)
         assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
-        state = adapter.merged_state(model, torch.float32)
+        state = lora.merged_state(model, torch.float32)
         assert list(state) == list(plain.state_dict())
         plain.load_state_dict(state)
         assert_same(plain(ids).logits, adapted, terms=chain(plain))
@@ -182,33 +156,36 @@ def test_architectures(architecture):
         assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
 
 
-def test_a_scope_without_linear_layers_is_refused(monkeypatch):
-    monkeypatch.setattr("lota.train.run_model.load_model", None)  # before a model loads
+def test_a_scope_without_linear_layers_is_refused(no_model):
     with pytest.raises(ValueError, match="no linear layer in the scope"):
         train(*LORA, "model.scope=norm")
 
 
 @pytest.mark.parametrize(
-    "key", ["mask_path=m.pt", "snip=true", "protect_masks=[m.pt]", "freeze_odd_layers=true"]
-)
-def test_lora_with_a_mask_is_refused_with_the_remedy(tmp_path, key):
-    write_mask(tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=rf"{key.split('=')[0]}=.* with adapter=lora: .*drop"):
-        settings(*LORA, key)
+    ("setting", "message"),
+    [
+        (f"{key}={value}", f"{key}=.* with adapter=lora: .*drop")
+        for key, value in {
+            "mask_path": "m.pt", "snip": "true", "protect_masks": "[m.pt]", "freeze_odd_layers": "true"
+        }.items()
+    ]
+    + [(s, s.split("=")[0]) for s in ("lora_rank=0", "lora_alpha=0", "lora_alpha=inf", "lora_dropout=1")]
+    + [("adapter.name=x", "adapter.name")],
+)  # fmt: skip
+def test_refused_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        settings(*LORA, setting)
 
 
-def test_settings_of_lora():
-    for bad in ("lora_rank=0", "lora_alpha=0", f"lora_alpha={math.inf}", "lora_dropout=1", "adapter.name=x"):
-        with pytest.raises(ValueError, match=bad.split("=")[0]):
-            settings("adapter=lora", bad)
-    told = unused_settings(settings("lora_rank=4", "lora_dropout=0.1"))
-    assert [key for key in told if "lora" in key] == ["lora_rank", "lora_dropout"]
+def test_unused_settings():
+    unused = unused_settings(settings("lora_rank=4", "lora_dropout=0.1"))
+    assert [key for key in unused if "lora" in key] == ["lora_rank", "lora_dropout"]
     assert "model.scope" not in unused_settings(settings(*LORA, "model.scope=mlp"))
 
 
-def test_another_adapter_is_not_restored(tmp_path):
+def test_another_adapter_is_not_restored():
     _, folder = train(*LORA)
     model = base()
-    wrapped = adapter.add_lora(model, adapter.lora_targets(model)[0], rank=5, alpha=8, dropout=0.0)
+    wrapped = lora.add_lora(model, lora.lora_targets(model)[0], rank=5, alpha=8, dropout=0.0)
     with pytest.raises(ValueError, match="another adapter"):
-        adapter.restore(wrapped, folder)
+        lora.restore(wrapped, folder)
