@@ -19,7 +19,7 @@ from lota.models.scope import find_scope, meta_model
 from tasks import get_task
 from tests.mask_pairs import sorted_masks
 from tests.runs import MODEL, policy, same, settings, stopped_after, train, with_mini_task, write_mask
-from tests.test_preference_training import logp
+from tests.written_out import logp
 
 SNIP = ("snip=true", "snip_batches=3", "n_epochs=1")
 
