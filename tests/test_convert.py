@@ -197,8 +197,9 @@ def test_smaller_vocabulary(llama):
     base, tuned, epoch = llama
     resize_vocabulary(tuned, ROWS - 8)
     save_policy(epoch / "policy.pt", tuned.state_dict())
-    with pytest.raises(ValueError, match=rf"vocab=base: the checkpoint has {ROWS - 8} embedding rows"):
-        convert_policy(base, epoch, epoch, vocab="base")
+    refusal = rf"error: --vocab base: the checkpoint has {ROWS - 8} embedding rows.*; use --vocab checkpoint"
+    with pytest.raises(SystemExit, match=refusal):
+        run_script(base, epoch, epoch, "--vocab", "base")
     convert_policy(base, epoch, epoch)
     assert torch.equal(logits(loaded(epoch)), logits(tuned))
 
