@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,35 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 from prepared import python
-from runs import (
-    MODEL,
-    ROOT,
-    metrics,
-    policy,
-    same,
-    settings,
-    stopped_after,
-    train,
-    with_mini_task,
-    write_mask,
-)
+from runs import MODEL, ROOT, metrics, policy, same, settings, stopped_after, train, write_mask
 
+from lota.config import default_cache
 from lota.train.checkpoint import newest_checkpoint
+from lota.train.interrupt import Interrupted, StopBetweenSteps
+from lota.train.run_folder import RunFolder
+from lota.train.runlog import RunLog
+from lota.train.trainer import Trainer
 
 HERE = Path(__file__).parent
 RUN = ("n_epochs=2", "save_every=16", "lr_scheduler=cosine", "momentum=0.5")
 
 
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    write_mask(tmp_path / "0.9_mask.pt")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("mask")
 
 
 @pytest.fixture
 def options(workplace):
-    return (*RUN, f"mask_path={workplace}/0.9_mask.pt")
+    return (*RUN, f"mask_path={workplace}/0.9_mask.pt")  # for commands that run elsewhere
 
 
 def killed(moment: str, n: int, *overrides: str) -> int:
@@ -58,18 +49,13 @@ def killed(moment: str, n: int, *overrides: str) -> int:
 )
 def test_killed_anywhere_then_continued(options, moment, n, survives):
     assert killed(moment, n, "exp_name=killed", *options) == -signal.SIGKILL
-    from lota.config import default_cache
-
     newest = newest_checkpoint(Path(default_cache()) / "killed")
     assert (newest and newest[1]["progress"]["examples"]) == survives
     trainer, folder = train("exp_name=killed", *options)
     whole, reference = train("exp_name=whole", *options)
     assert same(policy(folder), policy(reference))
     ours, theirs = (torch.load(f / "resume.pt", weights_only=True) for f in (folder, reference))
-    for index, state in theirs["optimizer"]["state"].items():
-        for key, value in state.items():
-            got = ours["optimizer"]["state"][index][key]
-            assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
+    torch.testing.assert_close(ours["optimizer"], theirs["optimizer"], rtol=0, atol=0)
     assert [r["examples"] for r in metrics(trainer)] == [r["examples"] for r in metrics(whole)]
     assert not list(trainer.config.run_dir.glob(".*.tmp"))
 
@@ -136,22 +122,26 @@ def test_a_finished_run_says_so_and_overwrite_starts_anew(options, caplog):
 
 
 @pytest.mark.slow
-def test_settings_that_change_weights_are_refused_and_others_are_not(options):
+def test_what_may_not_be_continued(options, workplace):
     train(*options)
-    with pytest.raises(ValueError, match=r"lr: 0.001 -> 0.01.*overwrite=true"):
-        train(*options, "lr=1e-2")
-    with pytest.raises(ValueError, match=r"model.policy_dtype: float32 -> bfloat16"):
-        train(*options, "model.policy_dtype=bfloat16")
-    with pytest.raises(ValueError, match="resume=never"):
-        train(*options, "resume=never")
+    for change, message in (
+        ("lr=1e-2", r"lr: 0.001 -> 0.01.*overwrite=true"),
+        ("model.policy_dtype=bfloat16", "model.policy_dtype: float32 -> bfloat16"),
+        ("resume=never", "resume=never"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(*options, change)
+    refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is training")
+    with RunFolder(settings(*options, "exp_name=held")), refused:
+        train(*options, "exp_name=held")
     train(*options, "eval_every=5", "n_eval_examples=3", "wandb.project=other", "minimum_log_interval_secs=9")
-
-
-@pytest.mark.slow
-def test_another_mask_under_the_same_name_is_refused(options, workplace):
-    train(*options)
     write_mask(workplace / "0.9_mask.pt", seed=7)
-    with pytest.raises(ValueError, match="another mask"):
+    with pytest.raises(ValueError, match="another mask under"):
+        train(*options)
+    write_mask(workplace / "0.9_mask.pt")
+    task = workplace / "tasks" / "mini.py"
+    task.write_text(task.read_text().replace("7 * i + 3 * k", "5 * i + 3 * k"))
+    with pytest.raises(ValueError, match="another data"):
         train(*options)
 
 
@@ -194,8 +184,6 @@ def test_a_truncated_resume_file_is_passed_over(options, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["error", "kill"])
 def test_what_overwrite_replaces_is_kept_until_the_new_run_has_a_checkpoint(options, monkeypatch, moment):
-    import trainers
-
     trainer, _ = train(*options)
     run = trainer.config.run_dir
     before = folder_state(run)
@@ -203,36 +191,13 @@ def test_what_overwrite_replaces_is_kept_until_the_new_run_has_a_checkpoint(opti
         assert killed("backward", 1, "exp_name=run", *options, "overwrite=true") == -signal.SIGKILL
         assert not (run / "step-80").exists()
     else:
-
-        def failing(self):
-            raise MemoryError
-
-        monkeypatch.setattr(trainers.Trainer, "set_learning_rate", failing)
-        with pytest.raises(MemoryError):
+        monkeypatch.setattr(Trainer, "set_learning_rate", None)
+        with pytest.raises(TypeError):
             train(*options, "overwrite=true")
     _, again = train(*options)
     assert again.name == "step-80"
     after = folder_state(run)
     assert all(after[name] == content for name, content in before.items() if name.endswith(".pt"))
-
-
-@pytest.mark.slow
-def test_other_data_under_the_same_name_is_refused(options, workplace):
-    train(*options)
-    task = workplace / "tasks" / "mini.py"
-    task.write_text(task.read_text().replace("7 * i + 3 * k", "5 * i + 3 * k"))
-    with pytest.raises(ValueError, match="another data"):
-        train(*options)
-
-
-@pytest.mark.slow
-def test_one_process_per_run_folder(options):
-    from lota.train.run_folder import RunFolder
-
-    refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is training")
-    with RunFolder(settings(*options)), refused:
-        train(*options)
-    train(*options)
 
 
 def test_paths_are_stored_as_places(options, workplace):
@@ -246,9 +211,15 @@ def test_paths_are_stored_as_places(options, workplace):
     assert (config.mask_path, config.model.name_or_path) == ("masks/absent.pt", "org/model")
 
 
-def test_repeated_signals_do_not_lose_the_save():
-    from lota.train.interrupt import Interrupted, StopBetweenSteps
+def test_a_log_is_continued_after_its_last_whole_line(tmp_path):
+    """Lines of later steps go, and one cut inside a character; a line separator in a text ends no line."""
+    row = json.dumps({"examples": 8, "completion": "a\u2028b"}, ensure_ascii=False).encode() + b"\n"
+    (tmp_path / "samples.jsonl").write_bytes(row + b'{"examples": 16}\n{"examples": 8, "completion": "\xc3')
+    RunLog(settings(), tmp_path, total_examples=40, examples=8).close()
+    assert (tmp_path / "samples.jsonl").read_bytes() == row
 
+
+def test_repeated_signals_do_not_lose_the_save():
     with StopBetweenSteps() as stop:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)

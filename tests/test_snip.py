@@ -2,92 +2,73 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from mask_pairs import sorted_masks
+from runs import MODEL, base, policy, same, settings, stopped_after, train, write_mask
+from written_out import logp
 
 import extract_masks
 from lota.data.batches import epoch_batches
 from lota.masks import Mask, kept_count
-from lota.models.loading import load_tokenizer
 from lota.models.scope import find_scope, meta_model
 from tasks import get_task
-from tests.mask_pairs import sorted_masks
-from tests.runs import MODEL, policy, same, settings, stopped_after, train, with_mini_task, write_mask
-from tests.written_out import logp
 
 SNIP = ("snip=true", "snip_batches=3", "n_epochs=1")
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    return tmp_path
-
-
-def log_of(caplog) -> str:
-    return "\n".join(record.message for record in caplog.records)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture
 def told(caplog):
-    caplog.set_level(logging.INFO, logger="lota")
+    caplog.set_level("INFO")
     return caplog
 
 
 @pytest.mark.slow
-def test_the_mask_is_that_of_extract_masks(folder):
-    trainer, last = train(*SNIP, f"save_snip_mask_path={folder}/s/mask.pt", "seed=4")
-    mask = Mask.load(folder / "s" / "mask.pt")
+def test_the_mask_is_that_of_extract_masks():
+    trainer, last = train(*SNIP, "save_snip_mask_path=s/mask.pt", "seed=4")
+    mask = Mask.load("s/mask.pt")
     extract_masks.main(
         f"--base {MODEL} --name m --sparsities 0.9 --score snip --datasets mini --score_batches 3 --seed 4 "
-        f"--out {folder}/masks".split()
+        "--out masks".split()
     )
-    extracted = Mask.load(folder / "masks" / "m" / "0.9_mask.pt")
-    assert mask.n_kept == kept_count(0.9, mask.n_total)
-    assert all(torch.equal(mask.bits[name], extracted.bits[name]) for name in extracted.names)
-    assert (
-        mask.meta["data"] == extracted.meta["data"] and mask.meta["base_hash"] == extracted.meta["base_hash"]
-    )
+    extracted = Mask.load("masks/m/0.9_mask.pt")
+    assert trainer.optimizer.n_trained == mask.n_kept == kept_count(0.9, mask.n_total)
+    assert mask.fingerprint() == extracted.fingerprint()
+    assert all(mask.meta[key] == extracted.meta[key] for key in ("data", "base_hash"))
     # and the run is that of this mask, bit for bit
-    _, other = train(f"mask_path={folder}/s/mask.pt", "seed=4", "n_epochs=1", "exp_name=by_file")
+    _, other = train("mask_path=s/mask.pt", "seed=4", "n_epochs=1", "exp_name=by_file")
     assert same(policy(last), policy(other))
-    base = torch.load(last / "policy.pt", weights_only=True)["state"]
-    assert trainer.optimizer.n_trained == mask.n_kept and set(base) == set(policy(other))
 
 
 @pytest.mark.slow
-def test_reused_by_an_equal_run_and_set_aside_by_another(folder, told, monkeypatch):
-    path = folder / "mask.pt"
+def test_reused_by_an_equal_run_and_set_aside_by_another(told, tmp_path, monkeypatch):
+    path = tmp_path / "mask.pt"
     _, first = train(*SNIP, f"save_snip_mask_path={path}")
     before = path.read_bytes()
     with monkeypatch.context() as patch:  # a second run computes nothing
-
-        def none(*args, **kwargs):
-            raise AssertionError("gradients were collected")
-
-        patch.setattr("lota.train.snip.collect", none)
+        patch.setattr("lota.train.snip.collect", None)
         again = (*SNIP, f"save_snip_mask_path={path}", "exp_name=again", "lr=1e-3", "eval_batch_size=4")
         _, second = train(*again)
-    assert f"reusing the mask {path}" in log_of(told) and path.read_bytes() == before
+    assert f"reusing the mask {path}" in told.text and path.read_bytes() == before
     assert same(policy(first), policy(second))
     told.clear()
     train(*SNIP, f"save_snip_mask_path={path}", "exp_name=half", "snip_sparsity=0.5")
-    assert "not reused: made with another sparsity" in log_of(told) and "now mask.1.pt" in log_of(told)
-    assert (folder / "mask.1.pt").read_bytes() == before
+    assert "not reused: made with another sparsity" in told.text and "now mask.1.pt" in told.text
+    assert (tmp_path / "mask.1.pt").read_bytes() == before
     assert Mask.load(path).meta["sparsity"] == 0.5
     told.clear()
     train(*SNIP, f"save_snip_mask_path={path}", "exp_name=other", "snip_sparsity=0.5", "seed=1")
-    assert "made with another data.data_hash" in log_of(told)
+    assert "made with another data.data_hash" in told.text
 
 
 @pytest.mark.slow
-def test_without_a_path_the_run_keeps_it(folder, private_cache, told):
+def test_without_a_path_the_run_keeps_it(private_cache):
     train(*SNIP)
     path = private_cache / "run" / "snip_mask.pt"
     assert Mask.load(path).meta["score"] == "snip"
@@ -96,18 +77,18 @@ def test_without_a_path_the_run_keeps_it(folder, private_cache, told):
 
 
 @pytest.mark.slow
-def test_data_protection_and_accumulation(folder, told):
-    protect = write_mask(folder / "first.pt", 0.2)
-    protected = (*SNIP, f"protect_masks=[{folder}/first.pt]")
-    trainer, _ = train(*protected, f"save_snip_mask_path={folder}/a.pt")
-    mask = Mask.load(folder / "a.pt")
+def test_data_protection_and_accumulation():
+    protect = write_mask(Path("first.pt"), 0.2)
+    protected = (*SNIP, "protect_masks=[first.pt]")
+    trainer, _ = train(*protected, "save_snip_mask_path=a.pt")
+    mask = Mask.load("a.pt")
     assert mask.overlap(protect) == 0 and mask.n_kept == kept_count(0.9, mask.n_total)
     assert trainer.optimizer.n_trained == mask.n_kept
     half, _ = train(
-        *protected, f"save_snip_mask_path={folder}/b.pt", "exp_name=parts", "gradient_accumulation_steps=2",
+        *protected, "save_snip_mask_path=b.pt", "exp_name=parts", "gradient_accumulation_steps=2",
         "freeze_odd_layers=true", "activation_checkpointing=true",
     )  # fmt: skip
-    parts = Mask.load(folder / "b.pt")
+    parts = Mask.load("b.pt")
     assert parts.meta["data"]["data_hash"] == mask.meta["data"]["data_hash"]
     assert parts.overlap(mask) > 0.999 * mask.n_kept  # sums in another order
     layers = {n: t.layer for n, t in find_scope(meta_model(MODEL)).items()}
@@ -115,21 +96,21 @@ def test_data_protection_and_accumulation(folder, told):
 
 
 @pytest.mark.slow
-def test_bf16_weights(folder):
-    trainer, _ = train(*SNIP, "model.fsdp_policy_mp=bfloat16", f"save_snip_mask_path={folder}/a.pt")
+def test_bf16_weights():
+    trainer, _ = train(*SNIP, "model.fsdp_policy_mp=bfloat16", "save_snip_mask_path=a.pt")
     assert next(trainer.model.parameters()).dtype == torch.bfloat16
-    assert Mask.load(folder / "a.pt").meta["data"]["dtype"] == "bfloat16"
+    assert Mask.load("a.pt").meta["data"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True])
-def test_an_interrupted_run_continues_bit_for_bit(lost, folder):
-    options = (*SNIP, "batch_size=4", f"save_snip_mask_path={folder}/m.pt")
+def test_an_interrupted_run_continues_bit_for_bit(lost):
+    options = (*SNIP, "batch_size=4", "save_snip_mask_path=m.pt")
     _, whole = train(*options, "exp_name=whole")
     with stopped_after(5, signal.SIGTERM):
         train(*options, "exp_name=cut")
     if lost:
-        (folder / "m.pt").unlink()  # it is computed again, and is the same
+        Path("m.pt").unlink()  # it is computed again, and is the same
     _, continued = train(*options, "exp_name=cut")
     assert same(policy(whole), policy(continued))
     if lost:  # a run does not continue under another mask
@@ -138,26 +119,17 @@ def test_an_interrupted_run_continues_bit_for_bit(lost, folder):
 
 
 @pytest.mark.slow
-def test_a_preference_run_takes_its_own_loss(folder):
+def test_a_preference_run_takes_its_own_loss():
     """At the start policy and reference agree: the gradient of DPO is -b / 2 times that of the log-ratio."""
-    shutil.copy(Path(__file__).with_name("pair_task.py"), folder / "tasks" / "pairs.py")
-    pairs = ("loss=dpo", "datasets=[pairs]", "snip_sparsity=0.5", f"save_snip_mask_path={folder}/m.pt")
-    trainer, _ = train(*SNIP, *pairs, "n_examples=8")
-    mask = Mask.load(folder / "m.pt")
+    how = ("loss=dpo", "datasets=[pairs]", "snip_sparsity=0.5", "save_snip_mask_path=m.pt", "n_examples=8")
+    trainer, _ = train(*SNIP, *how)
+    mask, model, tokenizer, task = Mask.load("m.pt"), base(), trainer.data.tokenizer, get_task("pairs")
     assert mask.meta["data"]["loss"]["name"] == "dpo" and trainer.optimizer.n_trained == mask.n_kept
-    model, tokenizer, task = (
-        AutoModelForCausalLM.from_pretrained(MODEL),
-        load_tokenizer(MODEL),
-        get_task("pairs"),
-    )
     rows = [task.preference(row) for row in task.load("train", None)]
     total = torch.zeros(())
-    for numbers in epoch_batches(len(rows), 8, seed=0, epoch=0)[:3]:
-        for pair in (rows[i] for i in numbers):
-            chosen, rejected = (
-                logp(model, tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected)
-            )
-            total = total + chosen - rejected
+    for row in (rows[i] for numbers in epoch_batches(len(rows), 8, seed=0, epoch=0)[:3] for i in numbers):
+        chosen, rejected = (logp(model, tokenizer, row.prompt, text) for text in (row.chosen, row.rejected))
+        total = total + chosen - rejected
     total.backward()
     weights = {n: p for n, p in model.named_parameters() if n in mask.names}
     scores = {n: (p.grad * p.detach()).abs() for n, p in weights.items()}
@@ -184,18 +156,20 @@ def test_contradictions(overrides, message):
 
 
 @pytest.mark.slow
-def test_refused_before_a_model_loads(folder, monkeypatch):
-    def load(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("lota.train.run_model.load_model", load)
-    write_mask(folder / "dense.pt", 0.95)
-    with pytest.raises(ValueError, match=r"protected masks leave .* free"):
-        train(*SNIP, f"protect_masks=[{folder}/dense.pt]")
-    with pytest.raises(ValueError, match=r"dense\.pt holds a mask that snip=true did not make"):
-        train(*SNIP, f"save_snip_mask_path={folder}/dense.pt")
-    with pytest.raises(ValueError, match=r"pad_token=<PAD>: model\.embed_tokens\.weight grows"):
-        train(*SNIP, "model.pad_token='<PAD>'", "model.scope=embed_tokens")
-    (folder / "broken.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"broken\.pt is no readable mask"):
-        train(*SNIP, f"save_snip_mask_path={folder}/broken.pt")
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("protect_masks=[dense.pt]",), "protected masks leave .* free"),
+        (("save_snip_mask_path=dense.pt",), "dense.pt holds a mask that snip=true did not make"),
+        (
+            ("model.pad_token='<PAD>'", "model.scope=embed_tokens"),
+            "pad_token=<PAD>: model.embed_tokens.weight grows",
+        ),
+        (("save_snip_mask_path=broken.pt",), "broken.pt is no readable mask"),
+    ],
+)
+def test_refused_before_a_model_loads(no_model, overrides, message):
+    write_mask(Path("dense.pt"), 0.95)
+    Path("broken.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=message):
+        train(*SNIP, *overrides)

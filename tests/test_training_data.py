@@ -8,14 +8,10 @@ from lota.data.examples import load_examples, load_held_out
 from lota.data.prompts import Prompter
 from tasks import get_task
 from tests.chars import char_tokenizer
-from tests.runs import metrics, settings, train, with_mini_task
+from tests.runs import metrics, settings, train
 
+pytestmark = pytest.mark.usefixtures("workplace")
 NAMES = ("mini", "toy_shift")
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(with_mini_task(tmp_path))
 
 
 def prompts(name: str, split: str) -> list[str]:
