@@ -86,13 +86,6 @@ def test_from_an_archive_the_delta_is_of_the_archive(mask, tmp_path):
     assert changed == delta.n_changed > 0 and delta.meta["base"] == str(first / "policy.pt")
 
 
-def test_what_cannot_be_is_refused_before_the_model_loads(no_model):
-    with pytest.raises(ValueError, match=r"policy_dtype=bfloat16 cannot hold the torch\.float32 weights"):
-        train("save_delta=true", "model.policy_dtype=bfloat16")
-    with pytest.raises(ValueError, match=r"pad_token=<PAD> gives .* use model\.pad_token=null"):
-        train("save_delta=true", 'model.pad_token="<PAD>"')
-
-
 def test_a_checkpoint_is_saved_even_where_the_delta_cannot_be(mask, caplog):
     shutil.copytree(MODEL, "base")
     trainer = trainers.TRAINERS["BasicTrainer"](settings(*SAVED, "model.name_or_path=base"))

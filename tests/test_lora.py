@@ -156,11 +156,6 @@ def test_architectures(architecture):
         assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
 
 
-def test_a_scope_without_linear_layers_is_refused(no_model):
-    with pytest.raises(ValueError, match="no linear layer in the scope"):
-        train(*LORA, "model.scope=norm")
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -201,20 +201,6 @@ def test_sft_on_the_preferred_answer():
     assert {example.rejected for example in trainer.data.train} == {None}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["datasets=[mini]"], r"task mini has none: name tasks that have, such as hh .*or choose loss=sft"),
-        (["datasets=[pairs,mini]"], "task mini has none"),
-        (["datasets=[sharegpt]"], "task sharegpt has none: give prefs_path=FILE"),
-    ],
-)
-def test_a_task_without_pairs_is_refused_before_loading(no_model, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        train("loss=dpo", *overrides)
-    assert not settings().run_dir.exists()
-
-
 @pytest.mark.parametrize(("max_length", "cut"), [(60, False), (20, True), (9, True)])
 def test_both_responses_follow_the_same_prompt(max_length, cut):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -153,8 +153,9 @@ def folder_state(run: Path) -> dict[str, bytes]:
 def test_debug_leaves_an_existing_run_alone(options):
     trainer, _ = train(*options)
     before = folder_state(trainer.config.run_dir)
-    train(*options, "debug=true", "lr=1e-2")
+    _, none = train(*options, "debug=true", "lr=1e-2", "wandb.enabled=true")
     after = folder_state(trainer.config.run_dir)
+    assert none is None and not list((trainer.config.run_dir / "debug").glob("*/policy.pt"))
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[0] for name in set(after) - set(before)} == {"debug"}
 

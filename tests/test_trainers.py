@@ -244,15 +244,14 @@ def test_fast_forward_skips_batches():
     assert trainer.progress.step == 10 - 3
 
 
-def test_debug_writes_no_checkpoint():
-    trainer, folder = train("debug=true", "wandb.enabled=true")
-    assert folder is None
-    assert not list(trainer.config.run_dir.glob("*/policy.pt"))
-
-
-def test_a_diverging_run_stops_with_a_remedy():
+@pytest.mark.parametrize("every", [0, 100])
+def test_a_diverging_run_stops_with_a_remedy_and_is_never_saved(every):
+    """Also if no line of the log is due."""
+    how = ("lr=1e38", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "save_every=8")
     with pytest.raises(ValueError, match=r"training loss is .*lower lr"):
-        train("lr=1e30", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "n_epochs=5")
+        train(*how, f"minimum_log_interval_secs={every}")
+    for folder in settings().run_dir.glob("step-*"):
+        assert all(value.isfinite().all() for value in policy(folder).values())
 
 
 def test_settings_of_a_task_reach_it(shared, caplog):
@@ -268,15 +267,6 @@ def test_settings_of_a_task_reach_it(shared, caplog):
     caplog.set_level("INFO")
     train("num_turns=3", "n_examples=8")
     assert "not used here: num_turns=3 (task mini)" in caplog.text
-
-
-def test_a_diverged_model_is_never_saved():
-    """Also where no line of the log is due."""
-    overrides = ("lr=1e38", "optimizer=SGD", "grad_norm_strategy=none", "warmup_steps=0", "save_every=8")
-    with pytest.raises(ValueError, match="training loss is nan"):
-        train(*overrides, "minimum_log_interval_secs=100")
-    for folder in settings().run_dir.glob("step-*"):
-        assert all(value.isfinite().all() for value in policy(folder).values())
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense", "none"])
@@ -330,6 +320,12 @@ def test_samples_with_activation_checkpointing_are_those_of_the_saved_model():
         (["fast_forward=1000"], "fast_forward=1000 skips the whole run"),
         (["datasets=[minni]", "model.archive=/nowhere"], r"unknown task(.|\n)*model.archive=/nowhere"),
         (["mask_path=tiny_mask.pt"], "does not belong to this model"),
+        (["adapter=lora", "model.scope=norm"], "no linear layer in the scope"),
+        (["save_delta=true", "model.policy_dtype=bfloat16"], r"cannot hold the torch\.float32 weights"),
+        (["save_delta=true", 'model.pad_token="<PAD>"'], r"pad_token=<PAD> gives .* model\.pad_token=null"),
+        (["loss=dpo"], r"task mini has none: name tasks that have, such as hh .*or choose loss=sft"),
+        (["loss=dpo", "datasets=[pairs,mini]"], "task mini has none"),
+        (["loss=dpo", "datasets=[sharegpt]"], "task sharegpt has none: give prefs_path=FILE"),
         ([MASKED, "protect_masks=[0.9_mask.pt]"], "nothing would train"),
         (["model.archive=policy.pt"], r"policy\.pt"),
         (
