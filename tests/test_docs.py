@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from prepared import python
 from runs import composed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +108,7 @@ def test_the_training_commands_compose():
         assert composed(*first).exp_name
 
 
+@pytest.mark.slow
 def test_the_other_commands_have_the_flags_that_the_documents_use():
     used: dict[tuple[str, ...], set[str]] = {}
     for words in commands():
@@ -122,6 +123,6 @@ def test_the_other_commands_have_the_flags_that_the_documents_use():
     assert len(used) >= 12
     for program, flags in used.items():
         if flags:
-            command = [sys.executable, *program, "--help"]
+            command = [python(), *program, "--help"]
             shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
             assert flags <= set(re.findall(r"--[\w-]+", shown)), program
