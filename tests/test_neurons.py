@@ -198,4 +198,7 @@ def test_one_row_of_gpt2_is_one_output(tmp_path):
     assert mask.positions(name).tolist() == [128 * i + 17 for i in range(32)] and mask.n_kept == 32
     x = torch.randn(5, 32)
     before, after = base.transformer.h[0].mlp.c_fc(x), x @ state[name] + base.transformer.h[0].mlp.c_fc.bias
-    assert (before != after).any(0).nonzero().flatten().tolist() == [17]
+    moved = (
+        before - after
+    ).abs() > 1e-3  # the change is a sum of 32 normal numbers; rounding stays below 1e-5
+    assert moved.any(0).nonzero().flatten().tolist() == [17]
