@@ -20,8 +20,9 @@ from lota.masks.extract.neurons import GRANULARITIES
 from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
 from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_by_layer, select
 from lota.models.pair import ModelPair, open_pair
+from lota.storage import write_json
 from lota.train.saliency_gradients import SaliencySettings, collect, data_flags, load_saliency_data
-from lota.utils import Problems, aligned, with_flags, write_json
+from lota.utils import Problems, aligned, with_flags
 from tasks import get_task
 
 

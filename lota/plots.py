@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lota.utils import atomic_path
+from lota.storage import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -35,7 +35,7 @@ from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
 from lota.models.loading import load_model, load_tokenizer
 from lota.plots import heatmap
-from lota.utils import write_json
+from lota.storage import write_json
 from tasks import get_task
 
 Record = dict[str, Any]  # plain values, as in results.json

@@ -237,7 +237,7 @@ def test_kill_while_files_move_is_repaired_by_the_next_conversion(llama, monkeyp
     monkeypatch.setattr(
         lota.share.hf_folder, "remove", lambda path: None if path.suffix == ".tmp" else remove(path)
     )
-    remove = lota.utils.remove
+    remove = lota.storage.remove
     with pytest.raises(KeyboardInterrupt):
         convert_policy(base, epoch, epoch)
     assert not (epoch / "config.json").exists()  # no loader takes the folder for a model

@@ -20,7 +20,7 @@ from lota.masks import Mask
 from lota.models.hashing import content_hash
 from lota.models.weights import open_weights
 from lota.share.delta.format import SEGMENT, Parameter, read_index, segments, write_delta
-from lota.utils import atomic_path
+from lota.storage import atomic_path
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from lota.evaluate.journal import Journal
 from lota.models.hashing import model_key, weights_key
-from lota.utils import content_key
+from lota.storage import content_key
 from tests.chars import char_model, char_tokenizer
 
 

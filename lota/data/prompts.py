@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lota.config import CHAT_TEMPLATES
 from lota.data.batches import Example, Prompt
 from lota.data.task import Message, Row, Task
-from lota.utils import content_key
+from lota.storage import content_key
 
 NO_CHAT_TEMPLATE = "never"  # prompts are the task's own text, with no chat template around it
 

@@ -19,7 +19,7 @@ from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate, prompt_bound
 from lota.evaluate.journal import Journal
 from lota.models.hashing import model_key
-from lota.utils import content_key, write_json
+from lota.storage import content_key, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from lota.evaluate.journal import Journal
 from lota.evaluate.results import Result, StoredRuns, now, read_stored_runs
 from lota.evaluate.scorers import Records, Scorer, TaskRequest, find_scorer
 from lota.models.hashing import model_key
-from lota.utils import Problems, atomic_path, content_key, write_json
+from lota.storage import atomic_path, content_key, write_json
+from lota.utils import Problems
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lota.utils import read_keyed
+from lota.storage import read_keyed
 
 logger = logging.getLogger(__name__)
 

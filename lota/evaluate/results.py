@@ -13,7 +13,8 @@ from lota.data.task import Task
 from lota.evaluate.estimates import Estimate, mean_and_stderr, mean_of
 from lota.evaluate.journal import read_journal
 from lota.evaluate.scorers import SCORERS, Records, TaskRequest
-from lota.utils import aligned, content_key, write_json
+from lota.storage import content_key, write_json
+from lota.utils import aligned
 
 # One task
 

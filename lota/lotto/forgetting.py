@@ -22,7 +22,8 @@ from typing import Any
 from lota.evaluate.estimates import Estimate, mean_of
 from lota.lotto.held_out import Measured
 from lota.plots import heatmap
-from lota.utils import aligned, atomic_path, write_json
+from lota.storage import atomic_path, write_json
+from lota.utils import aligned
 
 NAME = "forgetting"  # .json, .txt, .png, _loss.png
 SUMMARIES = ("average", "backward_transfer", "forgetting")

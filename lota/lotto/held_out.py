@@ -21,7 +21,7 @@ from lota.evaluate.estimates import Estimate, ratio
 from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
-from lota.utils import content_key, write_json
+from lota.storage import content_key, write_json
 
 RESULTS = "held_out.json"
 

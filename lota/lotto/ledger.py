@@ -12,7 +12,7 @@ import torch
 
 from lota.masks import Mask
 from lota.models.weights import WeightSource
-from lota.utils import atomic_path, write_json
+from lota.storage import atomic_path, write_json
 
 LEDGER = "ledger.json"
 SHOWN_DIGITS = 12  # of a hash in the text table

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lota.utils import atomic_path, first_few, save_tensors, torch_reason
+from lota.storage import atomic_path, save_tensors, torch_reason
+from lota.utils import first_few
 
 FORMAT = "lota-mask"
 FORMAT_VERSION = 1

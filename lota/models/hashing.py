@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lota.models.weights import WeightSource
-from lota.utils import content_key
+from lota.storage import content_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from transformers import (
 
 from lota.models.policy import find_policy, is_policy, read_policy
 from lota.models.weights import refuse_misfit
-from lota.utils import DAMAGED, torch_reason
+from lota.storage import DAMAGED, torch_reason
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lota.models.tensor_files import StoredTensor
-from lota.utils import DAMAGED, torch_reason
+from lota.storage import DAMAGED, torch_reason
 
 LAYOUT = ("step_idx", "state", "metrics")
 # torch.compile, FSDP1 and checkpoint_wrapper put these into a name at any depth; no model has its own.

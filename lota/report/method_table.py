@@ -13,7 +13,7 @@ from lota.evaluate.estimates import mean_and_stderr
 from lota.report.page import cell
 from lota.report.reading import TaskScore, read_runs
 from lota.report.replicates import Replicates, find_replicates
-from lota.utils import atomic_path, write_json
+from lota.storage import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lota.plots import png
-from lota.utils import atomic_path
+from lota.storage import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

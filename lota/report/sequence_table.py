@@ -20,7 +20,8 @@ from lota.lotto.forgetting import SUMMARIES, Number, number
 from lota.plots import heatmap
 from lota.report.reading import RunRecord, read_runs
 from lota.report.replicates import Replicates, find_replicates
-from lota.utils import aligned, atomic_path, write_json
+from lota.storage import atomic_path, write_json
+from lota.utils import aligned
 
 
 def read_sequences(paths: Sequence[Path], kind: str) -> list[RunRecord]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from lota.models.provenance import RECORD
 from lota.models.tensor_files import read_header, safetensors_files
-from lota.utils import TEMPORARY_SUFFIX, flush_to_disk, fsync, remove
+from lota.storage import TEMPORARY_SUFFIX, flush_to_disk, fsync, remove
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (

@@ -26,7 +26,7 @@ from lota.models.policy import is_policy
 from lota.models.weights import WeightSource
 from lota.optim.masked import MaskedOptimizer
 from lota.share.delta.extract import extract
-from lota.utils import atomic_path, save_tensors
+from lota.storage import atomic_path, save_tensors
 
 POLICY, RESUME, DELTA = "policy.pt", "resume.pt", "delta.safetensors"
 CHECKPOINT_NAME = re.compile(r"(epoch|step)-\d+")

@@ -30,12 +30,12 @@ from lota.models.loading import dtype_of, embedding_rows, load_config, mean_row
 from lota.models.policy import model_folder
 from lota.models.weights import WeightSource, open_weights
 from lota.optim.masked import MaskedOptimizer
+from lota.storage import atomic_path, content_key, read_keyed, save_tensors
 from lota.train import lora
 from lota.train.interrupt import StopBetweenSteps
 from lota.train.losses import response_logps
 from lota.train.run_folder import Resumable
 from lota.train.run_model import load_run_model
-from lota.utils import atomic_path, content_key, read_keyed, save_tensors
 
 FOLDER = "reference_logps"  # of the cache folder: stored log-probabilities
 WRITE_EVERY = 300.0  # seconds between two writes of log-probabilities that are being computed

@@ -15,8 +15,8 @@ import yaml
 
 from lota.config import Config
 from lota.config_checks import differences
+from lota.storage import TEMPORARY_SUFFIX, atomic_path, remove
 from lota.train.checkpoint import CHECKPOINT_NAME, newest_checkpoint
-from lota.utils import TEMPORARY_SUFFIX, atomic_path, remove
 
 logger = logging.getLogger(__name__)
 REPLACED = ".replaced"  # what overwrite=true replaces, until the new run has a checkpoint

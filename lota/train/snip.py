@@ -21,8 +21,8 @@ from lota.masks.extract.select import Quota, Rule, select
 from lota.models.hashing import content_hash
 from lota.models.pair import open_pair
 from lota.models.policy import is_policy
+from lota.storage import key_differences, set_aside
 from lota.train.saliency_gradients import SaliencyData, collect, first_batches
-from lota.utils import key_differences, set_aside
 
 logger = logging.getLogger(__name__)
 KEY = "snip_key"  # of a mask's meta

@@ -20,6 +20,7 @@ from lota.models.loading import dtype_of, enable_activation_checkpointing
 from lota.models.weights import WeightSource, open_weights
 from lota.optim.fused import fuse_in_backward
 from lota.optim.optimizers import OPTIMIZERS, learning_rate
+from lota.storage import write_json
 from lota.system import peak_memory_bytes, reset_peak_memory, versions
 from lota.train import checkpoint, lora
 from lota.train.interrupt import Interrupted, StopBetweenSteps
@@ -28,7 +29,6 @@ from lota.train.preflight import Prepared, add_snip_mask, prepare
 from lota.train.run_folder import RunFolder
 from lota.train.run_model import load_run_model
 from lota.train.runlog import Meter, RunLog
-from lota.utils import write_json
 
 logger = logging.getLogger(__name__)
 

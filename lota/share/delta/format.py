@@ -47,7 +47,7 @@ from lota.models.tensor_files import (
     read_metadata,
 )
 from lota.share.delta.codec import Coding
-from lota.utils import atomic_path
+from lota.storage import atomic_path
 
 VERSION = 1
 SEGMENT = HASH_CHUNK  # entries; with the hash's chunks, a file is read once for both

@@ -20,8 +20,9 @@ from lota.share.hf_weights import check_shard_size, open_folder, write_like
 from lota.share.merge.inputs import Entries, TaskVector, open_vectors, prompt_settings
 from lota.share.merge.rules import MergeRule
 from lota.share.merge.statistics import VectorStatistics
+from lota.storage import atomic_path, write_json
 from lota.system import versions
-from lota.utils import Problems, atomic_path, write_json
+from lota.utils import Problems
 
 
 @dataclass

@@ -14,7 +14,8 @@ import yaml
 from lota.share.merge.folder import PreparedMerge
 from lota.share.merge.inputs import DeltaVector, TaskVector
 from lota.share.merge.rules import METHODS, MergeRule
-from lota.utils import Problems, atomic_path
+from lota.storage import atomic_path
+from lota.utils import Problems
 
 NAMES = {
     "sum": "task_arithmetic",
