@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +16,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Concatenate, Interleave, Transpose, WeightConverter
 
-from lota.models.hashing import content_hash
+from lota.models import hashing
+from lota.models.hashing import content_hash, remembered_hash
 from lota.models.key_mapping import Conversion
 from lota.models.scope import meta_model
 from lota.models.weights import open_weights
@@ -196,3 +201,92 @@ def test_row_spans_refuse_what_reorders_columns(operation, whole_rows):
     if spans:
         built = torch.cat([data[s.source].reshape(-1)[s.source_start :][: s.length] for s in spans])
         assert torch.equal(built, conversion.apply(data.get)["a.z"].reshape(-1))
+
+
+# Remembered hashes
+
+
+@pytest.fixture
+def count_hashes(monkeypatch):
+    """A list that grows by one whenever weights are really hashed; the clock says an hour later."""
+    made, now = [], time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr(hashing, "content_hash", lambda source: made.append(source) or content_hash(source))
+    monkeypatch.setattr(hashing.time, "time_ns", lambda: now)
+    return made
+
+
+def saved(path, value: float = 1.0):
+    path.parent.mkdir(exist_ok=True)
+    save_file({"a": torch.full((4,), value), "b": torch.zeros(3)}, path)
+    return path.parent
+
+
+def test_weights_are_hashed_once_until_their_files_change(tmp_path, monkeypatch, count_hashes):
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
+    folder = saved(tmp_path / "m" / "model.safetensors")
+    first = remembered_hash(folder)
+    assert first == content_hash(open_weights(folder))
+    assert remembered_hash(folder) == first
+    assert remembered_hash(saved(tmp_path / "n" / "model.safetensors", 2.0)) != first
+    assert remembered_hash(folder) == first and len(count_hashes) == 2
+    os.utime(folder / "model.safetensors", ns=(0, 5))
+    assert remembered_hash(folder) == first and len(count_hashes) == 3  # touched: nobody knows, so again
+    saved(tmp_path / "o" / "model.safetensors", 3.0)
+    os.utime(tmp_path / "o" / "model.safetensors", ns=(0, 5))
+    os.replace(tmp_path / "o" / "model.safetensors", folder / "model.safetensors")  # same size and time
+    assert remembered_hash(folder) == content_hash(open_weights(folder)) != first
+
+
+def test_another_mapping_of_names_is_another_hash(tmp_path, monkeypatch, count_hashes):
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
+    model = save_model("gpt_neox", tmp_path / "m")
+    assert remembered_hash(tmp_path / "m") == remembered_hash(tmp_path / "m", model)
+    (tmp_path / "m" / "config.json").unlink()  # now under the stored names
+    bare = remembered_hash(tmp_path / "m")
+    assert bare == content_hash(open_weights(tmp_path / "m"))
+    assert bare != remembered_hash(tmp_path / "m", model) and len(count_hashes) == 2
+
+
+def test_a_file_written_just_now_or_during_the_hash_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
+    folder = saved(tmp_path / "m" / "model.safetensors")
+    remembered_hash(folder)
+    assert not (tmp_path / "cache" / "hashes.json").exists()
+
+    def overwritten(source):
+        made = content_hash(source)
+        os.utime(folder / "model.safetensors", ns=(0, 10**15))
+        return made
+
+    os.utime(folder / "model.safetensors", ns=(0, 10**9))
+    monkeypatch.setattr(hashing, "content_hash", overwritten)
+    remembered_hash(folder)
+    assert not (tmp_path / "cache" / "hashes.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null", b"[" * 200_000, b'{"KEY": [1]}'])
+def test_a_damaged_memory_of_hashes_is_ignored(content, tmp_path, monkeypatch, count_hashes):
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path))
+    folder = saved(tmp_path / "m" / "model.safetensors")
+    expected = remembered_hash(folder)
+    memory = tmp_path / "hashes.json"
+    key = next(iter(json.loads(memory.read_text())))
+    memory.write_bytes(content.replace(b"KEY", key.encode()))
+    assert remembered_hash(folder) == expected and len(count_hashes) == 2
+    assert json.loads(memory.read_text()) == {key: expected}
+
+
+def test_a_memory_of_hashes_that_cannot_be_written_is_told(tmp_path, monkeypatch, count_hashes, caplog):
+    (tmp_path / "cache").write_text("a file in the folder's place")
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
+    folder = saved(tmp_path / "m" / "model.safetensors")
+    with caplog.at_level(logging.INFO):
+        assert remembered_hash(folder) == content_hash(open_weights(folder))
+    assert "hashes.json is not written" in caplog.text
+
+
+def test_the_memory_of_hashes_stays_small(tmp_path, monkeypatch, count_hashes):
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path))
+    monkeypatch.setattr(hashing, "REMEMBERED_AT_MOST", 2)
+    made = [remembered_hash(saved(tmp_path / str(i) / "model.safetensors", i)) for i in range(3)]
+    assert list(json.loads((tmp_path / "hashes.json").read_text()).values()) == made[1:]

@@ -1,31 +1,92 @@
 """SHA-256 identities, as hex digits.
 
 `content_hash`: weights on disk under the loaded model's names; masks and deltas carry it.
+`remembered_hash`: the same, and it is remembered as long as the files stay what they are.
 `weights_key`, `config_key`, `model_key`: what a loaded model computes; results are stored under them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import os
+import re
 import threading
+import time
 from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lota.models.weights import WeightSource
-from lota.storage import content_key
+from lota.config import default_cache, expanded
+from lota.models.weights import WeightSource, open_weights
+from lota.storage import content_key, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HASH_CHUNK = 1 << 20  # entries that are read at a time
+REMEMBERED = "hashes.json"  # of the cache folder: what remembered_hash knows, the newest last
+REMEMBERED_AT_MOST = 1000
+SETTLED = 2.0  # seconds: a file written again within its time stamp's resolution looks untouched
+logger = logging.getLogger(__name__)
 
 
 def content_hash(source: WeightSource) -> str:
     """sha256 over (name, dtype, shape, bytes) of every parameter in the order of names."""
     return StreamingHash(source).finish()
+
+
+def remembered_hash(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> str:
+    """`content_hash` of weights on disk, computed once for as long as their files stay the same.
+
+    path, model: as in `open_weights`. A file is the same by its path, size, inode and time of change in ns;
+    one that has just been written is hashed, but not remembered. The memory is a file of the cache folder
+    that anybody may delete; if it cannot be read or written, the hash is computed.
+    """
+    source = open_weights(path, model)
+    file = expanded(default_cache()) / REMEMBERED
+    began, key = time.time_ns(), _files_key(source)
+    found = _read_remembered(file).get(key)
+    if found is not None:
+        return found
+    made = content_hash(source)
+    newest = max((path.stat().st_mtime_ns for path in source.files), default=0)
+    if newest < began - SETTLED * 1e9 and _files_key(source) == key:
+        kept = _read_remembered(file)  # again: another process may have added to it meanwhile
+        kept.pop(key, None)
+        newer = [*kept.items(), (key, made)][-REMEMBERED_AT_MOST:]
+        try:
+            write_json(file, dict(newer))
+        except OSError as error:
+            logger.info("%s is not written (%s): the weights will be hashed again", file, error)
+    return made
+
+
+def _files_key(source: WeightSource) -> str:
+    """sha256 of what the content hash depends on: the files as they are now, and which tensors are read."""
+    files = {}
+    for path in source.files:
+        state = path.stat()
+        files[str(path.resolve())] = [state.st_size, state.st_mtime_ns, state.st_ino]
+    units = [[unit.parameters, unit.stored, unit.converted] for unit in source.units()]
+    return content_key([files, units, version("transformers")])  # which converts what is stored
+
+
+def _read_remembered(file: Path) -> dict[str, str]:
+    """Key of files -> content hash; whatever is no hash is left out."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {key: made for key, made in content.items() if re.fullmatch("[0-9a-f]{64}", str(made))}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        logger.info("%s is not used, it cannot be read: %s", file, str(error)[:200])
+        return {}
 
 
 class StreamingHash:

@@ -62,6 +62,11 @@ class WeightSource:
         return list(self._origins)
 
     @property
+    def files(self) -> list[Path]:
+        """Of all its tensors, sorted."""
+        return sorted({tensor.path for tensor in self.stored.values()})
+
+    @property
     def unused(self) -> dict[str, tuple[int, ...]]:
         """Stored names and shapes from which no parameter is read: buffers, or another model's."""
         used = {name for unit in self.units() for name in unit.stored}
