@@ -114,6 +114,14 @@ def twice(model, x):
     return model.b(torch.tanh(model.b(model.a(x))))
 
 
+def in_autocast(model, x):
+    """Products in bf16; both ways round alike, since the layers then compute as they would without a mask."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    return found
+
+
 LOSSES = {
     "plain": lambda m: m(inputs()).square().mean(),
     "a layer run twice": lambda m: twice(m, inputs()).square().mean(),
@@ -126,12 +134,36 @@ LOSSES = {
     "input by name": lambda m: m.c(input=m.a(input=inputs())).square().mean(),
     "one layer": lambda m: m.b(inputs()).square().mean(),
     "a vector": lambda m: m(inputs()[0]).square().mean(),
+    "autocast": lambda m: in_autocast(m, inputs()).float().square().mean(),
 }
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_step_is_the_dense_one(fused, loss):
     assert_steps_alike(*fused[:2], LOSSES[loss])
+
+
+@pytest.mark.parametrize("strategy", ["even", "proportional", "none"])
+def test_weights_move_and_gradients_go_while_backward_runs(fused, strategy):
+    """Memory holds one gradient at a time only if each is used before that of the layer in front is made."""
+    model, optimizer, _ = fused
+    optimizer.grad_norm_strategy, optimizer.max_grad_norm = strategy, 1e6  # clips nothing
+    before, expected = values(model), dense_step(model, LOSSES["plain"])
+    moved_at_a = {}
+
+    def look(grad):
+        for name in ("b.weight", "c.weight"):
+            p = model.get_parameter(name)
+            moved_at_a[name] = p.grad is None and not torch.equal(p, before[name])
+
+    hidden = model.a(inputs())
+    hidden.register_hook(look)  # runs once the gradients of b and c are complete, before a's is made
+    model.c(torch.tanh(model.b(torch.tanh(hidden)))).square().mean().backward()
+    assert moved_at_a == {"b.weight": True, "c.weight": True}
+    assert not optimizer._pending and not optimizer._aside
+    for name, got in values(model).items():  # step() has not been called
+        torch.testing.assert_close(got, expected[name], **CLOSE)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_gradient_penalty(fused):
@@ -338,6 +370,29 @@ def test_two_optimizers_of_one_model_keep_what_either_trains():
     model.zero_grad()
     model(inputs()).square().mean().backward()
     assert not model.b.weight.grad[first.dense("b.weight")].any()
+
+
+@pytest.mark.parametrize("dense", ["first", "last"])
+@pytest.mark.parametrize("keeps_all", [False, True], ids=["no mask", "a mask that keeps all"])
+def test_an_optimizer_that_trains_all_beside_one_with_a_mask_gets_the_whole_gradient(dense, keeps_all):
+    torch.manual_seed(0)
+    model = Net()
+    mask = make_mask(model, "gathered")
+    every = Mask.from_dense({name: torch.ones_like(p, dtype=torch.bool) for name, p in values(model).items()})
+    every = every if keeps_all else None
+    optimizers = [
+        lota.MaskedSGD(model, m, lr=LR) for m in ((every, mask) if dense == "first" else (mask, every))
+    ]
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        each(inputs()).square().mean().backward()
+    for name in ("a.weight", "b.weight", "c.weight"):
+        assert torch.equal(model.get_parameter(name).grad, plain.get_parameter(name).grad)
+    optimizers.pop(0 if dense == "first" else 1)  # then the mask decides again
+    model.zero_grad()
+    model(inputs()).square().mean().backward()
+    assert not model.b.weight.grad[~mask.dense("b.weight")].any()
+    assert model.b.weight.grad.any()
 
 
 @pytest.mark.parametrize("strategy", ["even", "global"])

@@ -222,6 +222,29 @@ def test_several_metrics_of_a_completion(pair, tmp_path, monkeypatch):
     assert predictions[2]["metrics"].keys() == {"rouge1", "exact_match"}
 
 
+@pytest.mark.parametrize("more", [(), ("other",)], ids=["one metric", "two"])
+def test_no_answer_scores_0_whatever_the_task_makes_of_it(pair, tmp_path, monkeypatch, more):
+    class Generous(Colours):
+        more_metrics = more
+
+        def score(self, extracted, gold):
+            return 1.0
+
+        def metrics(self, row, completion):
+            assert super().metrics(row, completion)["exact_match"] == float(bool(completion.strip()))
+            return {"exact_match": 1.0, "other": 1.0}
+
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
+        for at, text in enumerate(["red", "   ", "no colour"]):
+            on_done(at, text)
+
+    monkeypatch.setattr(scorers, "generate", fake)
+    result = score(pair, tmp_path, Generous(), ROWS[:3])
+    stored = json_lines(tmp_path / "metrics/colours_predictions.jsonl")
+    assert [(p["extracted"], p["score"]) for p in stored] == [("red", 1.0), (None, 0.0), ("no colour", 1.0)]
+    assert result.score == pytest.approx(2 / 3)
+
+
 def test_examples_decide_what_is_reused(pair, tmp_path, monkeypatch):
     prompts = []
     real = scorers.generate

@@ -79,8 +79,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().__init__(list(self.names), settings)
         for p, name in self.names.items():
             self._init_state(p, mask.positions(name) if mask is not None else None)
-            if "positions" in self.state[p]:
-                _clear_frozen_gradients(p, self)
+            _clear_frozen_gradients(p, self)
 
     def _init_state(self, p: nn.Parameter, positions: Tensor | None) -> None:
         state = self.state[p]
@@ -334,29 +333,30 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return state
 
 
-# parameter -> the optimizers of masks that train it
-_MASKED_OPTIMIZERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# parameter -> the optimizers that train it
+_OPTIMIZERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _clear_frozen_gradients(p: nn.Parameter, optimizer: MaskedOptimizer) -> None:
     """Set p.grad's frozen entries to zero after each backward pass, unless an optimizer is fused into it.
 
     So that whatever reads p.grad in an ordinary loop, such as a trainer's clipping, sees the gradient that
-    trains. If several optimizers with masks of their own share a parameter, entries that any of them keeps
-    stay.
+    trains. If several optimizers share a parameter, entries that any of them keeps stay.
     """
-    if p in _MASKED_OPTIMIZERS:
-        _MASKED_OPTIMIZERS[p].add(optimizer)
+    if p in _OPTIMIZERS:
+        _OPTIMIZERS[p].add(optimizer)
         return
-    optimizers = _MASKED_OPTIMIZERS[p] = WeakSet([optimizer])
+    optimizers = _OPTIMIZERS[p] = WeakSet([optimizer])
 
     @torch.no_grad()
     def hook(p: nn.Parameter) -> None:
         alive = list(optimizers)
         if not alive or any(other.fused for other in alive) or p.grad is None or p.grad.is_sparse:
             return
+        kept = [positions for other in alive if (positions := other.positions(p)) is not None]
+        if len(kept) < len(alive):  # one of them trains all entries
+            return
         flat = p.grad.view(-1)
-        kept = [other.state[p]["positions"] for other in alive]
         values = [flat.index_select(0, positions) for positions in kept]
         flat.zero_()
         for positions, gradient in zip(kept, values, strict=True):
