@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,13 +232,18 @@ def test_a_shallower_model_of_the_same_width_is_another_model(files, tmp_path):
         (["show", "absent.pt"], "absent.pt does not exist"),
         (["show", "A", "--scope", "mlp"], "give --model"),
         (["flip", "A", "--out", "n.pt", "--format", "dense"], "give --model"),
+        (["flip", "A", "--out", "A"], "a_mask.pt is one of the masks that it is made of"),
+        (["intersect", "A", "notA", "--out", "n.pt"], "keeps no entry"),
     ],
 )
 def test_refusals(files, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    named = {"A": files[0], "B": files[1]}
+    Mask.load(files[0]).flip().save("not_a.pt")
+    named = {"A": files[0], "B": files[1], "notA": "not_a.pt"}
+    before = Path(files[0]).read_bytes()
     assert message in refusal(*(named.get(argument, argument) for argument in arguments))
     assert not (tmp_path / "n.pt").exists()
+    assert Path(files[0]).read_bytes() == before
 
 
 @pytest.mark.slow

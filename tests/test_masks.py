@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from lota.masks import Mask, kept_count
 from lota.models.scope import find_scope
@@ -129,25 +133,95 @@ def test_masks_of_different_models_do_not_combine():
         )
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda p: None,
-        lambda p: p.write_bytes(b"not a file of torch"),
-        lambda p: p.write_bytes(b""),
-        lambda p: torch.save([1, 2], p),
-        lambda p: torch.save({"w": "text"}, p),
-        lambda p: torch.save({}, p),
-        lambda p: (torch.save({"w": torch.ones(1000)}, p), p.write_bytes(p.read_bytes()[:600])),
-        lambda p: torch.save({"format": "lota-mask", "version": 99, "bits": {}, "shapes": {}, "meta": {}}, p),
-    ],
-    ids=["absent", "text", "empty", "list", "strings", "no entries", "truncated", "newer version"],
-)
-def test_bad_files_are_named(tmp_path, write):
+def packed(**changes) -> dict:
+    """What a mask file of one 3 x 3 parameter with three kept entries holds, changed."""
+    bits = {"w": torch.tensor([0b11100000, 0], dtype=torch.uint8)}
+    whole = {"format": "lota-mask", "version": 1, "bits": bits, "shapes": {"w": [3, 3]}, "meta": {}}
+    return {key: value for key, value in {**whole, **changes}.items() if value != "left out"}
+
+
+def saved(content):
+    return lambda path: torch.save(content, path)
+
+
+def cut(share: float, size: int = 100_000):
+    """The first part of a mask file."""
+
+    def write(path):
+        Mask.from_dense({"w": torch.ones(size, dtype=torch.bool)}).save(path)
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+    return write
+
+
+def compressed(path):
+    torch.save({"w": torch.zeros(100_000, dtype=torch.bool)}, path)
+    whole = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as smaller:
+        for name in whole.namelist():
+            smaller.writestr(name, whole.read(name))
+
+
+BAD_FILES = {
+    "absent": (lambda p: None, "does not exist"),
+    "folder": (lambda p: ((p / "x").mkdir(parents=True), (p / "0.9_mask.pt").touch()), "0.9_mask.pt"),
+    "text": (lambda p: p.write_bytes(b"not a file of torch"), "not written by torch.save"),
+    "a word": (lambda p: p.write_bytes(b"every"), "not written by torch.save"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "pointer": (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
+    "weights": (lambda p: save_file({"w": torch.ones(3)}, p), "is a file of weights"),
+    "delta": (lambda p: save_file({"w": torch.ones(3)}, p, {"format": "lota-delta"}), "is a delta"),
+    "policy": (saved({"step_idx": 1, "state": {"w": torch.ones(3)}, "metrics": {}}), "is a checkpoint"),
+    "list": (saved([1, 2]), "no dict of tensors"),
+    "no entries": (saved({}), "no dict of tensors"),
+    "strings": (saved({"w": "text"}), "'w' are no named tensors"),
+    "numbers as names": (saved({3: torch.zeros(4, dtype=torch.bool)}), "3 are no named tensors"),
+    "scores": (saved({"w": torch.rand(3)}), "weights or scores"),
+    "integers": (saved({"w": torch.ones(3, dtype=torch.int64)}), "whether 1 means kept or frozen"),
+    "one entry for all": (
+        saved({"w": torch.zeros(1, dtype=torch.bool).expand(10**12)}),
+        "than the file holds",
+    ),
+    "compressed": (compressed, "is compressed"),
+    "cut early": (cut(0.001), "truncated"),
+    "cut in the middle": (cut(0.5), "truncated"),
+    "cut at the end": (cut(0.999), "truncated"),
+    "newer version": (saved(packed(version=99)), "version 99"),
+    "version as text": (saved(packed(version="1")), "its version is '1'"),
+    "no version": (saved(packed(version="left out")), "its version is None"),
+    "no bits": (saved(packed(bits="left out")), "'bits', a dict with names as keys, is missing"),
+    "null bits": (saved(packed(bits=None)), "is None"),
+    "null shapes": (saved(packed(shapes=None)), "is None"),
+    "null meta": (saved(packed(meta=None)), "'meta', a dict with names as keys, is None"),
+    "odd meta": (saved(packed(meta={"scope": [1]})), r"scope=\[1\]"),
+    "text as sparsity": (saved(packed(meta={"sparsity": "0.9"})), "sparsity='0.9'"),
+    "shape of another": (saved(packed(shapes={"v": [3, 3]})), "of v, w it has bits or a shape"),
+    "shape as number": (saved(packed(shapes={"w": 9})), "the shape of 'w' is 9"),
+    "negative shape": (saved(packed(shapes={"w": [-3, -3]})), "no list of sizes"),
+    "fractions of a shape": (saved(packed(shapes={"w": [3.0, 3]})), "no list of sizes"),
+    "vast shape": (saved(packed(shapes={"w": [10**18, 10**18]})), "cannot hold one bit"),
+    "bits as list": (saved(packed(bits={"w": [1, 2]})), "no tensor"),
+    "bits of another type": (saved(packed(bits={"w": torch.zeros(2)})), "torch.float32 cannot hold"),
+    "bits of another length": (saved(packed(bits={"w": torch.zeros(3, dtype=torch.uint8)})), "3 bytes"),
+    "bits behind the end": (
+        saved(packed(bits={"w": torch.full((2,), 255, dtype=torch.uint8)})),
+        "bits are set behind the last of its 9 entries",
+    ),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("write", "words"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_named_with_the_reason(tmp_path, write, words, mapped):
     path = tmp_path / "bad_mask.pt"
     write(path)
-    with pytest.raises(ValueError, match=r"bad_mask\.pt"):
-        Mask.load(path)
+    with pytest.raises(ValueError, match=rf"(?s)bad_mask\.pt .*{words}"):
+        Mask.load(path, mapped=mapped)
+
+
+def test_what_the_bad_files_are_made_of_is_a_mask(tmp_path):
+    torch.save(packed(), tmp_path / "m.pt")
+    assert Mask.load(tmp_path / "m.pt").positions("w").tolist() == [0, 1, 2]
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -164,3 +238,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_bits_of_another_length_are_refused():
     with pytest.raises(ValueError, match="cannot hold"):
         Mask({"a": torch.zeros(3, dtype=torch.uint8)}, {"a": (4, 4)})
+
+
+def test_bits_behind_the_last_entry_are_refused():
+    with pytest.raises(ValueError, match="bits are set behind the last of its 3 entries"):
+        Mask({"a": torch.full((1,), 0xFF, dtype=torch.uint8)}, {"a": (3,)})  # else the density would be 2.67

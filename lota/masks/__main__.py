@@ -129,9 +129,16 @@ def compare(args: argparse.Namespace, model: nn.Module | None) -> None:
 
 
 def make(args: argparse.Namespace, model: nn.Module | None) -> None:
-    """union, intersect, flip, random-like: write a new mask."""
+    """union, intersect, flip, random-like: write a new mask. Raises ValueError if nothing would be kept."""
+    out = Path(args.out)
+    if out.exists() and any(Path(file).exists() and out.samefile(file) for file in args.files):
+        raise ValueError(f"--out {out} is one of the masks that it is made of: give another name")
     masks = load_masks(args.files, model, args.scope)
     made = combine(args.tool, masks, args.files, getattr(args, "seed", 0))
+    if not made.n_kept:
+        raise ValueError(
+            f"{made.meta['made_by']} keeps no entry, and nothing would train: no file is written"
+        )
     if args.format == "dense" and model is None and made.meta.get("layout") != "dense":
         raise ValueError("--format dense lists every parameter of the model: give --model FOLDER")
     shapes = None if model is None else {name: p.shape for name, p in model.named_parameters()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,11 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lota.storage import atomic_path, save_tensors, torch_reason
+from lota.models.policy import LAYOUT, OBJECTS
+from lota.models.tensor_files import DELTA_FORMAT, read_metadata
+from lota.storage import DAMAGED, atomic_path, save_tensors, torch_reason
 from lota.utils import first_few
 
 FORMAT = "lota-mask"
 FORMAT_VERSION = 1
+# Metadata that is computed with; everything else in `meta` is only shown.
+META_TYPES = {"scope": str | None, "layout": str, "flipped": bool, "sparsity": int | float}
 
 
 class Content(NamedTuple):
@@ -38,42 +44,172 @@ def unpack(bits: Tensor, n: int) -> np.ndarray:
     return np.unpackbits(bits.numpy(), count=n)
 
 
+def check_bits(name: str, bits: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `bits` holds one bit for each entry of the shape, and zeros behind them.
+
+    Of bits that were left on disk it reads the last byte only.
+    """
+    n = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.numel() != (n + 7) // 8:
+        raise ValueError(
+            f"mask entry {name!r}: {bits.numel()} bytes of {bits.dtype} cannot hold one bit for each of the "
+            f"{n} entries of shape {shape}"
+        )
+    if n % 8 and int(bits.flatten()[-1]) & (0xFF >> n % 8):
+        raise ValueError(f"mask entry {name!r}: bits are set behind the last of its {n} entries")
+
+
+# Reading
+
+
 def read(path: str | os.PathLike[str], mapped: bool = False) -> Content:
-    """The content of a file of either layout. Raises ValueError for anything else.
+    """The content of a file of either layout, checked: names, shapes, bits and metadata fit together.
 
     mapped: leave the bits on disk and let the system read them when they are looked at, so that many masks
-    take little memory; the file must not change meanwhile.
+    take little memory; the file must not change meanwhile. Raises ValueError naming the file for anything
+    else, before it takes more memory than the file has bytes.
     """
     path = Path(path)
+    try:
+        _check_kind(path)
+        content = _load(path, mapped)
+        if not isinstance(content, dict) or not content:
+            raise ValueError("is no mask file: it holds no dict of tensors")
+        return _packed(content) if content.get("format") == FORMAT else _dense(content, path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"mask file {path} {error}") from error
+
+
+def _check_kind(path: Path) -> None:
+    """Raise ValueError for what torch.load would call by a wrong name, or could not bound."""
+    if path.is_dir():
+        inside = [file.name for file in sorted(path.glob("*_mask.pt"))]
+        raise ValueError(f"is a folder; name a file in it{f': {first_few(inside)}' if inside else ''}")
     if not path.is_file():
-        raise ValueError(f"mask file {path} does not exist")
+        raise ValueError(
+            f"{'is no file' if path.exists() else 'does not exist'}; extract_masks.py makes masks"
+        )
+    try:
+        with path.open("rb") as file:
+            begin = file.read(24)
+        if zipfile.is_zipfile(path):  # torch.save compresses nothing
+            with zipfile.ZipFile(path) as records:
+                if sum(record.file_size for record in records.infolist()) > path.stat().st_size:
+                    raise ValueError("is no mask file: it is compressed, which torch.save never does")
+            return
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except zipfile.BadZipFile as error:
+        raise ValueError(_damaged(error)) from error
+    if not begin or begin.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer (`git lfs pull` fetches the file)" if begin else "empty (0 bytes)"
+        raise ValueError(f"is {what}; copy it again, or extract the mask anew")
+    try:
+        is_delta = read_metadata(path).get("format") == DELTA_FORMAT
+    except ValueError:
+        return
+    raise ValueError(f"is {'a delta' if is_delta else 'a file of weights'}, no mask: {_FROM_WEIGHTS}")
+
+
+_FROM_WEIGHTS = "extract_masks.py --base BASE --tuned TUNED makes masks of two models"
+
+
+def _load(path: Path, mapped: bool) -> Any:
+    """What torch.save wrote, tensors and plain values only."""
     mapped = mapped and zipfile.is_zipfile(path)  # else torch's oldest format, which cannot be mapped
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = torch_reason(error)
-        raise ValueError(f"{path} is no readable mask (truncated, or not plain tensors): {reason}") from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} is not a mask file: expected a dict of tensors")
-    if content.get("format") == FORMAT:
-        return _packed(path, content)
-    bad = [name for name, value in content.items() if not isinstance(value, Tensor)]
+        with warnings.catch_warnings():  # torch wonders about the pickle protocol of a file it then refuses
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        refused = [line.strip() for line in str(error).splitlines() if OBJECTS.search(line)]
+        if not refused:
+            raise ValueError(_damaged(error)) from error
+        raise ValueError(
+            "was not read: it holds Python objects, which no mask does, and loading them could run code. "
+            f"torch says: {refused[0][:200]}"
+        ) from error
+    except (OSError, *DAMAGED) as error:
+        raise ValueError(_damaged(error)) from error
+
+
+def _damaged(error: Exception) -> str:
+    reason = torch_reason(error).split(". This is an internal")[0]
+    return (
+        "cannot be read: it is truncated, damaged or not written by torch.save; copy it again, or extract "
+        f"the mask anew ({reason})"
+    )
+
+
+def _packed(content: Mapping[str, Any]) -> Content:
+    version = content.get("version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise ValueError(
+            f"has mask format version {version}; this version reads up to {FORMAT_VERSION}: update lota"
+        )
+    if type(version) is not int or version < 1:
+        raise ValueError(f"is no whole mask file: its version is {version!r:.60}, not {FORMAT_VERSION}")
+    for key in Content._fields:
+        part = content.get(key)
+        if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+            found = f"is {part!r:.60}" if key in content else "is missing"
+            raise ValueError(f"is no whole mask file: {key!r}, a dict with names as keys, {found}")
+    bits, shapes, meta = (content[key] for key in Content._fields)
+    alone = sorted({*bits} ^ {*shapes})
+    if alone:
+        raise ValueError(f"is no whole mask file: of {first_few(alone)} it has bits or a shape, not both")
+    for name, shape in shapes.items():
+        if not isinstance(shape, list | tuple) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"is damaged: the shape of {name!r} is {shape!r:.60}, no list of sizes")
+        if not isinstance(bits[name], Tensor):
+            raise ValueError(f"is damaged: the bits of {name!r} are {bits[name]!r:.60}, no tensor")
+        _check_stored(name, bits[name])
+        try:
+            check_bits(name, bits[name], tuple(shape))
+        except ValueError as error:
+            raise ValueError(f"is damaged: {error}") from error
+    for key, kind in META_TYPES.items():
+        if key in meta and not isinstance(meta[key], kind):
+            raise ValueError(f"is damaged: its metadata say {key}={meta[key]!r:.60}")
+    return Content(bits, shapes, meta)
+
+
+def _dense(content: Mapping[Any, Any], size: int) -> Content:
+    """size: bytes of the file, which holds every entry."""
+    if set(LAYOUT) <= set(content) and isinstance(content["state"], dict):
+        raise ValueError(f"is a checkpoint, no mask: {_FROM_WEIGHTS}")
+    bad = [
+        repr(name) for name, value in content.items() if type(name) is not str or not torch.is_tensor(value)
+    ]
     if bad:
-        raise ValueError(f"{path} is not a mask file: {first_few(bad)} hold no tensors")
-    bits = {name: pack(value == 0) for name, value in content.items()}
+        raise ValueError(f"is no mask file: of its entries {first_few(bad)} are no named tensors")
+    if sum(value.numel() * value.element_size() for value in content.values()) > size:
+        raise ValueError("is no mask file: its tensors have more entries than the file holds")
+    bits = {}
+    for name, value in content.items():
+        _check_stored(name, value)
+        if value.dtype != torch.bool and not value.is_floating_point():
+            raise ValueError(
+                f"holds {str(value.dtype).removeprefix('torch.')} numbers in {name!r}, of which nobody can "
+                "tell whether 1 means kept or frozen: save bool tensors, True = frozen"
+            )
+        if value.is_floating_point() and not bool(((value == 0) | (value == 1)).all()):
+            raise ValueError(
+                f"is no mask: {name!r} holds other numbers than 0 and 1: weights or scores; {_FROM_WEIGHTS}"
+            )
+        bits[name] = pack(value == 0)
     return Content(bits, {name: value.shape for name, value in content.items()}, {"layout": "dense"})
 
 
-def _packed(path: Path, content: Mapping[str, Any]) -> Content:
-    if content.get("version", 0) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has mask format version {content['version']}; "
-            f"this version reads up to {FORMAT_VERSION}: update lota"
-        )
-    missing = [key for key in Content._fields if key not in content]
-    if missing:
-        raise ValueError(f"{path} is not a whole mask file: {', '.join(missing)} missing")
-    return Content(content["bits"], content["shapes"], content["meta"])
+def _check_stored(name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor whose entries do not each stand in the file."""
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise ValueError(f"is no mask file: {name!r} is no plain tensor")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"is no mask file: {name!r} has more entries than the file holds")
+
+
+# Writing
 
 
 def write(

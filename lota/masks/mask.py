@@ -54,11 +54,7 @@ class Mask:
         self.meta: dict[str, Any] = {"scope": None, **(meta or {})}
         self._kept: dict[str, int] = {}
         for name, packed in self.bits.items():
-            if packed.dtype != torch.uint8 or packed.numel() != (self.numel(name) + 7) // 8:
-                raise ValueError(
-                    f"mask entry {name!r}: {packed.numel()} bytes of {packed.dtype} cannot hold one bit for "
-                    f"each of the {self.numel(name)} entries of shape {self.shapes[name]}"
-                )
+            mask_files.check_bits(name, packed, self.shapes[name])
 
     # construction
     @classmethod
