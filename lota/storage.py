@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and results that are valid under a key."""
+"""Files that are whole or absent, files that grow, checksums, and results that are valid under a key."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-TEMPORARY_SUFFIX = ".tmp"
+from lota.places import TEMPORARY_SUFFIX, clear_leftovers, fsync, holding, remove
+
+PATIENCE = 10.0  # seconds for which a file is waited for: others hold it only while they write it
+CHECKSUMS = "checksums.json"  # in a folder: name of each of its files -> SHA-256
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -26,31 +28,53 @@ logger = logging.getLogger(__name__)
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside `path` for a file or folder; rename it to `path` if the block succeeds.
 
-    An existing file is replaced in one step; an existing folder is moved aside first and removed afterwards,
-    for another folder only: a file in its place is an IsADirectoryError. On failure the temporary is removed
-    and what was at `path` stays.
+    An existing file is replaced in one step. An existing folder is moved aside first, and comes back if the
+    process ends before the new one has its place; only a folder takes the place of a folder
+    (IsADirectoryError). On failure the temporary is removed, and what was at `path` stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    remove(temporary)
+    with holding(path, PATIENCE):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        try:
+            with naming(path):
+                yield temporary
+                flush_to_disk(temporary)
+            if path.is_dir():
+                if not temporary.is_dir():
+                    raise IsADirectoryError(
+                        errno.EISDIR, "a file cannot take the place of a folder", str(path)
+                    )
+                old = path.with_name(f".{path.name}.old{TEMPORARY_SUFFIX}")
+                os.replace(path, old)
+                os.replace(temporary, path)
+                fsync(path.parent)
+                remove(old)
+            else:
+                os.replace(temporary, path)
+                fsync(path.parent)
+        except BaseException:
+            clear_leftovers(path.parent, path.name)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of writing, which names no file, names this one: a full disk does not say where."""
     try:
-        yield temporary
-        flush_to_disk(temporary)
-        if path.is_dir():
-            if not temporary.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a file cannot take the place of a folder", str(path))
-            old = path.with_name(f".{path.name}.old{TEMPORARY_SUFFIX}")
-            remove(old)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            remove(old)
-        else:
-            os.replace(temporary, path)
-        fsync(path.parent)
-    except BaseException:
-        remove(temporary)
-        raise
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def refuse_foreign(argument: str, path: Path, kind: str, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ValueError if there is something at `path` that is not what the caller writes there.
+
+    argument: what named the path, for the error. kind: what the caller writes, in words.
+    """
+    if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
+        raise ValueError(f"{argument}={path} exists and is no {kind}; it stays: name another file")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -59,40 +83,120 @@ def flush_to_disk(path: Path) -> None:
         fsync(item)
 
 
-def fsync(path: Path) -> None:
-    """Flush one file, or a folder's own entries, so that a rename in it survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_tensors(content: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save to `path`. Raises OSError if it cannot be written; torch would name its own assertion."""
+def save_tensors(content: Any, path: str | os.PathLike[str]) -> str:
+    """torch.save to `path`; returns the file's SHA-256.
+
+    Raises OSError if it cannot be written; torch would name its own assertion.
+    """
     import torch  # settings are checked without it
 
     try:
         with open(path, "wb") as file:
-            torch.save(content, file)
+            hashed = _HashedFile(file)
+            torch.save(content, hashed)  # type: ignore[arg-type]  # torch calls write and flush alone
+            return hashed.digest.hexdigest()
     except RuntimeError as error:
         raise OSError(
             errno.ENOSPC, f"could not write the whole file ({str(error)[:120]})", str(path)
         ) from error
+
+
+class _HashedFile:
+    """A file that is written from its beginning to its end, hashed on the way."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+# Checksums
+
+
+def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
+    """Write CHECKSUMS into a folder that is whole. known: SHA-256 of files that need not be read again."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    sums = {name: known.get(name) or file_hash(folder / name) for name in files}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_verified: set[tuple[Path, int, int, int, str]] = set()  # files that this process has found whole
+
+
+def verify_checksum(path: Path, expected: str | None = None) -> None:
+    """Raise ValueError if a file does not have its SHA-256; nothing happens if that is not known.
+
+    expected: by default what the CHECKSUMS beside the file say. A file is read once per process, unless its
+    size, time or inode changes.
+    """
+    path = path.resolve()
+    expected = expected or read_checksums(path.parent).get(path.name)
+    if expected is None:
+        return
+    status = path.stat()
+    known = (path, status.st_size, status.st_mtime_ns, status.st_ino, expected)
+    if known in _verified:
+        return
+    if file_hash(path) != expected:
+        raise ValueError(
+            f"{path} is damaged: its content has changed since it was written ({CHECKSUMS} tells); copy it "
+            "again from its source, or use another checkpoint of the run"
+        )
+    _verified.add(known)
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of a folder's files; empty if it has none. Raises ValueError for a damaged list."""
+    file = folder / CHECKSUMS
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+        if not all(isinstance(text, str) for text in content.values()):
+            raise ValueError("its values are no texts")
+        return dict(content)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): use another checkpoint of the run") from error
+
+
+# Files that grow line by line
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(byte of the file behind the line, the line without its end) for each line that has an end.
+
+    A line ends at b"\\n" alone: JSON may hold U+2028, at which `str.splitlines` would cut.
+    """
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            end += len(line)
+            if line.endswith(b"\n"):
+                yield end, line[:-1]
+
+
+def cut(path: Path, size: int) -> None:
+    """Drop what a file holds behind byte `size`."""
+    if path.stat().st_size > size:
+        os.truncate(path, size)
+        fsync(path)
 
 
 def torch_reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # A package may import every package of the layers above its own line, and in its own line those before it.
 LAYERS = (
-    ("utils", "storage", "system", "settings", "config", "config_checks"),
+    ("utils", "places", "storage", "system", "settings", "config", "config_checks"),
     ("models", "plots"),
     ("masks", "data"),
     ("optim", "share"),
@@ -26,7 +26,7 @@ LAYERS = (
     ("lotto",),
     ("report",),
 )
-ONLY = {"plots": ("utils", "storage")}  # package -> the only packages it may import
+ONLY = {"plots": ("utils", "places", "storage")}  # package -> the only packages it may import
 APART = (("optim", "share"),)  # neighbours in a layer, neither of which may import the other
 # These modules belong to no layer. They hand names of the whole library to its users, each imported on first
 # use by a name in a string, so they stand above all layers. No module of lota/ may import them, except for

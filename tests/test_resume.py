@@ -131,7 +131,7 @@ def test_what_may_not_be_continued(options, workplace):
     ):
         with pytest.raises(ValueError, match=message):
             train(*options, change)
-    refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is training")
+    refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is at work in")
     with RunFolder(settings(*options, "exp_name=held")), refused:
         train(*options, "exp_name=held")
     train(*options, "eval_every=5", "n_eval_examples=3", "wandb.project=other", "minimum_log_interval_secs=9")

@@ -37,12 +37,14 @@ class Checked:
     everything: Mask  # all entries that dense training may change: the scope without protect_masks
     custom: dict[str, Path]  # task -> mask file of yours
     held_out: list[HeldOut]  # rows of each task in the order of the sequence
+    folder: SequenceFolder
 
 
 def check(config: LottoConfig, find_task: FindTask) -> Checked:
     """Everything that a sequence starts from. Raises one ValueError with all the problems found."""
     problems = Problems()
-    problems.attempt(SequenceFolder(config).may_continue)
+    folder = SequenceFolder(config)
+    problems.attempt(folder.look)
     held_out = [problems.attempt(_rows, config, task, find_task) for task in config.sequence]
     problems.found = [
         line for message in problems.found for line in message.splitlines()
@@ -58,7 +60,8 @@ def check(config: LottoConfig, find_task: FindTask) -> Checked:
     _check_overlap(config, protect, {**stages, **custom}, custom)
     _check_capacity(config, full, [*protect.values(), *custom.values(), *stages.values()], {*files})
     everything = reduce(Mask.minus, protect.values(), full)
-    return Checked(model, everything, files, [rows for rows in held_out if rows is not None])
+    rows = [found for found in held_out if found is not None]
+    return Checked(model, everything, files, rows, folder)
 
 
 def _rows(config: LottoConfig, name: str, find_task: FindTask) -> HeldOut:
@@ -131,6 +134,9 @@ class SequenceFolder(RunFolder):
     def items(self) -> list[Path]:
         found = sorted(self.path.iterdir()) if self.path.is_dir() else []
         return [p for p in found if _FILES.fullmatch(p.name) or (p.is_dir() and _STAGE.fullmatch(p.name))]
+
+    def _look(self) -> None:
+        self.continues = self.may_continue()
 
     def results(self) -> list[str]:
         return [item.name for item in self.items()]

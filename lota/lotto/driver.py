@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.task import FindTask
-from lota.lotto.check import Checked, SequenceFolder, check
+from lota.lotto.check import Checked, check
 from lota.lotto.config import LottoConfig
 from lota.lotto.forgetting import table, write_results
 from lota.lotto.held_out import Measured, measure_all
@@ -70,7 +70,7 @@ class Lotto:
 
     def run(self) -> dict[str, Any]:
         """Learn what is not learnt yet; returns the content of forgetting.json."""
-        with SequenceFolder(self.config, replaces=self.config.overwrite) as opened:
+        with self.checked.folder as opened:
             self.ledger = Ledger(self.folder)
             base = self.measure(self.folder / "base", None)
             results = []

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+INSTALLING = ".conversion.installing"  # in a folder into which a conversion was moving its files
 DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
 # Every dtype of safetensors whose entries are whole bytes; F4 and F6 are packed, and no tensor here has them.
 _DTYPES = {
@@ -70,6 +71,11 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | N
         folder = _fetch(str(path))
     else:
         raise ValueError(f"{path} does not exist: give a Hugging Face folder, a hub id or a policy.pt")
+    if (folder / INSTALLING).is_dir():
+        raise ValueError(
+            f"{folder} holds old and new files: a conversion was cut short while it moved its files there; "
+            "run the same conversion again, which finishes it"
+        )
     if files := _weight_files(folder):
         return files, folder
     if (folder / "policy.pt").is_file():

@@ -88,7 +88,8 @@ def convert_policy(
         pad_id = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
     rows = embedding_rows(model)
     origin = {"base": str(model_path), "policy": str(file), "step_idx": record.step_idx, "rows": rows}
-    with new_model_files(folder, origin | run.prompts) as staged:  # evaluation writes prompts as the run did
+    origin |= run.prompts  # evaluation writes prompts as the run did
+    with new_model_files("save_path", folder, model_path, origin) as staged:
         write_weights(model, staged, most, dtypes, max_shard_size)
         model.config.dtype = most
         model.config.architectures = [type(model).__name__]

@@ -17,8 +17,9 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
 from lota.models.provenance import RECORD
-from lota.models.tensor_files import read_header, safetensors_files
-from lota.storage import TEMPORARY_SUFFIX, flush_to_disk, fsync, remove
+from lota.models.tensor_files import INSTALLING, read_header, safetensors_files
+from lota.places import TEMPORARY_SUFFIX, fsync, remove, working_in
+from lota.storage import flush_to_disk, naming
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -86,54 +87,74 @@ def check_replaceable(argument: str, folder: Path, base: str | os.PathLike[str])
 
 
 @contextlib.contextmanager
-def new_model_files(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
+def new_model_files(
+    argument: str, folder: Path, base: str | os.PathLike[str], record: Mapping[str, Any]
+) -> Iterator[Path]:
     """Yield an empty folder inside `folder`; if the block succeeds its files move up, else nothing changes.
 
-    The files of an earlier conversion are replaced, all others stay. config.json goes first and comes last,
-    so that a move cut short leaves a folder that no loader accepts, and that the next conversion repairs.
+    The files of an earlier conversion are replaced, all others stay; `check_replaceable` tells which folder
+    may not be written, `argument` and `base` are its. A move that is cut short leaves INSTALLING: such a
+    folder has no config.json, our readers refuse it, and the next conversion into it finishes the move first.
+    Raises ValueError if another process writes into the folder.
     """
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = folder / f".conversion{TEMPORARY_SUFFIX}"
-    remove(staged)
-    staged.mkdir()
-    try:
-        yield staged
-        files = sorted(path.name for path in staged.iterdir())
-        (staged / RECORD).write_text(
-            json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8"
-        )
-        flush_to_disk(staged)
-        _install(staged, folder)
-    except BaseException:
-        remove(staged)
-        if created:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    with working_in(folder):
+        ready = folder / INSTALLING
+        if ready.is_dir():
+            _install(ready, folder)
+        check_replaceable(argument, folder, base)
+        _listed(folder / RECORD)  # a record that is none is refused while nothing has changed
+        staged = folder / f".conversion.{os.getpid()}{TEMPORARY_SUFFIX}"
+        staged.mkdir()
+        try:
+            with naming(folder):
+                yield staged
+                files = sorted(path.name for path in staged.iterdir())
+                (staged / RECORD).write_text(
+                    json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8"
+                )
+                flush_to_disk(staged)
+        except BaseException:
+            remove(staged)
+            raise
+        fsync(folder)
+        os.replace(staged, ready)  # from here on the new files take the old ones' places
+        fsync(folder)
+        _install(ready, folder)
 
 
-def _install(staged: Path, folder: Path) -> None:
-    """Move the entries of `staged` up into `folder` in place of the ones that its RECORD lists."""
-    stale = _listed_before(folder / RECORD)
-    remove(folder / "config.json")
-    os.replace(staged / RECORD, folder / RECORD)
-    for name in stale:
-        remove(folder / name)
-    for entry in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
-        remove(folder / entry.name)
-        os.replace(entry, folder / entry.name)
-    staged.rmdir()
+def _install(ready: Path, folder: Path) -> None:
+    """Move the entries of `ready` up into `folder` in place of the ones that its RECORD lists.
+
+    It may be cut off anywhere, and be called again. config.json goes first and comes last but for the RECORD,
+    which tells until then what the old files were.
+    """
+    left = {path.name for path in ready.iterdir()}
+    if RECORD in left:  # else all but the folder's removal was done
+        new = _listed(ready / RECORD)
+        stale = [name for name in _listed(folder / RECORD) if name not in new]
+        if "config.json" in left:
+            remove(folder / "config.json")
+            fsync(folder)
+        for name in stale:
+            remove(folder / name)
+        for name in sorted(left, key=lambda name: (name == RECORD, name == "config.json", name)):
+            if (ready / name).is_dir():
+                remove(folder / name)
+            os.replace(ready / name, folder / name)
+            if name == "config.json":
+                fsync(folder)
+        fsync(folder)
+    ready.rmdir()
     fsync(folder)
 
 
-def _listed_before(record: Path) -> list[str]:
+def _listed(record: Path) -> list[str]:
     """The names that a record lists, of those that a conversion writes: anybody may have written into it."""
     if not record.is_file():
         return []
     try:
         names = [str(name) for name in json.loads(record.read_text(encoding="utf-8"))["files"]]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{record} is not the record of a conversion ({error}): name a new folder"
         ) from error

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +25,15 @@ from lota.models.policy import is_policy
 from lota.models.weights import WeightSource
 from lota.optim.masked import MaskedOptimizer
 from lota.share.delta.extract import extract
-from lota.storage import atomic_path, save_tensors
+from lota.storage import (
+    CHECKSUMS,
+    DAMAGED,
+    atomic_path,
+    read_checksums,
+    save_tensors,
+    verify_checksum,
+    write_checksums,
+)
 
 POLICY, RESUME, DELTA = "policy.pt", "resume.pt", "delta.safetensors"
 CHECKPOINT_NAME = re.compile(r"(epoch|step)-\d+")
@@ -202,9 +209,12 @@ def save(
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
-        save_tensors(policy, temporary / POLICY)
-        save_tensors(resume, temporary / RESUME)
+        sums = {
+            POLICY: save_tensors(policy, temporary / POLICY),
+            RESUME: save_tensors(resume, temporary / RESUME),
+        }
         write_more(temporary)
+        write_checksums(temporary, sums)
 
 
 def save_delta(config: Config, mask: Mask | None, checkpoint: Path, name: Path) -> None:
@@ -231,18 +241,43 @@ def save_delta(config: Config, mask: Mask | None, checkpoint: Path, name: Path) 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """(folder, content of resume.pt) of the whole checkpoint with most steps; None if there is none.
 
-    A checkpoint whose resume.pt cannot be read is passed over with a warning.
+    One that is damaged, or lacks a file, is passed over with a warning that names what is wrong.
     """
-    best: tuple[Path, dict[str, Any]] | None = None
+    found = []
     for folder in sorted(run_dir.glob("*-*")) if run_dir.is_dir() else []:
-        if not CHECKPOINT_NAME.fullmatch(folder.name) or not (folder / RESUME).is_file():
+        if not CHECKPOINT_NAME.fullmatch(folder.name):
             continue
         try:
             resume = torch.load(folder / RESUME, map_location="cpu", weights_only=True, mmap=True)
-            rank = (resume["progress"]["step"], resume["progress"]["finished"])
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-            logger.warning("%s cannot be read and is passed over: %s", folder / RESUME, str(error)[:200])
+            progress = Progress(**resume["progress"])
+        except (OSError, *DAMAGED) as error:
+            _pass_over(folder, f"{RESUME} cannot be read: {str(error)[:200]}")
             continue
-        if best is None or rank > (best[1]["progress"]["step"], best[1]["progress"]["finished"]):
-            best = (folder, resume)
-    return best
+        found.append((progress.step, progress.finished, folder, resume))
+    for _, _, folder, resume in sorted(found, key=lambda item: item[:2], reverse=True):
+        try:
+            verify(folder)
+        except ValueError as error:
+            _pass_over(folder, str(error))
+            continue
+        return folder, resume
+    return None
+
+
+def _pass_over(folder: Path, why: str) -> None:
+    logger.warning("%s is passed over, and the newest whole checkpoint before it is used: %s", folder, why)
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError unless every file of a checkpoint is there as it was written.
+
+    Checkpoints of releases before 0.2 have no checksums: they are whole if they have their files.
+    """
+    sums = read_checksums(folder)
+    for name in sums or (POLICY, RESUME):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{folder / CHECKSUMS} names {name}, which is no file of a checkpoint")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if name in sums:
+            verify_checksum(folder / name, sums[name])

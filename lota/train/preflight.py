@@ -23,7 +23,7 @@ from lota.models.scope import find_scope
 from lota.models.weights import open_weights
 from lota.share.delta.format import common_dtype
 from lota.train.lora import lora_targets
-from lota.train.run_folder import Resumable, find_resumable
+from lota.train.run_folder import Resumable, RunFolder
 from lota.train.run_model import load_run_tokenizer, run_skeleton
 from lota.train.snip import SnipMask, prepare_snip
 from lota.utils import Problems
@@ -45,6 +45,7 @@ class Prepared:
     lengths: list[int] | None  # tokens per training example if batches are grouped by length
     stop: tuple[str, ...]  # texts that end a sampled completion
     resumable: Resumable | None  # None: the run starts anew
+    folder: RunFolder
 
 
 def prepare(config: Config, find_task: FindTask) -> Prepared:
@@ -55,7 +56,8 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
     validated(config)
     problems = Problems()
     attempt = problems.attempt
-    resumable = attempt(find_resumable, config)
+    folder = RunFolder(config)
+    resumable = attempt(folder.look)
     found = [attempt(with_options, find_task, name, config) for name in config.datasets]
     tasks = [task for task in found if task is not None]
     tokenizer = attempt(load_run_tokenizer, config)
@@ -86,6 +88,7 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
         lengths=[max(map(len, encode(example))) for example in train] if config.group_by_length else None,
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
+        folder=folder,
     )
     _refuse_other(prepared)
     return prepared

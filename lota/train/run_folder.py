@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,26 +17,44 @@ import yaml
 
 from lota.config import Config
 from lota.config_checks import differences
-from lota.storage import TEMPORARY_SUFFIX, atomic_path, remove
+from lota.places import TEMPORARY_SUFFIX, fsync, remove, working_in
+from lota.storage import atomic_path
 from lota.train.checkpoint import CHECKPOINT_NAME, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 REPLACED = ".replaced"  # what overwrite=true replaces, until the new run has a checkpoint
+MOVING = ".moving"  # the same on its way there or back: whatever lies in it belongs back
+
+
+@dataclass
+class Resumable:
+    """The checkpoint that a run continues from."""
+
+    folder: Path
+    content: dict[str, Any]  # of resume.pt
+
+    @property
+    def finished(self) -> bool:
+        return self.content["progress"]["finished"]
 
 
 class RunFolder:
-    """Context manager: the folder of a run, locked, cleared of what the new run replaces.
+    """Context manager: the folder of a run, held, cleared of what the new run replaces.
 
     What is replaced lies in REPLACED until `keep` says that the new run has a checkpoint; a run that fails
     before that gets it back. Under debug the folder is `<run>/debug`, and nothing else is touched.
-    Raises ValueError if another process works in this folder.
+    `look` tells beforehand what a run finds here. Raises ValueError if another process works in this folder,
+    or has changed it since.
     """
 
     OWN = re.compile(rf"config\.yaml|versions\.json|(metrics|samples)\.jsonl|wandb|{CHECKPOINT_NAME.pattern}")
 
-    def __init__(self, config: Config, replaces: bool = False):
-        self.config, self.replaces = config, replaces
+    def __init__(self, config: Config):
+        self.config = config
         self.path = config.run_dir / "debug" if config.debug else config.run_dir
+        self.continues = False  # the run that lies here; else a new one starts
+        self._seen: list[tuple[str, int, int]] = []  # what lay here when it was looked at
+        self._held = ExitStack()
 
     def items(self) -> list[Path]:
         """What a run wrote into its folder, and nothing else that lies there."""
@@ -53,12 +73,51 @@ class RunFolder:
         """Settings that differ from those of the run that lies here, and that can change its weights."""
         return differences(old, self.config)
 
+    # What lies here
+
+    def look(self) -> Resumable | None:
+        """What a run with these settings continues from; None: a new one starts.
+
+        Raises ValueError if the run that lies here may be neither continued nor replaced, or if another
+        process works on it.
+        """
+        if not self.path.is_dir():
+            return None
+        with self._settled():
+            found = self._look()
+            self._seen = self._snapshot()
+            return found
+
+    def _snapshot(self) -> list[tuple[str, int, int]]:
+        found = [(item.name, item.stat()) for item in self.items()]
+        return [(name, status.st_ino, status.st_mtime_ns) for name, status in found]
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """The folder, held, with whatever a killed process was about to move finished or undone."""
+        try:
+            with working_in(self.path):
+                self.settle()
+                yield
+        except NotADirectoryError as error:
+            raise ValueError(f"{self.path} cannot be the folder of a run: {error}") from error
+
+    def _look(self) -> Resumable | None:
+        if self.config.debug or not self.may_continue():
+            return None
+        newest = newest_checkpoint(self.path)
+        if newest is None:
+            self.refuse_orphans("none of its checkpoints is whole")
+            logger.info("%s: no checkpoint yet, starting from the beginning", self.path)
+            return None
+        self.continues = True
+        return Resumable(*newest)
+
     def may_continue(self) -> bool:
-        """Whether the folder holds a run with these settings; False if a new one starts.
+        """Whether the folder holds a run with these settings; False if a new one starts. The folder is held.
 
         Raises ValueError if the run that it holds may be neither continued nor replaced.
         """
-        self.recover()
         if self.config.overwrite:
             return False
         settings = self.path / "config.yaml"
@@ -69,7 +128,7 @@ class RunFolder:
             raise ValueError(
                 f"resume=never, but {self.path} holds a run: use another exp_name, or overwrite=true"
             )
-        changed = self.changes(yaml.safe_load(settings.read_text(encoding="utf-8")))
+        changed = self.changes(read_settings(settings))
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed)}): use another exp_name, "
@@ -85,84 +144,95 @@ class RunFolder:
                 "another exp_name, or overwrite=true to replace them"
             )
 
+    # A run in it
+
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._handle = _lock(self.path)
-        for item in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
-            remove(item)
-        if self.replaces:
-            aside = self.path / REPLACED
-            remove(aside)
-            for item in self.items():
-                aside.mkdir(exist_ok=True)
-                os.replace(item, aside / item.name)
-        with atomic_path(self.path / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+        with ExitStack() as stack:
+            stack.enter_context(self._settled())
+            if self._snapshot() != self._seen:
+                raise ValueError(
+                    f"{self.path} has changed while this run was being prepared: start the same command again"
+                )
+            if not self.continues:
+                self._put_aside()
+            with atomic_path(self.path / "config.yaml") as temporary:
+                temporary.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+            self._held = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.keep()
-        else:
-            self.recover()
-        os.close(self._handle)
+        with self._held:
+            if error is None:
+                self.keep()
+                return
+            self.settle()
+            if not self.begun() and not (self.path / "metrics.jsonl").exists():
+                for item in self.items():  # the run failed before its first step
+                    remove(item)
 
     def keep(self) -> None:
         """The new run has a checkpoint: what it replaced can go."""
-        remove(self.path / REPLACED)
-
-    def recover(self) -> None:
-        """Undo a replacement that never got to a checkpoint; finish one that did."""
         aside = self.path / REPLACED
-        if aside.is_dir() and not self.begun():
-            for item in self.items():
-                remove(item)
-            for item in aside.iterdir():
+        if aside.is_dir():
+            gone = self.path / f"{REPLACED}.0{TEMPORARY_SUFFIX}"  # half of it is no run to put back
+            remove(gone)
+            os.replace(aside, gone)
+            fsync(self.path)
+            remove(gone)
+
+    def settle(self) -> None:
+        """Undo a replacement that never got to a checkpoint; finish one that did."""
+        self._put_back()
+        aside = self.path / REPLACED
+        if not aside.is_dir():
+            return
+        if self.begun():
+            self.keep()
+            return
+        for item in self.items():
+            remove(item)
+        fsync(self.path)
+        os.replace(aside, self.path / MOVING)
+        fsync(self.path)
+        self._put_back()
+
+    def _put_aside(self) -> None:
+        items = self.items()
+        if not items:
+            return
+        moving = self.path / MOVING
+        moving.mkdir()
+        fsync(self.path)
+        for item in items:
+            os.replace(item, moving / item.name)
+        fsync(moving)
+        fsync(self.path)
+        os.replace(moving, self.path / REPLACED)  # from here on a new run begins
+        fsync(self.path)
+
+    def _put_back(self) -> None:
+        moving = self.path / MOVING
+        if moving.is_dir():
+            for item in sorted(moving.iterdir()):
                 os.replace(item, self.path / item.name)
-        self.keep()
+            fsync(self.path)
+            moving.rmdir()
+            fsync(self.path)
 
 
-def _lock(path: Path) -> int:
-    """Returns a file handle that holds the folder for this process; the lock goes with it, however it ends.
-
-    Raises ValueError while another process holds it.
-    """
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def read_settings(file: Path) -> dict[str, Any]:
+    """The config.yaml of a run. Raises ValueError if it cannot be read, naming it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(handle, 32).decode().strip()
-        os.close(handle)
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"another process (pid {holder}) is training in {path}: wait, or use another exp_name"
+            f"{file} cannot be read ({reason}): put it back, or use another exp_name, or overwrite=true"
         ) from error
-    os.truncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode())
-    return handle
-
-
-@dataclass
-class Resumable:
-    """The checkpoint that a run continues from."""
-
-    folder: Path
-    content: dict[str, Any]  # of resume.pt
-
-    @property
-    def finished(self) -> bool:
-        return self.content["progress"]["finished"]
-
-
-def find_resumable(config: Config) -> Resumable | None:
-    """The checkpoint to continue from; None: a new run starts. Raises ValueError if neither may be."""
-    folder = RunFolder(config)
-    if config.debug or not folder.may_continue():
-        return None
-    newest = newest_checkpoint(folder.path)
-    if newest is None:
-        folder.refuse_orphans("none of its checkpoints has a readable resume.pt")
-        logger.info("%s: no checkpoint yet, starting from the beginning", folder.path)
-        return None
-    return Resumable(*newest)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} holds no settings of a run: put it back, or use another exp_name, or overwrite=true"
+        )
+    return content

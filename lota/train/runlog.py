@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 from lota.config import Config
+from lota.places import fsync
+from lota.storage import cut, naming, whole_lines
 
 logger = logging.getLogger(__name__)
 
@@ -22,22 +24,21 @@ logger = logging.getLogger(__name__)
 class RunLog:
     """Metrics of one run: a line of JSON per call of `log`, a progress bar, and wandb if it is enabled.
 
-    examples: examples seen when the run starts; lines of metrics.jsonl beyond it, written by a run that was
-    killed after its last checkpoint, are dropped.
+    examples: examples seen when the run starts; lines beyond it, written by a run that was killed after its
+    last checkpoint, are cut off. Otherwise lines are only ever appended.
     """
 
     def __init__(self, config: Config, folder: Path, total_examples: int, examples: int):
         self.path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
-        _keep_lines_until(self.path, examples)
-        _keep_lines_until(self.samples_path, examples)
+        _drop_lines_after(self.path, examples)
+        _drop_lines_after(self.samples_path, examples)
         name = config.exp_name
         self.bar = tqdm(total=total_examples, initial=examples, unit="ex", desc=name, dynamic_ncols=True)
         self.wandb = _start_wandb(config, folder) if config.wandb.enabled and not config.debug else None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line; values are Python numbers."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._append(self.path, [metrics])
         if self.wandb is not None:
             self.wandb.log(metrics)
         if "loss/train" in metrics:
@@ -53,9 +54,18 @@ class RunLog:
 
     def samples(self, examples: int, rows: list[dict[str, Any]]) -> None:
         """Append completions of held-out prompts."""
-        with self.samples_path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"examples": examples, **row}, ensure_ascii=False) + "\n")
+        self._append(self.samples_path, [{"examples": examples, **row} for row in rows])
+
+    def _append(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def flush(self) -> None:
+        """Let what was written so far outlive a power cut."""
+        for path in (self.path, self.samples_path):
+            if path.is_file():
+                fsync(path)
+        fsync(self.path.parent)
 
     def close(self) -> None:
         self.bar.close()
@@ -81,16 +91,28 @@ def _start_wandb(config: Config, folder: Path) -> Any:
         ) from error
 
 
-def _keep_lines_until(path: Path, examples: int) -> None:
-    """Drop lines of later steps, and the line that was being written when the run was killed."""
+def _drop_lines_after(path: Path, examples: int) -> None:
+    """Cut off the lines of later steps, and the line that was being written when the run was killed.
+
+    What stands before the first line of a later step stays, also lines that are no lines of a log.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):  # no whole line of JSON
-            if json.loads(line)["examples"] <= examples:
-                kept.append(line + b"\n")
-    path.write_bytes(b"".join(kept))
+    kept = 0
+    for end, line in whole_lines(path):
+        if _examples(line) > examples:
+            break
+        kept = end
+    cut(path, kept)
+
+
+def _examples(line: bytes) -> float:
+    """The examples seen at a line of the log; 0 for what is no such line."""
+    try:
+        found = json.loads(line)["examples"]
+        return found if isinstance(found, int) else 0
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 0
 
 
 class Meter:

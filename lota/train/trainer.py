@@ -26,7 +26,6 @@ from lota.train import checkpoint, lora
 from lota.train.interrupt import Interrupted, StopBetweenSteps
 from lota.train.objectives import OBJECTIVES
 from lota.train.preflight import Prepared, add_snip_mask, prepare
-from lota.train.run_folder import RunFolder
 from lota.train.run_model import load_run_model
 from lota.train.runlog import Meter, RunLog
 
@@ -48,6 +47,7 @@ class Trainer:
         self.progress = checkpoint.Progress()
         self.stop = StopBetweenSteps()
         self.meter = Meter()
+        self.saved: tuple[int, Path] | None = None  # step and folder of the last checkpoint
         self.metrics: dict[str, float] = {}  # the newest value of each key of metrics.jsonl
 
     # Where weights live
@@ -107,6 +107,7 @@ class Trainer:
         fuse_in_backward(self.optimizer, config.gradient_accumulation_steps)
         if resumable is not None:
             self.progress = checkpoint.restore(resumable.content, self.optimizer)
+            self.saved = (self.progress.step, resumable.folder)
         elif self.working_dtype != torch.float32:
             checkpoint.fill_masters(self.optimizer, self.base())
         self.objective = OBJECTIVES[config.loss.name](config, self.data.tokenizer, self.model, self.precision)
@@ -146,7 +147,7 @@ class Trainer:
             logger.info(done, self.config.run_dir, resumable.folder)
             return resumable.folder
         last = None
-        with self.stop, RunFolder(self.config, replaces=resumable is None) as self.folder, self.loaded():
+        with self.stop, self.data.folder as self.folder, self.loaded():
             if self.config.do_first_eval and self.progress.step == 0:
                 self.evaluate()
             self.meter.reset()
@@ -269,6 +270,8 @@ class Trainer:
         """Write the checkpoint of this moment: epoch-N/ at the end of an epoch, else step-<examples>/."""
         if self.config.debug:
             return None
+        if self.saved is not None and self.saved[0] == self.progress.step:
+            return self.saved[1]  # a stop right after a checkpoint
         by_epoch = self.config.save_interval[0] == "epoch"
         folder = self.config.run_dir / self.progress.folder_name(by_epoch)
         if not all(values.isfinite().all() for _, _, values in self.optimizer.kept_values()):
@@ -280,6 +283,7 @@ class Trainer:
                 checkpoint.save_delta(self.config, self.data.mask, temporary, folder)
 
         self.stop.saving = True
+        self.log.flush()  # a checkpoint never outlives the lines before it
         checkpoint.save(
             folder,
             state=self.gather_state(),
@@ -291,4 +295,5 @@ class Trainer:
         )
         self.folder.keep()
         self.stop.saving = False
+        self.saved = (self.progress.step, folder)
         return folder

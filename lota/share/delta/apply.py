@@ -104,7 +104,7 @@ def _write(
     if roles[1] == "tuned":
         # evaluation renders and cuts prompts as the run did
         record |= {name: delta.meta.get(name) for name in PROMPT_SETTINGS}
-    with new_model_files(folder, record) as staged:
+    with new_model_files("out", folder, model, record) as staged:
         write_like(str(model), source, structure, staged, flipped, max_shard_size)
         written = content_hash(open_weights(staged, structure))
         if written != delta.meta[f"{roles[1]}_hash"]:

@@ -1,0 +1,198 @@
+"""Places held by one process at a time, and cleared of what killed processes left half-done in them.
+
+Whoever replaces or deletes something holds its place (`working_in` a folder, `holding` a single file or
+folder) and looks, decides and acts under it. docs/RELIABILITY.md lists all such places and what guards them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+LOCK = ".lock"  # in a folder that is held; `.NAME.lock` beside a file or folder NAME that is held
+logger = logging.getLogger(__name__)
+
+_held: set[Path] = set()  # by this process
+_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(\d+|(?P<old>old)){re.escape(TEMPORARY_SUFFIX)}")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def working_in(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[Path]:
+    """Hold a folder; what killed processes left half-done in it is undone first. Yields its real path.
+
+    The folder is made if it is not there, and goes again if nothing was put into it. Raises ValueError if it
+    is still held after `wait` seconds. The lock ends with its process, however that ends.
+    """
+    folder = Path(folder).resolve()
+    with _folders(folder), _lock(folder / LOCK, folder, wait):
+        clear_leftovers(folder)
+        with _remembered(folder):
+            yield folder
+
+
+@contextlib.contextmanager
+def holding(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[Path]:
+    """Hold one file or folder by its name, whether it exists or not; otherwise as `working_in`.
+
+    What lies in a folder that this process works in is held already.
+    """
+    path = Path(path)
+    path = path.parent.resolve() / path.name
+    if path in _held or not _held.isdisjoint(path.parents):
+        if path.parent.is_dir() and path.parent not in _held:
+            clear_leftovers(path.parent, path.name)
+        yield path
+        return
+    with _folders(path.parent), _lock(_lock_of(path), path, wait):
+        clear_leftovers(path.parent, path.name)
+        with _remembered(path):
+            yield path
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Undo what killed processes left half-done: a replaced folder comes back, temporary files and locks go.
+
+    The caller holds the folder, or its entry `name`, to which alone it looks then.
+    """
+    for item in sorted(folder.iterdir()):
+        found = _LEFTOVER.fullmatch(item.name)
+        if found is None or name not in (None, found["name"]):
+            continue
+        target = folder / found["name"]
+        if name is None and _is_held(_lock_of(target)):
+            continue
+        if found["old"] and not target.exists():
+            os.replace(item, target)
+            fsync(folder)
+        else:
+            remove(item)
+    if name is None:
+        for lock in sorted(folder.glob(f".*{LOCK}")):
+            if lock.name != LOCK and not _is_held(lock):
+                lock.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}{LOCK}")
+
+
+@contextlib.contextmanager
+def _remembered(path: Path) -> Iterator[None]:
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+
+
+@contextlib.contextmanager
+def _folders(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; at the end those of them that are empty go again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            fsync(path.parent)  # else a power cut could take the folder, whatever was flushed in it
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it is not empty, or not there
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(file: Path, place: Path, wait: float) -> Iterator[None]:
+    handle = _acquire(file, place, wait)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()  # while it is held: whoever opened it before sees that it is gone, and tries again
+        os.close(handle)
+
+
+def _acquire(file: Path, place: Path, wait: float) -> int:
+    """A handle of the locked file. Raises ValueError if another process holds it for longer than `wait`."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the last holder has removed the empty folder
+            file.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(handle, 32).decode(errors="replace").strip()
+            os.close(handle)
+            if time.monotonic() < until:
+                time.sleep(0.02)
+                continue
+            raise ValueError(
+                f"another process (pid {holder}) is at work in {place}: wait until it has ended, or name "
+                "another place"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
+            logger.warning("%s: this file system has no locks; start nothing else in that place", place)
+        if _is_at(handle, file):
+            break
+        os.close(handle)
+    os.truncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+    return handle
+
+
+def _is_at(handle: int, file: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _is_held(file: Path) -> bool:
+    """Whether a process holds this lock."""
+    try:
+        handle = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(handle)
+
+
+# Disk
+
+
+def fsync(path: Path) -> None:
+    """Flush one file, or a folder's own entries, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
