@@ -22,7 +22,7 @@ from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_b
 from lota.models.pair import ModelPair, open_pair
 from lota.storage import write_json
 from lota.train.saliency_gradients import SaliencySettings, collect, data_flags, load_saliency_data
-from lota.utils import Problems, aligned, with_flags
+from lota.utils import Problems, aligned, name_problem, with_flags
 from tasks import get_task
 
 
@@ -64,10 +64,16 @@ def unused_flags(args: argparse.Namespace) -> list[str]:
     return [f"--{flag}" for flag, reads in readers.items() if getattr(args, flag) is not None and not reads]
 
 
+def check_name(name: str) -> None:
+    if problem := name_problem(name):
+        raise ValueError(f"name={name:.60}: {problem}; masks are written into --out/--name")
+
+
 def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     """Check everything, then collect gradients and select. Raises one ValueError with all problems found."""
     problems = Problems()
     attempt = problems.attempt
+    attempt(check_name, args.name)
     sparsities = attempt(check_sparsities, args.sparsities)
     protect = [attempt(Mask.load, path) for path in args.protect]
     kept = [mask for mask in protect if mask is not None]

@@ -274,7 +274,7 @@ class Config:
     activation_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third more time"
     )
-    seed: int = setting(0, "seed of data order, samples and everything random", at_least=0)
+    seed: int = setting(0, "seed of data order, samples and everything random", at_least=0, at_most=2**63 - 1)
 
     # evaluation during training, on a split that training never sees
     do_first_eval: bool = neutral(True, "evaluate before the first step")

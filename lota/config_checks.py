@@ -1,14 +1,18 @@
-"""What is known of a configuration without any file: its problems, unused keys, what a resume may change."""
+"""What is known of a configuration before any file is read: its problems, unused keys, what a resume may
+change.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lota.config import LOSSES, MISSING, Config, LossConfig
 from lota.settings import flat, keys_of, value_problems
+from lota.utils import name_problem
 
 C = TypeVar("C", bound=Config)
 MASK_KEYS = ("mask_path", "snip", "flip_mask", "protect_masks", "freeze_odd_layers", "freeze_even_layers")
@@ -26,10 +30,7 @@ def validated(config: C, problems: Callable[[C], Iterator[str]] | None = None) -
 
 def problems_of(c: Config) -> Iterator[str]:
     """A line per problem, with key, value and remedy."""
-    if c.exp_name in (MISSING, "", None):
-        yield "exp_name is not given: name the run, as in exp_name=my_run"
-    elif Path(c.exp_name).is_absolute() or ".." in Path(c.exp_name).parts:
-        yield f"exp_name={c.exp_name}: must be a name inside the cache folder"
+    yield from _folder_problems(c)
     if c.model.name_or_path == MISSING:
         yield "model.name_or_path is not given: a Hugging Face folder or hub id"
     yield from value_problems(c)
@@ -38,6 +39,26 @@ def problems_of(c: Config) -> Iterator[str]:
     yield from _trained_entries_problems(c)
     yield from _loss_problems(c)
     yield from _reference_problems(c)
+
+
+def _folder_problems(c: Config) -> Iterator[str]:
+    """Of the run's folder and name, and of the process."""
+    if c.exp_name in (MISSING, "", None):
+        yield "exp_name is not given: name the run, as in exp_name=my_run"
+        return
+    if problem := name_problem(c.exp_name):
+        yield f"exp_name={c.exp_name:.60}: {problem}; the run's folder stands inside the cache folder"
+        return
+    inside = next((part for part in c.exp_name.split("/") if re.fullmatch(r"(epoch|step)-\d+", part)), None)
+    if inside:
+        yield f"exp_name={c.exp_name}: {inside} is the name of a checkpoint; name the run otherwise"
+    above = next((folder for folder in (c.run_dir, *c.run_dir.parents) if os.path.lexists(folder)), None)
+    if above is not None and not above.is_dir():
+        places = "local_dirs" if c.local_dirs else "PROJECT_CACHE"
+        key = "exp_name" if c.cache_dir in above.parents else places
+        yield f"{key}: the run's folder would be {c.run_dir}, but {above} is a file; choose another {key}"
+    if not re.fullmatch(r"\d*", size := os.environ.get("WORLD_SIZE", "")):
+        yield f"WORLD_SIZE={size}: the environment variable must be a number of processes; unset it"
 
 
 def _data_and_length_problems(c: Config) -> Iterator[str]:
@@ -70,6 +91,8 @@ def _optimizer_problems(c: Config) -> Iterator[str]:
         yield f"betas={c.betas}: give two numbers"
     if c.grad_norm_strategy != "none" and not c.max_grad_norm > 0:
         yield f"max_grad_norm={c.max_grad_norm}: must be above 0 (or grad_norm_strategy=none)"
+    if c.model.pad_token is not None and not c.model.pad_token.strip():
+        yield f"model.pad_token={c.model.pad_token!r}: give a token, such as <PAD>, or null to add none"
     if c.model.fsdp_policy_mp == "bfloat16" and c.model.policy_dtype == "float16":
         yield "model.fsdp_policy_mp=bfloat16 with model.policy_dtype=float16: choose float32 or bfloat16"
 

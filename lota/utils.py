@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LONGEST_NAME = 200  # bytes of a file's or folder's name; file systems allow 255, and endings are added to it
 
 
 # Problems
@@ -54,6 +55,24 @@ def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         ).rstrip()
         for line in lines
     ]
+
+
+def name_problem(name: str) -> str:
+    """Why a name, of one part or several with slashes between them, cannot be that of a folder inside another
+    one; empty if it can.
+    """
+    parts = Path(name).parts
+    if not parts:
+        return "must name a folder"
+    if Path(name).is_absolute() or ".." in parts:
+        return "must be a name inside the folder, not a path that leads out of it"
+    if any(part.startswith(".") for part in parts):
+        return "no part may begin with a dot, as temporary files do"
+    if not name.isprintable():
+        return "must have printable characters only"
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        return f"no part may be longer than {LONGEST_NAME} bytes"
+    return ""
 
 
 def with_flags(error: Exception, args: argparse.Namespace, **flags: str) -> str:

@@ -18,8 +18,10 @@ from lota.models.loading import DTYPES as TORCH_DTYPES
 from lota.optim.masked import GRAD_NORM_STRATEGIES
 from lota.optim.optimizers import OPTIMIZERS, SCHEDULERS
 from lota.settings import keys_of
+from lota.train.cli import _folder_name
 from lota.train.objectives import OBJECTIVES
 from lota.train.reference import REFERENCES
+from lota.utils import name_problem
 from scripts.settings import CONFIG, FILES, lines_of, page, with_comments
 from trainers import TRAINERS
 
@@ -165,8 +167,16 @@ def test_all_problems_in_one_error():
         ("save_every=soon", "save_every=soon: give epoch_N"),
         ("flip_mask=true", "flip_mask=true needs a mask_path"),
         ("freeze_odd_layers=true freeze_even_layers=true", "freeze_odd_layers and freeze_even_layers"),
-        ("exp_name=../up", "exp_name=../up: must be a name inside the cache folder"),
+        ("exp_name=../up", "exp_name=../up: must be a name inside the folder"),
+        ("exp_name=/abs", "exp_name=/abs: must be a name inside the folder"),
+        ("exp_name=.", "exp_name=.: must name a folder"),
+        ("exp_name=a/.replaced", "no part may begin with a dot"),
+        (f"exp_name=a/{'x' * 300}", "no part may be longer than 200 bytes"),
+        ("exp_name=x/step-16", "step-16 is the name of a checkpoint"),
+        ("exp_name=x/epoch-1/y", "epoch-1 is the name of a checkpoint"),
         ("exp_name=", "exp_name is not given"),
+        ("model.pad_token=", "model.pad_token='': give a token, such as <PAD>, or null"),
+        ("seed=100000000000000000000000", "seed=100000000000000000000000: must be at least 0 and at most"),
         ("datasets=[]", "datasets is empty"),
         ("loss=dpo loss.average_log_prob=true", "loss.average_log_prob=True: a setting of loss=sft"),
         ("loss=dpo loss.average_log_prob=false", "loss.average_log_prob=False: a setting of loss=sft"),
@@ -185,6 +195,29 @@ def test_all_problems_in_one_error():
 def test_each_bad_setting_is_named_with_its_remedy(overrides, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         composed(*overrides.split())
+
+
+@pytest.mark.parametrize("key", ["PROJECT_CACHE", "local_dirs", "exp_name"])
+def test_a_file_in_the_place_of_the_runs_folder(tmp_path, monkeypatch, key):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "file" if key == "PROJECT_CACHE" else tmp_path))
+    override = {"local_dirs": f"local_dirs=[{tmp_path}/file/runs]", "exp_name": "exp_name=file/x"}.get(key)
+    with pytest.raises(ValueError, match=rf"{key}: the run's folder would be .*/file is a file; choose"):
+        composed(*([override] if override else []))
+
+
+def test_a_number_of_processes_that_is_no_number(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(ValueError, match="WORLD_SIZE=abc: the environment variable must be a number"):
+        composed()
+
+
+@pytest.mark.parametrize(
+    "overrides", ["lr=" + "ä" * 150, "lr=" + "x" * 199, "model.archive=../" + "a/" * 150]
+)
+def test_the_folder_of_a_job_is_one_name_that_a_file_system_takes(overrides):
+    assert name_problem(_folder_name(overrides)) == ""
+    assert _folder_name(overrides) != _folder_name(overrides + "b")
 
 
 def test_a_configuration_can_be_made_without_checks():

@@ -91,6 +91,11 @@ def test_random_per_tensor_protected_without_tuned(pair, tmp_path):
     [
         ("--sparsities 1.0", "--sparsities 1.0"),
         ("--sparsities 0.5 ninety", "'ninety' is not a number"),
+        ("--sparsities -0.0", "'-0.0': write 0.0"),
+        ("--name ../../up", "--name ../../up: must be a name inside the folder"),
+        ("--name TMP/abs", "must be a name inside the folder"),
+        ("--name .", "--name .: must name a folder"),
+        (f"--name {'x' * 300}", "no part may be longer than 200 bytes"),
         ("--tuned TMP/nothing", "TMP/nothing does not exist"),
         ("--base TMP/nothing", "TMP/nothing does not exist"),
         ("--scope [", "regular expression"),

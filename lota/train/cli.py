@@ -21,6 +21,7 @@ from lota.config import Config
 from lota.config_checks import problems_of, validated
 from lota.settings import unknown_keys
 from lota.train.interrupt import Interrupted
+from lota.utils import LONGEST_NAME
 
 if TYPE_CHECKING:
     from lota.train.trainer import Trainer
@@ -68,10 +69,12 @@ def in_multirun() -> bool:
 
 def _folder_name(overrides: str) -> str:
     """The job's overrides as one folder name; slashes and over-long names are replaced."""
-    name = overrides.replace("/", "-") or "default"
-    if len(name) <= 200:
+    name = overrides.replace("/", "-").lstrip(".") or "default"
+    encoded = name.encode()
+    if len(encoded) <= LONGEST_NAME:
         return name
-    return name[:180] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    cut = encoded[: LONGEST_NAME - 20].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(encoded).hexdigest()[:12]}"
 
 
 def closing_words(trainer: Trainer, folder: Path | None) -> str:

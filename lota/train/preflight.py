@@ -132,7 +132,9 @@ def _load_data(
     steps = [len(batch.rows) for batch in batch_order(config, len(train), None)]
     if not steps:
         raise ValueError(f"fast_forward={config.fast_forward} skips the whole run of {len(train)} examples")
-    if len(steps) <= config.warmup_steps:
+    if config.lr == 0:
+        logger.warning("lr=0: no weight will change")
+    elif len(steps) < config.warmup_steps:
         logger.warning(
             "warmup_steps=%d, but the run has %d steps: lr=%g is never reached",
             config.warmup_steps,
