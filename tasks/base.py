@@ -137,7 +137,22 @@ class Task:
         if path is None:
             return self._load_hub(split, folder)
         logger.info("%s %s: rows from %s", self.name, split, path)
-        return read_rows(path, self.check, self.unpack)
+        rows = read_rows(path, self.check, self.unpack)
+        if split == self.held_out:
+            self._warn_of_shared(rows, path)
+        return rows
+
+    def _warn_of_shared(self, rows: list[Row], path: Path) -> None:
+        """Log how many held-out rows also stand in the local training file, if there is one."""
+        try:
+            train = find_file(path.parent, "train")
+            seen = {_row_key(row) for row in read_rows(train, self.check, self.unpack)} if train else set()
+        except ValueError:  # who trains on it is told
+            return
+        shared = sum(_row_key(row) in seen for row in rows)
+        if shared:
+            text = "%s: %d of %d rows of %s are training rows too (%s): scores on them prove nothing"
+            logger.warning(text, self.name, shared, len(rows), path, train)
 
     def hub_of(self, split: str) -> HubSet | None:
         """The set that holds a split if there is no local file."""
@@ -190,6 +205,10 @@ class QuestionTask(Task):
 
     def question(self, row: Row) -> str:
         return row["question"].strip()
+
+
+def _row_key(row: Row) -> str:
+    return json.dumps(row, sort_keys=True)
 
 
 def text_of(row: Row, field: str, *, empty: bool = True) -> str:

@@ -73,6 +73,7 @@ def checked(
                 raise ValueError(f"expected an object with named fields, found {entry!r:.60}")
             found = [entry] if unpack is None else list(unpack(entry))
             for row in found:
+                _check_texts(row)
                 check(row)
         except ValueError as error:
             raise ValueError(f"{place}{number}: {error}") from error
@@ -85,6 +86,22 @@ def checked(
     if empty:
         logger.info("%s: %d of %d entries left out", origin, empty, total)
     return rows
+
+
+def _check_texts(value: Any, field: str = "") -> None:
+    """Refuse text that no tokenizer takes, or that no person wrote, anywhere in a row."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError(f"field {field!r} holds a NUL character: remove it, the file may be damaged")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise ValueError(f"field {field!r} holds {half}, one half of a character: remove it") from None
+    elif isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_texts(key, field)
+            _check_texts(part, f"{field}.{key}" if field else str(key))
 
 
 class MalformedLine(ValueError):
@@ -100,9 +117,27 @@ def _read_jsonl(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise MalformedLine(number, f"not JSON: {error.msg} at column {error.colno}") from error
+                yield number, json.loads(line, object_pairs_hook=_each_key_once)
+            except (ValueError, RecursionError) as error:
+                raise _malformed(error, number) from error
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object: remove one of them")
+    return found
+
+
+def _malformed(error: ValueError | RecursionError, line: int) -> MalformedLine:
+    """What reading a JSON value raised, as an error at that line or, if it tells a later one, there."""
+    if isinstance(error, json.JSONDecodeError):
+        return MalformedLine(max(line, error.lineno), f"not JSON: {error.msg} at column {error.colno}")
+    if isinstance(error, RecursionError):
+        return MalformedLine(line, "nested too deeply to be read")
+    return MalformedLine(line, str(error).partition(";")[0])  # Python advises on its limit of digits
 
 
 class _JsonCursor:
@@ -111,7 +146,7 @@ class _JsonCursor:
     def __init__(self, text: str, expected: str) -> None:
         self.text, self.expected = text, expected
         self.line, self.at = 1, 0
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(object_pairs_hook=_each_key_once)
 
     def peek(self) -> str:
         """The next character that is not blank, or nothing at the end."""
@@ -134,8 +169,8 @@ class _JsonCursor:
         self.peek()
         try:
             value, end = self.decoder.raw_decode(self.text, self.at)
-        except json.JSONDecodeError as error:
-            raise MalformedLine(error.lineno, f"not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:
+            raise _malformed(error, self.line) from error
         line = self.line
         self._advance(end)
         return line, value
@@ -181,8 +216,13 @@ def read_completions(text: str) -> Iterator[tuple[int, Any]]:
 def _read_csv(text: str) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     end = 0  # line of the file that the last record ended on
+    usual = csv.field_size_limit(len(text) + 1)  # it would refuse a field of more than 131,072 characters
     try:
-        end = reader.line_num if reader.fieldnames else 0
+        header = list(reader.fieldnames or ())
+        end = reader.line_num if header else 0
+        if len(set(header)) < len(header):
+            twice = next(field for field in header if header.count(field) > 1)
+            raise MalformedLine(1, f"the header has the column {twice!r} twice: rename or remove one of them")
         for row in reader:
             if None in row:
                 raise MalformedLine(end + 1, f"more values than the {len(row) - 1} fields of the header")
@@ -190,6 +230,8 @@ def _read_csv(text: str) -> Iterator[tuple[int, Any]]:
             end = reader.line_num
     except csv.Error as error:
         raise MalformedLine(end + 1, f"not CSV: {error}") from error
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _read_txt(text: str) -> Iterator[tuple[int, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -74,6 +75,21 @@ GOOD = json.dumps(ROW)
         ("test.csv", 'question,answer\n"a\r\nb",#### 1\ny,z,w\n', ["line 4", "more values"]),
         ("test.csv", 'question,answer\n"never closed', ["line 2", "not CSV"]),
         ("test.csv", "question,answer\n", ["test.csv: no rows"]),
+        ("test.csv", "question,answer,question\nx,#### 1,y\n", ["line 1", "the column 'question' twice"]),
+        ("test.csv", "question,answer\nx\0,#### 1\n", ["line 2", "'question' holds a NUL character"]),
+        (
+            "test.jsonl",
+            f'{GOOD}\n{{"question": "a", "question": "b"}}',
+            ["line 2", "'question' stands twice"],
+        ),
+        ("test.json", f'[{GOOD},\n{{"a": 1, "a": 2}}]', ["line 2", "the key 'a' stands twice"]),
+        ("test.jsonl", GOOD.replace("many", "\\ud800"), ["line 1", r"'question' holds \ud800, one half"]),
+        ("test.json", f"[{GOOD},\n{GOOD.replace('many', chr(92) + 'udc00')}]", ["line 2", r"\udc00"]),
+        ("test.jsonl", f'{GOOD[:-1]}, "more": {{"a": ["\\u0000"]}}}}', ["'more.a.0' holds a NUL character"]),
+        ("test.jsonl", f'{GOOD}\n{{"id": {"9" * 5000}}}', ["line 2", "5000 digits"]),
+        ("test.json", f'[{GOOD},\n\n{{"id": {"9" * 5000}}}]', ["line 3", "5000 digits"]),
+        ("test.jsonl", "[" * 200_000, ["line 1", "nested too deeply"]),
+        ("test.json", "[" * 200_000, ["line 1", "nested too deeply"]),
     ],
 )
 def test_malformed_data_names_its_place(tmp_path, name: str, content: str, words: list[str]):
@@ -82,6 +98,26 @@ def test_malformed_data_names_its_place(tmp_path, name: str, content: str, words
         GSM8K.load("test", tmp_path)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_long_field_is_a_field(tmp_path):
+    limit = csv.field_size_limit()
+    put(tmp_path, "test.csv", f"question,answer\n{'x' * 200_000},#### 1\n")
+    assert len(GSM8K.load("test", tmp_path)[0]["question"]) == 200_000
+    assert csv.field_size_limit() == limit  # which is the whole process's
+
+
+def test_held_out_rows_that_are_training_rows_are_counted(tmp_path, caplog):
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(5)]
+    for name, some in (("train", rows), ("test", [*rows[3:], {"question": "new", "answer": "#### 1"}])):
+        put(tmp_path, f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in some))
+    GSM8K.load("train", tmp_path)
+    assert not caplog.records
+    assert len(GSM8K.load("test", tmp_path)) == 3
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith(f"gsm8k: 2 of 3 rows of {tmp_path}/tasks/gsm8k/test.jsonl are training rows too")
+    put(tmp_path, "train.jsonl", "{")  # which is told where it is trained on
+    assert len(GSM8K.load("test", tmp_path)) == 3
 
 
 def test_bytes_that_are_no_text(tmp_path):
