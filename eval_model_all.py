@@ -6,15 +6,17 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
 
 from lota.data.task import Row
 from lota.evaluate import cli
-from lota.evaluate.evaluator import EvaluationSettings, Evaluator, prepare_requests
+from lota.evaluate.evaluator import EvaluationSettings, Evaluator, prepare_requests, result_file
 from lota.evaluate.results import Result, compare, summarize, summary_table, write_summary
 from lota.evaluate.scorers import TaskRequest
+from lota.places import holding
 from tasks import EVALUATED_ON, evaluation_names, get_task
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
@@ -81,15 +83,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     prepared = prepare_requests(evaluation_names(args.datasets), get_task, settings)
     out_dir = cli.choose_results_folder(args)
     prompter = cli.make_prompter(args, whole_prompts=args.whole_prompts)
-    model = cli.load_chosen_model(args, prompter.tokenizer)
-    evaluator = Evaluator(
-        model, prompter, model_name=cli.model_label(args), out_dir=out_dir, batch_size=args.bs
-    )
     results, comparisons = [], {}
-    for request, other in prepared:
-        results.append(score(evaluator, request, args))
-        if other is not None:
-            comparisons[request.task.name] = compare(request.task, results[-1], other)
+    with ExitStack() as held:
+        for request, _ in prepared:
+            held.enter_context(holding(result_file(out_dir, request)))
+        model = cli.load_chosen_model(args, prompter.tokenizer)
+        evaluator = Evaluator(
+            model, prompter, model_name=cli.model_label(args), out_dir=out_dir, batch_size=args.bs
+        )
+        for request, other in prepared:
+            results.append(score(evaluator, request, args))
+            if other is not None:
+                comparisons[request.task.name] = compare(request.task, results[-1], other)
     given = [name.strip() for name in args.datasets.split(",")]
     content = summarize(
         results,

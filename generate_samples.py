@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from lota.evaluate import cli
 from lota.evaluate.alpaca import Sampler
 from lota.evaluate.decoding import Decoding
+from lota.places import holding
 from tasks import get_task
 from tasks.base import Row
 from tasks.chat import ChatTask
@@ -92,23 +94,27 @@ def sample(args: argparse.Namespace) -> list[Path]:
     prompter = cli.make_prompter(args)
     prompts = [prompter.prompt(task, row) for row in rows]
     instructions = [task.instruction(row) for row in rows]
-    sampler = Sampler(
-        cli.load_chosen_model(args, prompter.tokenizer, args.archive),
-        prompter,
-        task,
-        generator=args.model_name,
-        max_prompt_length=args.max_prompt_length,
-        chunk_size=args.chunk_size,
-    )
-    paths = []
+    stem, files = Path(args.prompt_set).stem, []
     for decoding, number in asked:
-        name = f"{Path(args.prompt_set).stem}_temp{decoding.temperature}"
-        paths.append(folder / f"{name}{f'_sample{number}' if number else ''}.json")
-        with tqdm(total=len(chosen), desc=paths[-1].name, unit="prompt") as bar:
-            sampler.write(
-                paths[-1], instructions, prompts, decoding, sample=number, chosen=chosen, on_done=bar.update
-            )
-    return paths
+        name = f"{stem}_temp{decoding.temperature}{f'_sample{number}' if number else ''}.json"
+        files.append((folder / name, decoding, number))
+    with ExitStack() as held:
+        for path, *_ in files:
+            held.enter_context(holding(path))
+        sampler = Sampler(
+            cli.load_chosen_model(args, prompter.tokenizer, args.archive),
+            prompter,
+            task,
+            generator=args.model_name,
+            max_prompt_length=args.max_prompt_length,
+            chunk_size=args.chunk_size,
+        )
+        for path, decoding, number in files:
+            with tqdm(total=len(chosen), desc=path.name, unit="prompt") as bar:
+                sampler.write(
+                    path, instructions, prompts, decoding, sample=number, chosen=chosen, on_done=bar.update
+                )
+    return [path for path, *_ in files]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

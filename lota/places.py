@@ -48,15 +48,12 @@ def holding(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[Path]:
     """
     path = Path(path)
     path = path.parent.resolve() / path.name
-    if path in _held or not _held.isdisjoint(path.parents):
-        if path.parent.is_dir() and path.parent not in _held:
+    covered = path in _held or not _held.isdisjoint(path.parents)
+    lock = contextlib.nullcontext() if covered else _lock(_lock_of(path), path, wait)
+    with _folders(path.parent), lock, contextlib.nullcontext() if covered else _remembered(path):
+        if path.parent not in _held:  # it was cleared as a whole
             clear_leftovers(path.parent, path.name)
         yield path
-        return
-    with _folders(path.parent), _lock(_lock_of(path), path, wait):
-        clear_leftovers(path.parent, path.name)
-        with _remembered(path):
-            yield path
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:

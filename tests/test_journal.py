@@ -26,7 +26,8 @@ def test_a_damaged_journal_is_set_aside(tmp_path, content: str):
 def test_results_of_unknown_origin_are_not_overwritten(tmp_path):
     old = tmp_path / "a.jsonl"
     old.write_text("precious")
-    Journal(tmp_path / "a.journal", {}, made_from_it=[old])
+    with Journal(tmp_path / "a.journal", {}, made_from_it=[old]):
+        pass
     assert (tmp_path / "a.1.jsonl").read_text() == "precious"
 
 

@@ -19,6 +19,7 @@ from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate, prompt_bound
 from lota.evaluate.journal import Journal
 from lota.models.hashing import model_key
+from lota.places import holding
 from lota.storage import content_key, write_json
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class Sampler:
         """
         path = Path(path)
         chosen = range(len(prompts)) if chosen is None else chosen
-        with Journal(path.with_suffix(".journal"), self._key(prompts, decoding, sample), [path]) as journal:
+        key = self._key(prompts, decoding, sample)
+        with holding(path), Journal(path.with_suffix(".journal"), key, [path]) as journal:
 
             def save() -> list[dict[str, str]]:
                 done = [i for i in chosen if i in journal.records]

@@ -22,10 +22,16 @@ from lota.evaluate.journal import Journal
 from lota.evaluate.results import Result, StoredRuns, now, read_stored_runs
 from lota.evaluate.scorers import Records, Scorer, TaskRequest, find_scorer
 from lota.models.hashing import model_key
-from lota.storage import atomic_path, content_key, write_json
+from lota.places import holding
+from lota.storage import atomic_path, content_key, cut, naming, whole_lines, write_json
 from lota.utils import Problems
 
 logger = logging.getLogger(__name__)
+
+
+def result_file(out_dir: str | os.PathLike[str], request: TaskRequest) -> Path:
+    """Where the result of a request is written; who holds it may write all files of that task."""
+    return Path(out_dir) / "metrics" / f"{request.task.name}{request.scorer.suffix}.json"
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,9 @@ class Evaluator:
 
         Writes <task>.json (the result; with loglik all names start with <task>_loglik),
         <task>_predictions.jsonl (of run 0; _run1 ... for more), and appends a line per run to
-        <task>_accuracy.txt. Predictions on disk are reused if weights, task version, data, seed, settings and
-        template are the same; on_done is called with every prediction, old or new.
+        <task>_accuracy.txt, unless it has this result already. Predictions on disk are reused if weights,
+        task version, data, seed, settings and template are the same; on_done is called with every prediction,
+        old or new. Raises ValueError if another process scores this task into the same folder.
         """
         if num_runs < 1:
             raise ValueError(f"num_runs={num_runs}: must be at least 1")
@@ -121,12 +128,14 @@ class Evaluator:
         if n_cut:
             logger.warning("%s: %d of %d prompts cut to fit", scorer.stem, n_cut, len(request.numbers))
         key = self._key(scorer)
-        runs = []
-        for run in range(num_runs if scorer.draws else 1):
-            runs.append(self._predict(scorer, run, key, on_done or (lambda prediction: None)))
-            self._append_line(scorer, run, runs[-1])
-        result = self._result(scorer, runs, key, n_cut)
-        write_json(self.folder / f"{scorer.stem}.json", result.to_dict())
+        file = result_file(self.folder.parent, request)
+        with holding(file):
+            runs = []
+            for run in range(num_runs if scorer.draws else 1):
+                runs.append(self._predict(scorer, run, key, on_done or (lambda prediction: None)))
+                self._append_line(scorer, run, runs[-1])
+            result = self._result(scorer, runs, key, n_cut)
+            write_json(file, result.to_dict())
         return result
 
     def _key(self, scorer: Scorer) -> dict[str, Any]:
@@ -165,10 +174,17 @@ class Evaluator:
 
     def _append_line(self, scorer: Scorer, run: int, records: Records) -> None:
         metric, found = next(iter(scorer.estimates(scorer.task, [records]).items()))
-        line = f"{now()} {metric} {found.value} stderr {found.stderr} n {found.n}"
+        line = f"{metric} {found.value} stderr {found.stderr} n {found.n}"
         line += f" seed {scorer.request.decoding.seed + run} version {scorer.task.version}"
-        with (self.folder / f"{scorer.stem}_accuracy.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{line} model {self.model_name}\n")
+        line = " ".join(f"{line} model {self.model_name}".split("\n"))
+        path = self.folder / f"{scorer.stem}_accuracy.txt"
+        lines = list(whole_lines(path)) if path.is_file() else []
+        if any(old.partition(b" ")[2] == line.encode() for _, old in lines):
+            return  # an evaluation that was killed after it had written this, or is repeated
+        if lines:
+            cut(path, lines[-1][0])
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.write(f"{now()} {line}\n")
 
     def _result(self, scorer: Scorer, runs: Sequence[Records], key: Mapping[str, Any], n_cut: int) -> Result:
         task = scorer.task

@@ -31,8 +31,10 @@ from lota.lotto.held_out import Measured, measure_all
 from lota.lotto.ledger import Entry, Ledger, values_hash
 from lota.masks import Mask
 from lota.masks.extract.select import extract
+from lota.models.hashing import remembered_hash
 from lota.models.loading import dtype_of, load_model
 from lota.models.weights import open_weights
+from lota.storage import content_key, set_aside
 from lota.train.checkpoint import POLICY, newest_checkpoint
 from lota.train.run_model import load_run_tokenizer
 
@@ -111,14 +113,17 @@ class Lotto:
             return Path(config.own(stage.task, "mask_path"))
         sparsity = config.own(stage.task, "sparsity")
         path = self.folder / stage.name / f"{sparsity:g}_mask.pt"
+        start = before or config.model.archive or config.model.name_or_path
         if path.is_file():
-            return path
+            made_of = Mask.load(path, mapped=True).meta.get("base_hash")
+            if made_of is None or made_of == remembered_hash(start, self.checked.model):
+                return path
+            logger.warning("%s was made of another model and is now %s", path, set_aside(path).name)
         tuned = None
         if method.calibrated:
             place = self.place(stage, CALIBRATE, before)
             run = config.calibration(stage.task, **place, protect_masks=self.protected(stage))
             tuned = self.start(run) / POLICY
-        start = before or config.model.archive or config.model.name_or_path
         mask = extract(
             start,
             tuned,
@@ -193,16 +198,19 @@ class Lotto:
         """policy.pt of a stage's last checkpoint."""
         run = self.folder / stage.name / ADAPT
         found = newest_checkpoint(run)
-        if found is None:
+        if found is None or not found[1]["progress"]["finished"]:
             raise ValueError(
-                f"{run} has no checkpoint any more, and the stages after it need one: put it back, or start "
+                f"{run} has lost its last checkpoint, which the stages after it need: put it back, or start "
                 "anew with overwrite=true"
             )
         return found[0] / POLICY
 
     def measure(self, folder: Path, policy: Path | None) -> dict[str, Measured]:
         """Results on every task of the model in a policy.pt; None: of the base."""
-        return measure_all(self.checked.held_out, lambda: self.load(policy), folder)
+        model = self.config.model
+        weights = remembered_hash(policy or model.archive or model.name_or_path, self.checked.model)
+        key = content_key([weights, model.policy_dtype, model.pad_token, model.tokenizer_name_or_path])
+        return measure_all(self.checked.held_out, lambda: self.load(policy), folder, key)
 
     def load(self, policy: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = self.config.model, load_run_tokenizer(self.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from lota.evaluate.estimates import Estimate, ratio
 from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
-from lota.storage import content_key, write_json
+from lota.storage import DAMAGED, content_key, set_aside, write_json
 
 RESULTS = "held_out.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,19 +103,36 @@ def measure_all(
     held_out: Sequence[HeldOut],
     load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
     folder: Path,
+    weights: str,
 ) -> dict[str, Measured]:
     """Returns task name -> results of the model that `load` gives.
 
-    What <folder>/held_out.json holds for the same rows and settings is not measured again; the model is
-    loaded only if something is missing.
+    What <folder>/held_out.json holds for the same weights, rows and settings is not measured again; the model
+    is loaded only if something is missing. weights: the model's content hash.
     """
     path = folder / RESULTS
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    missing = [one for one in held_out if stored.get(one.task.name, {}).get("key") != one.key]
+    keys = {one.task.name: content_key([one.key, weights]) for one in held_out}
+    stored = _stored(path)
+    missing = [one for one in held_out if stored.get(one.task.name, {}).get("key") != keys[one.task.name]]
     if missing:
         model, tokenizer = load()
         for one in missing:
             found = one.measure(model, tokenizer, folder)
-            stored[one.task.name] = {"key": one.key, **found.to_dict()}
+            stored[one.task.name] = {"key": keys[one.task.name], **found.to_dict()}
             write_json(path, stored)
     return {one.task.name: Measured.from_dict(stored[one.task.name]) for one in held_out}
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The content of a results file; one that cannot be read is set aside."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for entry in content.values():
+            Measured.from_dict(entry)
+        return dict(content)
+    except DAMAGED as error:
+        moved = set_aside(path).name
+        logger.warning("%s cannot be read (%s) and is now %s", path, str(error)[:200], moved)
+        return {}

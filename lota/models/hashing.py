@@ -62,7 +62,7 @@ def remembered_hash(path: str | os.PathLike[str], model: PreTrainedModel | None 
         newer = [*kept.items(), (key, made)][-REMEMBERED_AT_MOST:]
         try:
             write_json(file, dict(newer))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: others keep it too long
             logger.info("%s is not written (%s): the weights will be hashed again", file, error)
     return made
 
@@ -174,12 +174,21 @@ def config_key(config: PreTrainedConfig) -> str:
     return content_key(content)
 
 
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides the ids of a text: vocabulary, merges, normalization, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for name in ("padding", "truncation"):  # of the last call
+        rules.pop(name, None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return content_key([type(tokenizer).__name__, rules, special])
+
+
 def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What of a model and its tokenizer decides a completion: weights, config, tokenizer, each as a hash."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return {
         "weights": weights_key(model),
         "config": content_key([config_key(model.config), ends]),
-        "tokenizer": content_key([type(tokenizer).__name__, tokenizer.get_vocab(), special]),
+        "tokenizer": tokenizer_key(tokenizer),
     }

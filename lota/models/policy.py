@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lota.models.tensor_files import StoredTensor
-from lota.storage import DAMAGED, torch_reason
+from lota.storage import DAMAGED, torch_reason, verify_checksum
 
 LAYOUT = ("step_idx", "state", "metrics")
 # torch.compile, FSDP1 and checkpoint_wrapper put these into a name at any depth; no model has its own.
@@ -138,7 +138,11 @@ def _is_state(state: Any) -> bool:
 
 
 def _load(file: Path, **options: Any) -> Any:
-    """torch.load on the CPU, tensors only; every way a file can be bad becomes a ValueError."""
+    """torch.load on the CPU, tensors only; every way a file can be bad becomes a ValueError.
+
+    A file that lies beside checksums, as every checkpoint's does, is checked against them first.
+    """
+    verify_checksum(file)
     try:
         with warnings.catch_warnings():  # torch wonders about the pickle protocol of a file it then refuses
             warnings.simplefilter("ignore")

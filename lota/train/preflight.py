@@ -17,11 +17,13 @@ from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, trainable_mask
+from lota.models.hashing import remembered_hash, tokenizer_key
 from lota.models.loading import dtype_of, embedding_rows, load_tokenizer
 from lota.models.policy import is_policy
 from lota.models.scope import find_scope
 from lota.models.weights import open_weights
 from lota.share.delta.format import common_dtype
+from lota.storage import content_key
 from lota.train.lora import lora_targets
 from lota.train.run_folder import Resumable, RunFolder
 from lota.train.run_model import load_run_tokenizer, run_skeleton
@@ -41,7 +43,7 @@ class Prepared:
     skeleton: PreTrainedModel  # the model that will train, on the meta device
     mask: Mask | None  # None: dense training or LoRA
     snip: SnipMask | None  # the mask that has to be computed before training
-    seen: dict[str, str | None]  # hashes of the mask and of the data, which every checkpoint holds
+    seen: dict[str, str | None]  # hashes of what the run is made from, which every checkpoint holds
     lengths: list[int] | None  # tokens per training example if batches are grouped by length
     stop: tuple[str, ...]  # texts that end a sampled completion
     resumable: Resumable | None  # None: the run starts anew
@@ -84,7 +86,11 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
         skeleton=model,
         mask=mask,
         snip=snip if mask is None else None,
-        seen={"mask": mask.fingerprint() if mask else None, "data": examples_hash(train)},
+        seen={
+            "mask": mask.fingerprint() if mask else None,
+            "data": examples_hash(train),
+            **({} if config.debug else _model_hashes(config, tokenizer, model)),
+        },
         lengths=[max(map(len, encode(example))) for example in train] if config.group_by_length else None,
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
@@ -107,16 +113,32 @@ def add_snip_mask(data: Prepared, config: Config, device: torch.device, check: C
     _refuse_other(data)
 
 
+def _model_hashes(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> dict[str, str | None]:
+    """Hashes of the models and of the tokenizer that a run starts from."""
+    reference = _reference_archive(config)
+    if reference is not None:
+        reference = remembered_hash(reference, run_skeleton(config, tokenizer, "reference_archive"))
+    return {
+        "base": remembered_hash(config.model.archive or config.model.name_or_path, model),
+        "reference": reference,
+        "tokenizer": tokenizer_key(tokenizer),
+        "chat template": content_key(tokenizer.chat_template),
+    }
+
+
 def _refuse_other(data: Prepared) -> None:
-    """Raise ValueError if the run was trained on another mask or other data than is there now."""
+    """Raise ValueError if the run was made from something else than is there now, naming what has changed."""
     if data.resumable is None:
         return
-    known = [key for key in data.seen if not (key == "mask" and data.snip is not None)]
-    changed = [key for key in known if data.resumable.content[key] != data.seen[key]]
+    before = data.resumable.content  # of older releases without hashes of the models
+    known = [key for key in data.seen if key in before and not (key == "mask" and data.snip is not None)]
+    changed = [key for key in known if before[key] != data.seen[key]]
     if changed:
         raise ValueError(
             f"run {data.resumable.folder.parent} was trained with another {' and other '.join(changed)} "
-            "under the same name; use another exp_name, or overwrite=true to start anew"
+            "under the same name: put back what it was, use another exp_name, or overwrite=true to start anew"
         )
 
 
@@ -232,8 +254,8 @@ def _check_delta(config: Config, model: PreTrainedModel) -> None:
 
 def _check_reference(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError for a reference model that is not there, or whose token ids are not the policy's."""
-    archive = config.model.reference_archive
-    if archive is None or not config.loss.on_preferences or config.loss.reference_free:
+    archive = _reference_archive(config)
+    if archive is None:
         return
     reference = run_skeleton(config, tokenizer, "reference_archive")
     rows, own_rows = embedding_rows(reference), embedding_rows(model)
@@ -246,6 +268,12 @@ def _check_reference(config: Config, model: PreTrainedModel, tokenizer: PreTrain
             f"model.reference_archive={archive} has another vocabulary ({rows} rows) than the policy "
             f"({own_rows} rows): give a reference that shares the policy's tokenizer"
         )
+
+
+def _reference_archive(config: Config) -> str | None:
+    """The model of the reference, if this run has one of its own."""
+    used = config.loss.on_preferences and not config.loss.reference_free
+    return config.model.reference_archive if used else None
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, int]:
