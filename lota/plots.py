@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
+SOFTWARE = "LoTA"  # in the metadata of a PNG file that `png` made
 FORMATS = (".png", ".pdf", ".svg")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -81,7 +82,7 @@ def png(figure: Figure) -> bytes:
 
     content = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(content, format="png")
+        figure.savefig(content, format="png", metadata={"Software": SOFTWARE})
     return content.getvalue()
 
 

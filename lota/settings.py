@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, get_type_hints
+
+import yaml
 
 P = ParamSpec("P")
 
@@ -87,8 +91,67 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+# Types
+
+_WORDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list[str]": "a list, as in [a,b]",
+    "list[float]": "a list of numbers",
+    "None": "null",
+}
+_CLASSES = {"str": str, "int": int, "float": int | float, "bool": bool, "None": type(None)}
+
+
+def words_of_type(annotation: str) -> str:
+    """What a value of a key's type is, in words."""
+    return " or ".join(_WORDS.get(part, part) for part in annotation.split(" | "))
+
+
+def has_type(value: Any, annotation: str) -> bool:
+    """Whether a value is what a key's annotation says; a whole number is a number too, true is none."""
+    for part in annotation.split(" | "):
+        if inner := re.fullmatch(r"list\[(\w+)\]", part):
+            if isinstance(value, list) and all(has_type(item, inner[1]) for item in value):
+                return True
+        elif part.startswith("dict"):
+            if isinstance(value, Mapping):
+                return True
+        elif isinstance(value, _CLASSES[part]) and (part == "bool" or not isinstance(value, bool)):
+            return True
+    return False
+
+
+def stored_settings(file: Path, config: Any) -> dict[str, Any]:
+    """The nested settings that a run wrote. Raises ValueError naming a file that is none of a run's.
+
+    config: one with the keys and types that they should have.
+    """
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"{file} holds no settings of a run")
+    check_types(content, config, file)
+    return content
+
+
+def check_types(content: Mapping[str, Any], config: Any, file: Path) -> None:
+    """Raise ValueError naming the file and the first key of `config` whose value in `content` is of another
+    type.
+    """
+    values = flat(content)
+    for key in keys_of(config):
+        if key.name in values and not has_type(values[key.name], key.type):
+            expected = words_of_type(key.type)
+            raise ValueError(f"{file}: {key.name}={values[key.name]!r:.60} should be {expected}")
 
 
 def value_problems(node: Any) -> Iterator[str]:

@@ -105,7 +105,7 @@ class Demo:
 
 def peak_memory(run: str) -> int:
     """Bytes, of the whole training process."""
-    lines = (ROOT / OUT / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    lines = (ROOT / OUT / "runs" / run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     return max(json.loads(line)["peak_memory_bytes"] for line in lines)
 
 

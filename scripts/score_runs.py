@@ -13,23 +13,23 @@ import gc
 import sys
 from pathlib import Path
 
-import yaml
-
 import convert_policy_to_hf_resize
 import eval_model_all
+from lota.config import Config
 from lota.models.policy import is_policy, model_folder
+from lota.settings import stored_settings
 from lota.train.checkpoint import POLICY, newest_checkpoint
 
 
 def base_of(run: Path) -> str:
     """The weights that a run started from."""
-    model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+    model = stored_settings(run / "config.yaml", Config())["model"]
     return model["archive"] or model["name_or_path"]
 
 
 def config_of(run: Path) -> str:
     """Folder or hub id that has the config of a run's model."""
-    model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+    model = stored_settings(run / "config.yaml", Config())["model"]
     return model_folder(model["name_or_path"], model["archive"])
 
 

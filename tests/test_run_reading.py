@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+from dataclasses import asdict
 
 import pytest
 import run_folders
+import yaml
 
 import plot_runs
-from lota.report.reading import read_runs
+from lota.config import Config
+from lota.lotto.config import LottoConfig
+from lota.plots import bars
+from lota.report.page import Section, write_page
+from lota.report.reading import read_run, read_runs
 
 
 @pytest.mark.slow
@@ -44,6 +52,13 @@ def test_an_older_checkpoint_with_scores_counts_and_is_said(tmp_path):
     assert "scores are of epoch-1, epoch-2 is not evaluated" in run.notes
 
 
+def written(folder, key, value):
+    """A run folder one setting of which has another value."""
+    run_folders.write_run(folder)
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), key: value}))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -51,10 +66,20 @@ def test_an_older_checkpoint_with_scores_counts_and_is_said(tmp_path):
         (lambda p: p.mkdir(), "there is no config.yaml"),
         (lambda p: (p.mkdir(), (p / "config.yaml").write_text("a: [")), "cannot be read"),
         (lambda p: (p.mkdir(), (p / "config.yaml").write_text("a: 1")), "holds no settings of a run"),
+        (lambda p: (p.mkdir(), (p / "config.yaml").write_text("")), "holds no settings of a run"),
+        (lambda p: (p.mkdir(), (p / "config.yaml").write_text("- 1")), "holds no settings of a run"),
+        (lambda p: (p.mkdir(), (p / "config.yaml").write_bytes(b"\x00\xff")), "cannot be read"),
+        (lambda p: (p.mkdir(), (p / "config.yaml").write_text("[" * 10_000)), "cannot be read"),
+        (lambda p: (p.mkdir(), (p / "config.yaml").mkdir()), "there is no config.yaml"),
+        (lambda p: p.write_text("text"), "it is a file; give the folder"),
+        (lambda p: written(p, "lr", "abc"), "lr='abc' should be a number"),
+        (lambda p: written(p, "seed", None), "seed=None should be a whole number"),
+        (lambda p: written(p, "datasets", "gsm8k"), "datasets='gsm8k' should be a list"),
+        (lambda p: written(p, "flip_mask", 1), "flip_mask=1 should be true or false"),
+        (lambda p: written(p, "tasks", 3), "tasks=3 should be a list"),
         (lambda p: run_folders.write_run(p / "x"), "it holds runs: give"),
         (lambda p: (run_folders.write_run(p), (p / "ledger.json").write_text("[]")), "is no ledger"),
     ],
-    ids=["absent", "empty", "broken", "other", "parent", "ledger"],
 )
 def test_what_is_no_run_folder_is_refused_and_nothing_is_written(tmp_path, make, message):
     make(tmp_path / "bad")
@@ -63,6 +88,57 @@ def test_what_is_no_run_folder_is_refused_and_nothing_is_written(tmp_path, make,
         plot_runs.main([str(good), str(tmp_path / "bad"), "--out", str(tmp_path / "f")])
     assert str(tmp_path / "bad") in str(stopped.value)
     assert not (tmp_path / "f").exists()
+
+
+def test_what_every_run_writes_has_the_types_of_its_keys(tmp_path):
+    for content in (Config("x"), LottoConfig("x", tasks=["a"])):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(content)))
+        assert read_run(tmp_path).settings["exp_name"] == "x"
+
+
+def test_a_log_with_lines_that_are_none(tmp_path):
+    """Cut at line ends alone; what is no line of a log is counted, but not the end of a killed run's file."""
+    folder = run_folders.write_run(tmp_path / "r")
+    good = [{"examples": 8, "loss/train": 1.0, "note": "a\u2028b"}, {"examples": 16, "loss/train": None}]
+    bad = ["7", "{}", "null", '{"examples": null}', '{"examples": "8"}', '{"examples": NaN}', "[" * 100_000]
+    lines = [json.dumps(line, ensure_ascii=False) for line in good] + bad
+    (folder / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b'\n\xff\n{"examples": 24, "lo')
+    run = read_run(folder)
+    assert run.log == good and run.series("loss/train") == ([8], [1.0])
+    assert "8 lines of metrics.jsonl are no lines of a log: left out" in run.notes
+
+
+@pytest.mark.parametrize("changed", [{"score": None}, {"score": "high"}, {"task": 3}, {"stderr": "x"}])
+def test_scores_that_are_no_numbers_are_left_out(tmp_path, changed):
+    folder = run_folders.write_run(tmp_path / "r", scores={"toy_sort": [1.0, 0.0]})
+    file = folder / "epoch-1" / "metrics" / "summary.json"
+    content = json.loads(file.read_text())
+    content["tasks"][0] |= changed
+    file.write_text(json.dumps(content))
+    run = read_run(folder)
+    assert not run.scores and any("is no summary of an evaluation" in note for note in run.notes)
+
+
+def test_a_page_replaces_its_own_files_only(tmp_path):
+    figure = bars({"a": [(1.0, None)]}, ["x"])
+    sections = [Section("A", figure=figure, file="loss")]
+    out = tmp_path / "f"
+    for _ in range(2):
+        write_page(out, "T", sections)
+    pixels = re.sub(rb"Software\0LoTA", b"Software\0None", (out / "loss.png").read_bytes())
+    page = (out / "index.html").read_text()
+    for name, foreign in (("index.html", b"<!DOCTYPE html>\n<html>mine"), ("loss.png", pixels)):
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(foreign)
+        with pytest.raises(ValueError, match=f"{out} holds {name}, which no page of runs wrote"):
+            write_page(out, "T", sections)
+        assert (out / name).read_bytes() == foreign
+        (out / name).write_bytes(before)
+    # a picture of a version that did not say what drew it
+    (out / "loss.png").write_bytes(pixels)
+    old, new = (base64.b64encode(content).decode() for content in (before, pixels))
+    (out / "index.html").write_text(page.replace(old, new))
+    write_page(out, "T", sections)
 
 
 def test_a_base_without_an_evaluation_is_refused(tmp_path):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lota.config import Config
 from lota.models.tensor_files import is_delta, read_metadata
+from lota.settings import stored_settings
 
 logger = logging.getLogger(__name__)
 # These decide how prompts are written and cut; they go along with the weights, for evaluation to do the same.
@@ -50,18 +50,18 @@ def run_settings(path: Path) -> RunSettings:
     if file is None:
         return RunSettings()
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        model = content["model"]
-        return RunSettings(
-            model.get("name_or_path"),
-            model.get("pad_token"),
-            model.get("tokenizer_name_or_path"),
-            tuple(content.get("datasets") or ()),
-            *(content.get(name) for name in PROMPT_SETTINGS),
-        )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is not a run's config (%s): not used", file, " ".join(str(error).split()))
+        content = stored_settings(file, Config())
+    except ValueError as error:
+        logger.warning("%s; not used", error)
         return RunSettings()
+    model = content["model"]
+    return RunSettings(
+        model.get("name_or_path"),
+        model.get("pad_token"),
+        model.get("tokenizer_name_or_path"),
+        tuple(content.get("datasets") or ()),
+        *(content.get(name) for name in PROMPT_SETTINGS),
+    )
 
 
 def recorded_prompts(model: str | os.PathLike[str]) -> Prompts:

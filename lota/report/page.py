@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lota.plots import png
+from lota.plots import SOFTWARE, png
 from lota.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def cell(value: float | None, fmt: str, stderr: float | None = None) -> str:
 def write_page(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
     """Write index.html and a PNG per figure; returns their paths, the page first.
 
-    All is drawn before anything is written. Each file replaces one of its name; others in the folder stay.
+    All is drawn before anything is written. Each file replaces one of its name that an earlier page was made
+    of; others in the folder stay. Raises ValueError if a file of its name is somebody else's.
     """
     pictures = [png(section.figure) if section.figure is not None else None for section in sections]
     parts = [HEAD.format(title=escape(title))]
@@ -69,11 +70,32 @@ def write_page(folder: Path, title: str, sections: Sequence[Section]) -> list[Pa
         parts += _html(section, picture)
         if picture is not None:
             files[folder / f"{section.file}.png"] = picture
+    _refuse_foreign(folder, files)
     files = {folder / PAGE: "\n".join([*parts, "</body></html>", ""]).encode(), **files}
     for path, content in files.items():
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return list(files)
+
+
+def _refuse_foreign(folder: Path, pictures: Iterable[Path]) -> None:
+    """Raise ValueError for files in the way that no earlier page wrote.
+
+    A page has our heading; a picture says what drew it, or stands in the page beside it.
+    """
+    page = folder / PAGE
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    before, style, _ = HEAD.format(title="\0").split("\0")
+    own_page = text.startswith(before) and style in text
+    foreign = [page] if page.exists() and not own_page else []
+    for picture in filter(Path.exists, pictures):
+        content = picture.read_bytes() if picture.is_file() else b""
+        own = f"Software\0{SOFTWARE}".encode() in content[:1000]
+        if not own and not (own_page and content and base64.b64encode(content).decode() in text):
+            foreign.append(picture)
+    if foreign:
+        names = ", ".join(path.name for path in foreign)
+        raise ValueError(f"{folder} holds {names}, which no page of runs wrote: give another --out")
 
 
 def _html(section: Section, picture: bytes | None) -> Iterator[str]:

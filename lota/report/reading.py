@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any, NamedTuple, TypeGuard
 
 from lota.config import Config
 from lota.config_checks import WEIGHT_NEUTRAL
 from lota.lotto.config import METHODS, LottoConfig
 from lota.lotto.forgetting import NAME as FORGETTING_NAME
+from lota.lotto.forgetting import SUMMARIES
 from lota.lotto.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense
-from lota.settings import flat
+from lota.settings import check_types, flat, stored_settings
 from lota.train.checkpoint import CHECKPOINT_NAME
 from lota.utils import short_names
 
@@ -80,9 +80,7 @@ class RunRecord:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(training examples, values) of a key of the log, wherever it has a number."""
-        points = [
-            (line["examples"], line[key]) for line in self.log if isinstance(line.get(key), int | float)
-        ]
+        points = [(line["examples"], line[key]) for line in self.log if is_number(line.get(key))]
         return [examples for examples, _ in points], [value for _, value in points]
 
     def reduce(self, key: str, reduction: Callable[[list[float]], float]) -> float | None:
@@ -130,7 +128,8 @@ def read_run(path: Path, of_sequence: bool = False) -> RunRecord:
         run.scores = [] if of_sequence else _newest_scores(path, run.notes)
         _read_mask(run)
         versions = _read_json(path / "versions.json", run.notes)
-        run.device = versions.get("device") if isinstance(versions, dict) else None
+        device = versions.get("device") if isinstance(versions, dict) else None
+        run.device = device if isinstance(device, str) else None
     return run
 
 
@@ -140,40 +139,48 @@ def _read_settings(path: Path) -> dict[str, Any]:
         below = [run.parent for depth in ("*", "*/*") for run in sorted(path.glob(f"{depth}/config.yaml"))]
         hint = f"; it holds runs: give {below[0]} and so on" if below else ""
         missing = "there is no config.yaml" if path.is_dir() else "there is no such folder"
+        missing = "it is a file; give the folder that holds config.yaml" if path.is_file() else missing
         raise ValueError(f"{path} is not a run folder: {missing}{hint}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path} is not a run folder: config.yaml holds no settings of a run")
+    content = stored_settings(file, Config())
     schema = LottoConfig if "tasks" in content else Config
+    check_types(content, schema(), file)
     return flat(asdict(schema())) | flat(content)
 
 
 def _read_json(file: Path, notes: list[str]) -> Any:
     """The content of a file; None, with a note, if it is absent or no JSON."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_bytes())
     except FileNotFoundError:
         notes.append(f"no {file.name}")
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{file} cannot be read: {error}")
     return None
 
 
 def _read_log(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    lines, unreadable = [], 0
+    # Not str.splitlines, which cuts at U+2028 too. What follows the last line end was being written when the
+    # run was killed.
+    for text in file.read_bytes().split(b"\n")[:-1] if file.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
-            continue  # the line that was being written when the run was killed
-        if isinstance(line, dict) and "examples" in line:
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and is_number(line.get("examples")):
             lines.append(line)
+        else:
+            unreadable += 1
+    if unreadable:
+        notes.append(f"{unreadable} lines of {file.name} are no lines of a log: left out")
     if not lines:
         notes.append(f"{file.name} is {'empty' if file.is_file() else 'absent'}: no curves")
     return lines
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _newest_scores(path: Path, notes: list[str]) -> list[TaskScore]:
@@ -209,11 +216,22 @@ def _read_scores(folder: Path, notes: list[str]) -> list[TaskScore]:
     """What eval_model_all.py left in a model's folder."""
     content = _read_json(folder / SUMMARY, notes)
     try:
-        return [TaskScore(t["task"], t["metric"], t["score"], t["stderr"], t["n"]) for t in content["tasks"]]
+        found = [TaskScore(t["task"], t["metric"], t["score"], t["stderr"], t["n"]) for t in content["tasks"]]
+        for score in found:
+            if not (isinstance(score.task, str) and isinstance(score.metric, str) and is_number(score.value)):
+                raise TypeError("a task, a metric and a number each")
+            if not _is_cell(score.stderr):
+                raise TypeError("a standard error is a number or null")
+        return found
     except (KeyError, TypeError):
         if content is not None:
             notes.append(f"{folder / SUMMARY} is no summary of an evaluation")
         return []
+
+
+def _is_cell(value: Any) -> bool:
+    """Whether a value is a number, or null for one that does not exist."""
+    return value is None or is_number(value)
 
 
 def _read_mask(run: RunRecord) -> None:
@@ -237,6 +255,12 @@ def _read_forgetting(file: Path, notes: list[str]) -> dict[str, Any]:
             lines += [part["base"], part["base_stderr"]] if "base" in part else []
             if len(part["matrix"]) != len(part["stderr"]) or any(len(line) != n for line in lines):
                 raise ValueError("rows of another length than its tasks")
+            summaries = [part[name] for name in SUMMARIES if part.get(name) is not None]
+            cells = [cell for found in summaries for cell in (found["value"], found["stderr"])]
+            if not all(map(_is_cell, (*cells, *(cell for line in lines for cell in line)))):
+                raise TypeError("its cells are numbers or null")
+        if not isinstance(content.get("metrics", {}), dict):
+            raise TypeError("metrics are task -> metric")
         return content
     except (KeyError, TypeError, ValueError):
         notes.append(f"{file} holds no forgetting matrix: no standard errors of it")
