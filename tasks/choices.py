@@ -2,7 +2,7 @@
 
 One rule for all: the first choice that the completion states as its answer ("the answer is X", "answer: X");
 else the only one that it marks. Two different marked choices are no answer, nor is one of several joined by
-"or", "and", "/" or ",", nor one after "not".
+"or", "and", "/" or ",", nor one after "not", "never" or a word in "n't".
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from tasks.base import QuestionTask, Row, text_of
 from tasks.gsm8k import plain_text
 
 LETTERS = string.ascii_uppercase[:10]
-_STATES = r"(?i:\banswer(?:\s+is\b\s*:?|\s*:))"
+_STATES = r"(?i:\banswer(?:\s+is\b\s*:?|\s*:)|\b(?:option|choice)\s+is\b\s*:?)"
 # What may stand between "answer is" and the choice: blanks, markdown, quotes, brackets, LaTeX.
+_NEGATED = r"(?<!\bnot\s)(?<!\bnot\sbe\s)(?<!\bnever\s)(?<!n['\u2019]t\s)(?<!n['\u2019]t\sbe\s)"
 _OPEN = r"""(?:[\s*_"'(\[{$]|\\[(\[]|\\boxed|\\text(?:bf|rm)?|\\mathrm|(?i:option|choice)\s)*"""
 
 
@@ -33,21 +34,23 @@ def find_label(text: str, label: str) -> str | None:
     text = plain_text(text)
     label = rf"(?i:{label})"
     stated = re.search(rf"{_STATES}{_OPEN}(?P<choice>{label}){_joined(label)}", text)
-    found = [stated["choice"]] if stated else re.findall(rf"(?<!\bnot )({label})", text)
+    found = [stated["choice"]] if stated else re.findall(rf"{_NEGATED}({label})", text)
     choices = {re.sub(r"\s", "", choice).lower() for choice in found}
     return choices.pop() if len(choices) == 1 else None
 
 
-# "A" before a lower-case word is the article, unless that word gives the reason of an answer.
+# "A" before a lower-case word is the article and "I" the pronoun, unless that word gives an answer's reason.
 _REASONS = r"because\b|since\b|as\b|for\b|which\b|so\b|and\b|but\b|if\b|by\b"
-_LETTER = rf"(?:A(?!\s+(?!{_REASONS})[a-z])|[B-J]|[a-j](?=\s*\)))(?![\w'\u2019])"
+_LETTER = rf"(?:[AI](?!\s+(?!{_REASONS})[a-z])|[B-HJ]|[a-j](?=\s*\)))(?![\w'\u2019])"
 _STATED = re.compile(rf"{_STATES}{_OPEN}(?P<choice>{_LETTER}){_joined(_LETTER)}")
-_LEADING = re.compile(
-    rf"""[\s*_"'(\[]*(?P<choice>[A-J])(?=[)\]*"]|['.:,](?!\w)|\s*$|\s*\n){_joined(_LETTER)}"""
+_LEADING = re.compile(  # "I, personally" is none
+    rf"""[\s*_"'(\[]*(?!I,)(?P<choice>[A-J])(?=[)\]*"]|['.:,](?!\w)|\s*$|\s*\n){_joined(_LETTER)}"""
 )
+_CHOOSING = r"(?i:choos(?:e|ing)|chose|pick(?:ed)?|select(?:ed)?|go(?:ing)?\s(?:with|for))"
 _MARKED = re.compile(
-    rf"""(?<!\bnot\s)(?<!\bor\s)(?<!\band\s)(?:\((?P<a>[A-Ja-j])\)|(?i:\b(?:option|choice))\s+[(*]*(?P<b>[A-J])\b|
-    \*\*\(?(?P<c>[A-J])\b|\\boxed\s*\{{(?:\\text\w*\s*\{{)?\s*\(?(?P<d>[A-J])\b){_joined(_LETTER)}""",
+    rf"""{_NEGATED}(?<!\bor\s)(?<!\band\s)(?:\((?P<a>[A-Ja-j])\)|(?i:\b(?:option|choice))\s+[(*]*(?P<b>[A-J])\b|
+    \b{_CHOOSING}\s+[(*]*(?P<c>{_LETTER})|
+    \*\*\(?(?P<d>[A-J])\b|\\boxed\s*\{{(?:\\text\w*\s*\{{)?\s*\(?(?P<e>[A-J])\b){_joined(_LETTER)}""",
     re.VERBOSE,
 )
 
@@ -55,9 +58,9 @@ _MARKED = re.compile(
 def find_letter(text: str) -> str | None:
     """The letter that a completion gives as its answer, or None.
 
-    After the statement and before the marks - (B), option B, **B**, \\boxed{B} - comes a letter that the
-    completion starts with: "B", "B. dry palms", "(B)". Lower-case letters count only before a bracket, and
-    letters elsewhere ("vitamin D", "A planet") do not count.
+    After the statement and before the marks - (B), option B, choose B, **B**, \\boxed{B} - comes a letter
+    that the completion starts with: "B", "B. dry palms", "(B)". Lower-case letters count only before a
+    bracket; letters elsewhere ("vitamin D", "A planet", "I, personally") do not count.
     """
     text = plain_text(text)
     if found := _STATED.search(text) or _LEADING.match(text):
@@ -72,6 +75,7 @@ class LetterTask(QuestionTask):
     The prompt lists the options; a completion names one, after a rationale if the task has them.
     """
 
+    version = 2  # 1: "I, personally" was choice I, and "choose B" was none
     scoring = ("generation", "loglik")
     max_new_tokens = 64
     rationales = False  # whether targets reason before they answer

@@ -30,6 +30,7 @@ _TRUTH = r"\b(?:true|false)\b"
 class Commonsense(Task):
     """Rows {instruction, input, output, answer}; label: pattern of what names a choice."""
 
+    version = 2  # 1: "isn't true" was true
     scoring = ("generation", "loglik")
     fields = ("instruction", "output", "answer")
     closing = "\n\nAnswer:\n"

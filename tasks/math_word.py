@@ -14,6 +14,7 @@ mawps (github.com/sroy9/mawps, MIT licence) as MU-NLPC/Calc-mawps has it:
      does Tim have?", "result": "8", "result_float": 8.0}
 
 Prompt, target and extraction are those of gsm8k, so that a model trained on gsm8k or mathinstruct knows them.
+Answers are right within 1e-3, as LLM-Adapters counts them: published ones are rounded, such as 0.3333.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from tasks.gsm8k import MARKER, NumberTask, find_answer
 
 LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters"
 LLM_ADAPTERS_COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
+TOLERANCE = Decimal("0.001")
 
 
 class WordProblems(NumberTask):
     """Rows {question, solution, answer}, answer being a number in normal form."""
+
+    version = 2  # 1: answers were compared as text
 
     def __init__(self, name: str, hub: HubSet) -> None:
         self.name, self.hub = name, hub
@@ -43,6 +47,11 @@ class WordProblems(NumberTask):
 
     def gold(self, row: Row) -> str | None:
         return row["answer"]
+
+    def score(self, extracted: str | None, gold: str | None) -> float:
+        if extracted is None or gold is None:
+            return 0.0
+        return float(abs(Decimal(extracted) - Decimal(gold)) <= TOLERANCE)
 
     def unpack(self, entry: Row) -> Iterator[Row]:
         if "instruction" in entry:

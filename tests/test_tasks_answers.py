@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tasks import get_task
+from tasks import TASKS, get_task
 from tasks.choices import find_letter
 from tasks.rouge import rouge_1
 from tasks.safety import is_refusal
-from tasks.sqlite import result_columns, tokens
 
 # Tables: answer -> completions that give it.
 NUMBERS: dict[str | None, list[str]] = {
@@ -62,7 +61,9 @@ LETTERS: dict[str | None, list[str]] = {
         "B", " B\n", "B. wet palms", "B) wet palms", "B)21", "(B)", "**B**", "B: because it rubs",
         "B\n\nC. dry",
         "The answer is B.", "the ANSWER is: B", "Answer: (b) 21", "so the correct answer is **B**",
-        "the answer is option B, as shown", r"The answer is $\boxed{B}$", r"The answer is \(\text{B}\).",
+        "the answer is option B, as shown", "I, personally, choose B", "I choose B", "I would go with B.",
+        "The correct option is B", "I, for one, picked (B)", "I selected b) because it rubs",
+        "The best choice is: B.", r"The answer is $\boxed{B}$", r"The answer is \(\text{B}\).",
         r"thus \boxed{\text{B}}", r"\boxed{B}",
         "The answer is B. The answer is C.",  # stated twice: what follows is a new problem
     ],
@@ -72,9 +73,12 @@ LETTERS: dict[str | None, list[str]] = {
     ],
     "D": ["I would pick (D) here"],
     "A": ["The answer is A because it is dry", "The answer is A"],
+    "I": ["I", "I.", "I) wet palms", "(I)", "The answer is I", "The answer is I, as shown"],
     None: [
         "A or B", "B, C", "(A) or (B)", "(A) and (B) look alike", "The answer is A or B", "The answer is A/B",
         "A planet rotates", "The answer is a planet", "The answer is A planet", "Vitamin D is good", "5 C",
+        "I, personally, do not know", "I think so", "The answer is I do not know", "I choose a planet",
+        "I choose A planet", "I choose B or C", "It isn't (A)", "never (A)", "So I go home", "I'd say so",
         "E.g. the moon", "Because it is hot", "D's palms", "1", "wet palms", "\uff12", "no idea", "", "\n",
     ],
 }  # fmt: skip
@@ -92,14 +96,23 @@ WORDS: dict[str | None, list[str]] = {
     ],
     None: [
         "answer1 or answer2", "the correct answer is answer1 or answer2", "answer1/answer2/answer3",
-        "not answer1", "answer12", "answer0", "answer", "3", "the third", "solution1", "",
+        "not answer1", "The answer isn't answer1", "It can\u2019t be answer1", "never answer1",
+        "answer12", "answer0", "answer", "3", "the third", "solution1", "",
         "answer\u00b2",  # a superscript is no digit
     ],
 }  # fmt: skip
 TRUTH: dict[str | None, list[str]] = {
     "true": ["the correct answer is true"],
     "false": ["False."],
-    None: ["That is not true", "true or false", "untrue", "yes", "answer1"],
+    None: [
+        "That is not true",
+        "That isn't true",
+        "It is never true",
+        "true or false",
+        "untrue",
+        "yes",
+        "answer1",
+    ],
 }
 SOLUTIONS: dict[str | None, list[str]] = {
     "solution2": ["the correct answer is solution2"],
@@ -134,6 +147,10 @@ STATEMENTS: dict[str | None, list[str]] = {
     "WITH a AS (SELECT 1) SELECT * FROM a": ["WITH a AS (SELECT 1) SELECT * FROM a"],
     "SELECT name FROM staff WHERE a = 'x;y'": ["SELECT name FROM staff WHERE a = 'x;y'; more"],
     "SELECT a\nFROM b": ["SELECT a\nFROM b"],
+    "SELECT a FROM b": ["With the tables above, this is it: SELECT a FROM b", "SQL: SELECT a FROM b"],
+    "with recursive r (n) as (SELECT 1) SELECT n FROM r": [
+        "Use with recursive r (n) as (SELECT 1) SELECT n FROM r; it works"
+    ],
     "I can't say": ["I can't say"],
     None: ["", ";", "```sql\n```"],
 }
@@ -204,10 +221,37 @@ def test_the_answer_of_a_completion(names: tuple[str, ...], completion: str, ans
         assert get_task("hexphi").metrics({"instruction": "x"}, completion) == refused
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "AddSub", "toy_sort"])
+GENERATED = [name for name in TASKS if get_task(name).metric and "generation" in get_task(name).scoring]
+
+
+@pytest.mark.parametrize("name", GENERATED)
 def test_no_answer_is_never_right(name: str):
     task = get_task(name)
     assert task.score(None, "5") == task.score(None, None) == task.score("6", "5") == 0.0
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_every_rule_has_a_table(name: str):
+    assert name == "mathinstruct" or any(name in names for names, _ in TABLES)  # its own: test_mathinstruct
+
+
+@pytest.mark.parametrize(
+    ("extracted", "gold", "right"),
+    [
+        ("0.333", "0.3333", True),
+        ("2.001", "2", True),
+        ("1.999", "2", True),
+        ("2.0011", "2", False),
+        ("-0.001", "0", True),
+        ("-2", "2", False),
+        ("9" * 400, "9" * 400, True),
+        ("9" * 400, "9" * 399 + "8", False),
+    ],
+)
+def test_word_problems_are_right_within_a_thousandth(extracted: str, gold: str, right: bool):
+    for name in ("AddSub", "MultiArith", "SingleEq", "SVAMP", "mawps"):
+        assert get_task(name).score(extracted, gold) == float(right)
+    assert get_task("gsm8k").score(extracted, gold) == float(extracted == gold)
 
 
 @pytest.mark.parametrize(
@@ -251,83 +295,3 @@ def test_mathinstruct(output: str, gold: str | None):
 )
 def test_rouge_1(text: str, reference: str, expected: float):
     assert rouge_1(text, reference) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "same"),
-    [
-        ('SELECT a FROM b WHERE c = "x"', "select  A\nfrom B where C='x';", True),
-        ("SELECT COUNT(*) FROM b", "SELECT COUNT( * ) FROM b", True),
-        ("SELECT a FROM b WHERE c <> 1", "SELECT a FROM b WHERE c != 1", True),
-        ("SELECT a FROM b WHERE c = 'X'", "SELECT a FROM b WHERE c = 'x'", False),
-        ("SELECT a FROM b WHERE c = 'x  y'", "SELECT a FROM b WHERE c = 'x y'", False),
-        ("SELECT a FROM b WHERE c >= 1", "SELECT a FROM b WHERE c > 1", False),
-        ("SELECT a FROM b", "SELECT a, c FROM b", False),
-    ],
-)
-def test_statements_are_compared_by_tokens(a: str, b: str, same: bool):
-    assert (tokens(a) == tokens(b)) is same
-
-
-SCHEMA = "CREATE TABLE staff (name VARCHAR, age INTEGER); CREATE TABLE shop (id VARCHAR)"
-
-
-@pytest.mark.parametrize(
-    ("statement", "columns"),
-    [
-        ("SELECT name, age FROM staff", [["name"], ["age"]]),
-        ("SELECT Name AS n FROM staff", [["n"]]),
-        ("SELECT COUNT( * ) FROM staff", [["count", "(", "*", ")"]]),
-        ('SELECT name FROM staff WHERE name = "Ludie"', [["name"]]),
-        ("SELECT * FROM shop", [["id"]]),
-        ("SELECT salary FROM staff", None),
-        ("SELECT name FROM nowhere", None),
-        ("SELECT name FROM", None),
-        ("SELECT 1; SELECT 2", None),
-        ("SELECT name\0 FROM staff", None),
-        ("DROP TABLE staff", None),
-        ("INSERT INTO staff VALUES ('a', 1)", None),
-        ("ATTACH DATABASE '{folder}/x.db' AS x", None),
-        ("VACUUM INTO '{folder}/x.db'", None),
-        ("PRAGMA table_info(staff)", None),
-        ("CREATE TABLE x (a)", None),
-        ("WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT sum(n) FROM r", None),
-        ("SELECT randomblob(1000000000)", None),
-    ],
-)
-def test_result_columns(statement: str, columns: list | None, tmp_path):
-    assert result_columns(SCHEMA, statement.format(folder=tmp_path)) == columns
-    assert not list(tmp_path.glob("x*"))  # nothing that a model writes reaches the disk
-
-
-def test_a_table_created_twice_has_all_columns():
-    schema = "CREATE TABLE trip (a VARCHAR, id VARCHAR); CREATE TABLE Trip (b VARCHAR, id VARCHAR)"
-    assert result_columns(schema, "SELECT a, b, id FROM trip") == [["a"], ["b"], ["id"]]
-
-
-SQL = get_task("sql")
-ROW = {"question": "Who?", "context": SCHEMA, "answer": "SELECT name FROM staff WHERE age = 3"}
-
-
-@pytest.mark.parametrize(
-    ("completion", "rouge1", "exact", "runs"),
-    [
-        ("SELECT name FROM staff WHERE age = 3", 1.0, 1.0, 1.0),
-        ("select name from staff where age=3;", 1.0, 1.0, 1.0),
-        ("SELECT name FROM staff", 8 / 11, 0.0, 1.0),
-        ("SELECT age FROM staff WHERE age = 3", 6 / 7, 0.0, 0.0),
-        ("SELECT wage FROM staff", 6 / 11, 0.0, 0.0),
-        ("I do not know", 0.0, 0.0, 0.0),
-        ("", 0.0, 0.0, 0.0),
-    ],
-)
-def test_sql_metrics(completion: str, rouge1: float, exact: float, runs: float):
-    metrics = SQL.metrics(ROW, completion)
-    assert list(metrics) == [SQL.metric, *SQL.more_metrics] == ["rouge1", "exact_match", "execution_match"]
-    assert (metrics["exact_match"], metrics["execution_match"]) == (exact, runs)
-    assert metrics["rouge1"] == pytest.approx(rouge1)
-
-
-def test_execution_is_left_out_if_the_right_statement_does_not_run():
-    row = {**ROW, "answer": "SELECT MAX(3 AS rd) FROM staff"}
-    assert list(SQL.metrics(row, row["answer"])) == ["rouge1", "exact_match"]
