@@ -10,6 +10,7 @@ writes masks/gsm8k/0.5_mask.pt, 0.9_mask.pt, 0.99_mask.pt and summary.json. With
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from lota.masks import Mask
 from lota.masks.extract.neurons import GRANULARITIES
 from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
 from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_by_layer, select
+from lota.masks.files import check_target, read
+from lota.models.hashing import remembered_hash
 from lota.models.pair import ModelPair, open_pair
+from lota.models.scope import meta_model
+from lota.places import working_in
 from lota.storage import write_json
 from lota.train.saliency_gradients import SaliencySettings, collect, data_flags, load_saliency_data
 from lota.utils import Problems, aligned, name_problem, with_flags
@@ -69,6 +74,20 @@ def check_name(name: str) -> None:
         raise ValueError(f"name={name:.60}: {problem}; masks are written into --out/--name")
 
 
+def check_replaced(args: argparse.Namespace, pair: ModelPair) -> None:
+    """Raise ValueError if a file that will be written exists and is no mask, or one of another base."""
+    own = None
+    for typed in dict.fromkeys(args.sparsities):
+        file = Path(args.out) / args.name / f"{typed}_mask.pt"
+        check_target(file, "name")
+        made_of = read(file, mapped=True).meta.get("base_hash") if file.exists() else None
+        if made_of is None:
+            continue
+        own = own or remembered_hash(args.base, meta_model(pair.structure))
+        if made_of != own:
+            raise ValueError(f"name={args.name}: {file} is a mask of another base: give another name")
+
+
 def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     """Check everything, then collect gradients and select. Raises one ValueError with all problems found."""
     problems = Problems()
@@ -81,6 +100,8 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
     quota = attempt(Quota, pair, sparsities, rule) if pair and sparsities and rule else None
+    if pair and not name_problem(args.name):
+        attempt(check_replaced, args, pair)
     data, collected = None, None
     if pair and args.score in DATA_DRIVEN:
         given = {flag: getattr(args, flag) for flag, *_ in data_flags() if getattr(args, flag) is not None}
@@ -96,9 +117,8 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
         return pair, select(quota, progress=bar.update, collected=collected)
 
 
-def write_masks(args: argparse.Namespace, pair: ModelPair, masks: dict[float, Mask]) -> Path:
-    """Write mask files, named by the sparsities as typed, and summary.json; returns the folder."""
-    folder = Path(args.out) / args.name
+def write_masks(args: argparse.Namespace, folder: Path, pair: ModelPair, masks: dict[float, Mask]) -> None:
+    """Write mask files, named by the sparsities as typed, and summary.json."""
     entries = {}
     for typed in dict.fromkeys(args.sparsities):
         mask, file = masks[float(typed)], f"{typed}_mask.pt"
@@ -108,7 +128,6 @@ def write_masks(args: argparse.Namespace, pair: ModelPair, masks: dict[float, Ma
         entries[typed] = {"file": file, **mask.meta, "per_tensor": per_tensor, "per_layer": per_layer}
     n_total = next(iter(masks.values())).n_total
     write_json(folder / "summary.json", {"entries": n_total, "format": args.format, "masks": entries})
-    return folder
 
 
 def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]) -> None:
@@ -142,9 +161,11 @@ def main(arguments: list[str] | None = None) -> None:
     unused = unused_flags(args)
     if unused:
         print(f"not used here: {', '.join(unused)} (--score {args.score})", file=sys.stderr)
+    folder = Path(args.out) / args.name
     try:
-        pair, masks = make_masks(args)
-        folder = write_masks(args, pair, masks)
+        with contextlib.nullcontext() if name_problem(args.name) else working_in(folder):
+            pair, masks = make_masks(args)
+            write_masks(args, folder, pair, masks)
     except (ValueError, OSError) as error:
         other_words = {"sparsity": "sparsities", "model.policy_dtype": "dtype"}
         sys.exit(f"extract_masks.py: {with_flags(error, args, **other_words)}")

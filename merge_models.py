@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lota.share.merge.folder import MergeResult, prepare_merge
-from lota.share.merge.mergekit_yaml import mergekit_config, write_yaml
+from lota.share.merge.mergekit_yaml import check_target, mergekit_config, write_yaml
 from lota.share.merge.rules import METHODS, make_rule
 from lota.utils import with_flags
 
@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         merge = prepare_merge(args.base, args.deltas, rule, args.out, args.max_shard_size)
         export = args.export_mergekit
-        if export and Path(export).is_dir():
-            raise ValueError(f"--export-mergekit {export} is a folder: name a file")
+        if export:
+            check_target(Path(export))
         config = mergekit_config(merge) if export else None
         with tqdm(
             total=merge.source.n_entries, unit=" entries", unit_scale=True, desc="merge", disable=None
@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
         if config is not None:
             write_yaml(config, Path(export))
     except (ValueError, OSError) as error:
-        sys.exit(f"merge_models.py: {with_flags(error, args, scale='lambda')}")
+        sys.exit(
+            f"merge_models.py: {with_flags(error, args, scale='lambda', export_mergekit='export-mergekit')}"
+        )
     print(describe(result, args.method))
 
 

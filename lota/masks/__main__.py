@@ -23,9 +23,10 @@ from torch import nn
 from lota.masks import Mask
 from lota.masks.combine import TOOLS, combine
 from lota.masks.extract.select import DEFAULT_SCOPE
+from lota.masks.files import check_target
 from lota.masks.views import density, draw_overlap, overlap, overlap_table
 from lota.models.scope import find_scope, meta_model
-from lota.utils import aligned, first_few, short_names
+from lota.utils import aligned, first_few, short_names, with_flags
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -133,6 +134,7 @@ def make(args: argparse.Namespace, model: nn.Module | None) -> None:
     out = Path(args.out)
     if out.exists() and any(Path(file).exists() and out.samefile(file) for file in args.files):
         raise ValueError(f"--out {out} is one of the masks that it is made of: give another name")
+    check_target(args.out)
     masks = load_masks(args.files, model, args.scope)
     made = combine(args.tool, masks, args.files, getattr(args, "seed", 0))
     if not made.n_kept:
@@ -153,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--scope {args.scope}: needs the model's names, give --model FOLDER")
         args.run(args, None if args.model is None else meta_model(args.model))
     except (ValueError, OSError) as error:
-        sys.exit(f"lota.masks {args.tool}: {error}")
+        sys.exit(f"lota.masks {args.tool}: {with_flags(error, args)}")
 
 
 if __name__ == "__main__":

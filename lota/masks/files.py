@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lota.models.policy import LAYOUT, OBJECTS
 from lota.models.tensor_files import DELTA_FORMAT, read_metadata
-from lota.storage import DAMAGED, atomic_path, save_tensors, torch_reason
+from lota.storage import DAMAGED, atomic_path, refuse_foreign, save_tensors, torch_reason
 from lota.utils import first_few
 
 FORMAT = "lota-mask"
@@ -212,14 +212,31 @@ def _check_stored(name: str, value: Tensor) -> None:
 # Writing
 
 
+def check_target(path: str | os.PathLike[str], argument: str = "out") -> None:
+    """Raise ValueError if a mask would take the place of anything else than a mask file.
+
+    argument: what names the file, for the error.
+    """
+    refuse_foreign(argument, Path(path), "mask file", _is_mask)
+
+
+def _is_mask(path: Path) -> bool:
+    try:
+        read(path, mapped=True)
+    except ValueError:
+        return False
+    return True
+
+
 def write(
     path: str | os.PathLike[str], content: Content, all_shapes: Mapping[str, Iterable[int]] | None = None
 ) -> None:
     """Write a file atomically: bits and metadata, or, given all_shapes, the older layout.
 
     That is name -> bool tensor, True = frozen, for every name of all_shapes, in its order; names that the
-    mask does not list are all True.
+    mask does not list are all True. Raises ValueError if there is something else than a mask at `path`.
     """
+    check_target(path)
     shapes = {name: list(shape) for name, shape in content.shapes.items()}
     whole: dict[str, Any] = {
         "format": FORMAT,

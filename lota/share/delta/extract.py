@@ -20,6 +20,7 @@ from lota.models.hashing import StreamingHash
 from lota.models.pair import open_whole
 from lota.models.provenance import run_settings, trained_prompts
 from lota.models.weights import WeightSource
+from lota.places import holding
 from lota.share.delta.codec import Array, Coding, encode
 from lota.share.delta.format import (
     SEGMENT,
@@ -32,6 +33,7 @@ from lota.share.delta.format import (
     segments,
     write_delta,
 )
+from lota.storage import naming
 
 
 def extract(
@@ -58,8 +60,7 @@ def extract(
     mask = mask if mask is None or isinstance(mask, Mask) else Mask.load(mask)
     before, after = open_whole(base, tuned, model)
     comparison = _Comparison(before, after, mask)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=out.parent) as data:
+    with holding(out), naming(out), TemporaryFile(dir=out.parent) as data:
         codings = []
         for _, (coding, code) in in_order(comparison.code, segments(comparison.parameters)):
             codings.append(coding)

@@ -47,7 +47,7 @@ from lota.models.tensor_files import (
     read_metadata,
 )
 from lota.share.delta.codec import Coding
-from lota.storage import atomic_path
+from lota.storage import atomic_path, refuse_foreign
 
 VERSION = 1
 SEGMENT = HASH_CHUNK  # entries; with the hash's chunks, a file is read once for both
@@ -191,8 +191,7 @@ def check_target(path: Path) -> None:
     """Raise ValueError if a delta file would take the place of a folder or of another kind of file."""
     if path.is_dir():
         raise ValueError(f"out={path} is a folder: name a file, such as {path / 'delta.safetensors'}")
-    if path.exists() and not is_delta(path):
-        raise ValueError(f"out={path} exists and is no delta file: name a new file")
+    refuse_foreign("out", path, "delta file", is_delta)
 
 
 def write_delta(

@@ -14,9 +14,10 @@ import yaml
 from lota.share.merge.folder import PreparedMerge
 from lota.share.merge.inputs import DeltaVector, TaskVector
 from lota.share.merge.rules import METHODS, MergeRule
-from lota.storage import atomic_path
+from lota.storage import atomic_path, refuse_foreign
 from lota.utils import Problems
 
+FIRST_LINE = "# written by merge_models.py --export-mergekit\n"
 NAMES = {
     "sum": "task_arithmetic",
     "task_arithmetic": "task_arithmetic",
@@ -52,10 +53,23 @@ def mergekit_config(merge: PreparedMerge) -> dict[str, Any]:
     }
 
 
+def check_target(path: Path) -> None:
+    """Raise ValueError if anything lies at `path` that `write_yaml` did not write."""
+    if path.is_dir():
+        raise ValueError(f"export_mergekit={path} is a folder: name a file")
+    refuse_foreign("export_mergekit", path, "configuration that merge_models.py wrote", _is_ours)
+
+
+def _is_ours(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(FIRST_LINE)) == FIRST_LINE.encode()
+
+
 def write_yaml(config: dict[str, Any], path: Path) -> None:
     """Write the configuration atomically."""
+    check_target(path)
     with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        temporary.write_text(FIRST_LINE + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def _weights_and_scale(rule: MergeRule) -> tuple[list[float], float]:
