@@ -7,12 +7,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lota.config import Config
+from lota.data import batches
 from lota.data.batches import (
     IGNORED,
     Encoded,
     Example,
     Prompt,
     collate,
+    cut_text,
     encode,
     epoch_batches,
     fraction_of,
@@ -73,6 +76,26 @@ def test_response_is_cut_last_and_then_has_no_end(tokenizer):
     got = encode(tokenizer, example, max_length=10, max_prompt_length=4)
     assert len(got) == 10
     assert got.input_ids[4:] == list(range(50, 56))
+
+
+@pytest.mark.parametrize("at_most", [5, 1000])
+def test_what_is_cut_is_counted(tokenizer, monkeypatch, at_most):
+    """Every prompt and response that encoding shortens, also of a preference's rejected answer."""
+    monkeypatch.setattr(batches, "COUNTED", at_most)
+    fits = Example(Prompt(words(3, 4)), words(5))
+    prompt = Example(Prompt(words(*range(3, 30))), words(50, 51))
+    response = Example(Prompt(words(3, 4, 5)), words(*range(50, 80)))
+    rejected = Example(Prompt(words(3, 4, 5)), words(50), words(*range(50, 80)))
+    both = Example(Prompt(words(*range(3, 30))), words(*range(50, 80)))
+    settings = Config(max_length=20, max_prompt_length=10)
+    examples = [fits] * 3 + [prompt, response, rejected, both] * 2
+    found = cut_text(settings, tokenizer, examples)
+    if at_most == 1000:
+        assert found.startswith("4 prompts and 6 responses of 11 examples are cut (max_length=20")
+    else:
+        assert found.startswith("about ")
+    assert cut_text(settings, tokenizer, [fits] * 3) == ""
+    assert cut_text(Config(max_length=200, max_prompt_length=100), tokenizer, examples) == ""
 
 
 def test_closing_longer_than_the_limit_keeps_its_end(tokenizer):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from lota.data.examples import load_examples, load_held_out
 from lota.data.prompts import Prompter
+from lota.data.task import Preference
 from tasks import get_task
 from tests.chars import char_tokenizer
 from tests.runs import metrics, settings, train
@@ -46,6 +49,44 @@ def test_held_out_examples_are_a_sample_over_all_tasks():
     mini, shift = (set(prompts(name, "test")) for name in NAMES)
     assert len(found) == 200
     assert mini & set(found) and shift & set(found) and set(found) <= mini | shift
+
+
+def answers(monkeypatch, pairs):
+    """Let the task of preferences have these answers, in turn."""
+    task = get_task("pairs")
+    given = itertools.cycle(pairs)
+    monkeypatch.setattr(type(task), "preference", lambda self, row: Preference("p", *next(given)))
+    return task
+
+
+def test_preferences_of_which_nothing_is_learnt_are_left_out_and_counted(monkeypatch, caplog):
+    task = answers(monkeypatch, [("a", "b"), ("same", "same"), (" ", "b"), ("a", "")])
+    config, prompter = settings("datasets=[pairs]", "loss=dpo"), Prompter(char_tokenizer())
+    found = load_examples([task], "train", config, prompter)
+    assert [(e.response, e.rejected) for e in found] == [("a", "b"), ("a", "")] * 10
+    text = "20 of 40 preferences left out: both answers are equal in 10, the preferred one is empty in 10"
+    assert f"pairs, train: {text}" in caplog.messages
+    assert len(load_held_out([task], config, prompter)) == 6
+    task = answers(monkeypatch, [("same", "same")])
+    with pytest.raises(ValueError, match=r"pairs, train: 40 of 40 preferences .* no preference is left"):
+        load_examples([task], "train", config, prompter)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("max_length=8 max_prompt_length=4", "40 prompts and 30 responses of 40 examples are cut"),
+        ("warmup_steps=6", "warmup_steps=6, but the run has 5 steps: lr=0.001 is never reached"),
+        ("lr=0", "lr=0: no weight will change"),
+        ("warmup_steps=5", None),  # the last step has the whole rate
+    ],
+)
+def test_what_a_run_will_not_do_is_said_before_a_model_loads(caplog, override, said):
+    from lota.train.preflight import prepare
+
+    prepare(settings(*override.split()), get_task)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (said is not None) and (not said or warnings[0].startswith(said))
 
 
 @pytest.mark.slow

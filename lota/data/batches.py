@@ -18,6 +18,8 @@ from lota.config import Config
 
 T = TypeVar("T")
 IGNORED = -100  # label of tokens that the loss does not count
+COUNTED = 500  # examples that are tokenized to tell how many are cut: two seconds if all are long
+SPECIAL_TOKENS = 8  # that a tokenizer adds at most
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,38 @@ def encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Exa
     return partial(
         encode_rows, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length
     )
+
+
+def cut_text(config: Config, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> str:
+    """How many prompts and responses a run cuts, in words; empty if it cuts none.
+
+    Of more than COUNTED examples that may be too long it looks at a sample, and says `about`.
+    """
+    encoded = encoder(config, tokenizer)
+    # no token is shorter than a byte, so that what is short in bytes needs no tokenizer
+    long = [example for example in examples if _n_bytes(example) + SPECIAL_TOKENS > config.max_length]
+    looked_at = seeded_sample(long, COUNTED, config.seed)
+    prompts = responses = 0
+    for example in looked_at:
+        rows = encoded(example)
+        prompts += rows[0].prompt_length < len(example.prompt.ids(tokenizer))
+        responses += any(
+            len(row) == config.max_length and row.input_ids[-1] != tokenizer.eos_token_id for row in rows
+        )
+    if not prompts + responses:
+        return ""
+    share, about = len(long) / len(looked_at), "about " if len(looked_at) < len(long) else ""
+    return (
+        f"{about}{round(share * prompts):,} prompts and {round(share * responses):,} responses of "
+        f"{len(examples):,} examples are cut (max_length={config.max_length}, "
+        f"max_prompt_length={config.max_prompt_length}); a cut response has no end"
+    )
+
+
+def _n_bytes(example: Example) -> int:
+    """Of the prompt and the longest response."""
+    responses = (example.response, example.rejected or "")
+    return len(example.prompt.text.encode()) + max(len(text.encode()) for text in responses)
 
 
 def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:

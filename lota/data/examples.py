@@ -38,8 +38,30 @@ def load_examples(tasks: Sequence[Task], split: str, config: Config, prompter: P
         rows = task.load(split, config.data_folder)
         kept = fraction_of(rows, config.data_fraction, config.seed)
         logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
-        examples += [prompter.example(task, row, config.loss.on_preferences) for row in kept]
+        found = [prompter.example(task, row, config.loss.on_preferences) for row in kept]
+        examples += _without_pointless(found, f"{task.name}, {split}")
     return examples
+
+
+def _without_pointless(examples: list[Example], where: str) -> list[Example]:
+    """Without preferences between equal answers, of which nothing is learnt, or for an empty answer.
+
+    How many were left out is logged. Raises ValueError if nothing else is there.
+    """
+    pairs = [example for example in examples if example.rejected is not None]
+    equal = sum(example.response == example.rejected for example in pairs)
+    empty = sum(not example.response.strip() for example in pairs)
+    left = [e for e in examples if e.rejected is None or (e.rejected != e.response and e.response.strip())]
+    if len(left) == len(examples):
+        return examples
+    text = (
+        f"{where}: {len(examples) - len(left)} of {len(examples)} preferences left out: both answers are "
+        f"equal in {equal}, the preferred one is empty in {empty}"
+    )
+    if not left:
+        raise ValueError(f"{text}; no preference is left to learn from")
+    logger.warning("%s", text)
+    return left
 
 
 def held_out_rows(task: Task, data_dir: str | os.PathLike[str]) -> list[Row]:
@@ -59,4 +81,5 @@ def load_held_out(tasks: Sequence[Task], config: Config, prompter: Prompter) -> 
         )
     rows = [(task, row) for task in tasks for row in held_out_rows(task, config.data_folder)]
     chosen = seeded_sample(rows, config.n_eval_examples, config.seed)
-    return [prompter.example(task, row, config.loss.on_preferences) for task, row in chosen]
+    found = [prompter.example(task, row, config.loss.on_preferences) for task, row in chosen]
+    return _without_pointless(found, "held-out rows")

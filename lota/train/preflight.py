@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.config_checks import validated
-from lota.data.batches import Example, batch_order, encoder, examples_hash
+from lota.data.batches import Example, batch_order, cut_text, encoder, examples_hash
 from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
@@ -151,6 +151,8 @@ def _load_data(
     """Training examples and, if the run evaluates, held-out ones."""
     prompter = Prompter(tokenizer, config.chat_template)
     train = load_examples(tasks, "train", config, prompter)
+    if cut := cut_text(config, tokenizer, train):
+        logger.warning("%s", cut)
     steps = [len(batch.rows) for batch in batch_order(config, len(train), None)]
     if not steps:
         raise ValueError(f"fast_forward={config.fast_forward} skips the whole run of {len(train)} examples")
