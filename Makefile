@@ -1,6 +1,7 @@
 # make demo: the whole method on the embedded model.  make lint: style and types.
 # make test: all tests, one worker per core and one thread each.  make test-fast: without the slow ones.
 # make test-portable: all tests under other kernels and numbers of threads (scripts/test_portable.sh).
+# make mutants: faults put into the modules that decide results; MODULES="optim/ topk" for some (docs/MUTANTS.md).
 # ARGS="-k masks" goes to pytest, WORKERS=0 runs in one process, OMP_NUM_THREADS=2 gives each two threads.
 # Each makes the environment it needs in .venv when that is missing or its pins have changed.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: demo test test-fast test-portable lint clean
+.PHONY: demo test test-fast test-portable mutants lint clean
 
 demo: .venv/.run
 	$(BIN)/python scripts/demo.py
@@ -21,6 +22,9 @@ test-fast: .venv/.dev
 
 test-portable: .venv/.dev
 	PYTHON=$(BIN)/python scripts/test_portable.sh $(ARGS)
+
+mutants: .venv/.dev
+	$(BIN)/python -m scripts.mutants $(MODULES) $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -274,3 +274,259 @@ def test_an_empty_mask_is_an_error():
     kept = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in find_scope(model).items()}
     with pytest.raises(ValueError, match="nothing would train"):
         lota.MaskedRMSprop(model, Mask.from_dense(kept))
+
+
+def two_layers(dtype=torch.float32):
+    """(model, mask): six of a's twelve entries, all four of b's, nothing of the biases."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3), "b": torch.nn.Linear(2, 2)}).to(dtype)
+    positions = {"a.weight": torch.tensor([0, 3, 4, 7, 10, 11]), "b.weight": torch.arange(4)}
+    return model, Mask.from_positions(positions, {"a.weight": (3, 4), "b.weight": (2, 2)})
+
+
+def with_gradients(model, factor=1.0):
+    """Entry i of the n-th trained parameter has the gradient factor * (i + 1 + 100 n)."""
+    for n, name in enumerate(("a.weight", "b.weight")):
+        p = model.get_parameter(name)
+        p.grad = (
+            (factor * (torch.arange(p.numel(), dtype=torch.float32) + 1 + 100 * n)).view_as(p).to(p.dtype)
+        )
+
+
+A, B = (1.0, 4.0, 5.0, 8.0, 11.0, 12.0), (101.0, 102.0, 103.0, 104.0)  # the gradients that train
+NORMS = math.sqrt(sum(g * g for g in A)), math.sqrt(sum(g * g for g in B))
+
+
+def test_what_an_optimizer_tells_of_itself():
+    for dtype, per_entry in ((torch.float32, 4), (torch.bfloat16, 8)):  # a buffer, and a master
+        model, mask = two_layers(dtype)
+        optimizer = lota.MaskedRMSprop(model, mask)
+        assert optimizer.n_trained == 10
+        assert optimizer.state_bytes() == 6 * 4 + 10 * per_entry  # six positions
+        assert math.isnan(optimizer.grad_norm)
+        assert optimizer.gradient_accumulation_steps == 1 and not optimizer.fused
+        assert optimizer.positions(model.b.weight) is None
+        assert optimizer.positions(model.a.weight).tolist() == [0, 3, 4, 7, 10, 11]
+        found = {name: (positions, values) for name, positions, values in optimizer.kept_values()}
+        assert list(found) == ["a.weight", "b.weight"] == list(optimizer.names.values())
+        assert torch.equal(found["a.weight"][1], model.a.weight.flatten()[[0, 3, 4, 7, 10, 11]].float())
+        assert torch.equal(found["b.weight"][1], model.b.weight.flatten().float())
+        unfuse = lota.fuse_in_backward(optimizer, 3)
+        assert optimizer.gradient_accumulation_steps == 3 and optimizer.fused
+        unfuse()
+        assert optimizer.gradient_accumulation_steps == 1 and not optimizer.fused
+
+
+@pytest.mark.parametrize("strategy", ["even", "proportional", "global", "none"])
+@pytest.mark.parametrize("limit", [1.0, 50.0, 1e4])
+def test_clipping_by_hand(strategy, limit):
+    """The norms of the two tensors are 19 and 205."""
+    model, mask = two_layers()
+    start = copy.deepcopy(model)
+    optimizer = lota.MaskedSGD(model, mask, lr=0.5, grad_norm_strategy=strategy, max_grad_norm=limit)
+    both = math.hypot(*NORMS)
+    for _ in range(2):  # the second step's norm is its own
+        model.load_state_dict(start.state_dict())
+        with_gradients(model)
+        optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(both, rel=1e-6)
+    for p, before, gradient, norm in (
+        (
+            model.a.weight.flatten()[[0, 3, 4, 7, 10, 11]],
+            start.a.weight.flatten()[[0, 3, 4, 7, 10, 11]],
+            A,
+            NORMS[0],
+        ),
+        (model.b.weight.flatten(), start.b.weight.flatten(), B, NORMS[1]),
+    ):
+        factors = {
+            "even": limit / (norm + 1e-6),
+            "proportional": limit / math.sqrt(2) / (norm + 1e-6),
+            "global": limit / (both + 1e-6),
+            "none": 1.0,
+        }
+        expected = before - 0.5 * min(1.0, factors[strategy]) * torch.tensor(gradient)
+        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(model.a.bias, start.a.bias)
+
+
+@pytest.mark.parametrize("strategy", ["even", "global"])
+def test_a_gradient_near_zero_is_neither_raised_nor_divided_by_zero(strategy):
+    model, mask = two_layers()
+    start = copy.deepcopy(model)
+    optimizer = lota.MaskedSGD(model, mask, lr=1.0, grad_norm_strategy=strategy, max_grad_norm=1e-6)
+    with_gradients(model, 0.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0.0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start.parameters(), strict=True))
+    model.b.weight.grad = torch.tensor(
+        [[1e-6, 0.0], [0.0, 0.0]]
+    )  # as large as the limit: 1e-6 is added to it
+    model.a.weight.grad = None
+    model.b.weight.data.zero_()
+    optimizer.step()
+    assert model.b.weight[0, 0].item() == pytest.approx(-0.5e-6, rel=1e-5)
+
+
+def test_each_group_has_settings_of_its_own():
+    model, mask = two_layers()
+    start = copy.deepcopy(model)
+    optimizer = lota.MaskedSGD(model, mask, lr=0.1)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups = [
+        {**group, "params": [p], "lr": lr} for p, lr in zip(group["params"], (0.1, 0.3), strict=True)
+    ]
+    with_gradients(model)
+    optimizer.step()
+    torch.testing.assert_close(start.a.weight[0, 0] - model.a.weight[0, 0], torch.tensor(0.1 * A[0]))
+    torch.testing.assert_close(start.b.weight[0, 0] - model.b.weight[0, 0], torch.tensor(0.3 * B[0]))
+    fresh = lota.MaskedSGD(two_layers()[0], mask, lr=1.0)
+    fresh.param_groups = [{**fresh.param_groups[0], "params": [p]} for p in fresh.names]
+    fresh.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in fresh.param_groups] == [0.1, 0.3]
+
+
+def test_a_closure_gives_gradients_and_loss():
+    model, mask = two_layers()
+    before = model.b.weight.detach().clone()
+    optimizer = lota.MaskedSGD(model, mask, lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 3 * model.b.weight.sum() + model.a.weight.sum()
+        loss.backward()
+        return loss.item()
+
+    expected = (3 * before.sum() + model.a.weight.sum()).item()
+    assert optimizer.step(closure) == pytest.approx(expected)
+    torch.testing.assert_close(model.b.weight.detach(), before - 0.3)
+    assert optimizer.step() is None
+
+
+def test_step_without_gradients_moves_nothing_and_keeps_the_norm():
+    model, mask = two_layers()
+    optimizer = lota.MaskedSGD(model, mask, lr=0.1)
+    model.b.weight.grad = torch.ones(2, 2)  # a took no part
+    start = copy.deepcopy(model)
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(2.0)
+    assert torch.equal(model.a.weight, start.a.weight) and not torch.equal(model.b.weight, start.b.weight)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(2.0)
+
+
+def test_a_step_leaves_the_gradient_as_it_was():
+    """Whoever reads p.grad after the step, such as a log, finds what backward put there."""
+    model, mask = two_layers()
+    optimizer = lota.MaskedSGD(model, mask, lr=0.1, grad_norm_strategy="even", max_grad_norm=0.1)
+    with_gradients(model)
+    optimizer.step()
+    assert model.b.weight.grad.flatten().tolist() == list(B)
+    assert model.a.weight.grad.flatten().tolist() == list(range(1, 13))
+
+
+def test_sparse_gradients_train_an_embedding():
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(5, 2, sparse=True)
+    before = model.weight.detach().clone()
+    optimizer = lota.MaskedSGD(
+        model, Mask.from_positions({"weight": torch.tensor([2, 3, 7])}, {"weight": (5, 2)}), lr=1.0
+    )
+    model(torch.tensor([1, 1, 4])).sum().backward()
+    optimizer.step()
+    expected = before.clone()
+    expected[1] -= 2.0  # position 7 belongs to row 3, which took no part
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_a_grad_scaler_works_as_long_as_nothing_is_fused():
+    model, mask = two_layers()
+    before = model.b.weight.detach().clone()
+    optimizer = lota.MaskedSGD(model, mask, lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model.b.weight.sum()).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(model.b.weight.detach(), before - 0.5)
+
+
+def test_masks_of_other_models_are_refused():
+    model, _ = two_layers()
+    other = Mask.from_positions({"a.weight": torch.tensor([0])}, {"a.weight": (4, 4)})
+    with pytest.raises(ValueError, match=r"a\.weight"):
+        lota.MaskedSGD(model, other)
+    with pytest.raises(ValueError, match=r"c\.weight"):
+        lota.MaskedSGD(model, Mask.from_positions({"c.weight": torch.tensor([0])}, {"c.weight": (3, 4)}))
+    model.a.weight = torch.nn.Parameter(model.a.weight.detach().t().contiguous().t())
+    with pytest.raises(ValueError, match=r"a\.weight is not contiguous"):
+        lota.MaskedSGD(model, two_layers()[1])
+
+
+def test_without_a_mask_frozen_parameters_stay_frozen():
+    model, _ = two_layers()
+    model.a.requires_grad_(False)
+    optimizer = lota.MaskedSGD(model, lr=0.1)
+    assert set(optimizer.names.values()) == {"b.weight", "b.bias"}
+    assert not model.a.weight.requires_grad and model.b.bias.requires_grad
+    assert optimizer.n_trained == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["param_groups"][0]["params"].pop(), "state of 1 parameters, but 2 train here"),
+        (lambda s: s["state"].pop(0), r"a\.weight: expected \['exp_avg', .*, found nothing"),
+        (lambda s: s["state"][1].pop("exp_avg"), r"b\.weight: expected .*, found \['exp_avg_sq', 'step'\]"),
+        (lambda s: s["state"][0].update(more=1), r"a\.weight: expected .*, found \[.*'more'"),
+        (
+            lambda s: s["state"][0].update(exp_avg=torch.zeros(5)),
+            r"exp_avg is \(5,\) torch.float32, expected \(6,\)",
+        ),
+        (lambda s: s["state"][0].update(exp_avg=torch.zeros(6).half()), r"exp_avg is \(6,\) torch.float16"),
+        (lambda s: s["state"][0]["positions"].add_(1), r"a\.weight belongs to another mask: the kept pos"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused_and_change_nothing(change, message):
+    model, mask = two_layers()
+    optimizer = lota.MaskedAdamW(model, mask, lr=0.1)
+    with_gradients(model)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert tiny.same_state(optimizer.state_dict(), before)
+
+
+def test_a_loaded_state_is_a_copy():
+    model, mask = two_layers()
+    optimizer = lota.MaskedAdamW(model, mask, lr=0.1)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    with_gradients(model)
+    optimizer.step()
+    other = lota.MaskedAdamW(two_layers()[0], mask)
+    other.load_state_dict(optimizer.state_dict())
+    assert tiny.same_state(other.state_dict(), optimizer.state_dict())
+    with_gradients(model)
+    optimizer.step()
+    assert other.state_dict()["state"][0]["step"] == 1
+    assert not tiny.same_state(other.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("key", ["lr", "eps", "weight_decay", "momentum", "alpha"])
+def test_settings_below_0_are_refused_and_0_is_not(key):
+    model, mask = two_layers()
+    lota.MaskedRMSprop(model, mask, **{key: 0.0})
+    with pytest.raises(ValueError, match=rf"^{key}=-0\.1: must be 0 or more$"):
+        lota.MaskedRMSprop(model, mask, **{key: -0.1})
+    with pytest.raises(ValueError, match=rf"{key}=nan"):
+        lota.MaskedRMSprop(model, mask, **{key: math.nan})
+
+
+def test_all_problems_of_the_settings_are_told_together():
+    model, mask = two_layers()
+    with pytest.raises(ValueError, match=r"max_grad_norm=-1: must be above 0 .*; lr=-1: .*; eps=-2: must"):
+        lota.MaskedAdamW(model, mask, lr=-1, eps=-2, grad_norm_strategy="global", max_grad_norm=-1)
+    lota.MaskedAdamW(model, mask, max_grad_norm=-1)  # with the strategy `none` it is not used

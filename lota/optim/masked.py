@@ -26,7 +26,6 @@ from lota.masks import Mask
 
 GRAD_NORM_STRATEGIES = ("even", "proportional", "global", "none")
 _CLIP_EPS = 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
-_INT32_MAX = 2**31 - 1
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -84,7 +83,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _init_state(self, p: nn.Parameter, positions: Tensor | None) -> None:
         state = self.state[p]
         if positions is not None and positions.numel() < p.numel():
-            dtype = torch.int32 if p.numel() <= _INT32_MAX else torch.int64
+            dtype = torch.int32 if p.numel() <= torch.iinfo(torch.int32).max else torch.int64
             state["positions"] = positions.to(device=p.device, dtype=dtype)
         if p.dtype != torch.float32:
             state["master"] = self.working_values(p).float()
