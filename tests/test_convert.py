@@ -200,6 +200,11 @@ def test_smaller_vocabulary(llama):
     refusal = rf"error: --vocab base: the checkpoint has {ROWS - 8} embedding rows.*; use --vocab checkpoint"
     with pytest.raises(SystemExit, match=refusal):
         run_script(base, epoch, epoch, "--vocab", "base")
+    with pytest.raises(
+        SystemExit, match=rf"has 8 tokens more than the {ROWS - 8} embedding rows of .*policy"
+    ):
+        run_script(base, epoch, epoch)
+    word_tokenizer(ROWS - 8, eos_token="</s>", unk_token="<unk>").save_pretrained(base)
     convert_policy(base, epoch, epoch)
     assert torch.equal(logits(loaded(epoch)), logits(tuned))
 
@@ -276,7 +281,12 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(llama, tmp_pa
         "that no conversion wrote": (base, epoch, other, {}),
         "is a file: name a folder": (base, epoch, epoch / "policy.pt", {}),
         "no policy file at": (base, tmp_path / "none.pt", epoch, {}),
-        "no causal language model at": (tmp_path / "none", epoch, epoch, {"tokenizer_path": base}),
+        "none does not exist: give a Hugging Face folder": (
+            tmp_path / "none",
+            epoch,
+            epoch,
+            {"tokenizer_path": base},
+        ),
         "no tokenizer at": (base, epoch, epoch, {"tokenizer_path": epoch}),
         "vocab=all: choose one of": (base, epoch, epoch, {"vocab": "all"}),
         "drop pad_token=<PAD>": (base, epoch, epoch, {"vocab": "base", "pad_token": "<PAD>"}),

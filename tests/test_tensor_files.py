@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lota.models.tensor_files import header_bytes, is_delta, new_safetensors, read_header, read_metadata
+from lota.models.policy import index_torch_file
+from lota.models.tensor_files import (
+    checkpoint_files,
+    header_bytes,
+    is_delta,
+    new_safetensors,
+    read_header,
+    read_metadata,
+)
 from lota.models.weights import open_weights
 
 DTYPES = [
@@ -104,15 +113,23 @@ def test_damaged_headers_are_named(header, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"abc", (1 << 62).to_bytes(8, "little") + b"{}", b"version https://git-lfs.github.com/spec/v1\n"],
+    ("content", "message"),
+    [
+        (b"abc", "is truncated or .*: its header"),
+        ((1 << 62).to_bytes(8, "little") + b"{}", "is truncated or .*: its header"),
+        (b"", "is empty: copy or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, .* run `git lfs pull`"),
+        (b"\n<!DOCTYPE html><title>404</title>", "is a web page, .*: download it again"),
+        (b"<html>", "is a web page"),
+    ],
 )
-def test_files_without_a_header_are_named(content, tmp_path):
+def test_files_without_a_header_are_named(content, message, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    for read in (read_header, read_metadata):
-        with pytest.raises(ValueError, match=r"x\.safetensors is truncated or .*: its header"):
-            read(path)
+    for read in (read_header, read_metadata, index_torch_file):
+        if read != index_torch_file or not message.startswith("is trunc"):
+            with pytest.raises(ValueError, match=rf"x\.safetensors {message}"):
+                read(path)
     assert not is_delta(path)
 
 
@@ -122,3 +139,47 @@ def test_a_delta_is_known_by_its_metadata_even_if_cut_off(tmp_path):
     with pytest.raises(ValueError, match="lies outside"):
         read_header(path)
     assert not is_delta(write(tmp_path / "y.safetensors", {"x": GOOD}))
+
+
+def test_tensors_fill_their_file(tmp_path):
+    """As safetensors itself has it: no byte between them, behind them, or of two of them."""
+    second = {**GOOD, "data_offsets": [8, 16]}
+    write(tmp_path / "x.safetensors", {"x": GOOD, "y": second}, data=bytes(16))
+    assert set(read_header(tmp_path / "x.safetensors").entries) == {"x", "y"}
+    for name, header, size in (
+        ("hole", {"x": GOOD, "y": {**GOOD, "data_offsets": [16, 24]}}, 24),
+        ("before", {"y": second}, 16),
+        ("behind", {"x": GOOD}, 16),
+        ("overlap", {"x": GOOD, "y": GOOD}, 8),
+    ):
+        path = write(tmp_path / f"{name}.safetensors", header, data=bytes(size))
+        with pytest.raises(ValueError, match="its tensors do not fill the file, they overlap"):
+            read_header(path)
+        with pytest.raises(SafetensorError):
+            load_file(path)
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/x", "a/b", "..", "", ".", 3, None, "a\\b"])
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_names_files_of_its_folder_only(shard, stem, tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (folder / f"{stem}.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    with pytest.raises(ValueError, match=r"index\.json .* names .*, which is no file of its folder"):
+        checkpoint_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 200_000, "is no index of weight shards"),
+        ("version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+        ("{}", "is no index of weight shards"),
+        ('{"weight_map": []}', "is no index of weight shards"),
+    ],
+)
+def test_a_damaged_index_is_named(content, message, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json {message}"):
+        checkpoint_files(tmp_path)

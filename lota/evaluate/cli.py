@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import CHAT_TEMPLATES, default_cache
 from lota.data.prompts import NO_CHAT_TEMPLATE, Limits, Prompter
-from lota.models.loading import cast_parameters, dtype_of, load_config, load_model, load_tokenizer
+from lota.models.loading import cast_parameters, dtype_of, load_model, load_tokenizer
 from lota.models.provenance import recorded_prompts
+from lota.models.scope import load_config
 from lota.share.delta.attach import attach
 from lota.share.delta.format import common_dtype
 from lota.share.delta.reader import Delta
@@ -74,7 +75,7 @@ def make_prompter(args: argparse.Namespace, *, whole_prompts: bool = True) -> Pr
     whole_prompts: do not cut prompts as that run did.
     """
     chat_template, limits = recorded_prompting(args.delta[-1] if args.delta else args.model)
-    tokenizer = load_tokenizer(args.tokenizer_path or args.model)
+    tokenizer = load_tokenizer(args.model, args.tokenizer_path)
     return Prompter(tokenizer, args.chat_template or chat_template, None if whole_prompts else limits)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -19,14 +17,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lota.models.policy import find_policy, is_policy, read_policy
-from lota.models.weights import refuse_misfit
-from lota.storage import DAMAGED, torch_reason
+from lota.models.damaged import one_line, refuse_damaged_json
+from lota.models.opening import (
+    BELONGING,
+    check_tokenizer,
+    embedding_rows,
+    is_quantized,
+    open_model,
+    unexpected,
+)
+from lota.models.policy import find_policy, is_policy, model_folder, read_policy
+from lota.models.scope import load_config, meta_model, refuse_no_model
+from lota.models.weights import all_finite, open_weights, refuse_misfit, refuse_not_finite
+from lota.storage import DAMAGED
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Buffers that older transformers releases saved (rotary frequencies, causal masks): computed, not learnt.
-COMPUTED = (r"\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -36,20 +43,23 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; ValueError when there is none (an empty one is none)."""
-    folder = Path(name_or_path)
-    if (folder / "policy.pt").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"no tokenizer at {name_or_path}, which holds a policy.pt and no model: convert it first with "
-            f"convert_policy_to_hf_resize.py --model_path BASE --policy_path {folder / 'policy.pt'} "
-            f"--save_path {name_or_path}"
-        )
+def load_tokenizer(name_or_path: str | Path, given: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, a folder or hub id, or the one at `given` in its place.
+
+    Raises ValueError when there is none (an empty one is none), or no model of which it would be.
+    """
+    if given is None:
+        refuse_no_model(name_or_path)
+    name_or_path = given or name_or_path
+    folder = Path(name_or_path).expanduser()
     remedy = "name one with model.tokenizer_name_or_path (scripts: --tokenizer_path)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer at {name_or_path}: {remedy}. Cause: {torch_reason(error)}") from error
+    except Exception as error:  # the tokenizers library raises exceptions of no kind of their own
+        if given is None and ((folder / "config.json").is_file() or not folder.is_dir()):
+            load_config(name_or_path)  # which a tokenizer needs too
+        refuse_damaged_json(folder, TOKENIZER_JSON)
+        raise ValueError(f"no tokenizer at {name_or_path}: {remedy}. Cause: {one_line(error)}") from error
     # transformers makes a GPT-2 tokenizer of config.json alone, whose vocabulary is the end token
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
         raise ValueError(f"no tokenizer at {name_or_path} (it has no vocabulary): {remedy}")
@@ -73,14 +83,6 @@ def add_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> int:
     return tokenizer.pad_token_id
 
 
-def load_config(name_or_path: str | Path) -> PreTrainedConfig:
-    """The model's config; ValueError when the folder or hub id cannot be had."""
-    try:
-        return AutoConfig.from_pretrained(str(name_or_path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(_no_model(name_or_path, error)) from error
-
-
 def load_model(
     name_or_path: str | Path,
     *,
@@ -95,8 +97,10 @@ def load_model(
     archive: weights to use instead of name_or_path's: a Hugging Face folder, a policy.pt, or a folder with
     policy.pt alone. pad_token: added to `tokenizer` (name_or_path's when None) and, if the embeddings have no
     row for it, to the model.
-    Raises ValueError when weights are missing, left over or of another shape.
+    Raises ValueError before anything is loaded for what `open_model` refuses and for a tokenizer of another
+    model; afterwards for NaN and infinity.
     """
+    _check_before(name_or_path, archive, tokenizer)
     if archive is not None and is_policy(archive):
         config, state = load_config(name_or_path), read_policy(archive).state
         model = model_from_policy(config, state, find_policy(archive))
@@ -105,6 +109,7 @@ def load_model(
         path = str(name_or_path if archive is None else archive)
         on_device = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
         model = _load_all(AutoModelForCausalLM, path, path, dtype=dtype, **on_device)
+    _check_finite(model, name_or_path if archive is None else archive)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
         model.config.pad_token_id = add_pad_token(tokenizer, pad_token)
@@ -112,6 +117,27 @@ def load_model(
             resize_vocabulary(model, len(tokenizer))
     turn_dropout_off(model)
     return model.eval()
+
+
+def _check_before(
+    name_or_path: str | Path, archive: str | Path | None, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    model = meta_model(model_folder(str(name_or_path), None if archive is None else str(archive)))
+    if not is_quantized(model):  # transformers decodes such weights by itself
+        model, _ = open_model(name_or_path, archive)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model, archive or name_or_path)
+
+
+def _check_finite(model: PreTrainedModel, path: str | Path) -> None:
+    """Raise ValueError for NaN or infinity among the loaded weights, naming the file that they are from."""
+    strange = [name for name, p in model.named_parameters() if not all_finite(p.detach())]
+    if strange:
+        source = open_weights(path, model)
+        refuse_not_finite(source.read(strange[0]), strange[0], source.file_of(strange[0]))
+        raise ValueError(
+            f"{path}: {strange[0]} has values that {model.dtype} cannot hold: choose bfloat16 or float32"
+        )
 
 
 def model_from_policy(
@@ -149,25 +175,21 @@ def _load_all(model_class: Any, path: str | None, source: str | Path, **options:
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, SafetensorError, *DAMAGED) as error:
-        raise ValueError(_no_model(source, error)) from error
+        raise ValueError(
+            f"{source} cannot be loaded as a causal language model: {one_line(error)}"
+        ) from error
     expected, held = dict.fromkeys(info["missing_keys"], ()), {}
     for name, stored, own in info["mismatched_keys"]:
         expected[name], held[name] = tuple(own), tuple(stored)
-    ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]))
-    held |= {name: () for name in info["unexpected_keys"] if not ignored.search(name)}
+    held |= unexpected(model, dict.fromkeys(info["unexpected_keys"], ()))
     partner = f"a {type(model).__name__} of this configuration"
-    refuse_misfit(source, partner, expected, held, "give the config.json or the base that they belong to")
+    refuse_misfit(source, partner, expected, held, BELONGING)
     return model
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
     """{name of a tied weight: name of the weight it shares memory with}, from transformers' own table."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Rows of the token embedding, which may be more than the tokenizer has tokens."""
-    return model.get_input_embeddings().get_parameter("weight").shape[0]
 
 
 def _stored_rows(model: PreTrainedModel, state: dict[str, Tensor]) -> int | None:
@@ -230,10 +252,3 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     else:  # transformers before 5.23
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.config.use_cache = False
-
-
-def _no_model(name_or_path: str | Path, error: Exception) -> str:
-    return (
-        f"no causal language model at name_or_path={name_or_path}: give a folder with config.json and"
-        f" weights, or a hub id that this machine can reach. Cause: {torch_reason(error)}"
-    )

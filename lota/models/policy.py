@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lota.models.tensor_files import StoredTensor
+from lota.models.damaged import refuse_stranger
+from lota.models.tensor_files import StoredTensor, refuse_delta
 from lota.storage import DAMAGED, torch_reason, verify_checksum
 
 LAYOUT = ("step_idx", "state", "metrics")
@@ -61,6 +62,11 @@ def find_policy(path: str | os.PathLike[str]) -> Path:
     file = path / "policy.pt" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no policy file at {file}: give a policy.pt or a folder with one (RUN/epoch-1)")
+    if file.suffix == ".safetensors":
+        refuse_delta(file)
+        raise ValueError(
+            f"{file} is no policy.pt: give the Hugging Face folder that holds it, with its config"
+        )
     return file
 
 
@@ -142,6 +148,7 @@ def _load(file: Path, **options: Any) -> Any:
 
     A file that lies beside checksums, as every checkpoint's does, is checked against them first.
     """
+    refuse_stranger(file)
     verify_checksum(file)
     try:
         with warnings.catch_warnings():  # torch wonders about the pickle protocol of a file it then refuses

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lota.models.damaged import one_line, refuse_damaged_json
+from lota.models.tensor_files import refuse_absent, refuse_delta
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _ATTENTION = re.compile(r"attn|attention|deltanet|mamba", re.IGNORECASE)
 _ROUTER_CLASS = re.compile(r"router|gating", re.IGNORECASE)
@@ -40,14 +43,62 @@ class ScopedTensor:
         return math.prod(self.shape)
 
 
-def meta_model(name_or_path: str | Path) -> PreTrainedModel:
-    """The causal LM of a Hugging Face folder or hub id on the meta device: names, shapes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The model's config. Raises ValueError for a folder or hub id that has none, or a damaged one."""
+    from transformers import AutoConfig  # slow to import
 
-    config = AutoConfig.from_pretrained(str(name_or_path))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+    refuse_no_model(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    try:
+        return AutoConfig.from_pretrained(str(name_or_path))
+    except Exception as error:  # its checks of values raise exceptions of their own kinds
+        refuse_damaged_json(folder, ["config.json"])
+        if (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder / 'config.json'} is refused by transformers: {one_line(error)}"
+            ) from error
+        raise ValueError(
+            f"no causal language model at {name_or_path}: give a folder with config.json and weights, or a "
+            f"hub id that this machine can reach. Cause: {one_line(error)}"
+        ) from error
+
+
+def refuse_no_model(name_or_path: str | Path) -> None:
+    """Raise ValueError for a path where nothing is, a checkpoint that is not converted, or an adapter."""
+    refuse_absent(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    policy = folder if folder.is_file() else folder / "policy.pt"
+    if policy.is_file() and not (folder / "config.json").is_file():
+        refuse_delta(policy)
+        raise ValueError(
+            f"{name_or_path} holds a policy.pt and no model with a config: convert it first, with "
+            f"convert_policy_to_hf_resize.py --model_path BASE --policy_path {policy} --save_path "
+            f"{policy.parent}"
+        )
+    if (folder / "adapter_config.json").is_file():  # transformers would load the base that it names
+        raise ValueError(
+            f"{name_or_path} holds a PEFT adapter (adapter_config.json), which changes another model: merge "
+            "it into its base first (peft: merge_and_unload, then save_pretrained)"
+        )
+
+
+def meta_model(name_or_path: str | Path) -> PreTrainedModel:
+    """The causal LM of a Hugging Face folder or hub id on the meta device: names, shapes, no memory.
+
+    Raises ValueError for what has no config, or one that no causal LM can be made of.
+    """
+    from transformers import AutoModelForCausalLM  # slow to import
+
+    config = load_config(name_or_path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+    except Exception as error:
+        raise ValueError(
+            f"{name_or_path}: transformers makes no causal language model of its config.json: "
+            f"{one_line(error)}"
+        ) from error
     return model
 
 

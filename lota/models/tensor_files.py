@@ -15,11 +15,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from lota.models.damaged import refuse_stranger
 
 INSTALLING = ".conversion.installing"  # in a folder into which a conversion was moving its files
 DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
@@ -64,13 +66,10 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | N
     """
     local = Path(path).expanduser()
     if local.is_file():
+        refuse_delta(local)
         return [local], None
-    if local.is_dir():
-        folder = local
-    elif _looks_like_hub_id(str(path)):
-        folder = _fetch(str(path))
-    else:
-        raise ValueError(f"{path} does not exist: give a Hugging Face folder, a hub id or a policy.pt")
+    refuse_absent(path)
+    folder = local if local.is_dir() else _fetch(str(path))
     if (folder / INSTALLING).is_dir():
         raise ValueError(
             f"{folder} holds old and new files: a conversion was cut short while it moved its files there; "
@@ -81,6 +80,21 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | N
     if (folder / "policy.pt").is_file():
         return [folder / "policy.pt"], None
     raise ValueError(f"{folder} holds no weights: expected *.safetensors, pytorch_model.bin or policy.pt")
+
+
+def refuse_absent(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for what neither exists nor can be a hub id."""
+    if not Path(path).expanduser().exists() and not _looks_like_hub_id(str(path)):
+        raise ValueError(f"{path} does not exist: give a Hugging Face folder, a hub id or a policy.pt")
+
+
+def refuse_delta(path: Path) -> None:
+    """Raise ValueError for a delta file in the place of a model."""
+    if path.suffix == ".safetensors" and is_delta(path):
+        raise ValueError(
+            f"{path} is a delta file, which holds changes and no model: put it on its base first, with "
+            f"convert_policy_to_hf_resize.py --model_path BASE --delta {path} --save_path FOLDER"
+        )
 
 
 def config_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -95,8 +109,9 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                shards = sorted({str(shard) for shard in weight_map.values()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                shards = sorted({_shard_name(shard) for shard in weight_map.values()})
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                refuse_stranger(index)
                 raise ValueError(f"{index} is no index of weight shards: {error}") from error
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
@@ -105,6 +120,13 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / stem).is_file():
             return [folder / stem]
     return safetensors_files(folder)
+
+
+def _shard_name(name: object) -> str:
+    """The name of a file beside the index. Raises ValueError for one that leads out of the folder."""
+    if not isinstance(name, str) or name != PurePosixPath(name).name or "\\" in name or name in ("", ".."):
+        raise ValueError(f"it names {name!r}, which is no file of its folder; download the index again")
+    return name
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -152,12 +174,20 @@ def read_header(path: Path) -> Header:
     """The header, every entry checked against the file's size. Raises ValueError naming a damaged file."""
     metadata, content, data_start = _read_json(path)
     size = path.stat().st_size
-    entries = {}
+    entries: dict[str, StoredTensor] = {}
     for name, entry in content.items():
         try:
             entries[name] = _stored_tensor(path, data_start, size, entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is truncated or no safetensors file: {name}: {error}") from error
+    ends = [data_start]  # of each tensor; safetensors lets no byte between or behind them be unused
+    ordered = sorted(entries.values(), key=lambda tensor: (tensor.offset, tensor.numel))
+    ends += [tensor.offset + tensor.numel * tensor.dtype.itemsize for tensor in ordered]
+    if ends != [*(tensor.offset for tensor in ordered), size]:
+        raise ValueError(
+            f"{path} is damaged: its tensors do not fill the file, they overlap, or bytes follow them; copy "
+            "or download it again"
+        )
     return Header(metadata, entries, data_start)
 
 
@@ -168,6 +198,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_json(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     """(metadata, entries as they stand in the header, byte of the file at which the tensors begin)."""
+    refuse_stranger(path)
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -180,7 +211,9 @@ def _read_json(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata are no dict of strings")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is truncated or no safetensors file: {error}; copy or download it again"
+        ) from error
     return metadata, content, 8 + length
 
 

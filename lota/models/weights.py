@@ -42,8 +42,15 @@ class ReadUnit:
 class WeightSource:
     """The weights of one model on disk; made by `open_weights`. Reading is safe from several threads."""
 
-    def __init__(self, id: str, stored: Mapping[str, StoredTensor], origins: Mapping[str, str | Conversion]):
+    def __init__(
+        self,
+        id: str,
+        stored: Mapping[str, StoredTensor],
+        origins: Mapping[str, str | Conversion],
+        strange: Mapping[str, tuple[int, ...]] | None = None,
+    ):
         self.id = id  # the path or hub id that was opened
+        self.strange = dict(strange or {})  # stored name -> shape of what the model has no place for
         self.stored = dict(stored)  # stored name -> place in its file, parameters or not
         self._origins = dict(origins)  # parameter name -> its stored name, or what makes it of several
         self._files: dict[Path, int] = {}  # open files' handles
@@ -65,6 +72,10 @@ class WeightSource:
     def files(self) -> list[Path]:
         """Of all its tensors, sorted."""
         return sorted({tensor.path for tensor in self.stored.values()})
+
+    def file_of(self, name: str) -> Path:
+        """The file that a parameter is read from, or the first of them."""
+        return self.stored[_stored_names(self._origins[name])[0]].path
 
     @property
     def unused(self) -> dict[str, tuple[int, ...]]:
@@ -189,17 +200,55 @@ def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = N
     for file in files:
         index = read_header(file).entries if file.suffix == ".safetensors" else index_torch_file(file)
         stored.update(index)
+    _refuse_scaled(path, stored)
     if model is None and folder is not None and config_folder(folder):
         model = meta_model(folder)
     if model is None:  # every stored tensor under its own name; of several names for the same bytes the first
         first = {tensor: name for name, tensor in reversed(stored.items())}
         return WeightSource(str(path), stored, {name: name for name in stored if first[stored[name]] == name})
     origins = translate(stored, model, loaded_names=folder is None)
+    placed = {name for origin in origins.values() for name in _stored_names(origin)}
+    strange = {name: tensor.shape for name, tensor in stored.items() if name not in placed}
     names_of: dict[int, list[str]] = {}  # of each parameter: a tied one is stored under any of its names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
     held = {names[0]: [origins[name] for name in names if name in origins] for names in names_of.values()}
-    return WeightSource(str(path), stored, {name: found[0] for name, found in held.items() if found})
+    first_of = {name: found[0] for name, found in held.items() if found}
+    return WeightSource(str(path), stored, first_of, strange)
+
+
+def _stored_names(origin: str | Conversion) -> list[str]:
+    return [origin] if isinstance(origin, str) else origin.stored_names
+
+
+def _refuse_scaled(path: str | os.PathLike[str], stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError for 8-bit floats that are stored with scales: without them they are other numbers."""
+    narrow = [n for n, t in stored.items() if t.dtype.is_floating_point and t.dtype.itemsize == 1]
+    scales = [name for name in stored if "scale" in name.rpartition(".")[2]]
+    if narrow and scales:
+        raise ValueError(
+            f"{path}: {narrow[0]} is {stored[narrow[0]].dtype} and has its scales in another tensor "
+            f"({scales[0]}): give the model from before quantization, or load it with transformers, "
+            "dequantize it and save_pretrained it"
+        )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity. Memory: none, unless the sum is not finite."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # torch computes little with fp8
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def refuse_not_finite(tensor: Tensor, name: str, source: object) -> None:
+    """Raise ValueError for NaN or infinity in a parameter, which no model that was trained well has."""
+    if not all_finite(tensor):
+        raise ValueError(
+            f"{source}: {name} holds NaN or infinity: the file is damaged, or the training that wrote it "
+            "diverged; copy it again, or give an earlier checkpoint"
+        )
 
 
 def refuse_misfit(

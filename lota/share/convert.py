@@ -13,16 +13,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lota.models.loading import (
-    add_pad_token,
-    embedding_rows,
-    load_config,
-    load_tokenizer,
-    model_from_policy,
-    resize_vocabulary,
-)
+from lota.models.loading import add_pad_token, load_tokenizer, model_from_policy, resize_vocabulary
+from lota.models.opening import check_tokenizer, embedding_rows, open_model
 from lota.models.policy import find_policy, read_policy
 from lota.models.provenance import run_settings
+from lota.models.scope import load_config
 from lota.share.hf_folder import (
     TOKENIZER_FILES,
     check_replaceable,
@@ -73,16 +68,21 @@ def convert_policy(
     check_shard_size(max_shard_size)
     check_replaceable("save_path", folder, model_path)
     run = run_settings(file)
-    tokenizer_path = tokenizer_path or run.tokenizer or model_path
-    config, tokenizer = load_config(model_path), load_tokenizer(tokenizer_path)
+    given = tokenizer_path or run.tokenizer
+    config, tokenizer = load_config(model_path), load_tokenizer(model_path, given)
     base_rows, base_pad = config.get_text_config().vocab_size, config.pad_token_id
+    structure, _ = open_model(model_path, file)
+    if vocab == "base":
+        _check_rows(embedding_rows(structure), base_rows)
+    check_tokenizer(tokenizer, structure, file)
     most, dtypes = disk_dtypes(model_path, config) if dtype is None else (dtype, {})
 
     record = read_policy(file)
     model = model_from_policy(config, record.state, file)
     pad_id = None
     if vocab == "base":
-        _cut_rows(model, base_rows)
+        if embedding_rows(model) > base_rows:
+            resize_vocabulary(model, base_rows)
         model.config.pad_token_id = base_pad
     else:
         pad_id = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
@@ -94,7 +94,7 @@ def convert_policy(
         model.config.dtype = most
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(staged)
-        copy_small_files(tokenizer_path, TOKENIZER_FILES, staged)
+        copy_small_files(given or model_path, TOKENIZER_FILES, staged)
         copy_small_files(model_path, ("generation_config.json",), staged)
         if pad_id is not None:
             tokenizer.save_pretrained(staged)
@@ -102,16 +102,13 @@ def convert_policy(
     return Converted(folder, most, rows, record.step_idx, run.datasets)
 
 
-def _cut_rows(model: PreTrainedModel, base_rows: int) -> None:
-    """Drop embedding rows beyond the base's."""
-    rows = embedding_rows(model)
+def _check_rows(rows: int, base_rows: int) -> None:
+    """Raise ValueError for an embedding that cannot be cut back to the base's rows."""
     if rows < base_rows:
         raise ValueError(
             f"vocab=base: the checkpoint has {rows} embedding rows, fewer than the base's {base_rows};"
             " use vocab=checkpoint"
         )
-    if rows > base_rows:
-        resize_vocabulary(model, base_rows)
 
 
 def _add_pad_token(

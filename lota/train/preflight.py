@@ -18,7 +18,8 @@ from lota.data.task import FindTask, Task
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, trainable_mask
 from lota.models.hashing import remembered_hash, tokenizer_key
-from lota.models.loading import dtype_of, embedding_rows, load_tokenizer
+from lota.models.loading import dtype_of, load_tokenizer
+from lota.models.opening import embedding_rows
 from lota.models.policy import is_policy
 from lota.models.scope import find_scope
 from lota.models.weights import open_weights

@@ -26,8 +26,10 @@ from lota.config import Config
 from lota.data.batches import Batch, Encoded, Example, batch_order, encoded_hash_and_lengths
 from lota.masks import Mask
 from lota.models.hashing import config_key, content_hash
-from lota.models.loading import dtype_of, embedding_rows, load_config, mean_row
+from lota.models.loading import dtype_of, mean_row
+from lota.models.opening import embedding_rows
 from lota.models.policy import model_folder
+from lota.models.scope import load_config
 from lota.models.weights import WeightSource, open_weights
 from lota.optim.masked import MaskedOptimizer
 from lota.storage import atomic_path, content_key, read_keyed, save_tensors
