@@ -19,6 +19,7 @@ from lota.config import Config
 from lota.lotto.config import LottoConfig, sequence_problems
 from lota.settings import unknown_keys
 from lota.train.cli import guarded, register, resolve
+from lota.train.overrides import start
 
 ROOT = Path(__file__).resolve().parent
 register("sequence", LottoConfig)
@@ -74,4 +75,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, LottoConfig, ROOT / "config" / "lotto.yaml")

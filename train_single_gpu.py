@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from lota.config import Config
 from lota.train.cli import closing_words, guarded, register, resolve
+from lota.train.overrides import start
 
 logger = logging.getLogger(__name__)
 register("training", Config)
@@ -46,4 +47,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, Config, ROOT / "config" / "config.yaml")

@@ -185,3 +185,17 @@ def did_you_mean(given: Any, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message that names what is nearest; empty if nothing is near."""
     near = difflib.get_close_matches(str(given), known, cutoff=0.5)
     return f"; did you mean {', '.join(prefix + name for name in near)}?" if near else ""
+
+
+def near_keys(given: str, keys: Iterable[Key]) -> str:
+    """The same for a key: names that look like it, else keys whose meaning has its words."""
+    known = {key.name: key.about.meaning for key in keys}
+    last_parts = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(given, known, cutoff=0.7)
+    near += [last_parts[part] for part in difflib.get_close_matches(given, last_parts, cutoff=0.7)]
+    if not near:
+        words = [word for word in re.split(r"[\W_]+", given) if len(word) > 2]
+        places = {name: [meaning.find(word) for word in words] for name, meaning in known.items()}
+        fitting = [name for name, found in places.items() if found and min(found) >= 0]
+        near = sorted(fitting, key=lambda name: places[name])[:3]
+    return f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""

@@ -20,6 +20,7 @@ from lota.optim.optimizers import OPTIMIZERS, SCHEDULERS
 from lota.settings import keys_of
 from lota.train.cli import _folder_name
 from lota.train.objectives import OBJECTIVES
+from lota.train.overrides import override_problems
 from lota.train.reference import REFERENCES
 from lota.utils import name_problem
 from scripts.settings import CONFIG, FILES, lines_of, page, with_comments
@@ -285,6 +286,88 @@ def test_a_key_that_an_older_run_does_not_have_counts_as_its_default():
     del old["lr_scheduler"], old["model"]["scope"]
     assert differences(old, composed()) == []
     assert differences(old, composed("lr_scheduler=cosine")) == ["lr_scheduler: constant -> cosine"]
+
+
+# The command line, before Hydra sees it
+
+
+def told(command: str, schema=Config, file="config.yaml") -> list[str]:
+    return list(override_problems(command.split(), schema, CONFIG / file))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("lr=abc", "lr=abc: should be a number"),
+        ("lr=", "lr=: should be a number"),
+        ("seed=1e23", "seed=1e23: should be a whole number"),
+        (f"seed={'9' * 5000}", "5000 digits"),
+        ("n_epochs=soon", "n_epochs=soon: should be a whole number or null"),
+        ("do_first_eval=2", "do_first_eval=2: should be true or false"),
+        ("datasets=gsm8k", "datasets=gsm8k: should be a list, as in datasets=[gsm8k]"),
+        ("betas=[0.9,x]", "betas=[0.9,x]: should be a list of numbers"),
+        ("exp_name=[a]", "exp_name=[a]: should be text"),
+        ("learning_rate=1e-4", "unknown key learning_rate=1e-4; did you mean lr, "),
+        ("+learning_rate=1e-4", "unknown key learning_rate=1e-4; did you mean lr, "),
+        ("model.policy_dtyp=float32", "did you mean model.policy_dtype"),
+        ("losss=dpo", "did you mean loss?"),
+        ("loss=dop", "loss=dop: there is no config/loss/dop.yaml; did you mean dpo?"),
+        ("-m model=tiny,tinny", "model=tinny: there is no config/model/tinny.yaml; did you mean tiny?"),
+        ("-m lr=abc,1e-4", "lr=abc: should be a number"),
+        ("experiment=fft", "experiment is added, with a plus"),
+        ("+experiment=lota_0.8", "did you mean lota_0.9"),
+        ("+lr=1", "+lr=1: the key is there already; leave out the plus"),
+        ("lr=[1", "lr=[1: cannot be read"),
+        ("bogus", "bogus: settings are given as key=value"),
+        ("--lr 1e-4", "--lr 1e-4: settings are given as key=value: lr=1e-4"),
+        ("loss=sft --batch-size=4", "--batch-size=4: settings are given as key=value: batch_size=4"),
+        ("--debug", "--debug: settings are given as key=value: debug=true"),
+        ("--learning-rate 1", "--learning-rate 1: settings are given as key=value; did you mean lr, "),
+        ("seed=1 -m lr=1,2", "lr=1,2: put flags such as -m in front of all settings"),
+    ],
+)
+def test_what_hydra_would_refuse_is_told_with_its_remedy(given, words):
+    (line,) = told(given)
+    assert words in line and "+learning_rate" not in line
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "lr=1 seed=0 datasets=[a,b] do_first_eval=0 wandb.enabled=yes save_every=epoch_2 n_epochs=null",
+        "-m lr=1e-4,1e-3 seed=range(0,3) model=tiny,gpt2 +experiment=fft",
+        "hydra/launcher=basic hydra.job.name=x ~lr model.name_or_path=${exp_name} loss.beta=null",
+        "--config-dir mine +own=key model=mine",
+        "--help x",
+        "--cfg job debug=true",
+    ],
+)
+def test_what_hydra_takes_is_taken(given):
+    assert told(given) == []
+
+
+def test_all_of_a_command_line_at_once():
+    assert len(told("lr=abc optimizr=SGD datasets=x --lr 3")) == 4
+    lines = told("tasks=a sparsity=x +task_overrides.a.lr=1 calibrate.steps=1", LottoConfig, "lotto.yaml")
+    assert [line.split(":")[0].split(";")[0] for line in lines] == [
+        "tasks=a", "sparsity=x", "unknown key calibrate.steps=1"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("lr=abc losss=sft", "invalid settings:\n  lr=abc: should be a number\n  unknown key losss=sft"),
+        ("exp_name=x hydra.job.nmae=y", "Could not override 'hydra.job.nmae'."),  # Hydra's own words
+        ("-m exp_name=x lr=-1,-2", "error: invalid settings:\n  lr=-2.0: must be at least 0"),
+    ],
+)
+def test_a_refused_command_has_no_traceback(given, shown, tmp_path):
+    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *given.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and shown in done.stderr
+    assert "Traceback" not in done.stderr and "HYDRA_FULL_ERROR" not in done.stderr
 
 
 # Values that are worked out

@@ -102,6 +102,10 @@ def closing_words(trainer: Trainer, folder: Path | None) -> str:
     return f"\ncheckpoint:      {made}\n{trained}\nnext:            {step}"
 
 
+class JobFailed(Exception):
+    """A job of a multirun ended with an error that it has told."""
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Log to the console, and turn a user's mistake into one message and a stop into its exit code."""
@@ -112,7 +116,7 @@ def guarded() -> Iterator[None]:
         survives = "" if isinstance(error, ValueError) else "; checkpoints written before are whole"
         logger.error("error: %s%s", error, survives)
         if in_multirun():
-            raise  # the other jobs run all the same
+            raise JobFailed(str(error)) from error  # the other jobs run all the same
         sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
