@@ -237,8 +237,8 @@ def key_of(module: str, mutant: Mutant) -> str:
     return hashlib.sha256(f"{module}\n{mutant.source}".encode()).hexdigest()[:16]
 
 
-def difference(module: str, mutant: Mutant) -> str:
-    lines = (ROOT / module).read_text(encoding="utf-8").splitlines(), mutant.source.splitlines()
+def difference(module: str, source: str, mutant: Mutant) -> str:
+    lines = source.splitlines(), mutant.source.splitlines()
     return "\n".join([*difflib.unified_diff(*lines, module, mutant.operator, n=1, lineterm=""), ""])
 
 
@@ -246,8 +246,9 @@ def judge(module: str, arguments: argparse.Namespace) -> float:
     """Run all mutants of a module; returns the share that was killed."""
     began, kept = time.perf_counter(), arguments.out / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
-    mutants = {key_of(module, m): m for m in mutants_of((ROOT / module).read_text(encoding="utf-8"))}
     tree = copied_tree(ROOT)
+    source = (tree / module).read_text(encoding="utf-8")
+    mutants = {key_of(module, m): m for m in mutants_of(source)}
     found = record(tree, module, [f"tests/test_{name}.py" for name in TABLE[module]])
     gc.freeze()
     jobs = []
@@ -266,7 +267,7 @@ def judge(module: str, arguments: argparse.Namespace) -> float:
     outcomes = [results[key]["outcome"] for key in mutants]
     survived = [key for key in mutants if results[key]["outcome"] == "survived"]
     with (arguments.out / "survivors.diff").open("a") as file:
-        file.writelines(f"# {key}\n{difference(module, mutants[key])}\n" for key in survived)
+        file.writelines(f"# {key}\n{difference(module, source, mutants[key])}\n" for key in survived)
     share = 1 - len(survived) / len(outcomes)
     counts = {name: outcomes.count(name) for name in ("killed", "timeout", "survived")}
     print(f"{module}: {counts}, {share:.1%} killed, {time.perf_counter() - began:.0f} s", flush=True)

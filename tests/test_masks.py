@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lota.masks import Mask, kept_count
+from lota.masks.trainable import mask_or_dense, trainable_mask
 from lota.models.scope import find_scope
 
 
@@ -71,6 +72,77 @@ def test_flip_is_the_complement_in_the_scope_and_nowhere_else():
     assert torch.equal(flipped.flip().dense("b"), mask.dense("b"))
 
 
+@pytest.mark.parametrize("n", [*range(1, 18), 63, 64, 65])
+def test_flipped_and_absent_bits_at_every_length(n):
+    """The unused bits of the last byte stay 0, whatever is done with a mask."""
+    kept = {"w": torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5}
+    mask = Mask.from_dense(kept)
+    assert mask.flip().bits["w"].tolist() == np.packbits(~kept["w"].numpy()).tolist()
+    assert mask.flip().n_kept == n - mask.n_kept
+    other = Mask.from_dense({"v": torch.ones(3, dtype=torch.bool)})
+    assert torch.equal(mask.union(other).dense("w"), kept["w"])
+    assert mask.union(other).kept("v") == 3
+    assert torch.equal(mask.minus(other).dense("w"), kept["w"])
+
+
+def test_an_empty_mask():
+    mask = Mask({}, {})
+    assert (mask.n_kept, mask.n_total, mask.density) == (0, 0, 0.0)
+
+
+def test_the_fingerprint_is_of_names_shapes_and_bits():
+    def of(**kept):
+        return Mask.from_dense({name: torch.tensor(value) for name, value in kept.items()})
+
+    first = of(a=[True, False], b=[[False, True]])
+    again = Mask.from_dense({n: first.dense(n) for n in ("b", "a")}, {"score": "random"})
+    assert again.fingerprint() == first.fingerprint()  # neither the order nor metadata count
+    others = [
+        of(a=[True, False], b=[[True, True]]),
+        of(a=[True, False], b=[[False], [True]]),
+        of(a=[True, False], c=[[False, True]]),
+        of(a=[True, False]),
+    ]
+    assert len({mask.fingerprint() for mask in (first, *others)}) == 5
+
+
+ORIGINS = {"scope": "default", "base": "folder", "base_hash": "1", "score": "gradient"}
+
+
+def test_metadata_that_stay_true():
+    mask = Mask.from_dense(random_kept(3), {**ORIGINS, "threshold": 0.5})
+    assert mask.flip().meta == {**ORIGINS, "flipped": True}
+    assert mask.flip().flip().meta == {**ORIGINS, "flipped": False}
+    assert mask.only(["a", "b", "c"]).meta == mask.meta
+    assert mask.only(["c", "absent"]).meta == {**ORIGINS, "scope": None}
+    other = Mask.from_dense(random_kept(4), {**ORIGINS, "base": "another", "base_hash": "2"})
+    assert mask.union(mask).meta == ORIGINS
+    assert mask.union(other).meta == {"scope": "default", "score": "gradient"}
+    assert mask.minus(Mask.from_dense(random_kept(4))).meta == {"scope": None}
+
+
+def test_results_of_the_older_layout_are_of_it_if_they_list_all_it_lists():
+    old = Mask.from_dense(random_kept(3), {"layout": "dense"})
+    new = Mask.from_dense({name: kept for name, kept in random_kept(4).items() if name != "c"})
+    assert all(made.meta["layout"] == "dense" for made in (old.union(new), new.union(old), old.minus(new)))
+    assert all("layout" not in made.meta for made in (old.intersect(new), new.minus(old), new.union(new)))
+
+
+def test_loaded_bits_are_in_memory_unless_asked_otherwise(tmp_path):
+    path = tmp_path / "m.pt"
+    mask = Mask.from_dense({"w": torch.ones(4096, dtype=torch.bool)})
+    mask.save(path)
+    read = Mask.load(path)
+    whole = path.read_bytes()
+    with path.open("r+b") as file:  # into the same file, as a copy over it does
+        file.write(whole.replace(b"\xff" * 512, bytes(512)))
+    assert read.n_kept == 4096
+    assert Mask.load(path).n_kept == 0
+    with pytest.raises(ValueError, match="format='text': choose packed or dense"):
+        mask.save(tmp_path / "other.pt", format="text")
+    assert not (tmp_path / "other.pt").exists()
+
+
 def test_flipping_the_older_layout_never_unfreezes_norms(tmp_path):
     model = tiny.make("llama")
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -122,6 +194,10 @@ def test_check_names_differences_both_ways():
     with pytest.raises(ValueError, match=r"1 names of the mask are not in the model: c") as error:
         mask.check({"a": (3, 7), "b": (5, 2, 3), "other": (9,)})
     assert "1 names of the model are not in the mask: other" in str(error.value)
+    assert str(error.value).startswith("the mask does not belong to this model:\n  1 names")
+    assert str(error.value).endswith(
+        "\n  extract a mask from this model, or name the model that the mask came from"
+    )
     with pytest.raises(ValueError, match=r"1 shapes differ: a: mask \(3, 7\), model \(7, 3\)"):
         mask.check({"a": (7, 3), "b": (5, 2, 3), "c": (8,)})
 
@@ -243,3 +319,131 @@ def test_bits_of_another_length_are_refused():
 def test_bits_behind_the_last_entry_are_refused():
     with pytest.raises(ValueError, match="bits are set behind the last of its 3 entries"):
         Mask({"a": torch.full((1,), 0xFF, dtype=torch.uint8)}, {"a": (3,)})  # else the density would be 2.67
+
+
+# what trains in a run: lota/masks/trainable.py
+
+
+@pytest.mark.parametrize("name", ["0.0_mask.pt", "0_mask.pt", "0.00_mask.pt"])
+def test_an_absent_file_of_sparsity_0_means_dense(tmp_path, name):
+    assert mask_or_dense(None) is None
+    assert mask_or_dense(tmp_path / name) is None and mask_or_dense(str(tmp_path / name)) is None
+    Mask.from_dense(random_kept(0)).save(tmp_path / name)
+    assert mask_or_dense(tmp_path / name).n_kept == Mask.from_dense(random_kept(0)).n_kept
+
+
+@pytest.mark.parametrize(
+    "name", ["0.9_mask.pt", "0.01_mask.pt", "10.0_mask.pt", "0.0_mask.pt.old", "a0.0_mask.pt"]
+)
+def test_any_other_absent_mask_is_an_error(tmp_path, name):
+    with pytest.raises(ValueError, match="does not exist"):
+        mask_or_dense(tmp_path / name)
+
+
+def test_a_mask_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Mask.from_dense(random_kept(0)).save(tmp_path / "m.pt")
+    whole = (tmp_path / "m.pt").read_bytes()
+    for mapped in (False, True):
+        mask = mask_or_dense("~/m.pt", mapped)
+        (tmp_path / "m.pt").unlink()
+        assert mask.names == ["a", "b", "c"]
+        (tmp_path / "m.pt").write_bytes(whole)
+
+
+def deep_llama():
+    """Five blocks, so that odd and even ones differ in number."""
+    from tests.hf_models import new_model
+
+    return new_model("llama", num_hidden_layers=5)
+
+
+def kept_by(mask: Mask, model) -> dict[str, torch.Tensor]:
+    return {
+        name: mask.dense(name) if name in mask else torch.zeros(p.shape, dtype=torch.bool)
+        for name, p in model.named_parameters()
+    }
+
+
+def test_nothing_to_freeze_trains_everything():
+    assert trainable_mask(deep_llama(), None) is None
+    assert trainable_mask(deep_llama(), None, protect=iter([])) is None
+
+
+@pytest.mark.parametrize(("word", "frozen"), [("even", (0, 2, 4)), ("odd", (1, 3))])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("block_name", [None, "LlamaDecoderLayer"])
+def test_frozen_layers(word, frozen, given, block_name):
+    model = deep_llama()
+    mask = tiny.random_mask(model) if given else None
+    found = kept_by(trainable_mask(model, mask, freeze_layers=word, block_name=block_name), model)
+    for name, p in model.named_parameters():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        if layer in frozen:
+            assert not found[name].any(), name
+        elif given:
+            assert torch.equal(found[name], mask.dense(name)) if name in mask else not found[name].any()
+        else:
+            assert found[name].all() and found[name].shape == p.shape
+
+
+def test_protected_entries_do_not_train():
+    model = deep_llama()
+    first, second, third = (tiny.random_mask(model, seed=seed) for seed in range(3))
+    found = kept_by(trainable_mask(model, None, protect=iter([second, third])), model)
+    assert all(torch.equal(found[n], ~second.dense(n) & ~third.dense(n)) for n in second.names)
+    assert found["model.norm.weight"].all() and found["model.embed_tokens.weight"].all()
+    found = kept_by(trainable_mask(model, first, flip=True, protect=[second]), model)
+    assert all(torch.equal(found[n], ~first.dense(n) & ~second.dense(n)) for n in second.names)
+    assert not found["model.norm.weight"].any()
+
+
+def test_flipped_within_the_scope_that_is_given():
+    model = deep_llama()
+    mask = tiny.random_mask(model)
+    found = trainable_mask(model, mask, flip=True, scope="mlp")
+    assert found.names == [name for name in mask.names if "mlp" in name]
+    assert all(torch.equal(found.dense(name), ~mask.dense(name)) for name in found.names)
+    assert trainable_mask(model, mask, scope="mlp").names == mask.names  # a mask has its own scope
+
+
+def test_masks_of_other_models_do_not_train():
+    model, other = deep_llama(), Mask.from_dense(random_kept(0))
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        trainable_mask(model, other)
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        trainable_mask(model, tiny.random_mask(model), protect=[other])
+    with pytest.raises(ValueError, match="no module of this class"):
+        trainable_mask(model, None, freeze_layers="odd", block_name="GPT2Block")
+
+
+def test_the_older_layout_trains_what_it_keeps_and_fits_an_embedding_that_grew():
+    model = deep_llama()
+    mask = tiny.random_mask(model)
+    whole = {
+        name: mask.dense(name) if name in mask else torch.zeros(p.shape, dtype=torch.bool)
+        for name, p in model.named_parameters()
+    }
+    whole["model.embed_tokens.weight"] = torch.zeros(7, 32, dtype=torch.bool)  # of the model before it grew
+    whole["model.norm.weight"][3] = True  # kept by hand, outside of any scope
+    old = Mask.from_dense(whole, {"layout": "dense"})
+    found = trainable_mask(model, old)
+    assert set(found.names) == {*mask.names, "model.norm.weight"}
+    assert all(torch.equal(found.dense(name), whole[name]) for name in found.names)
+    found = trainable_mask(model, old, flip=True)
+    assert set(found.names) == set(mask.names)
+    assert all(torch.equal(found.dense(name), ~mask.dense(name)) for name in found.names)
+    found = trainable_mask(model, old, scope="mlp")  # in the scope: also those of which nothing is kept
+    assert mask.names[1] not in found.names and set(found.names) == {
+        *(n for n in mask.names if mask.kept(n) or "mlp" in n),
+        "model.norm.weight",
+    }
+    whole["model.embed_tokens.weight"][0] = True
+    with pytest.raises(ValueError, match="does not belong"):
+        trainable_mask(model, Mask.from_dense(whole, {"layout": "dense"}))
+    by_name = trainable_mask(model, old, freeze_layers="odd", block_name="LlamaDecoderLayer", flip=True)
+    assert (
+        by_name.kept("model.layers.1.mlp.up_proj.weight")
+        == 0
+        < by_name.kept("model.layers.2.mlp.up_proj.weight")
+    )
