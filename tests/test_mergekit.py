@@ -39,20 +39,29 @@ EXACT = {
     "magnitude_prune": "--density 0.3",
 }
 IN_BF16 = {case: EXACT[case] for case in ("task_arithmetic", "dare", "ties", "magnitude_prune")}
+TIED = {case: EXACT[case] for case in ("ties", "magnitude_prune")}
 ROUNDED = {
+    "dare_weights": "--density 0.3 --weights 0.7 0.6 0.5 --seed 1",
     "dare": "--density 0.3 --normalize --weights 1 0.5 0.3 --lambda 0.7 --seed 2",
     "dare_ties": "--density 0.3 --weights 1 0.5 0.3 --seed 2",
 }
 
 
-def make(folder: Path, dtype: torch.dtype) -> Path:
-    """The embedded model and three others near it, every weight of theirs changed, in `dtype`."""
+def make(folder: Path, dtype: torch.dtype, step: float | None) -> Path:
+    """The embedded model and three others near it, every weight of theirs changed, in `dtype`.
+
+    step: weights and changes are multiples of it, so that many changes of a tensor are equal in magnitude.
+    """
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if step is None else (tensor / step).round() * step
+
     state = load_file(MODEL / "model.safetensors")
     for i, name in enumerate(("base", "a", "b", "c")):
         generator = torch.Generator().manual_seed(i)
         shutil.copytree(MODEL, folder / name)
         moved = {
-            k: (v + (1e-2 * torch.randn(v.shape, generator=generator) if i else 0)).to(dtype)
+            k: rounded(v + (1e-2 * torch.randn(v.shape, generator=generator) if i else 0)).to(dtype)
             for k, v in state.items()
         }
         save_file(moved, folder / name / "model.safetensors", metadata={"format": "pt"})
@@ -69,16 +78,18 @@ def merge(folder: Path, out: Path, method: str, more: str, inputs=("a", "b", "c"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Every case merged by both: <dtype>/<exact or rounded>/<case> and .../<case>_mergekit."""
+    """Every case merged by both: <dtype or tied>/<exact or rounded>/<case> and .../<case>_mergekit."""
     root, calls = tmp_path_factory.mktemp("mergekit"), []
-    for dtype, labelled in (
-        (torch.float32, {"exact": EXACT, "rounded": ROUNDED}),
-        (torch.bfloat16, {"exact": IN_BF16}),
+    for name, dtype, step, labelled in (
+        ("torch.float32", torch.float32, None, {"exact": EXACT, "rounded": ROUNDED}),
+        ("torch.bfloat16", torch.bfloat16, None, {"exact": IN_BF16}),
+        ("tied", torch.float32, 2**-12, {"exact": TIED}),
     ):
-        folder = make(root / str(dtype), dtype)
+        folder = make(root / name, dtype, step)
         for label, case in ((label, case) for label, cases in labelled.items() for case in cases):
             out, more = folder / label / case, labelled[label][case]
-            config = merge(folder, out, case.removesuffix("_whole").removesuffix("_mean"), more)
+            method = case.removesuffix("_whole").removesuffix("_mean").removesuffix("_weights")
+            config = merge(folder, out, method, more)
             seed = more.rpartition("--seed ")[2] if "--seed" in more else "0"
             calls.append([str(config), f"{out}_mergekit", "--random-seed", seed])
     quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,12 +99,13 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
-def load(runs: Path, dtype: torch.dtype, *folders: str) -> list[dict[str, torch.Tensor]]:
-    return [load_file(runs / str(dtype) / folder / "model.safetensors") for folder in folders]
+def load(runs: Path, made: object, *folders: str) -> list[dict[str, torch.Tensor]]:
+    return [load_file(runs / str(made) / folder / "model.safetensors") for folder in folders]
 
 
-def both(runs: Path, dtype: torch.dtype, label: str, case: str) -> list[dict[str, torch.Tensor]]:
-    mine, theirs = load(runs, dtype, f"{label}/{case}", f"{label}/{case}_mergekit")
+def both(runs: Path, made: object, label: str, case: str) -> list[dict[str, torch.Tensor]]:
+    dtype = made if isinstance(made, torch.dtype) else torch.float32
+    mine, theirs = load(runs, made, f"{label}/{case}", f"{label}/{case}_mergekit")
     assert mine.keys() == theirs.keys() and all(mine[n].dtype == theirs[n].dtype == dtype for n in mine)
     return [mine, theirs]
 
@@ -114,18 +126,24 @@ def test_to_the_last_bit(runs, dtype, case):
     assert not any(torch.equal(mine[name], base[name]) for name in mine)
 
 
+@pytest.mark.parametrize("made", [torch.bfloat16, "tied"])
 @pytest.mark.parametrize(("case", "density"), [("ties", 0.2), ("magnitude_prune", 0.3)])
-def test_trimming_in_bf16_differs_in_ties_alone(runs, case, density):
-    """bf16 differences tie often; which of them stay at the threshold, an unstable sort decides there."""
-    mine, theirs = both(runs, torch.bfloat16, "exact", case)
-    base, *tuned = load(runs, torch.bfloat16, "base", "a", "b", "c")
+def test_trimming_differs_in_ties_alone(runs, made, case, density):
+    """Which of equal changes at the threshold stay, an unstable sort decides there; here, the earliest do."""
+    mine, theirs = both(runs, made, "exact", case)
+    base, *tuned = load(runs, made, "base", "a", "b", "c")
     for name, before in base.items():
         tied = torch.zeros_like(before, dtype=torch.bool)
+        kept = torch.zeros_like(before, dtype=torch.float32)  # the sum of the vectors, trimmed
         for state in tuned:
-            size = (state[name].float() - before.float()).abs()
-            count = max(1, int(density * size.numel()))
-            tied |= size == size.flatten().sort(descending=True).values[count - 1]
+            vector = state[name].float() - before.float()
+            order = vector.abs().flatten().sort(descending=True, stable=True)
+            count = max(1, int(density * vector.numel()))
+            tied |= vector.abs() == order.values[count - 1]
+            kept.view(-1)[order.indices[:count]] += vector.flatten()[order.indices[:count]]
         assert torch.equal(mine[name][~tied], theirs[name][~tied]), name
+        if case == "magnitude_prune":
+            assert torch.equal(mine[name], (before.float() + kept).to(before.dtype)), name
     differing = sum(int((mine[name] != theirs[name]).sum()) for name in base)
     assert 0 < differing < 0.05 * sum(value.numel() for value in base.values())
 
@@ -139,6 +157,7 @@ def test_to_rounding(runs, case):
         summed = sum((state[name] - before).abs() for state in tuned) / 0.3
         allowed = 1e-6 * summed + 2**-23 * theirs[name].abs()
         assert ((mine[name] - theirs[name]).abs() <= allowed).all(), name
+    assert any(not torch.equal(mine[name], theirs[name]) for name in base)
 
 
 def test_the_configuration_says_everything(runs):
