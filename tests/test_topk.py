@@ -141,3 +141,146 @@ def test_memory_of_a_search_grows_with_distinct_keys_only(monkeypatch):
     ordered = np.sort(np.concatenate(parts))[::-1]
     assert search.cut.threshold == ordered[699]
     assert search.cut.ties in (0, 700 - int((ordered > ordered[699]).sum()))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "all_equal", "mostly_zero"])
+@pytest.mark.parametrize("inside", [(1, topk.MAX_KEY), None], ids=["all", "sampled"])
+def test_a_second_pass_over_a_short_stream(kind, inside, monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 8)
+    monkeypatch.setattr(topk, "REMEMBERED", 100)
+    if inside:
+        monkeypatch.setattr(topk, "_sampled_brackets", lambda *args: [topk.Bracket(*inside)] * 4)
+    keys = {f"t{i}": float_keys(np.random.default_rng(i), 2_005, kind) for i in range(2)}
+    done = []
+    assert_equals_brute_force(keys, [0, 20, 401, 4_009], read_order=["t1", "t0"], progress=done.append)
+    assert sum(done) == 2 * 4_010
+
+
+def test_a_stream_is_read_once_and_the_sample(monkeypatch):
+    """Readers may use one buffer per thread again and again."""
+    buffers = streaming.Scratch()
+    keys = {"a": float_keys(np.random.default_rng(6), 300_000, "normal")}
+    reads = []
+
+    def read(span):
+        reads.append(span.stop - span.start)
+        found = buffers.get("keys", reads[-1], np.int32)
+        found[:] = keys["a"][span.start : span.stop]
+        return found
+
+    (bits,), (cut,) = topk.top_bits(read, {"a": 300_000}, [30_000])
+    assert np.array_equal(np.unpackbits(bits["a"]).astype(bool), brute_force(keys, 30_000)["a"])
+    assert cut == topk.Cut(cut.threshold - 1, 0, np.sort(keys["a"])[-30_000], 0)
+    assert sum(reads) == 300_000 + 16 * topk.SAMPLE_BLOCK
+
+
+@pytest.mark.parametrize(
+    ("total", "blocks"),
+    [(0, 0), (1, 1), (8_192, 1), (8_193, 2), (50_000, 7), (131_072, 16), (131_073, 16), (16 * 131_072, 16),
+     (20 * 131_072, 20), (1_024 * 131_072, 1_024), (5_000 * 131_072, 1_024)],
+)  # fmt: skip
+def test_the_sample_is_spread_over_the_stream(total, blocks):
+    """One entry in 16, in 16 to 1024 blocks of 8192; each block is somewhere in a stretch of its own."""
+    sizes = {"a": total // 3, "empty": 0, "b": total - total // 3}
+    starts = {"a": 0, "b": total // 3}
+    found = list(topk._sample_spans(sizes, total))
+    assert len(found) == blocks
+    stretch = max(total / max(blocks, 16), 8_192)
+    for i, span in enumerate(found):
+        assert span.start % 8 == 0 and 0 <= span.start < span.stop <= sizes[span.name]
+        assert span.stop - span.start == 8_192 or span.stop == sizes[span.name]
+        place = starts[span.name] + span.start
+        assert i * stretch - 8 < place <= (i + 1) * stretch - min(8_192, stretch) + 1
+    offsets = [starts[span.name] + span.start - i * stretch for i, span in enumerate(found)]
+    if blocks >= 16 and stretch > 10 * 8_192:  # not always at the same place of a stretch
+        assert min(offsets) < 0.3 * stretch and max(offsets) > 0.6 * stretch
+    assert found == list(topk._sample_spans(sizes, total))
+
+
+def test_brackets_are_ranks_of_the_sample_and_four_standard_errors(monkeypatch):
+    """The standard error is that of the mean over blocks, since neighbours are alike."""
+    rng = np.random.default_rng(7)
+    rows = np.repeat(rng.random(40) + 0.2, 10_000)  # differs from row to row
+    keys = (rng.random(400_000) * rows).astype(np.float32).view(np.int32)
+    sizes = {"a": 150_000, "b": 250_000}
+    counts = [0, 1, 400, 40_000, 200_000, 399_900, 400_000]
+    whole = {"a": keys[:150_000], "b": keys[150_000:]}
+    brackets = topk._sampled_brackets(lambda span: whole[span.name][span.start : span.stop], sizes, counts)
+    blocks = [
+        whole[span.name][span.start : span.stop][::7].tolist() for span in topk._sample_spans(sizes, 400_000)
+    ]
+    descending = sorted((key for block in blocks for key in block), reverse=True)
+    n = len(descending)
+    for k, bracket in zip(counts, brackets, strict=True):
+        rank = k * n / 400_000
+        centre = descending[min(int(rank), n - 1)]
+        shares = [sum(key >= centre for key in block) / len(block) for block in blocks]
+        mean = sum(shares) / len(shares)
+        error = (sum((s - mean) ** 2 for s in shares) / len(shares) / len(shares)) ** 0.5 * n
+        low, high = int(rank + 4 * error + 10), int(rank - 4 * error - 10)
+        assert bracket.low == (descending[low] if low < n else 1)
+        assert bracket.high == (descending[high] if rank >= 4 * error + 10 else topk.MAX_KEY)
+        assert bracket.low <= np.sort(keys)[::-1][max(k - 1, 0)] <= bracket.high
+    assert topk._sampled_brackets(lambda span: np.zeros(0, np.int32), {"a": 0}, [0, 0]) == [(1, 0)] * 2
+    zeros = topk._sampled_brackets(lambda span: np.zeros(9_000, np.int32), {"a": 9_000}, [4_000])
+    assert zeros == [(1, 0)]  # key 0 is never chosen
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 50, 999, 1_000, 1_300])
+def test_brackets_that_cannot_miss(k):
+    keys = np.random.default_rng(8).integers(0, 1 << 24, 1_000).astype(np.int32)
+    todo = streaming.spans({"a": 1_000})
+    (found,) = topk._coarse_brackets(lambda span: keys[span.start : span.stop], todo, [k])
+    if k == 0:
+        assert found == (topk.MAX_KEY >> 16 << 16, topk.MAX_KEY | 0xFFFF)
+    else:  # the bin of 2^16 keys with the k-th largest; for more than there are, the lowest bin
+        threshold = int(np.sort(keys)[::-1][k - 1]) if k <= 1_000 else 0
+        assert found == (max(threshold >> 16 << 16, 1), threshold | 0xFFFF)
+
+
+def test_how_many_entries_are_remembered(monkeypatch):
+    bits = {"a": np.zeros(6_400, np.uint8), "b": np.zeros(320, np.uint8)}
+    assert topk._Search(1, topk.Bracket(1, 2), bits).limit == 1 << 22
+    monkeypatch.setattr(topk, "REMEMBERED", 100)
+    assert topk._Search(1, topk.Bracket(1, 2), bits).limit == 8 * 6_720 // 256
+    search = topk._Search(1, topk.Bracket(1, 2), bits)
+    for n, forgotten in ((210, False), (1, True)):  # exactly the limit is remembered
+        search.add(
+            topk.Span("a", 0, n), 0, np.zeros((n + 7) // 8, np.uint8), np.arange(n), np.ones(n, np.int32)
+        )
+        assert search.has_forgotten == forgotten and search.n_inside == (0 if forgotten else 210)
+    assert (search.values.tolist(), search.numbers.tolist(), search.parts) == ([1], [211], [])
+
+
+@pytest.mark.parametrize("low", [1, 3, 6])
+@pytest.mark.parametrize("high", [2, 5, 9])
+def test_cuts_of_all_counts(low, high):
+    keys = np.array([9, 9, 7, 6, 6, 6, 5, 3, 3, 2, 1, 1, 0, 0], np.int32)
+    bracket, scratch = topk.Bracket(low, high), streaming.Scratch()
+    n_above, packed, places, inside = topk._above_and_inside(keys, bracket, scratch)
+    assert n_above == (keys > high).sum()
+    assert np.array_equal(packed, np.packbits(keys > high))
+    assert places.tolist() == np.flatnonzero((keys >= low) & (keys <= high)).tolist()
+    assert np.array_equal(inside, keys[places])
+    values, numbers = np.unique(inside, return_counts=True)
+    for k in range(15):
+        cut = topk._cut(k, bracket, n_above, values[::-1], numbers[::-1])
+        if k == 0:
+            assert cut == topk.Cut(topk.MAX_KEY, 0, None, 0)
+        elif k > 12 or not low <= keys[k - 1] <= high:
+            short = low == 1 and k - 12 > 0 and low <= high
+            assert cut == (topk.Cut(0, 0, 0, k - 12) if short else None)
+        else:
+            threshold = keys[k - 1]
+            ties, above = int((keys == threshold).sum()), int((keys > threshold).sum())
+            if k == above + ties:
+                assert cut == topk.Cut(threshold - 1, 0, threshold, 0)
+            else:
+                assert cut == topk.Cut(threshold, k - above, threshold, 0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 5, 6, 100])
+def test_the_first_bits_that_are_set(n):
+    flags = np.array([0, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1], bool)
+    found = np.unpackbits(topk._first_bits(np.packbits(flags), n))
+    assert np.flatnonzero(found).tolist() == [1, 3, 4, 8, 10][:n]
