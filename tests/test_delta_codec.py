@@ -127,3 +127,86 @@ def test_bytes_that_were_never_coded_are_refused():
     compressible = encode(100_000, np.arange(50_000), np.ones(50_000, np.uint16))
     with pytest.raises(ValueError):
         decode(100_000, np.uint16, compressible[0], bytes(len(compressible[1])))
+
+
+def test_exactly_half_is_coded_as_the_changed_ones():
+    positions = np.arange(1, 64, 2)
+    row, data = encode(64, positions, np.ones(32, np.uint8))
+    assert row[3] == 8  # unary: 32 gaps of one entry, two bits each
+    assert decode(64, np.uint8, row, data)[0].tolist() == positions.tolist()
+    assert slow_decode(64, 1, row, data)[0] == positions.tolist()
+
+
+def test_parts_are_compressed_as_the_format_says():
+    """Level 3, with the size of the content and without a checksum; parts below 24 bytes never."""
+    xors = np.repeat(np.arange(1, 9, dtype=np.uint16), 400) * 300
+    row, data = encode(40_000, np.arange(0, 32_000, 10), xors)
+    compressor = zstandard.ZstdCompressor(level=3, write_content_size=True, write_checksum=False)
+    last = xors.view(np.uint8).reshape(-1, 2)[:, 1].tobytes()
+    assert data.endswith(compressor.compress(last)) and row[-1] == -len(compressor.compress(last))
+    for n, sign in ((23, 1), (24, -1), (25, -1)):
+        row, _ = encode(1000, np.arange(n), np.ones(n, np.uint8))
+        assert math.copysign(1, row[-1]) == sign and (row[-1] == n) == (sign > 0)
+    noise = np.random.default_rng(0).integers(1, 256, 5000, dtype=np.uint8)
+    row, data = encode(10_000, np.arange(5000), noise)
+    assert row[-1] == 5000 and data.endswith(noise.tobytes())  # compressed it would be longer
+
+
+@pytest.mark.parametrize("gap", [*range(70), 127, 128, 255, 256, 4095, 4096, 65_535])
+def test_the_rice_parameter_of_equal_gaps(gap):
+    bits = [k + 1 + (gap >> k) for k in range(30)]
+    assert rice_parameter(np.full(5, gap)) == bits.index(min(bits))
+
+
+def test_the_rice_parameter_of_uneven_gaps_is_the_best_near_their_mean():
+    generator = np.random.default_rng(1)
+    for rare in (0.5, 0.1, 0.02, 0.004):
+        for size in (10, 1000, 50_000):
+            gaps = np.where(generator.random(2000) < rare, generator.integers(0, size, 2000), 0)
+            near = math.floor(math.log2(sum(gaps.tolist()) / 2000 + 1))
+            tried = range(max(0, near - 2), near + 2)
+            bits = [sum(k + 1 + (gap >> k) for gap in gaps.tolist()) for k in tried]
+            assert rice_parameter(gaps) == tried[bits.index(min(bits))]
+    assert rice_parameter(np.zeros(0, np.int64)) == 0
+
+
+SMALL = ([1, 0, 0, 0, 1], b"\x07")  # the only entry of one, with XOR 7
+
+
+@pytest.mark.parametrize(
+    ("coding", "words"),
+    [
+        ([2, 0, 0, 0, 1], "does not describe 1 bytes"),  # more than n
+        ([-1, 0, 0, 0, 1], "does not describe"),
+        ([1, 64, 0, 0, 1], "does not describe"),
+        ([1, -1, 0, 0, 1], "does not describe"),
+        ([1, 0, 0, 1], "does not describe"),  # a part too few
+        ([1, 0, 0, 0, 0, 1], "does not describe"),
+        ([1, 0, 0, 0, 2], "does not describe"),
+        ([1, 0, 0, 0, 0], "does not describe"),
+        ([1, 0, 0, 1, 0], "3 gaps instead of 0"),
+        ([1, 0, 1, 0, 0], "1 bytes instead of 0 for 0 gaps"),
+    ],
+)
+def test_numbers_that_do_not_fit_the_bytes(coding, words):
+    assert [found.tolist() for found in decode(1, np.uint8, *SMALL)] == [[0], [7]]
+    assert decode(1, np.uint8, [1, 63, 0, 0, 1], b"\x07")[0].tolist() == [0]
+    with pytest.raises(ValueError, match=words):
+        decode(1, np.uint8, coding, b"\x07")
+
+
+def test_positions_beyond_the_end_are_refused():
+    row, data = encode(1000, np.array([5, 999]), np.array([1, 2], np.uint8))
+    assert decode(1000, np.uint8, row, data)[0].tolist() == [5, 999]
+    with pytest.raises(ValueError, match="position 999 of 999 entries"):
+        decode(999, np.uint8, row, data)
+    assert decode(0, np.uint8, *encode(0, np.zeros(0, np.int64), np.zeros(0, np.uint8)))[0].tolist() == []
+
+
+@pytest.mark.parametrize(("n", "most"), [(1, 64), (7, 64), (8, 64), (9, 72), (100, 800)])
+def test_a_part_takes_no_more_memory_than_its_entries_could(n, most):
+    """Eight bytes per entry; a small file could claim terabytes."""
+    for size, words in ((most, "gaps instead of"), (most + 1, "larger than what it can hold")):
+        part = zstandard.ZstdCompressor().compress(bytes([1]) * size)
+        with pytest.raises(ValueError, match=words):
+            decode(n, np.uint8, [0, 0, 0, -len(part), 0], part)

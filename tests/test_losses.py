@@ -92,6 +92,35 @@ def test_gradient_of_the_chunked_loss(monkeypatch, dtype, chunk):
     assert logits.grad[0, :3].abs().max() == 0
 
 
+def test_tokens_between_those_that_count_have_no_gradient(monkeypatch):
+    """The gradient is written over memory that holds anything: here not-a-number, in every entry."""
+    monkeypatch.setattr(losses, "CHUNK_ENTRIES", 2 * 13)
+    torch.manual_seed(0)
+    logits, targets = torch.randn(9, 13, requires_grad=True), torch.randint(0, 13, (9,))
+    targets[[0, 3, 4, 8]] = IGNORED
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        logps = losses.TokenLogProbs.apply(logits, targets)
+        logps.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (logps == 0).tolist() == (targets == IGNORED).tolist()
+    assert (logits.grad == 0).all(dim=1).tolist() == (targets == IGNORED).tolist()
+    exact = torch.eye(13)[targets.clamp(min=0)] - logits.detach().softmax(1)
+    torch.testing.assert_close(logits.grad, exact * (targets != IGNORED)[:, None], rtol=1e-5, atol=1e-6)
+
+
+def test_stretches_that_count_are_cut_into_chunks(monkeypatch):
+    targets = torch.tensor([5, 0, IGNORED, IGNORED, 7, IGNORED, 1, 2, 3, 4, 5])
+    assert losses._counted_spans(targets) == [(0, 2), (4, 5), (6, 11)]
+    assert losses._counted_spans(torch.full((3,), IGNORED)) == []
+    assert losses.CHUNK_ENTRIES * 4 == 64 * 2**20  # bytes in fp32
+    monkeypatch.setattr(losses, "CHUNK_ENTRIES", 23)
+    pieces = [(piece.start, piece.stop) for piece in losses._chunks([(0, 2), (4, 5), (6, 11)], 11)]
+    assert pieces == [(0, 2), (4, 5), (6, 8), (8, 10), (10, 11)]
+    assert [p.start for p in losses._chunks([(6, 9)], 24)] == [6, 7, 8]  # a token at a time at least
+
+
 def test_no_counted_token_gives_zero():
     logits = torch.randn(2, 4, 5, requires_grad=True)
     logps, counts = sequence_logps(logits, torch.full((2, 4), IGNORED))
