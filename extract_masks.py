@@ -114,7 +114,19 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
             collected = collect(data, pair.scope, SALIENCIES[args.score].collects, progress=bar.update)
     total = 2 * sum(quota.sizes.values())
     with tqdm(total=total, unit=" entries", unit_scale=True, desc="extract", disable=None) as bar:
-        return pair, select(quota, progress=bar.update, collected=collected)
+        masks = select(quota, progress=bar.update, collected=collected)
+    check_kept(masks)
+    return pair, masks
+
+
+def check_kept(masks: dict[float, Mask]) -> None:
+    """Raise ValueError for masks with which nothing would train."""
+    empty = [str(sparsity) for sparsity, mask in masks.items() if not mask.n_kept]
+    if empty:
+        raise ValueError(
+            f"sparsity={', '.join(empty)}: no entry would be kept, and nothing would train: the share is "
+            "less than one entry (or row), or base equals tuned where entries are free; no file is written"
+        )
 
 
 def write_masks(args: argparse.Namespace, folder: Path, pair: ModelPair, masks: dict[float, Mask]) -> None:

@@ -101,6 +101,9 @@ def test_random_per_tensor_protected_without_tuned(pair, tmp_path):
         ("--scope [", "regular expression"),
         ("--scope nothing_matches", "nothing_matches"),
         ("--protect TMP/none.pt", "none.pt does not exist"),
+        ("--protect TMP/all.pt", "the protected masks leave no entry of the scope free"),
+        ("--tuned TMP/base", "--sparsities 0.5: no entry would be kept"),
+        ("--sparsities 0.9999999", "--sparsities 0.9999999: no entry would be kept"),
         ("--tuned TMP/cut.pt", "cannot be read"),
         ("--model TMP/base/config.json/x", "base/config.json/x"),
     ],
@@ -109,6 +112,8 @@ def test_refusals_leave_nothing_behind(changed, message, pair, tmp_path):
     base_path, tuned_path, base, _ = pair
     content = save_policy(tmp_path / "cut.pt", base.state_dict()).read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: len(content) * 2 // 3])
+    every = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in find_scope(base).items()}
+    Mask.from_dense(every).save(tmp_path / "all.pt")
     arguments = {"--base": str(base_path), "--tuned": str(tuned_path), "--sparsities": "0.5", "--name": "x"}
     flag, _, value = changed.replace("TMP", str(tmp_path)).partition(" ")
     arguments = {**arguments, "--out": str(tmp_path / "masks"), flag: value}

@@ -81,6 +81,8 @@ BAD = [
     (["lr=-1", "batch_size=0"], ["lr=-1.0", "batch_size=0"]),
     (["calibrate.data_fraction=2"], ["calibrate: data_fraction=2.0"]),
     (["calibrate.n_steps=0"], ["calibrate.n_steps=0"]),
+    (["calibrate.lr=0"], ["calibrate.lr=0 (one): the calibration would change nothing"]),
+    (["+task_overrides.two.lr=0"], ["lr=0 (two): the calibration would change nothing"]),
     (["datasets=[one]"], ["datasets=['one']", "tasks=[...]"]),
     (["mask_path=m.pt"], ["+task_overrides.TASK.mask_path"]),
     (["flip_mask=true", "debug=true"], ["flip_mask=True", "debug=True"]),

@@ -176,5 +176,9 @@ def _stage_problems(c: LottoConfig) -> Iterator[str]:
         adaptation = list(problems_of(c.adaptation(task)))
         yield from adaptation
         if c.learning.calibrated:
-            lines = problems_of(c.calibration(task))
+            calibration = c.calibration(task)
+            lines = problems_of(calibration)
             yield from (f"calibrate: {line}" for line in lines if line not in adaptation)
+            if calibration.lr == 0 and c.own(task, "mask_path") is None:
+                key = "lr" if c.own(task, "lr") == 0 else "calibrate.lr"
+                yield f"{key}=0 ({task}): the calibration would change nothing, and no mask come of it"

@@ -142,6 +142,8 @@ class Quota:
         total = sum(self.sizes[name] for name in names)
         used = sum(_count_bits(self.taken[name]) for name in names if name in self.taken)
         for sparsity, k in zip(self.sparsities, self.counts(names), strict=True):
+            if k > total - used == 0:
+                raise ValueError(f"the protected masks leave no entry of {label} free: protect fewer")
             if k > total - used:
                 raise ValueError(
                     f"sparsity {sparsity} keeps {k:,} of the {total:,} entries of {label}, but the protected "
