@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lota.places import holding
 from lota.share.merge.folder import MergeResult, prepare_merge
 from lota.share.merge.mergekit_yaml import check_target, mergekit_config, write_yaml
-from lota.share.merge.rules import METHODS, make_rule
+from lota.share.merge.rules import METHODS, MergeRule, make_rule
 from lota.utils import with_flags
 
 
@@ -66,6 +67,17 @@ def describe(result: MergeResult, method: str) -> str:
     return "\n".join([*lines, f"wrote {result.folder}"])
 
 
+def merge(args: argparse.Namespace, rule: MergeRule) -> MergeResult:
+    """Check everything, then write the folder, and the configuration for mergekit before it if asked for."""
+    prepared = prepare_merge(args.base, args.deltas, rule, args.out, args.max_shard_size)
+    if args.export_mergekit:
+        check_target(Path(args.export_mergekit))
+        write_yaml(mergekit_config(prepared), Path(args.export_mergekit))
+    total = prepared.source.n_entries
+    with tqdm(total=total, unit=" entries", unit_scale=True, desc="merge", disable=None) as bar:
+        return prepared.run(bar.update)
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     try:
@@ -78,21 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
             scale=args.scale,
             seed=args.seed,
         )
-        merge = prepare_merge(args.base, args.deltas, rule, args.out, args.max_shard_size)
-        export = args.export_mergekit
-        if export:
-            check_target(Path(export))
-        config = mergekit_config(merge) if export else None
-        with tqdm(
-            total=merge.source.n_entries, unit=" entries", unit_scale=True, desc="merge", disable=None
-        ) as bar:
-            result = merge.run(bar.update)
-        if config is not None:
-            write_yaml(config, Path(export))
+        with holding(Path(args.out).expanduser()):
+            result = merge(args, rule)
     except (ValueError, OSError) as error:
-        sys.exit(
-            f"merge_models.py: {with_flags(error, args, scale='lambda', export_mergekit='export-mergekit')}"
-        )
+        other_words = {"scale": "lambda", "export_mergekit": "export-mergekit"}
+        sys.exit(f"merge_models.py: {with_flags(error, args, **other_words)}")
     print(describe(result, args.method))
 
 

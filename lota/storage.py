@@ -74,7 +74,7 @@ def refuse_foreign(argument: str, path: Path, kind: str, is_ours: Callable[[Path
     argument: what named the path, for the error. kind: what the caller writes, in words.
     """
     if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
-        raise ValueError(f"{argument}={path} exists and is no {kind}; it stays: name another file")
+        raise ValueError(f"{argument}={path} exists and is no {kind}: name a new file")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -165,7 +165,7 @@ def test_contradictions(overrides, message):
             ("model.pad_token='<PAD>'", "model.scope=embed_tokens"),
             "pad_token=<PAD>: model.embed_tokens.weight grows",
         ),
-        (("save_snip_mask_path=broken.pt",), "broken.pt is no readable mask"),
+        (("save_snip_mask_path=broken.pt",), "broken.pt cannot be read"),
     ],
 )
 def test_refused_before_a_model_loads(no_model, overrides, message):

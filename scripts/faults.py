@@ -1,0 +1,499 @@
+"""Kill every command at each of its file operations, start it again, and compare what is on disk.
+
+    python -m scripts.faults all                       # every command, killed and cut off from power
+    python -m scripts.faults train eval --mode kill    # some commands; --list names them
+    python -m scripts.faults all --sample 60 --seed 1  # that many points, drawn from all
+
+A point is a file operation below the folder that the command works in: open for writing, write, fsync,
+rename, remove, mkdir, rmdir, truncate. Mode `kill` ends the process there with SIGKILL; a write is torn in
+its middle. Mode `power` plays a power cut besides: what was written and not flushed is gone, and a rename, a
+new file or a removal whose folder was not flushed is undone. Then the same command runs again, undisturbed.
+The point holds if the folder's content then equals that of a command that was never disturbed: the same files
+with the same bits, but for dates and speeds, and nothing left over.
+
+The commands run in forks of this process, which has imported their libraries: scripts/fault_cases.py says
+which commands, and on what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.fault_cases import CASES, MODULES, ROOT, Case
+
+MODES = ("kill", "power")
+CHUNK = 12  # points that a worker takes at a time
+# Dates, speeds and memory; what is remembered of files by their inode; checksums of files with those in them.
+VOLATILE = re.compile(r"date|seconds|.*_per_second|peak_memory_bytes|finished_at")
+UNCOMPARED = {"hashes.json", "checksums.json"}
+
+
+# In the process that is killed
+
+
+class Disk:
+    """Counts the file operations below a folder, and kills this process at one of them.
+
+    With `power_to` it keeps what a power cut would leave (`Flushed`), and writes that there first.
+    """
+
+    def __init__(self, root: Path, kill_at: int | None, power_to: Path | None):
+        self.root, self.kill_at, self.power_to = str(root), kill_at, power_to
+        self.counted: list[str] = []
+        self.flushed = Flushed(root) if power_to is not None else None
+        self.busy = False  # with operations of its own
+
+    def install(self) -> None:
+        sys.addaudithook(self._event)
+        os.fsync = functools.partial(self._fsync, os.fsync)
+        io.open = builtins.open = self._open  # type: ignore[assignment]
+
+    def operation(self, kind: str, name: str) -> bool:
+        """Count an operation; whether it is the one to die at."""
+        self.counted.append(f"{kind} {os.path.relpath(name, self.root)}")
+        return len(self.counted) == self.kill_at
+
+    def die(self) -> None:
+        self.busy = True
+        if self.flushed is not None and self.power_to is not None:
+            self.flushed.write(self.power_to)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def concerns(self, path: Any, folder: int = -1) -> str | None:
+        """The path of an operation below the folder; None for any other."""
+        if self.busy or not isinstance(path, str | bytes | os.PathLike):
+            return None
+        base = os.readlink(f"/proc/self/fd/{folder}") if folder is not None and folder >= 0 else os.getcwd()
+        whole = os.path.normpath(os.path.join(base, os.fsdecode(path)))
+        return whole if whole.startswith(self.root) and not whole.endswith(".pyc") else None
+
+    def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        kind = event.removeprefix("os.")
+        if kind == "open":
+            path, flags = arguments[0], arguments[2] or 0
+            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                return
+            whole = self.concerns(path)
+        elif kind in ("remove", "rmdir"):
+            whole = self.concerns(arguments[0], arguments[1])
+        elif kind == "mkdir":
+            whole = self.concerns(arguments[0], arguments[2])
+        elif kind in ("rename", "link"):
+            whole = self.concerns(arguments[1], arguments[3])
+        elif kind == "truncate":
+            path = arguments[0]
+            whole = self.concerns(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path)
+        else:
+            return
+        if whole is not None and self.operation(kind, whole):
+            self.die()
+
+    def _fsync(self, fsync: Any, handle: Any) -> None:
+        number = handle if isinstance(handle, int) else handle.fileno()
+        whole = self.concerns(os.readlink(f"/proc/self/fd/{number}"))
+        if whole is not None and self.operation("fsync", whole):
+            self.die()
+        fsync(handle)
+        if whole is not None and self.flushed is not None:
+            self.busy = True
+            self.flushed.flush(number)
+            self.busy = False
+
+    def _open(self, file: Any, mode: str = "r", buffering: int = -1, *more: Any, **named: Any) -> Any:
+        """`open`, whose writes of whole buffers to files below the folder are counted."""
+        whole = None if isinstance(file, int) or not set(mode) & set("wax+") else self.concerns(file)
+        if whole is None or buffering == 0 or named.get("opener"):
+            return _real_open(file, mode, buffering, *more, **named)
+        raw = _CountedFile(self, whole, file, mode.replace("b", "").replace("t", ""))
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        if "b" in mode:
+            return buffered
+        text = dict(zip(("encoding", "errors", "newline"), more, strict=False)) | named
+        text.pop("closefd", None), text.pop("opener", None)
+        return io.TextIOWrapper(buffered, line_buffering=buffering == 1, **text)
+
+
+_real_open = io.open
+
+
+class _CountedFile(io.FileIO):
+    def __init__(self, disk: Disk, whole: str, *arguments: Any):
+        super().__init__(*arguments)
+        self._disk, self._whole = disk, whole
+
+    def write(self, data: Any) -> int:
+        if not self._disk.busy and self._disk.operation("write", self._whole):
+            super().write(memoryview(data)[: len(data) // 2])  # torn
+            self._disk.die()
+        return super().write(data)
+
+
+class Flushed:
+    """What of a folder is safe from a power cut: content of files and entries of folders, as last flushed.
+
+    Files are known by their inodes, which stay in use by open handles, so that none is given to another file.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.content: dict[int, bytes] = {}  # of files and links
+        self.modes: dict[int, int] = {}
+        self.entries: dict[int, dict[str, int]] = {}  # of folders
+        self.pins: dict[int, int] = {}
+        for folder, _, files in os.walk(root):
+            self._pin(folder)
+            self.entries[os.stat(folder).st_ino] = self._list(folder)
+            for name in files:
+                self._keep(os.path.join(folder, name))
+
+    def _pin(self, path: str) -> int:
+        status = os.lstat(path)
+        if status.st_ino not in self.pins:
+            self.pins[status.st_ino] = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+            self.modes[status.st_ino] = status.st_mode
+        return status.st_ino
+
+    def _keep(self, path: str) -> None:
+        inode = self._pin(path)
+        if stat.S_ISLNK(self.modes[inode]):
+            self.content[inode] = os.fsencode(os.readlink(path))
+        else:
+            with _real_open(path, "rb") as file:
+                self.content[inode] = file.read()
+
+    def _list(self, folder: str) -> dict[str, int]:
+        return {name: self._pin(os.path.join(folder, name)) for name in os.listdir(folder)}
+
+    def flush(self, handle: int) -> None:
+        """The file or folder of an open handle has reached the disk."""
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            if os.path.exists(path):
+                self._keep(path)
+            return
+        real = {os.stat(folder).st_ino: self._list(folder) for folder, *_ in os.walk(self.root)}
+        flushed = self._pin(path)
+        before, now = set(self.entries.get(flushed, {}).values()), set(real[flushed].values())
+        self.entries[flushed] = dict(real[flushed])
+        for folder, listed in self.entries.items():  # a rename between two folders is one operation
+            if folder == flushed:
+                continue
+            there = real.get(folder, {})
+            for name, inode in list(listed.items()):
+                if inode in now - before and inode not in there.values():
+                    del listed[name]
+            listed.update({name: inode for name, inode in there.items() if inode in before - now})
+
+    def write(self, to: Path) -> None:
+        """Write what a power cut would leave, as a folder."""
+        self._write(os.stat(self.root).st_ino, str(to))
+
+    def _write(self, inode: int, path: str) -> None:
+        if stat.S_ISDIR(self.modes[inode]):
+            os.mkdir(path)
+            for name, child in self.entries.get(inode, {}).items():
+                self._write(child, os.path.join(path, name))
+        elif stat.S_ISLNK(self.modes[inode]):
+            os.symlink(self.content[inode], path)
+        else:
+            with _real_open(path, "wb") as file:
+                file.write(self.content.get(inode, b""))
+
+
+# Commands
+
+
+def start(argv: Sequence[str], folder: Path, disk: Disk | None, log: Path, count: Path | None = None) -> int:
+    """Run `python ARGV` in a fork, in that folder; returns its exit status, or minus the signal.
+
+    log: file for what it prints. count: file for the operations that `disk` has counted.
+    """
+    pid = os.fork()
+    if pid == 0:
+        _run(list(argv), folder, disk, log, count)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _run(argv: list[str], folder: Path, disk: Disk | None, log: Path, count: Path | None) -> None:
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(folder)
+        os.environ.update(PROJECT_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
+        if disk is not None:
+            disk.install()
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [str(ROOT / argv[0]), *argv[1:]]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if not isinstance(stop.code, int | None):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if disk is not None and count is not None:
+            disk.busy = True
+            count.write_text(json.dumps(disk.counted))
+        os._exit(code)
+
+
+# What is compared
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Path of everything in a folder -> hash of what it holds, without dates and speeds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            found[name + "/"] = ""
+        else:
+            found[name] = "" if path.name in UNCOMPARED else hashlib.sha256(_plain(path)).hexdigest()
+    return found
+
+
+def _plain(path: Path) -> bytes:
+    import torch
+
+    if path.is_symlink():
+        return os.fsencode(os.readlink(path))
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".pt":
+            return repr(list(_flat(torch.load(io.BytesIO(data), weights_only=True)))).encode()
+        if path.suffix == ".json":
+            return json.dumps(_stable(json.loads(data)), sort_keys=True).encode()
+        if path.suffix == ".jsonl":
+            return json.dumps([_stable(json.loads(line)) for line in data.splitlines()]).encode()
+    except (ValueError, RuntimeError, EOFError):
+        return data
+    if path.name.endswith("_accuracy.txt"):  # lines begin with their date
+        return b"\n".join(line.partition(b" ")[2] for line in data.splitlines())
+    return data
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _stable(item) for key, item in value.items() if not VOLATILE.fullmatch(key)}
+    return [_stable(item) for item in value] if isinstance(value, list) else value
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(place, content) of every leaf, tensors by their bits."""
+    import torch
+
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not VOLATILE.fullmatch(str(key)):
+                yield from _flat(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for at, item in enumerate(value):
+            yield from _flat(item, f"{name}.{at}")
+    elif isinstance(value, torch.Tensor):
+        bits = value.contiguous().flatten().view(torch.uint8) if value.numel() else value
+        yield name, f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bits.numpy().tobytes()).hexdigest()}"
+    else:
+        yield name, repr(value)
+
+
+# One worker's cases and points
+
+
+@dataclass(frozen=True)
+class Point:
+    """One fault and what came of it."""
+
+    case: str
+    mode: str
+    number: int  # of the operation, from 1
+    operation: str
+    problem: str  # empty if it holds
+
+
+class Prepared:
+    """A case that this process has made ready: its folder before the command, and after it."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.place = Path(tempfile.mkdtemp(dir=_place[0]))
+        self.folder, self.before = self.place / "work", self.place / "before"
+        self.log, self.power = self.place / "log", self.place / "power"
+        self.folder.mkdir()
+        case.write(self.folder)
+        for argv in case.earlier:
+            if start(argv, self.folder, None, self.log):
+                raise RuntimeError(f"{case.name}: {' '.join(argv)} failed:\n{self.log.read_text()[-2000:]}")
+        for argv in case.interrupted:
+            start(argv, self.folder, None, self.log)
+        shutil.copytree(self.folder, self.before, symlinks=True)
+        count = self.place / "count"
+        if start(case.argv, self.folder, Disk(self.folder, None, None), self.log, count):
+            raise RuntimeError(f"{case.name} failed:\n{self.log.read_text()[-2000:]}")
+        self.operations: list[str] = json.loads(count.read_text())
+        self.expected = content(self.folder)
+
+    def test(self, mode: str, number: int) -> Point:
+        """Kill the command at an operation, start it again, compare."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.before, self.folder, symlinks=True)
+        shutil.rmtree(self.power, ignore_errors=True)
+        disk = Disk(self.folder, number, self.power if mode == "power" else None)
+        status = start(self.case.argv, self.folder, disk, self.log)
+        operation = self.operations[number - 1]
+        if status != -signal.SIGKILL:
+            return Point(
+                self.case.name, mode, number, operation, f"it was not killed but ended with {status}"
+            )
+        if mode == "power":
+            shutil.rmtree(self.folder)
+            os.rename(self.power, self.folder)
+        status = start(self.case.argv, self.folder, None, self.log)
+        return Point(self.case.name, mode, number, operation, self._problem(status))
+
+    def _problem(self, status: int) -> str:
+        found = content(self.folder)
+        if found == self.expected:  # a command may refuse to do again what it has done
+            return ""
+        lines = [f"left over: {name}" for name in found if name not in self.expected]
+        lines += [f"missing: {name}" for name in self.expected if name not in found]
+        lines += [f"different: {n}" for n in found if n in self.expected and found[n] != self.expected[n]]
+        if status:
+            lines.append(f"exit status {status}: {self.log.read_text().strip()[-300:]}")
+        return "; ".join(lines)
+
+
+_place: list[str] = []  # the folder that all workers work below
+
+
+@functools.cache
+def prepared(name: str) -> Prepared:
+    return Prepared(next(case for case in CASES if case.name == name))
+
+
+def count_points(name: str) -> tuple[str, list[str]]:
+    return name, prepared(name).operations
+
+
+def test_points(name: str, mode: str, numbers: Sequence[int]) -> list[Point]:
+    return [prepared(name).test(mode, number) for number in numbers]
+
+
+# All of them
+
+
+def run(names: Sequence[str], modes: Sequence[str], sample: int, seed: int, jobs: int) -> Iterator[Point]:
+    """Every point of the cases in the modes, or a sample of them."""
+    import torch
+
+    torch.set_num_threads(1)
+    for module in MODULES:
+        __import__(module)
+    fork, memory = multiprocessing.get_context("fork"), "/dev/shm"
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="faults", dir=memory if os.access(memory, os.W_OK) else None
+        ) as place,
+        ProcessPoolExecutor(jobs, mp_context=fork) as pool,
+    ):
+        _place[:] = [place]
+        counts = dict(pool.map(count_points, names))
+        points = [(n, mode, i) for n in names for mode in modes for i in range(1, len(counts[n]) + 1)]
+        if sample:
+            points = sorted(random.Random(seed).sample(points, min(sample, len(points))))
+        work: dict[tuple[str, str], list[int]] = {}
+        for name, mode, number in points:
+            work.setdefault((name, mode), []).append(number)
+        tasks = [
+            pool.submit(test_points, name, mode, numbers[at : at + CHUNK])
+            for (name, mode), numbers in work.items()
+            for at in range(0, len(numbers), CHUNK)
+        ]
+        for task in as_completed(tasks):
+            yield from task.result()
+
+
+def table(found: Sequence[Point]) -> str:
+    """Counts per case and mode, as Markdown."""
+    lines = ["| command | mode | points | hold |", "| --- | --- | ---: | ---: |"]
+    total = Counter((point.case, point.mode) for point in found)
+    failed = Counter((point.case, point.mode) for point in found if point.problem)
+    order = {case.name: at for at, case in enumerate(CASES)}
+    for key in sorted(total, key=lambda key: (order[key[0]], key[1])):
+        lines.append(f"| {key[0]} | {key[1]} | {total[key]} | {total[key] - failed[key]} |")
+    lines.append(f"| all | | {total.total()} | {total.total() - failed.total()} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.faults",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [case.name for case in CASES]
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"all, or some of {', '.join(names)}")
+    parser.add_argument("--list", action="store_true", help="print the commands as they are run")
+    parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
+    parser.add_argument(
+        "--sample", type=int, default=0, help="so many points, drawn from all (0: every point)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time (one per core)")
+    parser.add_argument("--json", type=Path, help="file for every point")
+    args = parser.parse_args()
+    if args.list:
+        print(*(f"{case.name:16} python {' '.join(case.argv)}" for case in CASES), sep="\n")
+        return
+    chosen = names if args.commands in ([], ["all"]) else args.commands
+    if unknown := sorted({*chosen} - {*names}):
+        parser.error(f"unknown command {unknown[0]}: all, or some of {', '.join(names)}")
+    modes = MODES if args.mode == "both" else (args.mode,)
+    began, found = time.monotonic(), []
+    for point in run(chosen, modes, args.sample, args.seed, args.jobs):
+        found.append(point)
+        if point.problem:
+            print(
+                f"{point.case} {point.mode} {point.number} ({point.operation}): {point.problem}", flush=True
+            )
+    print(f"{table(found)}\n\n{len(found)} points in {time.monotonic() - began:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(point) for point in found], indent=1) + "\n")
+    sys.exit(any(point.problem for point in found))
+
+
+if __name__ == "__main__":
+    main()
