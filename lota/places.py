@@ -97,14 +97,16 @@ def _folders(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; at the end those of them that are empty go again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if made:
+            folder.mkdir(parents=True, exist_ok=True)
         for path in made:
             fsync(path.parent)  # else a power cut could take the folder, whatever was flushed in it
         yield
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # it is not empty, or not there
-                path.rmdir()
+            with contextlib.suppress(OSError):  # it is not there, or another process has filled it
+                if not any(path.iterdir()):
+                    path.rmdir()
 
 
 @contextlib.contextmanager

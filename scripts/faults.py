@@ -69,7 +69,7 @@ class Disk:
     def install(self) -> None:
         sys.addaudithook(self._event)
         os.fsync = functools.partial(self._fsync, os.fsync)
-        io.open = builtins.open = self._open  # type: ignore[assignment]
+        io.open = builtins.open = self._open
 
     def operation(self, kind: str, name: str) -> bool:
         """Count an operation; whether it is the one to die at."""

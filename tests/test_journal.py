@@ -11,7 +11,7 @@ from lota.storage import content_key
 from tests.chars import char_model, char_tokenizer
 
 
-@pytest.mark.parametrize("content", ["", "junk\n", '{"key": 5}\n', '{"index": 1, "record": 2}\n'])
+@pytest.mark.parametrize("content", ["junk", "junk\n", '{"key": 5}\n', '{"index": 1, "record": 2}\n'])
 def test_a_damaged_journal_is_set_aside(tmp_path, content: str):
     path = tmp_path / "a.journal"
     path.write_text(content)

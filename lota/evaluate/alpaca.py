@@ -79,6 +79,7 @@ class Sampler:
                     }
                     for i in done
                 ]
+                journal.sync()
                 write_json(path, samples)
                 return samples
 

@@ -79,7 +79,7 @@ def check_replaceable(argument: str, folder: Path, base: str | os.PathLike[str])
         problem = "is a file: name a folder"
     elif folder == Path(base).expanduser().resolve():
         problem = "is the base itself and would be overwritten: name another folder"
-    elif models and not (folder / RECORD).is_file():
+    elif models and not any((place / RECORD).is_file() for place in (folder, folder / INSTALLING)):
         problem = f"holds a model ({models[0].name}) that no conversion wrote, and it would be"
         problem += " overwritten: name another folder"
     if problem is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import set_seed
 
 from lota.config import Config
 from lota.config_checks import unused_settings
@@ -93,7 +94,7 @@ class Trainer:
         """Model, optimizer and objective as training starts, or as the checkpoint has left them."""
         config, resumable = self.config, self.data.resumable
         add_snip_mask(self.data, config, self.device, self.stop.check)
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)  # of torch, NumPy and Python: all of them are stored in checkpoints
         archive: str | Path | None = config.model.archive
         if resumable is not None and config.adapter.name != "lora":  # which has the base and its adapter
             archive = resumable.folder / checkpoint.POLICY
