@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
-import socket
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from lota.models.hub import hub_is_used
 
 logger = logging.getLogger(__name__)
 
 # For a repository whose commit could not be confirmed: its newest state, held to the number of its rows.
 UNPINNED = "main"
-_SECONDS = 3.0  # to reach the hub in
 
 
 @contextmanager
 def without_retries() -> Iterator[None]:
     """If the hub cannot be reached, its libraries work offline within the block, with what they have cached.
 
-    Otherwise they would ask for half a minute, with a line for every attempt. Nothing changes behind a proxy.
+    Otherwise they would ask for half a minute, with a line for every attempt.
     """
     import datasets
     from huggingface_hub import constants
 
-    if constants.is_offline_mode() or urllib.request.getproxies() or _reachable(constants.ENDPOINT):
-        yield
-        return
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    logger.info("%s cannot be reached; only data sets that are cached can be read", constants.ENDPOINT)
+    if not hub_is_used():
+        datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-@functools.cache  # many tasks may ask, and a firewall may make each wait
-def _reachable(url: str) -> bool:
-    parts = urlsplit(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        socket.create_connection((parts.hostname, port), _SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def unreachable(

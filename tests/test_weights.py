@@ -172,6 +172,7 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
             raise LocalEntryNotFoundError("offline")
         return str(tmp_path)
 
+    monkeypatch.setattr("lota.models.hub.hub_is_used", lambda: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert_same_weights(open_weights("somebody/llama"), model)
     with pytest.raises(ValueError, match="nobody/llama is neither a folder here nor"):

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lota.models.damaged import one_line, refuse_damaged_json
+from lota.models.hub import refuse_absent
 from lota.models.opening import (
     BELONGING,
     check_tokenizer,
@@ -50,6 +51,8 @@ def load_tokenizer(name_or_path: str | Path, given: str | Path | None = None) ->
     """
     if given is None:
         refuse_no_model(name_or_path)
+    else:
+        refuse_absent(given)
     name_or_path = given or name_or_path
     folder = Path(name_or_path).expanduser()
     remedy = "name one with model.tokenizer_name_or_path (scripts: --tokenizer_path)"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lota.models.damaged import one_line, refuse_damaged_json
-from lota.models.tensor_files import refuse_absent, refuse_delta
+from lota.models.hub import refuse_absent
+from lota.models.tensor_files import refuse_delta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

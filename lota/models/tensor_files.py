@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lota.models.damaged import refuse_stranger
+from lota.models.hub import refuse_absent
 
 INSTALLING = ".conversion.installing"  # in a folder into which a conversion was moving its files
 DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
@@ -82,12 +83,6 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | N
     raise ValueError(f"{folder} holds no weights: expected *.safetensors, pytorch_model.bin or policy.pt")
 
 
-def refuse_absent(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError for what neither exists nor can be a hub id."""
-    if not Path(path).expanduser().exists() and not _looks_like_hub_id(str(path)):
-        raise ValueError(f"{path} does not exist: give a Hugging Face folder, a hub id or a policy.pt")
-
-
 def refuse_delta(path: Path) -> None:
     """Raise ValueError for a delta file in the place of a model."""
     if path.suffix == ".safetensors" and is_delta(path):
@@ -140,10 +135,6 @@ def is_delta(path: Path) -> bool:
         return read_metadata(path).get("format") == DELTA_FORMAT
     except ValueError:
         return False
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not path.endswith((".pt", "/"))
 
 
 def _fetch(hub_id: str) -> Path:
