@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ import transformers
 import lota
 from lota.masks import kept_count
 from lota.masks.extract.neurons import Units, choose, units_of
+from lota.masks.extract.select import Quota, Rule, select
+from lota.models.pair import open_pair
 from lota.models.scope import ScopedTensor, find_scope
 from tests.hf_models import save_policy
 from tests.mask_pairs import make_pair, saliencies_of, small_chunks, sorted_masks  # noqa: F401
@@ -202,3 +206,65 @@ def test_one_row_of_gpt2_is_one_output(tmp_path):
         before - after
     ).abs() > 1e-3  # the change is a sum of 32 normal numbers; rounding stays below 1e-5
     assert moved.any(0).nonzero().flatten().tolist() == [17]
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_is_that_of_a_loop(seed, smallest):
+    generator = np.random.default_rng(seed)
+    saliencies = generator.integers(0, 6, 12).astype(float)
+    lengths = generator.integers(2, 7, 12)
+    order = sorted(range(12), key=lambda i: saliencies[i] if smallest else -saliencies[i])
+    for budget in range(int(lengths.sum()) + 3):
+        left, kept = budget, []
+        for i in order:
+            if saliencies[i] > 0 and lengths[i] <= left:
+                left -= lengths[i]
+                kept.append(i)
+        by_size = left > 0 and any(saliencies[i] > 0 for i in set(order) - set(kept))
+        threshold = saliencies[kept[-1]] if kept and (by_size or left == 0) else 0.0
+        chosen, cut = choose(saliencies, lengths, budget, smallest)
+        assert np.flatnonzero(chosen).tolist() == sorted(kept)
+        assert cut == ((None, 0, False) if budget == 0 else (threshold, left, by_size))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 5), (2, 1, 7), (3, 4, 1), (2, 5, 3)])
+@pytest.mark.parametrize("is_line", [True, False])
+def test_sums_of_every_stretch(shape, is_line):
+    units, n = Units(*shape, is_line), math.prod(shape)
+    values = np.random.default_rng(1).integers(1, 50, n).astype(np.float32)
+    unit_of = np.arange(units.count).reshape(shape[0], -1)
+    unit_of = np.broadcast_to(unit_of[:, :, None] if is_line else unit_of[:, None, :], shape).reshape(-1)
+    for start in range(n):
+        for stop in range(start + 1, n + 1):
+            first, found = units.sums(start, values[start:stop])
+            expected = np.bincount(unit_of[start:stop], values[start:stop], minlength=units.count)
+            assert found.dtype == np.float64 and first + len(found) <= units.count
+            assert np.array_equal(expected[first : first + len(found)], found)
+            assert expected.sum() == found.sum()
+    assert (units.count, units.length) == ((unit_of[-1] + 1), n // (unit_of[-1] + 1))
+    for chosen in (np.arange(units.count) % 2 == 0, np.arange(units.count) == units.count - 1):
+        packed = units.packed(chosen)
+        assert np.array_equal(packed, np.packbits(chosen[unit_of]))
+        assert np.array_equal(units.touched(packed), chosen)
+    single = np.zeros(n, bool)
+    single[n // 2] = True
+    assert np.flatnonzero(units.touched(np.packbits(single))).tolist() == [unit_of[n // 2]]
+
+
+def test_sums_of_many_are_exact():
+    """In fp64: in fp32 the later ones would be lost."""
+    values = np.ones(3 * 40_000, np.float32) / 3
+    values[0] = 2**24
+    for is_line in (True, False):
+        units = Units(1, 3, 40_000, True) if is_line else Units(1, 40_000, 3, False)
+        first, found = units.sums(0, values)
+        assert first == 0 and found[0] == 2.0**24 + 39_999 * float(np.float32(1) / 3)
+
+
+def test_progress_counts_twice_all_entries(tmp_path):
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    quota = Quota(open_pair(base_path, tuned_path), [0.5, 0.9], Rule(granularity="row", per="layer"))
+    done = []
+    select(quota, progress=done.append)
+    assert sum(done) == 2 * sum(quota.sizes.values())
