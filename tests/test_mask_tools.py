@@ -17,7 +17,7 @@ from memory import needs_proc, printed
 import lota
 from lota.masks import Mask
 from lota.masks import __main__ as mask_tools
-from lota.masks.combine import random_like
+from lota.masks.combine import combine, random_like
 from lota.masks.views import density, overlap
 from lota.utils import aligned, short_names
 
@@ -160,6 +160,17 @@ def test_random_like_keeps_the_counts_and_follows_the_seed(files, tmp_path):
         abs(overlap(original, first).both - overlap(original, first).expected)
         < 5 * overlap(first, other).deviation
     )
+
+
+def test_a_random_mask_has_the_origin_of_the_first_but_not_how_it_was_made(files):
+    mask = Mask.load(files[0])
+    mask.meta |= {"scope": "mlp", "base": "b", "base_hash": "h", "score": "snip", "threshold": 1.0}
+    made = combine("random-like", [mask.flip()], ["a.pt"])
+    described = {"made_by": "random-like of a.pt", "kept": made.n_kept, "sparsity": 1 - made.density}
+    own = {"score": "random", "per": "tensor", "seed": 0}
+    assert made.meta == {"scope": "mlp", "base": "b", "base_hash": "h", **own, **described}
+    drawn = random_like(mask.flip(), 0)
+    assert all(torch.equal(made.bits[name], drawn.bits[name]) for name in mask.names)
 
 
 def test_a_random_mask_is_drawn_anew_also_under_its_own_seed():

@@ -23,16 +23,17 @@ def combine(tool: str, masks: Sequence[Mask], names: Sequence[str], seed: int = 
     names: of the files, for the metadata. seed: of random-like. Raises ValueError for another number of
     masks, masks of different models, or a flip without a scope.
     """
-    if (tool in SEVERAL) != (len(masks) > 1):
+    first, *others = masks
+    if (tool in SEVERAL) != bool(others):
         raise ValueError(f"{tool}: give {'two mask files or more' if tool in SEVERAL else 'one mask file'}")
-    if tool == "flip" and masks[0].meta.get("layout") == "dense":
+    if tool == "flip" and first.meta.get("layout") == "dense":
         raise ValueError(
             f"{names[0]} is of the older layout and has no scope to flip in: give --model FOLDER"
         )
     if tool in SEVERAL:
         made = reduce(Mask.union if tool == "union" else Mask.intersect, masks)
     else:
-        made = masks[0].flip() if tool == "flip" else random_like(masks[0], seed)
+        made = first.flip() if tool == "flip" else random_like(first, seed)
     made_by = f"{tool} of {', '.join(names)}"
     made.meta |= {"made_by": made_by, "kept": made.n_kept, "sparsity": 1 - made.density}
     return made
