@@ -117,6 +117,7 @@ def _lock(file: Path, place: Path, wait: float) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             file.unlink()  # while it is held: whoever opened it before sees that it is gone, and tries again
+            fsync(file.parent)
         os.close(handle)
 
 

@@ -46,9 +46,9 @@ from scripts.fault_cases import CASES, MODULES, ROOT, Case
 
 MODES = ("kill", "power")
 CHUNK = 12  # points that a worker takes at a time
-# Dates, speeds and memory; what is remembered of files by their inode; checksums of files with those in them.
+# Dates, speeds and memory; files of inodes, of checksums over those, and of the versions of the code.
 VOLATILE = re.compile(r"date|seconds|.*_per_second|peak_memory_bytes|finished_at")
-UNCOMPARED = {"hashes.json", "checksums.json"}
+UNCOMPARED = {"hashes.json", "checksums.json", "versions.json"}
 
 
 # In the process that is killed

@@ -22,7 +22,7 @@ from lota.evaluate.journal import Journal
 from lota.evaluate.results import Result, StoredRuns, now, read_stored_runs
 from lota.evaluate.scorers import Records, Scorer, TaskRequest, find_scorer
 from lota.models.hashing import model_key
-from lota.places import holding
+from lota.places import fsync, holding
 from lota.storage import atomic_path, content_key, cut, naming, whole_lines, write_json
 from lota.utils import Problems
 
@@ -185,6 +185,7 @@ class Evaluator:
             cut(path, lines[-1][0])
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(f"{now()} {line}\n")
+        fsync(path)  # the result that is written next lets nobody make this line again
 
     def _result(self, scorer: Scorer, runs: Sequence[Records], key: Mapping[str, Any], n_cut: int) -> Result:
         task = scorer.task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from lota.lotto.held_out import HeldOut
 from lota.lotto.ledger import Ledger
 from lota.masks import Mask, kept_count
 from lota.models.scope import find_scope, meta_model
+from lota.places import working_in
 from lota.train.preflight import prepare
 from lota.train.run_folder import RunFolder
 from lota.utils import Problems
@@ -134,6 +136,14 @@ class SequenceFolder(RunFolder):
     def items(self) -> list[Path]:
         found = sorted(self.path.iterdir()) if self.path.is_dir() else []
         return [p for p in found if _FILES.fullmatch(p.name) or (p.is_dir() and _STAGE.fullmatch(p.name))]
+
+    def settle(self) -> None:
+        """As for one run; and what killed processes left half-done in the folders of the stages is undone."""
+        super().settle()
+        for folder in [item for item in self.items() if item.is_dir()]:
+            for inside in [folder, *(path for path in sorted(folder.glob("*")) if path.is_dir())]:
+                with contextlib.suppress(ValueError), working_in(inside):  # ValueError: somebody trains there
+                    pass
 
     def _look(self) -> None:
         self.continues = self.may_continue()
