@@ -106,7 +106,9 @@ _WORDS = {
     "list[float]": "a list of numbers",
     "None": "null",
 }
-_CLASSES = {"str": str, "int": int, "float": int | float, "bool": bool, "None": type(None)}
+_CLASSES = {
+    "str": str, "int": int, "float": int | float, "bool": bool, "None": type(None), "Any": object
+}  # fmt: skip
 
 
 def words_of_type(annotation: str) -> str:
@@ -120,10 +122,12 @@ def has_type(value: Any, annotation: str) -> bool:
         if inner := re.fullmatch(r"list\[(\w+)\]", part):
             if isinstance(value, list) and all(has_type(item, inner[1]) for item in value):
                 return True
-        elif part.startswith("dict"):
-            if isinstance(value, Mapping):
+        elif inner := re.fullmatch(r"dict\[str, (\w+)\]", part):
+            if isinstance(value, Mapping) and all(
+                isinstance(key, str) and has_type(item, inner[1]) for key, item in value.items()
+            ):
                 return True
-        elif isinstance(value, _CLASSES[part]) and (part == "bool" or not isinstance(value, bool)):
+        elif isinstance(value, _CLASSES[part]) and (part in ("bool", "Any") or not isinstance(value, bool)):
             return True
     return False
 

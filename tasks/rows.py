@@ -72,8 +72,9 @@ def checked(
             if not isinstance(entry, dict):
                 raise ValueError(f"expected an object with named fields, found {entry!r:.60}")
             found = [entry] if unpack is None else list(unpack(entry))
+            if found:
+                _check_texts(entry)
             for row in found:
-                _check_texts(row)
                 check(row)
         except ValueError as error:
             raise ValueError(f"{place}{number}: {error}") from error
@@ -89,7 +90,7 @@ def checked(
 
 
 def _check_texts(value: Any, field: str = "") -> None:
-    """Refuse text that no tokenizer takes, or that no person wrote, anywhere in a row."""
+    """Refuse text that no tokenizer takes, or that no person wrote, anywhere in an entry."""
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError(f"field {field!r} holds a NUL character: remove it, the file may be damaged")

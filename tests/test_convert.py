@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import convert_policy_to_hf_resize as script
 import lota.share.hf_folder
 from lota.models.loading import load_model, load_tokenizer, resize_vocabulary
+from lota.models.provenance import RunSettings, run_settings
 from lota.share.convert import convert_policy
 from lota.share.hf_weights import write_weights
 
@@ -313,3 +314,23 @@ def test_next_command_is_printed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"wrote {epoch} (float32, {ROWS + 1} embedding rows, step 7)"
     assert lines[1] == f'next: python eval_model_all.py --model {epoch} --datasets "arc,gsm8k" --sample'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "holds no settings of a run"),
+        ("- 1", "holds no settings of a run"),
+        ("model: 3", "holds no settings of a run"),
+        ("a: [", "cannot be read"),
+        ("\0", "cannot be read"),
+        ("model: {}\ndatasets: gsm8k", "datasets='gsm8k' should be a list"),
+        ("model: {pad_token: 5}", "model.pad_token=5 should be text or null"),
+        ("model: {}\nmax_length: long", "max_length='long' should be a whole number"),
+    ],
+)
+def test_a_config_that_is_no_runs_is_told_and_not_used(tmp_path, caplog, text, reason):
+    (tmp_path / "config.yaml").write_text(text)
+    assert run_settings(tmp_path) == RunSettings()
+    (said,) = caplog.messages
+    assert said.startswith(str(tmp_path / "config.yaml")) and reason in said and said.endswith("; not used")

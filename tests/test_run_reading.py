@@ -52,6 +52,14 @@ def test_an_older_checkpoint_with_scores_counts_and_is_said(tmp_path):
     assert "scores are of epoch-1, epoch-2 is not evaluated" in run.notes
 
 
+def with_ledger(folder, **changes):
+    """The run folder of a sequence after one stage."""
+    run_folders.write_run(folder)
+    stage = {"name": "a", "mask": None, "kept": 1, "free_after": 9, "overlap": {}, "hash_before": {}}
+    stage |= {"hash_after": {}, "scores": {"a": 1}, "losses": {"a": 0.5}, **changes}
+    (folder / "ledger.json").write_text(json.dumps({"tasks": [stage]}))
+
+
 def written(folder, key, value):
     """A run folder one setting of which has another value."""
     run_folders.write_run(folder)
@@ -78,6 +86,8 @@ def written(folder, key, value):
         (lambda p: written(p, "flip_mask", 1), "flip_mask=1 should be true or false"),
         (lambda p: written(p, "tasks", 3), "tasks=3 should be a list"),
         (lambda p: run_folders.write_run(p / "x"), "it holds runs: give"),
+        (lambda p: with_ledger(p, kept="many"), "is no ledger: kept='many' is no int"),
+        (lambda p: with_ledger(p, losses={"a": None}), "is no ledger: losses="),
         (lambda p: (run_folders.write_run(p), (p / "ledger.json").write_text("[]")), "is no ledger"),
     ],
 )
@@ -94,6 +104,11 @@ def test_what_every_run_writes_has_the_types_of_its_keys(tmp_path):
     for content in (Config("x"), LottoConfig("x", tasks=["a"])):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(content)))
         assert read_run(tmp_path).settings["exp_name"] == "x"
+
+
+def test_what_a_sequence_writes_has_the_types_of_its_entries(tmp_path):
+    with_ledger(tmp_path / "r")
+    assert [stage.name for stage in read_run(tmp_path / "r").stages] == ["a"]
 
 
 def test_a_log_with_lines_that_are_none(tmp_path):

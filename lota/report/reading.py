@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,7 +17,7 @@ from lota.lotto.forgetting import SUMMARIES
 from lota.lotto.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense
-from lota.settings import check_types, flat, stored_settings
+from lota.settings import check_types, flat, has_type, stored_settings
 from lota.train.checkpoint import CHECKPOINT_NAME
 from lota.utils import short_names
 
@@ -120,7 +120,7 @@ def read_run(path: Path, of_sequence: bool = False) -> RunRecord:
     """
     run = RunRecord(path, _read_settings(path))
     if run.is_sequence or (path / LEDGER).is_file():
-        run.stages = Ledger(path).entries
+        run.stages = _read_stages(path)
         run.notes += [] if run.stages else [f"{LEDGER} has no finished stage"]
         run.forgetting = _read_forgetting(path / FORGETTING, run.notes)
     else:
@@ -242,6 +242,17 @@ def _read_mask(run: RunRecord) -> None:
         reason = f"cannot be read: {error}" if Path(str(path)).exists() else "is not there any more"
         run.lost_mask = True
         run.notes.append(f"its mask {path} {reason}: its density, overlap and sparsity are left out")
+
+
+def _read_stages(path: Path) -> list[Entry]:
+    """The entries of ledger.json. Raises ValueError naming the file for one with a value of another type."""
+    entries = Ledger(path).entries
+    for entry in entries:
+        for key in fields(entry):
+            value = getattr(entry, key.name)
+            if not has_type(value, str(key.type)):
+                raise ValueError(f"{path / LEDGER} is no ledger: {key.name}={value!r:.60} is no {key.type}")
+    return entries
 
 
 def _read_forgetting(file: Path, notes: list[str]) -> dict[str, Any]:
