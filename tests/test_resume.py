@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +16,14 @@ import pytest
 import torch
 from prepared import python
 from runs import MODEL, ROOT, metrics, policy, same, settings, stopped_after, train, write_mask
+from safetensors.torch import load_file, save_file
 
+from lota import delta
 from lota.config import default_cache
-from lota.train.checkpoint import newest_checkpoint
+from lota.models.policy import read_policy
+from lota.share.convert import convert_policy
+from lota.train import checkpoint
+from lota.train.checkpoint import newest_checkpoint, verify
 from lota.train.interrupt import Interrupted, StopBetweenSteps
 from lota.train.run_folder import RunFolder
 from lota.train.runlog import RunLog
@@ -234,3 +241,168 @@ def test_repeated_signals_do_not_lose_the_save():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+# What has changed, is damaged, or is in use
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["base", "tokenizer", "chat template", "mask", "base by a mask's run"])
+def test_a_run_is_not_continued_on_something_else(options, workplace, changed):
+    shutil.copytree(MODEL, "model")
+    given = (*options, "model.name_or_path=model", "model.fsdp_policy_mp=bfloat16")
+    given = tuple("mask_path=0.9_mask.pt" if o.startswith("mask_path") else o for o in given)
+    with stopped_after(3):
+        train(*given)
+    if changed.startswith("base"):
+        tensors = load_file("model/model.safetensors")
+        name = "model.norm.weight" if changed == "base" else "model.layers.0.mlp.up_proj.weight"
+        tensors[name].view(-1)[0] += 1
+        save_file(tensors, "model/model.safetensors", {"format": "pt"})
+        changed = "base"
+    elif changed == "mask":
+        write_mask(workplace / "0.9_mask.pt", seed=1)
+    else:
+        file = Path("model/tokenizer.json" if changed == "tokenizer" else "model/chat_template.jinja")
+        content = {"chat_template.jinja": "{{ 1 }}"}.get(file.name) or file.read_text()
+        file.write_text(content.replace('"normalizer": null', '"normalizer": {"type": "NFC"}'))
+    with pytest.raises(ValueError, match=f"was trained with another {changed} under the same name"):
+        train(*given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["policy.pt", "resume.pt"])
+@pytest.mark.parametrize("harm", ["flip", "lose"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(options, caplog, file, harm):
+    train(*options, "exp_name=whole")
+    _, folder = train(*options)
+    if harm == "lose":
+        (folder / file).unlink()
+    else:
+        data = bytearray((folder / file).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / file).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{file} is damaged"):
+            verify(folder)
+    again, last = train(*options)
+    assert again.data.resumable.folder.name == "step-64"
+    assert "step-80 is passed over" in caplog.text and file in caplog.text
+    assert same(policy(last), policy(folder.parent.parent / "whole" / "step-80"))
+
+
+@pytest.mark.slow
+def test_a_damaged_policy_is_read_by_nobody(options, tmp_path):
+    _, folder = train(*options)
+    with open(folder / "policy.pt", "r+b") as file:
+        file.seek(-5000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-5000, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    for use in (
+        lambda: convert_policy(MODEL, folder, tmp_path / "converted"),
+        lambda: delta.extract(MODEL, folder / "policy.pt", tmp_path / "d.safetensors"),
+        lambda: read_policy(folder),
+    ):
+        with pytest.raises(ValueError, match=r"policy\.pt is damaged"):
+            use()
+
+
+def finished_run(config, content: str = "old") -> Path:
+    """A folder that looks like one of a finished run."""
+    run = config.run_dir
+    (run / "step-80").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "step-80/policy.pt"):
+        (run / name).write_text(content)
+    return run
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+@pytest.mark.parametrize("then", ["overwrite=true", "resume=auto"])
+def test_overwrite_killed_between_its_renames_loses_nothing(options, monkeypatch, n, then):
+    """The process ends at its n-th rename; the next start finds the old run whole, or a new one begun."""
+    config = settings(*options, "overwrite=true")
+    run = finished_run(config)
+    before = folder_state(run)
+    real, left = os.replace, [n]
+
+    def replace(*paths):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    folder = RunFolder(config)
+    folder.look()
+    with monkeypatch.context() as patch:
+        patch.setattr("lota.train.run_folder.os.replace", replace)
+        with contextlib.suppress(KeyboardInterrupt), folder:
+            raise KeyboardInterrupt
+    with contextlib.suppress(ValueError):  # under resume=auto the old run's config.yaml is refused
+        RunFolder(settings(*options, then)).look()
+    assert folder_state(run) == before
+
+
+def test_a_refused_command_leaves_a_folder_in_use_alone(options):
+    config = settings(*options, "overwrite=true")
+    run = finished_run(config)
+    first = RunFolder(config)
+    first.look()
+    with first:
+        assert not (run / "step-80").exists()
+        before = folder_state(run)
+        with pytest.raises(ValueError, match="is at work in"):
+            RunFolder(config).look()
+        assert folder_state(run) == before
+        (run / "step-8").mkdir()
+    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "step-8"]
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_run_that_ended_between_look_and_lock_is_not_deleted(options, overwrite):
+    config = settings(*options, f"overwrite={overwrite}")
+    folder = RunFolder(config)
+    folder.look()
+    run = finished_run(config)
+    before = folder_state(run)
+    with pytest.raises(ValueError, match="has changed while this run was being prepared"):
+        folder.__enter__()
+    assert folder_state(run) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [", b"\xff\xfe\x00"])
+def test_a_config_that_is_none_is_named(options, content):
+    run = finished_run(settings(*options))
+    (run / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{run}/config\.yaml .*overwrite=true"):
+        train(*options)
+    assert (run / "step-80" / "policy.pt").exists()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_folder(options, monkeypatch):
+    def load(*_, **__):
+        raise ValueError("no memory")
+
+    monkeypatch.setattr("lota.train.run_model.load_model", load)
+    with pytest.raises(ValueError, match="no memory"):
+        train(*options)
+    assert not settings(*options).run_dir.exists()
+
+
+@pytest.mark.slow
+def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(options, monkeypatch):
+    real, saved = checkpoint.save, []
+    monkeypatch.setattr(
+        checkpoint, "save", lambda folder, **more: (saved.append(folder.name), real(folder, **more))
+    )
+    with stopped_after(2, signal.SIGTERM):
+        train(*options)
+    assert saved == ["step-16"]
+
+
+def test_lines_that_are_none_of_a_log_stay(tmp_path):
+    text = b'7\n{}\n[]\n"x"\n{"examples": "8"}\n{"examples": 8}\n{"examples": 16}\n7\n{"examples": 24}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    inode = (tmp_path / "metrics.jsonl").stat().st_ino
+    RunLog(settings(), tmp_path, total_examples=40, examples=8).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == text[: text.index(b'{"examples": 16}')]
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == inode  # cut, not written anew

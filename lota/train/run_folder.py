@@ -89,8 +89,9 @@ class RunFolder:
             return found
 
     def _snapshot(self) -> list[tuple[str, int, int]]:
-        found = [(item.name, item.stat()) for item in self.items()]
-        return [(name, status.st_ino, status.st_mtime_ns) for name, status in found]
+        """Name, inode and time of change of what lies here; a folder's own time changes with every lock."""
+        found = [(item, item.stat()) for item in self.items()]
+        return [(item.name, s.st_ino, 0 if item.is_dir() else s.st_mtime_ns) for item, s in found]
 
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
