@@ -258,6 +258,10 @@ BAD_FILES = {
         saved({"w": torch.zeros(1, dtype=torch.bool).expand(10**12)}),
         "than the file holds",
     ),
+    "one tensor for all": (
+        saved(dict.fromkeys("abcdefgh", torch.zeros(10_000, dtype=torch.bool))),
+        "more entries than the file holds",
+    ),
     "compressed": (compressed, "is compressed"),
     "cut early": (cut(0.001), "truncated"),
     "cut in the middle": (cut(0.5), "truncated"),
