@@ -9,7 +9,7 @@ BIN := .venv/bin
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: demo test test-fast test-portable mutants lint clean
+.PHONY: demo faults test test-fast test-portable mutants lint clean
 
 demo: .venv/.run
 	$(BIN)/python scripts/demo.py
@@ -19,6 +19,9 @@ test: .venv/.dev
 
 test-fast: .venv/.dev
 	$(PYTEST) -m "not slow" $(ARGS)
+
+faults: .venv/.dev
+	$(BIN)/python -m scripts.faults all $(ARGS)
 
 test-portable: .venv/.dev
 	PYTHON=$(BIN)/python scripts/test_portable.sh $(ARGS)
