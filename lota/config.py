@@ -185,6 +185,9 @@ class Config:
     mask_path: str | None = setting(
         None, "mask file; null, or 0.0_mask.pt if no such file exists, trains densely", path=True
     )
+    mask_of_other_base: bool = neutral(
+        False, "take a mask file that says it was extracted from other weights than this run starts from"
+    )
     flip_mask: bool = setting(False, "train the mask's complement within its scope instead")
     protect_masks: list[str] = setting(
         [], "mask files whose kept entries stay frozen (earlier tasks)", path=True

@@ -119,5 +119,5 @@ def test_what_is_refused(models, data, tmp_path, capsys):
         evaluate(model, data, "--delta", *files, code=1)
         assert words in capsys.readouterr().err
     evaluate(base, data, "--delta", delta, delta, "--out", tmp_path / "both", code=1)
-    assert "attached already" in capsys.readouterr().err
+    assert "is there twice, or a copy of another" in capsys.readouterr().err
     assert not (tmp_path / "noise_results").exists()

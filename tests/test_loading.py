@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CONFIGS, INPUT, ROWS, TIED, logits, new_config, new_model, save_policy, word_tokenizer
+from hf_models import (
+    CONFIGS,
+    INPUT,
+    ROWS,
+    TIED,
+    logits,
+    new_config,
+    new_model,
+    save_model,
+    save_policy,
+    word_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 from tolerance import assert_same, chain
 from transformers import AutoModelForCausalLM
@@ -334,3 +346,129 @@ def test_dtype_names():
     assert dtype_of("bfloat16") is torch.bfloat16
     with pytest.raises(ValueError, match="'fp8': choose one of float32, bfloat16, float16"):
         dtype_of("fp8")
+
+
+# What is refused before anything is read, and NaN
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+def edited(folder, **changes):
+    """Change keys of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def stored_as(folder, change, extra=None):
+    """Rewrite the weights, one matrix changed, others added."""
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name in state if "down_proj" in name)
+    state[name] = change(state[name])
+    extra = {k.format(name): v for k, v in (extra or {}).items()}
+    save_file(state | extra, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+BAD_MODELS = {
+    "lfs": (lambda f: (f / "model.safetensors").write_bytes(LFS), r"model\.safetensors is a Git LFS pointer"),
+    "page": (lambda f: (f / "model.safetensors").write_bytes(b"<html>"), r"model\.safetensors is a web page"),
+    "config page": (lambda f: (f / "config.json").write_bytes(LFS), r"config\.json is a Git LFS pointer"),
+    "deep": (
+        lambda f: (f / "config.json").write_text('{"a":' * 200_000),
+        r"config\.json is damaged: maximum recursion",
+    ),
+    "list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        r"config\.json is damaged: it holds no JSON object",
+    ),
+    "heads": (lambda f: edited(f, num_attention_heads=7), r"config\.json is refused .*attention heads \(7\)"),
+    "no heads": (
+        lambda f: edited(f, num_attention_heads=0),
+        r"config\.json is refused by transformers: integer modulo",
+    ),
+    "text": (lambda f: edited(f, hidden_size="wide"), r"config\.json is refused .*hidden_size.*got str"),
+    "layers": (
+        lambda f: edited(f, num_hidden_layers=1),
+        r"does not belong to a Llama(.|\n)*only there: .*layers\.1",
+    ),
+    "more layers": (lambda f: edited(f, num_hidden_layers=3), r"missing there: model\.layers\.2"),
+    "shapes": (lambda f: edited(f, intermediate_size=96), "of another shape"),
+    "int8": (lambda f: stored_as(f, lambda w: w.to(torch.int8)), r"is quantized \(.*is torch\.int8"),
+    "fp8": (
+        lambda f: stored_as(f, lambda w: w.to(torch.float8_e4m3fn), {"{}_scale_inv": torch.ones(1)}),
+        r"float8_e4m3fn and has its scales in another tensor",
+    ),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter"),
+    "name": (
+        lambda f: (f / "model.safetensors").rename(f / "x.safetensors"),
+        "transformers reads model.safe",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_a_bad_model_is_named_before_it_is_loaded(kind, tmp_path, monkeypatch):
+    save_model("llama", tmp_path)
+    spoil, message = BAD_MODELS[kind]
+    spoil(tmp_path)
+    monkeypatch.setattr("lota.models.loading._load_all", None)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_fp8_with_scales_is_never_compared(tmp_path):
+    save_model("llama", tmp_path)
+    stored_as(tmp_path, lambda w: w.to(torch.float8_e4m3fn), {"{}_scale_inv": torch.ones(1)})
+    with pytest.raises(ValueError, match="has its scales in another tensor"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("stored", ["folder", "policy"])
+def test_nan_and_infinity_are_told_with_tensor_and_file(value, stored, tmp_path):
+    model = save_model("llama", tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.layers.1.mlp.up_proj.weight"][3, 2] = value
+    save_policy(tmp_path / "policy.pt", state)
+    if stored == "folder":
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    archive = tmp_path / "policy.pt" if stored == "policy" else None
+    file = "policy.pt" if stored == "policy" else "model.safetensors"
+    with pytest.raises(ValueError, match=rf"{file}: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load_model(tmp_path, archive=archive)
+
+
+def test_values_that_a_dtype_cannot_hold(tmp_path):
+    save_model("llama", tmp_path)
+    stored_as(tmp_path, lambda w: w + 1e6)
+    assert load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"down_proj\.weight has values that torch\.float16 cannot hold"):
+        load_model(tmp_path, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "delta"])
+def test_what_is_no_policy_says_so(kind, folders, tmp_path):
+    file = tmp_path / "delta.safetensors"
+    save_file({"x": torch.zeros(2)}, file, metadata={"format": "lota-delta" if kind == "delta" else "pt"})
+    message = "is a delta file, .* put it on its base" if kind == "delta" else "is no policy.pt: give the Hug"
+    with pytest.raises(ValueError, match=message):
+        load_model(folders / "llama", archive=file)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    save_model("llama", tmp_path)
+    tokenizer = word_tokenizer(ROWS + 2, eos_token="</s>", pad_token="<pad>")
+    with pytest.raises(ValueError, match=rf"has 1 tokens more than the {ROWS} embedding rows .*'</s>' first"):
+        load_model(tmp_path, tokenizer=tokenizer)
+    fitting = word_tokenizer(ROWS + 1, eos_token="</s>", pad_token="<pad>")  # the pad token needs no row
+    assert load_model(tmp_path, tokenizer=fitting)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"\xff", b'{"a":' * 200_000, LFS, b"<html>"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named(file, content, tmp_path):
+    save_model("llama", tmp_path)
+    word_tokenizer(ROWS, eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file} is (damaged|empty|a Git LFS pointer|a web page)"):
+        load_tokenizer(tmp_path)

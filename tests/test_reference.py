@@ -213,10 +213,10 @@ def test_a_reference_that_is_given(kind):
 def test_a_reference_of_another_vocabulary_is_refused_before_loading(workplace, no_model):
     save_pair(workplace / "chars")
     with pytest.raises(ValueError, match=r"reference_archive=.*chars has another vocabulary"):
-        train(*DPO, "model.reference_archive=chars")
+        train(*DPO, "max_length=256", "model.reference_archive=chars", "max_prompt_length=128")
     (workplace / "chars" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"another vocabulary \(99 rows\)"):
-        train(*DPO, "model.reference_archive=chars")
+        train(*DPO, "max_length=256", "model.reference_archive=chars", "max_prompt_length=128")
     with pytest.raises(ValueError, match=r"model.reference_archive=/nowhere does not exist"):
         train(*DPO, "model.reference_archive=/nowhere")
 

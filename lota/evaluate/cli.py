@@ -94,6 +94,9 @@ def load_chosen_model(
     The deltas are put on top before weights are cast to a narrower dtype than that of their files.
     """
     deltas = [Delta.open(path) for path in args.delta]
+    twice = [str(delta.path) for i, delta in enumerate(deltas) if delta in deltas[:i]]
+    if twice:
+        raise ValueError(f"--delta {twice[0]} is there twice, or a copy of another: name each delta once")
     stored = load_config(args.model).dtype
     own = stored if isinstance(stored, torch.dtype) else torch.float32
     dtype = dtype_of(args.dtype) if args.dtype else own

@@ -118,6 +118,8 @@ class LottoConfig(Config):
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(Config)}
         own = {key: value for key, value in self.task_overrides.get(task, {}).items() if key in values}
         fixed = {"datasets": [task], "overwrite": False, "adapter": {"name": self.learning.adapter}}
+        # a mask of yours is not of the weights that the tasks before have left
+        fixed["mask_of_other_base"] = self.mask_of_other_base or "model" in changes
         for key, value in {**own, **fixed, **changes}.items():
             values[key] = replace(values[key], **value) if is_dataclass(values[key]) else value
         return Config(**values)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lota.models.provenance import run_settings
+from lota.models.provenance import recorded_base, run_settings
 from lota.models.scope import ScopedTensor, find_scope, meta_model
 from lota.models.tensor_files import config_folder
 from lota.models.weights import WeightSource, open_weights, refuse_misfit
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,7 +46,10 @@ def open_pair(
     if "tuned" in needs:
         if tuned is None:
             raise ValueError("tuned=None: this score compares two models; give the tuned one")
+        if same_place(base, tuned):
+            raise ValueError(f"tuned={tuned} is the base itself: give the fine-tuned model")
         sides["tuned"] = tuned
+        warn_if_swapped(base, tuned)
     structure_path = _structure(list(sides.values()), model)
     structure = meta_model(structure_path)
     found = find_scope(structure, scope, block_name)
@@ -74,6 +80,7 @@ def open_whole(
     model: folder whose config gives the structure, needed if neither side has one and names differ.
     Raises ValueError naming the first few differences both ways.
     """
+    warn_if_swapped(base, tuned)
     try:
         structure = meta_model(_structure([base, tuned], model))
     except ValueError:
@@ -91,6 +98,18 @@ def open_whole(
     remedy = "its vocabulary has grown: cut the new rows off first, with convert_policy_to_hf_resize.py"
     refuse_misfit(after.id, base, expected, held, f"{remedy} --vocab base" if grown else "")
     return before, after
+
+
+def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths mean one file or folder, or two hub ids one model."""
+    return str(one) == str(other) or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def warn_if_swapped(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> None:
+    """Log a warning if the base's own record says that it was trained from the tuned model."""
+    origin = recorded_base(Path(base))
+    if origin is not None and same_place(origin, tuned):
+        logger.warning("%s was trained from %s by its own record: are base and tuned swapped?", base, tuned)
 
 
 def _structure(sides: Sequence[str | os.PathLike[str]], model: str | os.PathLike[str] | None) -> str:

@@ -64,6 +64,15 @@ def run_settings(path: Path) -> RunSettings:
     )
 
 
+def recorded_base(path: Path) -> str | None:
+    """The model that a run, a converted folder or an applied delta says it was made from."""
+    try:
+        found = json.loads((path.expanduser() / RECORD).read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = run_settings(path).base
+    return found if isinstance(found, str) else None
+
+
 def recorded_prompts(model: str | os.PathLike[str]) -> Prompts:
     """PROMPT_SETTINGS of the runs that a converted or merged folder, or a delta, comes from.
 

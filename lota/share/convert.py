@@ -90,7 +90,7 @@ def convert_policy(
     origin = {"base": str(model_path), "policy": str(file), "step_idx": record.step_idx, "rows": rows}
     origin |= run.prompts  # evaluation writes prompts as the run did
     with new_model_files("save_path", folder, model_path, origin) as staged:
-        write_weights(model, staged, most, dtypes, max_shard_size)
+        write_weights(model, staged, most, dtypes, max_shard_size, file)
         model.config.dtype = most
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(staged)

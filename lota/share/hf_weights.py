@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from lota.models.loading import tied_names
 from lota.models.scope import meta_model
 from lota.models.tensor_files import Shaped, config_folder, new_safetensors
-from lota.models.weights import ReadUnit, WeightSource, open_weights
+from lota.models.weights import ReadUnit, WeightSource, all_finite, open_weights, refuse_not_finite
 from lota.share.hf_folder import CONFIG_FILES, TOKENIZER_FILES, copy_small_files
 
 
@@ -49,8 +49,11 @@ def write_weights(
     dtype: torch.dtype,
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: str,
+    source: object = "the model",
 ) -> None:
     """Write the model's tensors under their names on disk.
+
+    source: what errors name. Raises ValueError for NaN, infinity, and values beyond the range of a dtype.
 
     Floating-point ones are cast to `dtypes[name]`, or to `dtype` if that has none. A tied weight is written
     once. Extra memory: one tensor. Raises OSError when the disk is full.
@@ -66,7 +69,15 @@ def write_weights(
     }
     with _new_shards(folder, forms, max_shard_size) as put:
         for name in forms:
-            put(name, state.pop(name))
+            put(name, _cast(name, state.pop(name), forms[name].dtype, source))
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype, source: object) -> Tensor:
+    cast = value.to(dtype)
+    if not all_finite(cast):
+        refuse_not_finite(value, name, source)
+        raise ValueError(f"{source}: {name} has values that {dtype} cannot hold; choose another dtype")
+    return cast
 
 
 def open_folder(path: str | os.PathLike[str]) -> tuple[WeightSource, PreTrainedModel]:

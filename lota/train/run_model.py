@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
@@ -61,10 +59,10 @@ def run_skeleton(config: Config, tokenizer: PreTrainedTokenizerBase, key: str = 
 
 
 def _check_positions(model: PreTrainedModel, max_length: int) -> None:
-    """Raise ValueError if a model with a table of positions has fewer of them than max_length."""
-    for name, module in model.named_modules():
-        table = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-        if table and re.search(r"wpe|position", name) and module.num_embeddings < max_length:
-            raise ValueError(
-                f"max_length={max_length}: the model has {module.num_embeddings} positions; lower it"
-            )
+    """Raise ValueError if a model has fewer positions than max_length, stretched rotary ones counted."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None)
+    factor = rotary.get("factor") if isinstance(rotary, dict) else None
+    if positions is not None and positions * max(factor or 1, 1) < max_length:
+        raise ValueError(f"max_length={max_length}: the model has {positions} positions; lower it")

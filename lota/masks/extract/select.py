@@ -183,7 +183,25 @@ def select(
         mask = Mask({name: torch.from_numpy(bits[i][name]) for name in quota.sizes}, shapes, meta)
         mask.meta["kept"] = mask.n_kept
         masks[sparsity] = mask
+    _refuse_empty(quota, masks)
     return masks
+
+
+def _refuse_empty(quota: Quota, masks: Mapping[float, Mask]) -> None:
+    """Raise ValueError if there was nothing to keep, so that no mask would let anything train."""
+    asked = sum(sum(quota.counts(names)) for names in quota.pools.values())
+    if not asked or any(mask.n_kept for mask in masks.values()):
+        return
+    base, tuned = quota.pair.sources["base"].id, quota.pair.sources.get("tuned")
+    outside = " that the protected masks leave" if quota.rule.protect else ""
+    if tuned is None:
+        raise ValueError(
+            f"score={quota.rule.saliency} is 0 for every entry of {base}{outside}: choose another"
+        )
+    raise ValueError(
+        f"tuned={tuned.id} has the weights of base={base} in every entry of the scope{outside}, so there is "
+        "nothing to keep: give the fine-tuned model"
+    )
 
 
 def kept_by_layer(pair: ModelPair, mask: Mask) -> dict[str, dict[str, int]]:

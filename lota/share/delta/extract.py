@@ -19,7 +19,7 @@ from lota.models.chunks import in_order
 from lota.models.hashing import StreamingHash
 from lota.models.pair import open_whole
 from lota.models.provenance import run_settings, trained_prompts
-from lota.models.weights import WeightSource
+from lota.models.weights import WeightSource, refuse_not_finite
 from lota.places import holding
 from lota.share.delta.codec import Array, Coding, encode
 from lota.share.delta.format import (
@@ -114,7 +114,10 @@ class _Comparison:
     def _read(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """A piece of both models, of the tuned one as the converter would write it: in the base's dtype."""
         base = self.base.read_flat(piece.name, piece.start, piece.stop)
-        return base, self.tuned.read_flat(piece.name, piece.start, piece.stop).to(base.dtype)
+        tuned = self.tuned.read_flat(piece.name, piece.start, piece.stop).to(base.dtype)
+        refuse_not_finite(base, piece.name, self.base.id)
+        refuse_not_finite(tuned, piece.name, self.tuned.id)
+        return base, tuned
 
     def _count(self, name: str, positions: Array, bits: Array) -> None:
         """Count entries of a parameter that changed. positions: (c,) in it, flattened; bits: (2, c)."""

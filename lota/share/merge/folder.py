@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lota.models.hashing import content_hash
 from lota.models.provenance import MERGE_RECORD
-from lota.models.weights import WeightSource
+from lota.models.weights import WeightSource, all_finite, refuse_not_finite
 from lota.share.delta.format import as_integers
 from lota.share.hf_weights import check_shard_size, open_folder, write_like
 from lota.share.merge.inputs import Entries, TaskVector, open_vectors, prompt_settings
@@ -133,7 +133,11 @@ class _MergedValues:
     def merged(self, name: str) -> Tensor:
         """The merged parameter, in the base's dtype."""
         base, rule = self.merge.source.read(name), self.merge.rule
+        refuse_not_finite(base, name, self.merge.source.file_of(name))
         parts = [vector.entries(name, base) for vector in self.merge.vectors]
+        for vector, part in zip(self.merge.vectors, parts, strict=True):
+            if part is not None:
+                refuse_not_finite(part.tuned, name, vector.id)
         self.progress(base.numel())
         if all(part is None for part in parts):
             self.statistics.entries += base.numel()
@@ -151,6 +155,8 @@ class _MergedValues:
         bits[where] = torch.where(change == 0, as_integers(before), as_integers(after))
         if rule.method == "sum":
             put_sole(bits, parts, touches, positions)
+        if not all_finite(base):
+            raise ValueError(f"the merged {name} has values that {base.dtype} cannot hold: lower the weights")
         return base
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lota.models.pair import open_whole
+from lota.models.pair import open_whole, same_place
 from lota.models.provenance import PROMPT_SETTINGS, trained_prompts
 from lota.models.tensor_files import is_delta
 from lota.models.weights import WeightSource
@@ -102,12 +102,20 @@ def open_vectors(
     Nothing but headers is read. Raises one ValueError with everything that does not fit.
     """
     problems = Problems()
+    problems.attempt(_refuse_twice, paths, base)
     vectors = [problems.attempt(_open_vector, path, base) for path in paths]
     opened = [vector for vector in vectors if vector is not None]
     hashes = {v.id: v.delta.meta["base_hash"] for v in opened if isinstance(v, DeltaVector)}
     if len(set(hashes.values())) > 1:
         named = ", ".join(f"{path} of {digest[:9]}" for path, digest in hashes.items())
         problems.found.append(f"the deltas are of different bases ({named}): merge those of one base")
+    deltas = [vector for vector in opened if isinstance(vector, DeltaVector)]
+    for i, vector in enumerate(deltas):
+        if not vector.delta.names:
+            problems.found.append(f"{vector.id} changes nothing: leave it out")
+        copies = [other.id for other in deltas[:i] if other.delta == vector.delta and other.id != vector.id]
+        if copies:
+            problems.found.append(f"{copies[0]} and {vector.id} are copies of one delta: name it once")
     problems.refuse()
     return opened, next(iter(hashes.values()), None)
 
@@ -118,6 +126,15 @@ def prompt_settings(vectors: Sequence[TaskVector]) -> dict[str, list[Any]]:
         name: list(dict.fromkeys(v.prompts[name] for v in vectors if v.prompts[name] is not None))
         for name in PROMPT_SETTINGS
     }
+
+
+def _refuse_twice(paths: Sequence[str | os.PathLike[str]], base: WeightSource) -> None:
+    """Raise ValueError for a path that is named twice, or that is the base."""
+    for i, path in enumerate(paths):
+        if any(same_place(path, other) for other in paths[:i]):
+            raise ValueError(f"{path} is named twice: its changes would count double; give it a weight of 2")
+        if same_place(path, base.id):
+            raise ValueError(f"{path} is the base itself: name what was trained from it")
 
 
 def _open_vector(path: str | os.PathLike[str], base: WeightSource) -> TaskVector:

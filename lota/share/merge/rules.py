@@ -192,6 +192,10 @@ def make_rule(
         problems.append(f"weights={_shown(weights)}: give one each for the {count} task vectors")
     if not all(math.isfinite(number) for number in [*weights, scale]):
         problems.append(f"weights={_shown(weights)} scale={scale:g}: every one must be a finite number")
+    if len(weights) == count and not any(weights):
+        problems.append(f"weights={_shown(weights)}: nothing would be added; give one that is not 0")
+    if scale == 0:
+        problems.append("scale=0: nothing would be added; give another factor")
     if len(densities) != count:
         problems.append(f"density={_shown(densities)}: give one, or one each for the {count} task vectors")
     wrong = list(dict.fromkeys(number for number in densities if not 0 < number <= 1))
