@@ -63,8 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.sampling and not args.sample:
         given = ", ".join(f"--{name}" for name in args.sampling)
         parser.error(f"{given}: without --sample decoding is greedy; add --sample")
-    if args.n_examples < 0 or args.num_fewshot < 0 or args.bs < 1 or args.num_runs < 1:
-        parser.error("--n_examples and --num_fewshot must be >= 0, --bs and --num_runs >= 1")
+    least = {"n_examples": 0, "seed": 0, "bs": 1, "num_runs": 1, "num_fewshot": 0}
+    if wrong := cli.too_small(args, least):
+        parser.error("; ".join(wrong))
     return args
 
 
@@ -80,8 +81,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         max_new_tokens=args.max_new_tokens,
         compare=cli.results_folder(args.compare) if args.compare else None,
     )
-    prepared = prepare_requests(evaluation_names(args.datasets), get_task, settings)
     out_dir = cli.choose_results_folder(args)
+    prepared = prepare_requests(evaluation_names(args.datasets), get_task, settings)
     prompter = cli.make_prompter(args, whole_prompts=args.whole_prompts)
     results, comparisons = [], {}
     with ExitStack() as held:

@@ -52,13 +52,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def decodings(args: argparse.Namespace, stop: tuple[str, ...]) -> list[Decoding]:
     """One per temperature; ValueError with all that is wrong with the flags."""
-    problems, found = [], []
+    problems: list[str] = []
+    found = []
     if not 0 < args.max_prompt_length < args.max_length:
         problems.append(f"--max_prompt_length {args.max_prompt_length}: must lie between 0 and --max_length")
-    if args.chunk_size < 1 or args.ff < 0 or args.n_examples < 0:
-        problems.append("--chunk_size must be >= 1, --ff and --n_examples >= 0")
-    if args.num_samples_per_prefix < 1:
-        problems.append(f"--num_samples_per_prefix {args.num_samples_per_prefix}: must be at least 1")
+    least = {"chunk_size": 1, "num_samples_per_prefix": 1, "ff": 0, "n_examples": 0, "seed": 0}
+    problems += cli.too_small(args, least)
+    if not args.model_name.strip():
+        problems.append("--model_name is empty: name the samples' generator")
     most = max(1, args.max_length - args.max_prompt_length)
     for text in args.temperatures.split(","):
         try:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from lota.config import Config
 from lota.train.cli import closing_words, guarded, register, resolve
 from lota.train.overrides import start
+from tasks import get_task
 
 logger = logging.getLogger(__name__)
 register("training", Config)
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent
 
 def run(cfg: DictConfig) -> None:
     with guarded():
-        config = resolve(cfg, ROOT, Config)
+        config = resolve(cfg, ROOT, Config, find_task=get_task)
         from trainers import TRAINERS  # slow to import: settings are checked first
 
         trainer = TRAINERS[config.trainer.name](config)

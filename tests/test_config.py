@@ -18,7 +18,7 @@ from lota.models.loading import DTYPES as TORCH_DTYPES
 from lota.optim.masked import GRAD_NORM_STRATEGIES
 from lota.optim.optimizers import OPTIMIZERS, SCHEDULERS
 from lota.settings import keys_of
-from lota.train.cli import _folder_name
+from lota.train.cli import _folder_name, register, resolve
 from lota.train.objectives import OBJECTIVES
 from lota.train.overrides import override_problems
 from lota.train.reference import REFERENCES
@@ -401,3 +401,18 @@ def test_paths_that_exist_become_absolute(tmp_path, monkeypatch):
     assert config.protect_masks == [str(tmp_path / "a.pt"), "b.pt"]
     assert (config.model.archive, config.model.name_or_path) == (f"{tmp_path}/a.pt", "openai-community/gpt2")
     assert config.save_snip_mask_path == str(tmp_path / "new.pt")
+
+
+def test_unknown_tasks_and_unreadable_masks_are_told_with_the_settings(tmp_path):
+    from hydra import compose, initialize_config_dir
+
+    from tasks import get_task
+
+    register("training", Config)
+    given = ["lr=-1", "datasets=[gsm8kk]", "mask_path=no_mask.pt", f"protect_masks=[{tmp_path}]"]
+    with initialize_config_dir(str(ROOT / "config"), version_base=None):
+        cfg = compose("config", overrides=["exp_name=x", *given])
+    with pytest.raises(ValueError) as error:
+        resolve(cfg, ROOT, Config, find_task=get_task)
+    for words in ("lr=-1", "gsm8kk", "no_mask.pt does not exist", f"{tmp_path} is a folder"):
+        assert words in str(error.value)

@@ -333,3 +333,23 @@ def test_other_rows_cannot_be_compared(run, tmp_path, request, capsys):
     (tmp_path / "other/metrics/gsm8k_predictions.journal").write_text("junk\n")
     run("gsm8k", "--compare", tmp_path / "other", code=1)
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_numbers_out_of_range_are_told_together_and_alone(capsys):
+    line = "--model model --datasets toy_sort"
+    for flags, said in [
+        ("--seed -1 --bs 0", "--seed -1: must be at least 0; --bs 0: must be at least 1"),
+        ("--bs 0", "--bs 0: must be at least 1"),
+    ]:
+        with pytest.raises(SystemExit):
+            eval_model_all.main([*line.split(), *flags.split()])
+        assert capsys.readouterr().err.rstrip().endswith(f"error: {said}")
+
+
+def test_out_that_is_a_file_is_refused_before_loading(tmp_path, capsys, nothing_loads):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        line = ["--model", "model", "--datasets", "toy_sort", "--out", str(tmp_path / out)]
+        assert eval_model_all.main(line) == 1
+        said = capsys.readouterr().err
+        assert f"--out {tmp_path / out}: {tmp_path / 'file'} is a file; name a folder" in said

@@ -235,3 +235,12 @@ def test_the_chat_template_that_the_model_was_trained_with(folder, tmp_path, cal
     plain, templated, forced = (texts[0] for _, texts in calls)
     assert templated == f"[user]{INSTRUCTIONS[0]}[reply]"
     assert plain == forced != templated
+
+
+def test_all_that_is_wrong_with_flags_is_told(tmp_path, capsys, nothing_loads):
+    (tmp_path / "prompts.json").write_text('["Hi"]')
+    line = f"--model_path model --prompt_set {tmp_path}/prompts.json --chunk_size 0 --seed -1 --model_name"
+    assert generate_samples.main([*line.split(), " "]) == 1
+    error = capsys.readouterr().err
+    for words in ("--chunk_size 0: must be at", "--seed -1: must be at least 0", "--model_name is empty"):
+        assert words in error

@@ -132,3 +132,8 @@ def test_behind_a_proxy_the_library_decides(no_hub, monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
     hub.refuse_absent("gpt2")
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_an_empty_name_is_not_the_working_directory():
+    with pytest.raises(ValueError, match="name is empty"):
+        hub.refuse_absent("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -57,10 +58,24 @@ def results_folder(model: str) -> Path:
     return folder if folder.is_dir() else Path(default_cache()).expanduser() / "results" / model
 
 
+def too_small(args: argparse.Namespace, least: Mapping[str, int]) -> list[str]:
+    """A line per flag whose number is below its least one."""
+    given = {flag: getattr(args, flag) for flag in least}
+    return [
+        f"--{flag} {value}: must be at least {least[flag]}"
+        for flag, value in given.items()
+        if value is not None and value < least[flag]
+    ]
+
+
 def choose_results_folder(args: argparse.Namespace) -> Path:
-    """Where results go. Raises ValueError if several deltas leave that open."""
+    """Where results go. Raises ValueError if several deltas leave that open, or for a file."""
     if args.out:
-        return Path(args.out).expanduser()
+        out = Path(args.out).expanduser()
+        file = next((path for path in (out, *out.parents) if path.is_file()), None)
+        if file is not None:
+            raise ValueError(f"--out {args.out}: {file} is a file; name a folder")
+        return out
     if not args.delta:
         return results_folder(args.model)
     if len(args.delta) > 1:

@@ -21,6 +21,8 @@ def refuse_absent(path: str | os.PathLike[str]) -> None:
 
     A hub that cannot be reached is not asked again in this process: its libraries would retry for a minute.
     """
+    if not str(path).strip():  # it would be the working directory
+        raise ValueError("the model's name is empty: give a Hugging Face folder or a hub id")
     if Path(path).expanduser().exists():
         return
     if not _is_hub_id(str(path)):

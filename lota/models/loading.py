@@ -49,13 +49,16 @@ def load_tokenizer(name_or_path: str | Path, given: str | Path | None = None) ->
 
     Raises ValueError when there is none (an empty one is none), or no model of which it would be.
     """
+    remedy = "name one with model.tokenizer_name_or_path (scripts: --tokenizer_path)"
     if given is None:
         refuse_no_model(name_or_path)
     else:
-        refuse_absent(given)
+        try:
+            refuse_absent(given)
+        except ValueError as error:
+            raise ValueError(f"no tokenizer at {given}: {remedy}. Cause: {error}") from error
     name_or_path = given or name_or_path
     folder = Path(name_or_path).expanduser()
-    remedy = "name one with model.tokenizer_name_or_path (scripts: --tokenizer_path)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except Exception as error:  # the tokenizers library raises exceptions of no kind of their own

@@ -21,9 +21,10 @@ from lota.config import Config
 from lota.config_checks import problems_of, validated
 from lota.settings import unknown_keys
 from lota.train.interrupt import Interrupted
-from lota.utils import LONGEST_NAME
+from lota.utils import LONGEST_NAME, Problems
 
 if TYPE_CHECKING:
+    from lota.data.task import FindTask
     from lota.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,16 @@ def register(name: str, schema: type[Config]) -> None:
 
 
 def resolve(
-    cfg: DictConfig, root: Path, schema: type[C], problems: Callable[[C], Iterator[str]] = problems_of
+    cfg: DictConfig,
+    root: Path,
+    schema: type[C],
+    problems: Callable[[C], Iterator[str]] = problems_of,
+    find_task: FindTask | None = None,
 ) -> C:
     """Returns the configuration of a command. Raises ValueError with all that `problems` finds in it.
 
-    root: folder of the checkout, where an embedded model is looked for.
+    root: folder of the checkout, where an embedded model is looked for. find_task: if there are problems,
+    unknown tasks and unreadable masks are told with them, not only when they are mended.
     """
     missing = OmegaConf.missing_keys(cfg)
     if missing:
@@ -53,7 +59,14 @@ def resolve(
         raise ValueError("\n".join(unknown))
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, schema)
-    validated(config, problems)
+
+    def all_problems(c: C) -> Iterator[str]:
+        found = list(problems(c))
+        yield from found
+        if found and find_task is not None:
+            yield from _file_problems(c, find_task)
+
+    validated(config, all_problems)
     if in_multirun():
         config.exp_name = f"{config.exp_name}/{_folder_name(HydraConfig.get().job.override_dirname)}"
     embedded = root / config.model.name_or_path  # model=tiny works from any folder
@@ -61,6 +74,18 @@ def resolve(
         config.model.name_or_path = str(embedded)
     config.resolve_paths()
     return config
+
+
+def _file_problems(config: Config, find_task: FindTask) -> list[str]:
+    """A line per task that is not known and mask that cannot be read."""
+    from lota.masks.trainable import mask_or_dense  # slow to import: torch
+
+    problems = Problems()
+    for name in config.datasets:
+        problems.attempt(find_task, name)
+    for path in [config.mask_path, *config.protect_masks]:
+        problems.attempt(mask_or_dense, path)
+    return problems.found
 
 
 def in_multirun() -> bool:
