@@ -334,3 +334,25 @@ def test_a_config_that_is_no_runs_is_told_and_not_used(tmp_path, caplog, text, r
     assert run_settings(tmp_path) == RunSettings()
     (said,) = caplog.messages
     assert said.startswith(str(tmp_path / "config.yaml")) and reason in said and said.endswith("; not used")
+
+
+def test_nan_and_values_out_of_range_are_refused(llama):
+    base, tuned, epoch = llama
+    name = "model.layers.0.mlp.up_proj.weight"
+    for value, options, message in (
+        (float("nan"), [], "holds NaN or infinity"),
+        (1e6, ["--dtype", "float16"], r"has values that torch\.float16 cannot hold; choose another dtype"),
+    ):
+        state = {n: v.clone() for n, v in tuned.state_dict().items()}
+        state[name][1, 1] = value
+        save_policy(epoch / "policy.pt", state)
+        with pytest.raises(SystemExit, match=rf"policy\.pt: {name} {message}"):
+            run_script(base, epoch, epoch.parent / "new", *options)
+        assert not (epoch.parent / "new").exists()
+
+
+def test_a_policy_of_integers_is_refused(llama):
+    base, tuned, epoch = llama
+    save_policy(epoch / "policy.pt", {name: value.int() for name, value in tuned.state_dict().items()})
+    with pytest.raises(SystemExit, match=r"policy\.pt is quantized \(.* is torch\.int32\)"):
+        run_script(base, epoch, epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from tempfile import TemporaryFile
 
 import hf_models
@@ -242,3 +243,17 @@ def test_the_base_must_come_in_its_own_dtype_and_shape(pair):
             delta.tuned(name, wrong)
     with pytest.raises(ValueError, match="no parameter"):
         delta.tuned("strange", base)
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_nan_and_infinity_are_no_change(side, value, tmp_path):
+    state = {"a": torch.zeros(40, 5), "b": torch.ones(7)}
+    for name in ("base", "tuned"):
+        one = {n: v.clone() for n, v in state.items()}
+        if name == side:
+            one["a"][3, 2] = value
+        torch.save(one, tmp_path / f"{name}.pt")
+    with pytest.raises(ValueError, match=rf"{side}\.pt: a holds NaN or infinity"):
+        extract(tmp_path / "base.pt", tmp_path / "tuned.pt", tmp_path / "d.safetensors")
+    assert not (tmp_path / "d.safetensors").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -297,3 +298,28 @@ def test_flags_that_nothing_reads_are_told(folder, capsys):
     assert "not used here: --datasets, --batch_size, --tuned, --seed (--score magnitude)" in shown
     run(f"--score random --seed 3 --out {folder}/masks")
     assert "not used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["path", "copy"])
+def test_base_and_tuned_that_are_the_same_are_refused(how, pair, tmp_path):
+    """Such a mask keeps nothing, and nothing would train with it."""
+    base = pair[0]
+    tuned = base if how == "path" else shutil.copytree(base, tmp_path / "copy")
+    message = "is the base itself" if how == "path" else "has the weights of .* in every entry of the scope"
+    with pytest.raises(SystemExit, match=rf"--tuned {tuned} {message}.*: give the fine-tuned model"):
+        extract_masks.main(
+            f"--base {base} --tuned {tuned} --name x --out {tmp_path} --sparsities 0.9".split()
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_base_and_tuned_in_each_others_place_are_told(pair, tmp_path, caplog):
+    base, tuned, *_ = pair
+    run = tmp_path / "run" / "epoch-1"
+    run.mkdir(parents=True)
+    (run.parent / "config.yaml").write_text(f"model:\n  name_or_path: {base}\n")
+    save_policy(run / "policy.pt", AutoModelForCausalLM.from_pretrained(tuned).state_dict())
+    lota.extract(base, run, [0.9])
+    assert "swapped" not in caplog.text
+    lota.extract(run, base, [0.9])
+    assert f"{run} was trained from {base} by its own record: are base and tuned swapped?" in caplog.text

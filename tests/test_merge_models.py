@@ -303,3 +303,37 @@ def test_help_names_every_method(capsys, monkeypatch):
         merge_models.main()
     shown = capsys.readouterr().out
     assert all(method in shown for method in METHODS)
+
+
+def test_what_adds_nothing_or_counts_double_is_refused(disjoint, tmp_path):
+    a, b, _ = files(disjoint, "delta")
+    copy = shutil.copy(a, tmp_path / "copy.safetensors")
+    empty = tmp_path / "empty.safetensors"
+    extract(disjoint / "base", disjoint / "base", empty)
+    for inputs, more, message in (
+        ([a, b], "--weights 0 0", "weights 0 0: nothing would be added"),
+        ([a, b], "--lambda 0", "lambda 0: nothing would be added"),
+        ([a, a], "", "is named twice"),
+        ([a, copy], "", "are copies of one delta"),
+        ([a, empty], "", "empty.safetensors changes nothing: leave it out"),
+        ([a, disjoint / "base"], "", "is the base itself"),
+    ):
+        assert message in refused(disjoint, inputs, tmp_path / "out", more=more)
+
+
+@pytest.mark.parametrize("side", ["base", "a"])
+def test_nan_is_not_merged(side, disjoint, tmp_path):
+    for name in ("base", "a"):
+        shutil.copytree(disjoint / name, tmp_path / name)
+    state = weights(tmp_path / side)
+    state["model.norm.weight"][2] = float("inf")
+    save_file(state, tmp_path / side / "model.safetensors", metadata={"format": "pt"})
+    shown = refused(tmp_path, [tmp_path / "a"], tmp_path / "out")
+    assert f"{tmp_path / side}" in shown and "model.norm.weight holds NaN or infinity" in shown
+
+
+def test_a_model_with_a_layer_missing_is_not_merged(disjoint, tmp_path):
+    shutil.copytree(disjoint / "a", tmp_path / "a")
+    state = {name: value for name, value in weights(tmp_path / "a").items() if "layers.1." not in name}
+    save_file(state, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    assert "missing there: model.layers.1" in refused(disjoint, [tmp_path / "a"], tmp_path / "out")

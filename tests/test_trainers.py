@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from hf_models import save_policy
 from runs import MODEL, assert_frozen, base, metrics, policy, same, settings, train, write_mask
+from safetensors.torch import load_file, save_file
 from tolerance import assert_same_training, chain
 from written_out import logp, train_plainly
 
+import lota
 from lota.data.batches import epoch_batches
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate
+from lota.masks import Mask
+from lota.models.loading import load_tokenizer
 from lota.optim.optimizers import learning_rate
 from lota.train import losses, objectives, run_model
+from lota.train.preflight import prepare
 from tasks import get_task
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -332,15 +339,63 @@ def test_samples_with_activation_checkpointing_are_those_of_the_saved_model():
             ["model.name_or_path=gpt2", f"model.tokenizer_name_or_path={MODEL}"],
             "max_length=512: the model has 64 positions",
         ),
+        (["max_length=513"], "max_length=513: the model has 512 positions; lower it"),
+        (["adapter=lora", "lora_rank=100000"], r"lora_rank=100000: .* a rank above \d+; choose at most that"),
+        (["model.name_or_path=damaged"], r"damaged/model\.safetensors is a Git LFS pointer"),
+        (["model.name_or_path=small"], r"tokens more than the 9 embedding rows of small"),
+        (["model.archive=small"], r"tokens more than the 9 embedding rows of .*small"),
+        (["model.archive=delta.safetensors"], r"delta\.safetensors is a delta file, .* put it on its base"),
+        (["model.archive=ints.pt"], r"ints\.pt is quantized \(.* is torch\.int32"),
     ],
 )
 def test_refused_before_a_model_loads(mask, no_model, overrides, message):
     tiny.random_mask(tiny.make("llama")).save("tiny_mask.pt")
     tiny.make("gpt2").save_pretrained("gpt2")
     Path("policy.pt").write_bytes(b"broken")
+    shutil.copytree(MODEL, "damaged")
+    Path("damaged/model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    small = base()
+    small.resize_token_embeddings(9)
+    small.save_pretrained("small")
+    load_tokenizer(MODEL).save_pretrained("small")
+    save_file({"x": torch.zeros(2)}, "delta.safetensors", metadata={"format": "lota-delta"})
+    save_policy(Path("ints.pt"), {name: value.int() for name, value in base().state_dict().items()})
     with pytest.raises(ValueError, match=message):
         train(*overrides)
     assert not settings(*overrides).run_dir.exists()
+
+
+def test_a_mask_of_another_base_is_refused(workplace, no_model):
+    """Same names and shapes, other weights: the mask says which base it was extracted from."""
+    changed = base()
+    with torch.no_grad():
+        changed.model.norm.weight += 1
+    changed.save_pretrained("other")
+    lota.extract(MODEL, sparsities=[0.9], score="magnitude")[0.9].save("own.pt")
+    refused = rf"own\.pt: the mask was extracted from {MODEL} .* starts from .*other .*_of_other_base=true"
+    with pytest.raises(ValueError, match=refused):
+        train("mask_path=own.pt", "model.archive=other")
+    assert not settings().run_dir.exists()
+    Mask.load("own.pt").union(Mask.load("own.pt")).flip().save("flipped.pt")
+    for taken in (
+        ["mask_path=own.pt"],
+        ["mask_path=own.pt", "model.archive=other", "mask_of_other_base=true"],
+        ["mask_path=own.pt", "model.archive=other", "flip_mask=true"],
+        ["mask_path=flipped.pt", "model.archive=other"],
+        ["protect_masks=[own.pt]", "model.archive=other"],
+    ):
+        assert prepare(settings(*taken), get_task).mask is not None
+
+
+def test_nan_in_the_base_is_told_before_the_first_step(workplace):
+    shutil.copytree(MODEL, "nan")
+    state = load_file("nan/model.safetensors")
+    name = next(name for name in state if "down_proj" in name)
+    state[name][0, 0] = math.nan
+    save_file(state, "nan/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"nan/model\.safetensors: {name} holds NaN or infinity"):
+        train("model.name_or_path=nan")
+    assert not list(settings().run_dir.glob("*/policy.pt"))
 
 
 def test_zero_mask_that_does_not_exist_is_dense():

@@ -52,14 +52,10 @@ def load_tokenizer(name_or_path: str | Path, given: str | Path | None = None) ->
     remedy = "name one with model.tokenizer_name_or_path (scripts: --tokenizer_path)"
     if given is None:
         refuse_no_model(name_or_path)
-    else:
-        try:
-            refuse_absent(given)
-        except ValueError as error:
-            raise ValueError(f"no tokenizer at {given}: {remedy}. Cause: {error}") from error
     name_or_path = given or name_or_path
     folder = Path(name_or_path).expanduser()
     try:
+        refuse_absent(name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except Exception as error:  # the tokenizers library raises exceptions of no kind of their own
         if given is None and ((folder / "config.json").is_file() or not folder.is_dir()):
