@@ -44,7 +44,6 @@ TABLE: dict[str, list[str]] = tomllib.loads((ROOT / "scripts/mutants.toml").read
 COPIED = ("lota", "tasks", "tests", "config", "assets", "pyproject.toml", "scripts", "examples", "*.py")
 REACH = 0.95
 FAULTY = 99  # exit status of a fork in which not the tests but something of ours fails
-OURS = ("lota", "tasks", "tests", "scripts", "test_", "conftest", "__m", "xdist")  # not imported beforehand
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -160,6 +159,16 @@ def copied_tree(root: Path) -> Path:
     return tree
 
 
+def foreign_modules(tree: Path) -> list[str]:
+    """Names of what is imported here and is neither of the tree nor a plugin, which pytest imports itself."""
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    return [
+        name
+        for name, file in files.items()
+        if file and not file.startswith(f"{tree}/") and not name.startswith("xdist")
+    ]
+
+
 def record(tree: Path, module: str, files: list[str]) -> dict[str, Any]:
     """The clean run: tests with their seconds and lines, and the names of what they imported."""
 
@@ -170,7 +179,7 @@ def record(tree: Path, module: str, files: list[str]) -> dict[str, Any]:
             name: (seconds, sorted({*lines, *plugin.of_fixtures[name.partition("::")[0]]}))
             for name, (seconds, lines) in plugin.of_tests.items()
         }
-        found = {"tests": tests, "modules": list(sys.modules)}
+        found = {"tests": tests, "modules": foreign_modules(tree)}
         (tree.parent / "record.json").write_text(json.dumps(found))
         return status
 
@@ -183,11 +192,9 @@ def record(tree: Path, module: str, files: list[str]) -> dict[str, Any]:
         compiled.unlink()
     found: dict[str, Any] = json.loads((tree.parent / "record.json").read_text())
     for name in found["modules"]:
-        if not name.startswith(OURS) and name.split(".")[0] + ".py" not in {
-            p.name for p in ROOT.glob("*.py")
-        }:
-            with suppress(Exception):
-                importlib.import_module(name)
+        with suppress(Exception):
+            importlib.import_module(name)
+    assert "lota" not in sys.modules
     return found
 
 

@@ -50,6 +50,8 @@ OPERATORS = (
     *("RemoveDecorator", "ZeroIterationForLoop"),
 )
 SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
+# a static method without its decorator works the same on the class, and so does all that calls it there
+SILENT_DECORATORS = {"dataclass", "overload", "abstractmethod", "staticmethod"}
 LOGGERS = {"log", "logger", "logging", "warnings"}
 
 Place = tuple[int, int]  # line from 1, column from 0, in characters
@@ -154,12 +156,14 @@ def _without_effect(tree: ast.Module, source: str) -> Iterator[tuple[Place, Plac
             nodes.append(node.annotation)
         elif isinstance(node, ast.Raise):
             nodes += [node.exc, node.cause]
+        elif isinstance(node, ast.Call) and _name(node.func) in ("reshape", "view"):
+            nodes += [size for size in node.args if isinstance(size, ast.UnaryOp)]  # -1: any negative is one
+        elif isinstance(node, ast.Call) and _name(node.func) == "zip":
+            nodes += [keyword.value for keyword in node.keywords]  # strict=True checks ourselves
         elif isinstance(node, ast.Assert | ast.JoinedStr) or _is_logging(node) or _is_alias(node, tree):
             nodes.append(node)
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            nodes += [
-                d for d in node.decorator_list if _name(d) in ("dataclass", "overload", "abstractmethod")
-            ]
+            nodes += [d for d in node.decorator_list if _name(d) in SILENT_DECORATORS]
         for part in nodes:
             if isinstance(part, ast.expr | ast.stmt):
                 start, end = _range(part, source)

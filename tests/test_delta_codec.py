@@ -184,6 +184,7 @@ SMALL = ([1, 0, 0, 0, 1], b"\x07")  # the only entry of one, with XOR 7
         ([1, 0, 0, 0, 0, 1], "does not describe"),
         ([1, 0, 0, 0, 2], "does not describe"),
         ([1, 0, 0, 0, 0], "does not describe"),
+        ([1, 0, 0, 0, -1], "content size"),
         ([1, 0, 0, 1, 0], "3 gaps instead of 0"),
         ([1, 0, 1, 0, 0], "1 bytes instead of 0 for 0 gaps"),
     ],
@@ -200,6 +201,7 @@ def test_positions_beyond_the_end_are_refused():
     assert decode(1000, np.uint8, row, data)[0].tolist() == [5, 999]
     with pytest.raises(ValueError, match="position 999 of 999 entries"):
         decode(999, np.uint8, row, data)
+    assert encode(5, np.zeros(0, np.int64), np.zeros(0, np.uint8)) == ([0, 0, 0, 0, 0], b"")
     assert decode(0, np.uint8, *encode(0, np.zeros(0, np.int64), np.zeros(0, np.uint8)))[0].tolist() == []
 
 

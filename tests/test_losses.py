@@ -98,12 +98,15 @@ def test_tokens_between_those_that_count_have_no_gradient(monkeypatch):
     torch.manual_seed(0)
     logits, targets = torch.randn(9, 13, requires_grad=True), torch.randint(0, 13, (9,))
     targets[[0, 3, 4, 8]] = IGNORED
+    asked, real = [], losses._chunks
+    monkeypatch.setattr(losses, "_chunks", lambda spans, n: asked.append(n) or real(spans, n))
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         logps = losses.TokenLogProbs.apply(logits, targets)
         logps.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
+    assert asked == [13, 13]  # entries of a row
     assert (logps == 0).tolist() == (targets == IGNORED).tolist()
     assert (logits.grad == 0).all(dim=1).tolist() == (targets == IGNORED).tolist()
     exact = torch.eye(13)[targets.clamp(min=0)] - logits.detach().softmax(1)
@@ -282,3 +285,27 @@ def test_losses_rewards_and_gradients_are_those_of_trl(trl_batch, kind, beta):
         assert value.mean().item() == pytest.approx(metrics[f"logps/{which}"], rel=rel)
     for p, gradient in zip(policy.parameters(), gradients, strict=True):
         assert_same(p.grad, gradient, terms=terms)
+
+
+def test_defaults_and_ties():
+    ratios = ChosenRejected(torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 1.0, 2.0]))
+    torch.testing.assert_close(dpo_loss(ratios, 0.3), -F.logsigmoid(0.3 * torch.tensor([0.0, 1.0, -1.5])))
+    assert reward_sums(ratios, 0.3)["accuracies"] == 1.0  # a tie is not right
+    ones = ChosenRejected(torch.tensor([1.0, 1.0, 3.0]), torch.tensor([1.0, 2.0, 1.0]))
+    expected = [(c / m - r / n - 1 / 0.6) ** 2 for c, r, m, n in zip(*ratios, *ones, strict=True)]
+    torch.testing.assert_close(ipo_loss(ratios, 0.3, ones), torch.stack(expected))
+
+
+def test_a_forward_pass_of_training_fills_no_cache():
+    asked = {}
+
+    class Model(torch.nn.Module):
+        def forward(self, **arguments):
+            asked.update(arguments)
+            return type("Output", (), {"logits": torch.zeros(1, 3, 5)})
+
+    ids = torch.tensor([[1, 2, 3]])
+    batch = type("Ids", (), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    logps, n = response_logps(Model(), batch, contextlib.nullcontext())
+    assert asked["use_cache"] is False and asked["input_ids"] is ids
+    assert n.tolist() == [2.0] and logps.item() == pytest.approx(-2 * math.log(5))

@@ -262,6 +262,14 @@ def test_sums_of_many_are_exact():
         assert first == 0 and found[0] == 2.0**24 + 39_999 * float(np.float32(1) / 3)
 
 
+def test_random_rows_leave_protected_ones_alone(tmp_path):
+    base_path, _, _, _ = make_pair(tmp_path)
+    common = {"granularity": "row", "score": "random"}
+    first = lota.extract(base_path, sparsities=[0.5], seed=1, **common)[0.5]
+    second = lota.extract(base_path, sparsities=[0.6], seed=2, protect=[first], **common)[0.6]
+    assert second.overlap(first) == 0 < second.n_kept
+
+
 def test_progress_counts_twice_all_entries(tmp_path):
     base_path, tuned_path, _, _ = make_pair(tmp_path)
     quota = Quota(open_pair(base_path, tuned_path), [0.5, 0.9], Rule(granularity="row", per="layer"))

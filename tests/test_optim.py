@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from tolerance import assert_same_training, chain, rounding
 import lota
 from lota.masks import Mask
 from lota.models.scope import find_scope
-from lota.optim.optimizers import OPTIMIZERS, adamw_update_, rmsprop_update_
+from lota.optim.optimizers import OPTIMIZERS, adamw_update_, learning_rate, rmsprop_update_
 
 # eps as large as clipped gradients are, so that rounding of one near zero makes no full-size step
 SETTINGS = {
@@ -403,9 +404,10 @@ def test_a_closure_gives_gradients_and_loss():
     assert optimizer.step() is None
 
 
-def test_step_without_gradients_moves_nothing_and_keeps_the_norm():
+@pytest.mark.parametrize("strategy", ["none", "global"])
+def test_step_without_gradients_moves_nothing_and_keeps_the_norm(strategy):
     model, mask = two_layers()
-    optimizer = lota.MaskedSGD(model, mask, lr=0.1)
+    optimizer = lota.MaskedSGD(model, mask, lr=0.1, grad_norm_strategy=strategy, max_grad_norm=9.0)
     model.b.weight.grad = torch.ones(2, 2)  # a took no part
     start = copy.deepcopy(model)
     optimizer.step()
@@ -530,3 +532,134 @@ def test_all_problems_of_the_settings_are_told_together():
     with pytest.raises(ValueError, match=r"max_grad_norm=-1: must be above 0 .*; lr=-1: .*; eps=-2: must"):
         lota.MaskedAdamW(model, mask, lr=-1, eps=-2, grad_norm_strategy="global", max_grad_norm=-1)
     lota.MaskedAdamW(model, mask, max_grad_norm=-1)  # with the strategy `none` it is not used
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_settings_and_defaults_are_those_of_torch(rule, momentum, weight_decay):
+    """Four steps of both, also without momentum, and with the settings that are not given."""
+    settings = {"lr": 0.01, "weight_decay": weight_decay} | (
+        {} if rule == "AdamW" else {"momentum": momentum}
+    )
+    model, _ = two_layers()
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    optimizers = (
+        OPTIMIZERS[rule](ours, None, **settings),
+        getattr(torch.optim, rule)(theirs.parameters(), **settings),
+    )
+    for step in range(1, 5):
+        for each, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for n, p in enumerate(each.parameters()):
+                p.grad = torch.arange(p.numel()).view_as(p).float().sub(n).mul(0.1 * step).cos()
+            optimizer.step()
+    for p, q, start in zip(ours.parameters(), theirs.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(p, start)
+
+
+def test_rates_that_are_not_given():
+    """The method's own: 1e-5, and 1e-3 for SGD; no weight decay and no momentum."""
+    for rule, lr in (("RMSprop", 1e-5), ("AdamW", 1e-5), ("SGD", 1e-3)):
+        (group,) = OPTIMIZERS[rule](*two_layers()).param_groups
+        assert group["lr"] == lr and group["weight_decay"] == 0.0 and group.get("momentum", 0.0) == 0.0
+    assert OPTIMIZERS["RMSprop"](*two_layers()).param_groups[0]["alpha"] == 0.99
+
+
+def test_learning_rates():
+    def rates(scheduler, warmup, total, steps):
+        settings = {"peak": 2.0, "scheduler": scheduler, "warmup_steps": warmup, "total_steps": total}
+        return [learning_rate(step, **settings) for step in steps]
+
+    assert rates("constant", 4, 10, (0, 1, 3, 4, 9, 50)) == [0.5, 1.0, 2.0, 2.0, 2.0, 2.0]
+    assert rates("constant", 0, 10, (0, 9)) == [2.0, 2.0]
+    assert rates("linear", 4, 12, (3, 4, 6, 8, 12, 14)) == [2.0, 2.0, 1.5, 1.0, 0.0, 0.0]
+    assert rates("linear", 3, 3, (2, 3, 4)) == [2.0, 2.0, 0.0]  # nothing is left after the warm-up
+    half = [2.0 * math.cos(math.pi * x / 2) ** 2 for x in (0, 0.25, 0.5, 1, 1)]
+    assert rates("cosine", 4, 12, (4, 6, 8, 12, 14)) == pytest.approx(half, abs=1e-12)
+    assert rates("cosine", 4, 12, (0, 3)) == [0.5, 2.0]
+    assert rates("linear", 2, 3, (1, 2, 3)) == [2.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("strategy", ["none", "even", "global"])
+def test_an_accumulation_that_step_ends_early(strategy):
+    """What came is used: clipped as the strategy says, over what there is."""
+    model, mask = two_layers()
+    start = copy.deepcopy(model)
+    optimizer = lota.MaskedSGD(model, mask, lr=0.5, grad_norm_strategy=strategy, max_grad_norm=2.0)
+    lota.fuse_in_backward(optimizer, 3, compact_linear=False)
+    (3 * model.a.weight.sum() + 4 * model.b.weight.sum()).backward()
+    assert torch.equal(model.b.weight, start.b.weight) and model.b.weight.grad is None
+    optimizer.step()
+    factor = {"none": 1.0, "even": 2 / 8, "global": 2 / math.sqrt(6 * 9 + 4 * 16)}[strategy]
+    torch.testing.assert_close(model.b.weight.detach(), start.b.weight - 0.5 * 4 * factor)
+    before = model.b.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.b.weight, before)
+
+
+def test_unfusing_drops_what_was_accumulated():
+    model, mask = two_layers()
+    start = copy.deepcopy(model)
+    optimizer = lota.MaskedSGD(model, mask, lr=0.5)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=0: must be at least 1"):
+        lota.fuse_in_backward(optimizer, 0)
+    unfuse = lota.fuse_in_backward(optimizer, 2)
+    model.b.weight.sum().backward()
+    unfuse()
+    optimizer.step()
+    assert torch.equal(model.b.weight, start.b.weight)
+
+
+def test_groups_of_several_parameters():
+    model, _ = two_layers()
+    start = copy.deepcopy(model)
+    optimizer = lota.MaskedSGD(model, lr=0.1)
+    (group,) = optimizer.param_groups
+    first, second = [model.a.weight, model.b.weight], [model.a.bias, model.b.bias]
+    optimizer.param_groups = [{**group, "params": first, "lr": 0.1}, {**group, "params": second, "lr": 0.3}]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = start.get_parameter(name) - p
+        torch.testing.assert_close(moved.detach(), torch.full_like(p, 0.3 if "bias" in name else 0.1))
+
+
+def test_bf16_gradients_are_clipped_in_fp32():
+    model, mask = two_layers(torch.bfloat16)
+    before = model.b.weight.detach().float().flatten()
+    optimizer = lota.MaskedSGD(model, mask, lr=0.5, grad_norm_strategy="even", max_grad_norm=1.0)
+    with_gradients(model)
+    optimizer.step()
+    master = {name: values for name, _, values in optimizer.kept_values()}["b.weight"]
+    expected = before - 0.5 / (NORMS[1] + 1e-6) * torch.tensor(B)
+    torch.testing.assert_close(master, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_graph_is_kept_by_the_state(fused):
+    """A gradient that could be differentiated again would keep its graph alive in every buffer."""
+    model, mask = two_layers()
+    optimizer = lota.MaskedRMSprop(model, mask, lr=0.1, momentum=0.5)
+    if fused:
+        lota.fuse_in_backward(optimizer)
+    loss = (model.a.weight**3).sum() + (model.b.weight**3).sum()
+    loss.backward(create_graph=True)
+    optimizer.step()
+    values = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    assert not any(v.requires_grad for v in values)
+    optimizer.zero_grad()
+
+
+def test_once_no_optimizer_is_left_gradients_are_whole():
+    model, mask = two_layers()
+    optimizer = lota.MaskedSGD(model, mask, lr=0.1)
+    model.a.weight.sum().backward()
+    assert model.a.weight.grad.sum() == 6
+    del optimizer
+    gc.collect()
+    model.a.weight.grad = None
+    model.a.weight.sum().backward()
+    assert model.a.weight.grad.sum() == 12

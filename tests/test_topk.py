@@ -91,10 +91,10 @@ def test_large_stream_is_read_once(kind, monkeypatch):
 @pytest.mark.parametrize("guess", [(1, 0), (topk.MAX_KEY, topk.MAX_KEY), (5, 6)])
 def test_wrong_brackets_are_noticed(kind, guess, monkeypatch):
     monkeypatch.setattr(streaming, "CHUNK", 1 << 12)
-    monkeypatch.setattr(topk, "_sampled_brackets", lambda *args: [topk.Bracket(*guess)] * 4)
+    monkeypatch.setattr(topk, "_sampled_brackets", lambda *args: [topk.Bracket(*guess)] * 5)
     rng = np.random.default_rng(3)
     keys = {f"t{i}": float_keys(rng, 20_000, kind) for i in range(2)}
-    assert_equals_brute_force(keys, [20, 4_000, 20_000, 40_000])
+    assert_equals_brute_force(keys, [0, 20, 4_000, 20_000, 40_000])
 
 
 def test_first_pass_follows_the_read_order_and_progress_counts_both(monkeypatch):
@@ -222,6 +222,15 @@ def test_brackets_are_ranks_of_the_sample_and_four_standard_errors(monkeypatch):
         assert bracket.high == (descending[high] if rank >= 4 * error + 10 else topk.MAX_KEY)
         assert bracket.low <= np.sort(keys)[::-1][max(k - 1, 0)] <= bracket.high
     assert topk._sampled_brackets(lambda span: np.zeros(0, np.int32), {"a": 0}, [0, 0]) == [(1, 0)] * 2
+    ranks = np.arange(7_000, 0, -1).astype(np.int32)  # one block: no error but ten ranks, of 1000 sampled
+    for k, bracket in (
+        (63, (6_867, topk.MAX_KEY)),
+        (70, (6_860, 7_000)),
+        (6_923, (7, 147)),
+        (6_930, (1, 140)),
+    ):
+        assert topk._sampled_brackets(lambda span: ranks, {"a": 7_000}, [k]) == [bracket]
+    assert np.float32(np.finfo(np.float32).max).view(np.int32) == topk.MAX_KEY
     zeros = topk._sampled_brackets(lambda span: np.zeros(9_000, np.int32), {"a": 9_000}, [4_000])
     assert zeros == [(1, 0)]  # key 0 is never chosen
 
@@ -239,21 +248,21 @@ def test_brackets_that_cannot_miss(k):
 
 
 def test_how_many_entries_are_remembered(monkeypatch):
-    bits = {"a": np.zeros(6_400, np.uint8), "b": np.zeros(320, np.uint8)}
+    bits = {"a": np.zeros(64_000, np.uint8), "b": np.zeros(3_200, np.uint8)}
     assert topk._Search(1, topk.Bracket(1, 2), bits).limit == 1 << 22
     monkeypatch.setattr(topk, "REMEMBERED", 100)
-    assert topk._Search(1, topk.Bracket(1, 2), bits).limit == 8 * 6_720 // 256
+    assert topk._Search(1, topk.Bracket(1, 2), bits).limit == 8 * 67_200 // 256
     search = topk._Search(1, topk.Bracket(1, 2), bits)
-    for n, forgotten in ((210, False), (1, True)):  # exactly the limit is remembered
+    for n, forgotten in ((2_100, False), (1, True)):  # exactly the limit is remembered
         search.add(
             topk.Span("a", 0, n), 0, np.zeros((n + 7) // 8, np.uint8), np.arange(n), np.ones(n, np.int32)
         )
-        assert search.has_forgotten == forgotten and search.n_inside == (0 if forgotten else 210)
-    assert (search.values.tolist(), search.numbers.tolist(), search.parts) == ([1], [211], [])
+        assert search.has_forgotten == forgotten and search.n_inside == (0 if forgotten else 2_100)
+    assert (search.values.tolist(), search.numbers.tolist(), search.parts) == ([1], [2_101], [])
 
 
 @pytest.mark.parametrize("low", [1, 3, 6])
-@pytest.mark.parametrize("high", [2, 5, 9])
+@pytest.mark.parametrize("high", [2, 3, 5, 6, 9])
 def test_cuts_of_all_counts(low, high):
     keys = np.array([9, 9, 7, 6, 6, 6, 5, 3, 3, 2, 1, 1, 0, 0], np.int32)
     bracket, scratch = topk.Bracket(low, high), streaming.Scratch()

@@ -50,7 +50,7 @@ class _CompactLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         put_aside: Callable[[Tensor, Tensor], None],
-        transposed: bool = False,
+        transposed: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.put_aside, ctx.transposed = put_aside, transposed

@@ -7,6 +7,7 @@ transposed; there a row is one pair of expert and output. A unit's saliency is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -92,7 +93,7 @@ def units_of(name: str, tensor: ScopedTensor, granularity: str) -> Units:
             f"shape {tensor.shape}: leave it out of the scope"
         )
     *stacks, height, width = tensor.shape
-    return Units(stacks[0] if stacks else 1, height, width, (granularity == "row") != tensor.transposed)
+    return Units(math.prod(stacks), height, width, (granularity == "row") != tensor.transposed)
 
 
 class Cutoff(NamedTuple):

@@ -93,7 +93,7 @@ class _Search:
 
     def __init__(self, k: int, bracket: Bracket, bits: dict[str, np.ndarray]):
         self.k, self.bracket, self.bits = k, bracket, bits
-        self.cut = Cut(MAX_KEY, 0, None, 0)  # until `finish` has found it
+        self.cut: Cut  # which `finish` finds
         self.has_missed = False  # the threshold is outside of the bracket
         self.n_above = 0
         # Keys inside the bracket. While they are few: (span, places in it, keys there) ...
@@ -232,8 +232,8 @@ def _sampled_brackets(keys: Keys, sizes: Mapping[str, int], counts: list[int]) -
         margin = BRACKET_SIGMAS * share.std() / len(blocks) ** 0.5 * len(sample) + 10
         first, last = int(rank - margin), int(rank + margin)
         high = int(sample[first]) if first >= 0 else MAX_KEY
-        low = int(sample[last]) if last < len(sample) else 1
-        brackets.append(Bracket(max(low, 1), high))
+        low = max(int(sample[last]), 1) if last < len(sample) else 1
+        brackets.append(Bracket(low, high))
     return brackets
 
 
@@ -284,7 +284,7 @@ def _write_bits(keys: Keys, todo: list[Span], searches: list[_Search], progress:
 
     for span, results in in_order(look, todo):
         for i, (packed, equal) in enumerate(results):
-            if ties_left[i] and equal is not None:
+            if equal is not None:
                 admitted = _first_bits(equal, ties_left[i])
                 packed |= admitted
                 ties_left[i] -= int(np.bitwise_count(admitted).sum(dtype=np.int64))

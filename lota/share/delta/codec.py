@@ -105,15 +105,15 @@ def rice_parameter(gaps: Array) -> int:
     if not len(gaps):
         return 0
     # The best k is near log2 of the mean gap (exactly so for geometric gaps): its neighbours are tried.
-    near = int(gaps.mean() + 1).bit_length() - 1
-    return min(range(max(0, near - 2), near + 2), key=lambda k: len(gaps) * (k + 1) + int((gaps >> k).sum()))
+    near = int(gaps.mean() + 1).bit_length()
+    return min(range(max(0, near - 3), near + 1), key=lambda k: len(gaps) * k + int((gaps >> k).sum()))
 
 
 def pack_unary(numbers: Array) -> bytes:
     """Each number as that many 0 bits and a 1, highest bit of a byte first."""
     ends = np.cumsum(numbers + 1) - 1  # place of each number's 1 in the stream of bits
-    bits = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
-    bits[ends] = 1
+    bits = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, bool)
+    bits[ends] = True
     return np.packbits(bits).tobytes()
 
 
