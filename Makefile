@@ -1,5 +1,6 @@
 # make demo: the whole method on the embedded model.  make lint: style and types.
 # make test: all tests, one worker per core and one thread each.  make test-fast: without the slow ones.
+# make faults: every command killed at each of its file operations (docs/RELIABILITY.md).
 # make test-portable: all tests under other kernels and numbers of threads (scripts/test_portable.sh).
 # make mutants: faults put into the modules that decide results; MODULES="optim/ topk" for some (docs/MUTANTS.md).
 # ARGS="-k masks" goes to pytest, WORKERS=0 runs in one process, OMP_NUM_THREADS=2 gives each two threads.

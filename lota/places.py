@@ -9,39 +9,43 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import hashlib
 import logging
 import os
+import platform
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+REPLACED = "replaced"  # stands in the name of a folder that another one is about to replace
 LOCK = ".lock"  # in a folder that is held; `.NAME.lock` beside a file or folder NAME that is held
 logger = logging.getLogger(__name__)
 
 _held: set[Path] = set()  # by this process
-_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(\d+|(?P<old>old)){re.escape(TEMPORARY_SUFFIX)}")
+_OWNER = rf"[0-9a-f]{{8}}-\d+-\d+|\d+|{REPLACED}"  # machine, number and start of a process
+_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?P<owner>{_OWNER}){re.escape(TEMPORARY_SUFFIX)}")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def working_in(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[Path]:
+def working_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Hold a folder; what killed processes left half-done in it is undone first. Yields its real path.
 
     The folder is made if it is not there, and goes again if nothing was put into it. Raises ValueError if it
-    is still held after `wait` seconds. The lock ends with its process, however that ends.
+    is held. The lock ends with its process, however that ends.
     """
     folder = Path(folder).resolve()
-    with _folders(folder), _lock(folder / LOCK, folder, wait):
+    with folders(folder), _lock(folder / LOCK, folder):
         clear_leftovers(folder)
         with _remembered(folder):
             yield folder
 
 
 @contextlib.contextmanager
-def holding(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[Path]:
+def holding(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Hold one file or folder by its name, whether it exists or not; otherwise as `working_in`.
 
     What lies in a folder that this process works in is held already.
@@ -49,34 +53,77 @@ def holding(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[Path]:
     path = Path(path)
     path = path.parent.resolve() / path.name
     covered = path in _held or not _held.isdisjoint(path.parents)
-    lock = contextlib.nullcontext() if covered else _lock(_lock_of(path), path, wait)
-    with _folders(path.parent), lock, contextlib.nullcontext() if covered else _remembered(path):
+    lock = contextlib.nullcontext() if covered else _lock(_lock_of(path), path)
+    with folders(path.parent), lock, contextlib.nullcontext() if covered else _remembered(path):
         if path.parent not in _held:  # it was cleared as a whole
             clear_leftovers(path.parent, path.name)
         yield path
 
 
-def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Undo what killed processes left half-done: a replaced folder comes back, temporary files and locks go.
+def clear_leftovers(folder: Path, name: str | None = None, held: bool = True) -> None:
+    """Undo what killed processes left half-done: temporary files and locks go, a replaced folder comes back.
 
-    The caller holds the folder, or its entry `name`, to which alone it looks then.
+    What belongs to a living process stays. name: look at this entry alone. held: the caller holds the folder,
+    or this entry; else nothing but temporary files is touched.
     """
     for item in sorted(folder.iterdir()):
         found = _LEFTOVER.fullmatch(item.name)
-        if found is None or name not in (None, found["name"]):
+        if found is None or name not in (None, found["name"]) or _lives(found["owner"]):
             continue
         target = folder / found["name"]
         if name is None and _is_held(_lock_of(target)):
             continue
-        if found["old"] and not target.exists():
+        if found["owner"] != REPLACED:
+            remove(item)
+        elif held and not target.exists():
             os.replace(item, target)
             fsync(folder)
-        else:
+        elif held:
             remove(item)
     if name is None:
         for lock in sorted(folder.glob(f".*{LOCK}")):
             if lock.name != LOCK and not _is_held(lock):
                 lock.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that tells whose it is."""
+    return path.with_name(f".{path.name}.{_machine()}-{_process(os.getpid())}{TEMPORARY_SUFFIX}")
+
+
+def replaced_name(path: Path) -> Path:
+    """The name beside `path` of a folder that another one is about to replace."""
+    return path.with_name(f".{path.name}.{REPLACED}{TEMPORARY_SUFFIX}")
+
+
+def _lives(owner: str) -> bool:
+    """Whether the process that a temporary name tells of may still be at work: if it is another machine's, or
+    a process here has its number and start.
+    """
+    machine, _, process = owner.partition("-")
+    return bool(process) and (machine != _machine() or _process(int(process.partition("-")[0])) == process)
+
+
+@functools.cache
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _process(pid: int) -> str | None:
+    """Number and start of a process, which no later one has both; None if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{pid}-{fields[19]}"  # in clock ticks after the machine's start
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:  # no Linux
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return f"{pid}-0"
 
 
 def _lock_of(path: Path) -> Path:
@@ -93,7 +140,7 @@ def _remembered(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folders(folder: Path) -> Iterator[None]:
+def folders(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; at the end those of them that are empty go again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -110,8 +157,8 @@ def _folders(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(file: Path, place: Path, wait: float) -> Iterator[None]:
-    handle = _acquire(file, place, wait)
+def _lock(file: Path, place: Path) -> Iterator[None]:
+    handle = _acquire(file, place)
     try:
         yield
     finally:
@@ -121,9 +168,8 @@ def _lock(file: Path, place: Path, wait: float) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(file: Path, place: Path, wait: float) -> int:
-    """A handle of the locked file. Raises ValueError if another process holds it for longer than `wait`."""
-    until = time.monotonic() + wait
+def _acquire(file: Path, place: Path) -> int:
+    """A handle of the locked file. Raises ValueError if another process holds it."""
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -135,9 +181,6 @@ def _acquire(file: Path, place: Path, wait: float) -> int:
         except BlockingIOError as error:
             holder = os.read(handle, 32).decode(errors="replace").strip()
             os.close(handle)
-            if time.monotonic() < until:
-                time.sleep(0.02)
-                continue
             raise ValueError(
                 f"another process (pid {holder}) is at work in {place}: wait until it has ended, or name "
                 "another place"

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from lota.places import TEMPORARY_SUFFIX, clear_leftovers, fsync, holding, remove
+from lota.places import clear_leftovers, folders, fsync, holding, remove, replaced_name, temporary_name
 
-PATIENCE = 10.0  # seconds for which a file is waited for: others hold it only while they write it
 CHECKSUMS = "checksums.json"  # in a folder: name of each of its files -> SHA-256
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -33,28 +32,37 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     (IsADirectoryError). On failure the temporary is removed, and what was at `path` stays.
     """
     path = Path(path)
-    with holding(path, PATIENCE):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    with folders(path.parent):
+        clear_leftovers(path.parent, path.name, held=False)
+        temporary = temporary_name(path)
         try:
             with naming(path):
                 yield temporary
                 flush_to_disk(temporary)
             if path.is_dir():
-                if not temporary.is_dir():
-                    raise IsADirectoryError(
-                        errno.EISDIR, "a file cannot take the place of a folder", str(path)
-                    )
-                old = path.with_name(f".{path.name}.old{TEMPORARY_SUFFIX}")
-                os.replace(path, old)
-                os.replace(temporary, path)
-                fsync(path.parent)
-                remove(old)
+                _replace_folder(path, temporary)
             else:
                 os.replace(temporary, path)
                 fsync(path.parent)
         except BaseException:
-            clear_leftovers(path.parent, path.name)
+            remove(temporary)
             raise
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Give the folder `new` the name of the one at `path`, which comes back if that fails halfway."""
+    if not new.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a file cannot take the place of a folder", str(path))
+    with holding(path):
+        old = replaced_name(path)
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+        fsync(path.parent)
+        remove(old)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def write_models(folder: Path) -> None:
     source = ROOT / "assets" / "tiny-llama"
     content = json.loads((source / "config.json").read_text())
     content |= {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "head_dim": 4}
-    content |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    content |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**content))
     for name in ("base", "tuned"):

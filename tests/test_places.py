@@ -78,7 +78,7 @@ def test_a_lock_that_its_holder_removed_holds_nobody(tmp_path, monkeypatch):
 
     monkeypatch.setattr(places.os, "open", slow_open)
     with holding(tmp_path / "file"), pytest.raises(ValueError, match="is at work"):
-        handle = places._acquire(tmp_path / ".file.lock", tmp_path / "file", 0)
+        handle = places._acquire(tmp_path / ".file.lock", tmp_path / "file")
         os.close(handle)
 
 
@@ -95,8 +95,8 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 def test_leftovers_of_killed_processes_are_undone(tmp_path):
     """A folder that was moved aside comes back if nothing took its place; all else that is ours goes."""
     for name in ("lost", "kept"):
-        (tmp_path / f".{name}.old.tmp").mkdir()
-        (tmp_path / f".{name}.old.tmp" / "x").touch()
+        (tmp_path / f".{name}.replaced.tmp").mkdir()
+        (tmp_path / f".{name}.replaced.tmp" / "x").touch()
     (tmp_path / "kept").mkdir()
     for name in (".a.json.17.tmp", ".b.lock", "mine.tmp", ".hidden", ".mine.tmp"):
         (tmp_path / name).touch()
@@ -110,8 +110,21 @@ def test_what_another_process_is_writing_is_no_leftover(tmp_path):
         (tmp_path / ".a.json.17.tmp").touch()
         with working_in(tmp_path):
             assert (tmp_path / ".a.json.17.tmp").exists() and (tmp_path / ".a.json.lock").exists()
-    write_json(tmp_path / "a.json", 1)
+    with working_in(tmp_path):
+        write_json(tmp_path / "a.json", 1)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_temporary_files_of_living_processes_stay(tmp_path):
+    """Those of other machines may live; a number that another process has by now does not count as alive."""
+    own = places.temporary_name(tmp_path / "a").name
+    machine, pid, start = own.removeprefix(".a.").removesuffix(".tmp").split("-")
+    elsewhere = f".a.{'0' * 8}-{pid}-{start}.tmp"
+    dead = [f".a.{machine}-{pid}-{int(start) + 1}.tmp", f".a.{machine}-{2**22 + 1}-5.tmp"]
+    for name in (own, elsewhere, *dead):
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path, "a", held=False)
+    assert {p.name for p in tmp_path.iterdir()} == {own, elsewhere}
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])

@@ -85,7 +85,7 @@ class Sampler:
 
             missing = [i for i in chosen if i not in journal.records]
             on_done(len(chosen) - len(missing))
-            samples = save()
+            samples = save() if journal.records else []  # the file never comes before the journal
             for start in range(0, len(missing), self.chunk_size):
                 chunk = missing[start : start + self.chunk_size]
                 self._answer(prompts, chunk, decoding, sample, journal)

@@ -72,7 +72,7 @@ class Journal:
             fsync(self.path.parent)
 
     def __exit__(self, *_: object) -> None:
-        with self._open:
+        with naming(self.path), self._open:
             self.sync()
         self._file = None
 

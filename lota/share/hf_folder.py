@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from lota.models.provenance import RECORD
 from lota.models.tensor_files import INSTALLING, read_header, safetensors_files
-from lota.places import TEMPORARY_SUFFIX, fsync, remove, working_in
+from lota.places import fsync, remove, temporary_name, working_in
 from lota.storage import flush_to_disk, naming
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -103,7 +103,7 @@ def new_model_files(
             _install(ready, folder)
         check_replaceable(argument, folder, base)
         _listed(folder / RECORD)  # a record that is none is refused while nothing has changed
-        staged = folder / f".conversion.{os.getpid()}{TEMPORARY_SUFFIX}"
+        staged = temporary_name(folder / "conversion")
         staged.mkdir()
         try:
             with naming(folder):

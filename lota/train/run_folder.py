@@ -17,7 +17,7 @@ import yaml
 
 from lota.config import Config
 from lota.config_checks import differences
-from lota.places import TEMPORARY_SUFFIX, fsync, remove, working_in
+from lota.places import fsync, remove, temporary_name, working_in
 from lota.storage import atomic_path
 from lota.train.checkpoint import CHECKPOINT_NAME, newest_checkpoint
 
@@ -177,8 +177,7 @@ class RunFolder:
         """The new run has a checkpoint: what it replaced can go."""
         aside = self.path / REPLACED
         if aside.is_dir():
-            gone = self.path / f"{REPLACED}.0{TEMPORARY_SUFFIX}"  # half of it is no run to put back
-            remove(gone)
+            gone = temporary_name(self.path / "replaced")  # half of it is no run to put back
             os.replace(aside, gone)
             fsync(self.path)
             remove(gone)
