@@ -130,9 +130,8 @@ def test_few_kept_entries_are_sampled_and_many_gathered():
 @pytest.mark.parametrize(("n", "kind"), [(40, "_Sampled"), (41, "_Gathered")])
 def test_up_to_two_per_cent_are_sampled(n, kind):
     weight = torch.nn.Parameter(torch.zeros(40, 50))
-    product = _products(
-        {weight: torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:n].sort().values}
-    )
+    positions = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:n].sort().values
+    product = _products({weight: positions})
     assert type(product[weight]).__name__ == kind
 
 
