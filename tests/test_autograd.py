@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lota
 from lota.masks import Mask
+from lota.optim import compact_linear
 
 CLOSE = {"rtol": 1e-5, "atol": 4e-6}
 LR = 0.1
@@ -207,6 +208,16 @@ def test_asking_for_gradients_trains_nothing(fused):
     assert all(torch.equal(now, before[name]) for name, now in values(model).items())
     assert not optimizer._aside and not optimizer._pending
     assert_steps_alike(model, optimizer, LOSSES["plain"])
+
+
+def test_gradients_of_weights_that_nobody_asks_for_are_not_computed(fused, monkeypatch):
+    made, real = [], compact_linear._weight_gradient
+    monkeypatch.setattr(
+        compact_linear, "_weight_gradient", lambda *given: made.append(real(*given)) or made[-1]
+    )
+    x = inputs().requires_grad_()
+    fused[0](x).square().mean().backward(inputs=[x])
+    assert made == [None] * 3
 
 
 def test_backward_into_some_parameters_trains_only_those(fused):

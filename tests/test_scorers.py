@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -11,7 +12,8 @@ import torch
 
 import lota.evaluate.scorers as scorers
 from lota.data.batches import Prompt
-from lota.data.prompts import FewShot
+from lota.data.prompts import FewShot, Limits, Prompter
+from lota.evaluate.decoding import Decoding
 from lota.evaluate.estimates import corpus_perplexity, mean, mean_of
 from lota.evaluate.loglik import choice_requests, logliks, windows
 from tasks import get_task
@@ -100,6 +102,8 @@ def test_choices_normal_and_length_normalised(pair, tmp_path):
         right["accuracy_loglik"].append(float(values.index(max(values)) == row["answer"]))
         right["accuracy_loglik_norm"].append(float(per_character.index(max(per_character)) == row["answer"]))
         assert stored["gold"] == task.labels[row["answer"]]
+        best = task.labels[values.index(max(values))]
+        assert stored["completion"] == stored["extracted"] == best
     assert {name: found.value for name, found in result.estimates.items()} == {
         name: statistics.fmean(values) for name, values in right.items()
     }
@@ -285,3 +289,40 @@ def test_logliks_do_not_depend_on_the_batch(kind):
         with torch.no_grad():
             logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
         assert value == pytest.approx(logps[len(request[0]) - 1 :].sum().item(), abs=1e-4)
+
+
+def test_an_example_that_is_left_out_counts_as_cut(pair, tmp_path):
+    """One of one: the prompt itself is whole."""
+    training = [{"question": "x" * 300, "answer": 0}] * 2
+    rows = [{"question": "a", "answer": 1}]
+    for scoring in ("generation", "loglik"):
+        result = score(pair, tmp_path, Colours(), rows, scoring=scoring, few_shot=FewShot(1, 0, training))
+        assert result.n_cut == 1
+
+
+def test_what_predictions_depend_on(pair):
+    """Limits of training count where a prompt is read as in training: not behind examples, not in texts."""
+    limits = Limits(256, 128)
+    prompter = Prompter(pair[1], limits=limits)
+
+    def settings(task, rows=ROWS, **more):
+        request = scorers.TaskRequest(task, rows, Decoding(12), **more)
+        return request.scorer(pair[0], prompter, request).settings
+
+    alone = settings(Colours(), scoring="loglik")
+    assert alone == {"scoring": "loglik", "num_fewshot": 0, "prompt_limits": dataclasses.asdict(limits)}
+    assert settings(Colours())["prompt_limits"] == dataclasses.asdict(limits)
+    behind = settings(Colours(), few_shot=FewShot(2, 0, ROWS), scoring="loglik")
+    assert behind == {"scoring": "loglik", "num_fewshot": 2}
+    assert settings(get_task("wikitext"), [{"text": "a"}]) == {"scoring": "perplexity", "num_fewshot": 0}
+
+
+@pytest.mark.parametrize(("n_tokens", "fits"), [(245, True), (246, True), (247, False), (254, False)])
+def test_examples_leave_room_for_the_longest_choice(pair, tmp_path, n_tokens, fits):
+    """256 tokens of context and choices of 3, 10 and 1 tokens."""
+    tokenizer, task, row = pair[1], Colours(), {"question": "a", "answer": 1}
+    alone = len(tokenizer(task.demonstration({"question": "", "answer": 0}) + task.prompt(row)).input_ids)
+    training = [{"question": "x" * (n_tokens - alone), "answer": 0}] * 2
+    result = score(pair, tmp_path, task, [row], scoring="loglik", few_shot=FewShot(1, 0, training))
+    (stored,) = json_lines(tmp_path / "metrics/colours_loglik_predictions.jsonl")
+    assert (stored["prompt"].count("Answer:"), result.n_cut) == ((2, 0) if fits else (1, 1))
