@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from tempfile import TemporaryFile
@@ -20,6 +21,8 @@ from lota.delta import Delta, extract
 from lota.masks import Mask
 from lota.models.hashing import content_hash
 from lota.models.weights import open_weights
+from lota.share.delta import format
+from lota.share.delta.codec import encode
 from lota.share.delta.format import SEGMENT, Parameter, read_index, segments, write_delta
 from lota.storage import atomic_path
 
@@ -156,7 +159,9 @@ def test_an_index_that_claims_more_than_the_file_holds(pair, monkeypatch):
     for parameters, codings in ((huge, found.codings), (huge, []), (found.parameters[0], found.codings)):
         with TemporaryFile() as data:
             write_delta(pair[2], [parameters], codings, data, found.meta)
-        with pytest.raises(ValueError, match="its index does not describe"):
+        with pytest.raises(
+            ValueError, match=r"d\.safetensors is no whole delta .* does not describe"
+        ):
             Delta.open(pair[2])
     with TemporaryFile() as data:
         write_delta(pair[2], [], [], data, {"base": "x"})
@@ -257,3 +262,40 @@ def test_nan_and_infinity_are_no_change(side, value, tmp_path):
     with pytest.raises(ValueError, match=rf"{side}\.pt: a holds NaN or infinity"):
         extract(tmp_path / "base.pt", tmp_path / "tuned.pt", tmp_path / "d.safetensors")
     assert not (tmp_path / "d.safetensors").exists()
+
+
+@pytest.mark.parametrize("key", ["changed", "entries", "base_hash", "tuned"])
+def test_metadata_that_lack_a_key(pair, key):
+    """The checksum is that of the changed file, as whoever writes one can compute it."""
+    content = pair[2].read_bytes().replace(f'"{key}":'.encode(), f'"{key[:-1]}X":'.encode())
+    place, digest = format._checksum(io.BytesIO(content))
+    pair[2].write_bytes(content[:place] + digest.encode() + content[place + 64 :])
+    with pytest.raises(ValueError, match=rf"d\.safetensors is no whole delta file: its metadata lack {key}"):
+        read_index(pair[2])
+
+
+def test_a_parameter_that_fills_its_segment(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "SEGMENT", 64)
+    parameters = [Parameter("a", torch.int8, (8, 8)), Parameter("b", torch.int8, (63,), changed=1)]
+    assert [parameter.changed for parameter in parameters] == [0, 1]
+    meta = dict.fromkeys(format._REQUIRED - {"changed", "entries"}, "x")
+    with TemporaryFile() as data:
+        codings = []
+        for positions in ([], [62]):
+            coding, code = encode(64, np.array(positions, np.int64), np.ones(len(positions), np.uint8))
+            codings.append(coding)
+            data.write(code)
+        written = write_delta(tmp_path / "d.safetensors", parameters, codings, data, meta)
+    found = read_index(tmp_path / "d.safetensors")
+    assert found.parameters == parameters and found.codings == codings
+    assert (written["changed"], written["entries"]) == (1, 127)
+    both = [Parameter("a", torch.int8, (8, 8)), Parameter("b", torch.int8, (64,))]
+    with TemporaryFile() as data:
+        write_delta(tmp_path / "d.safetensors", both, [[0, 0, 0, 0, 0]] * 2, data, meta)
+    assert [segment.n for segment in read_index(tmp_path / "d.safetensors").segments] == [64, 64]
+
+
+def test_a_text_is_no_delta(tmp_path):
+    (tmp_path / "a.txt").write_text("no weights at all, only words, and more than eight bytes of them")
+    with pytest.raises(ValueError, match=r"a\.txt is no delta file, or its header is damaged"):
+        read_index(tmp_path / "a.txt")
