@@ -103,7 +103,7 @@ def test_random_per_tensor_protected_without_tuned(pair, tmp_path):
         ("--scope nothing_matches", "nothing_matches"),
         ("--protect TMP/none.pt", "none.pt does not exist"),
         ("--protect TMP/all.pt", "the protected masks leave no entry of the scope free"),
-        ("--tuned TMP/base", "--sparsities 0.5: no entry would be kept"),
+        ("--tuned TMP/base", "--tuned TMP/base is the base itself: give the fine-tuned model"),
         ("--sparsities 0.9999999", "--sparsities 0.9999999: no entry would be kept"),
         ("--tuned TMP/cut.pt", "cannot be read"),
         ("--model TMP/base/config.json/x", "base/config.json/x"),
