@@ -159,9 +159,7 @@ def test_an_index_that_claims_more_than_the_file_holds(pair, monkeypatch):
     for parameters, codings in ((huge, found.codings), (huge, []), (found.parameters[0], found.codings)):
         with TemporaryFile() as data:
             write_delta(pair[2], [parameters], codings, data, found.meta)
-        with pytest.raises(
-            ValueError, match=r"d\.safetensors is no whole delta .* does not describe"
-        ):
+        with pytest.raises(ValueError, match=r"d\.safetensors is no whole delta .* does not describe"):
             Delta.open(pair[2])
     with TemporaryFile() as data:
         write_delta(pair[2], [], [], data, {"base": "x"})
@@ -299,3 +297,26 @@ def test_a_text_is_no_delta(tmp_path):
     (tmp_path / "a.txt").write_text("no weights at all, only words, and more than eight bytes of them")
     with pytest.raises(ValueError, match=r"a\.txt is no delta file, or its header is damaged"):
         read_index(tmp_path / "a.txt")
+
+
+def test_the_narrowest_dtype_that_holds_both():
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    pairs = [(bf16, bf16, bf16), (fp16, bf16, fp32), (fp32, bf16, fp32), (fp16, fp16, fp16)]
+    pairs += [(e4m3, e4m3, e4m3), (e4m3, e5m2, bf16), (e4m3, bf16, bf16), (e4m3, fp16, fp32)]
+    pairs += [(torch.int8, torch.int16, torch.int16), (torch.int8, torch.int8, torch.int8)]
+    for a, b, both in pairs:
+        assert format.common_dtype(a, b) == format.common_dtype(b, a) == both
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_sums_of_entries_against_whole_numbers(dtype):
+    generator = torch.Generator().manual_seed(0)
+    width = 8 * dtype.itemsize
+    low, high = -(1 << min(width, 63) - 1), (1 << min(width, 63) - 1) - 1
+    bits = torch.randint(low, high, (40,), generator=generator, dtype=dtype)
+    positions = torch.randint(0, 1 << 40, (40,), generator=generator)
+    unsigned = [value % (1 << width) for value in bits.tolist()]
+    expected = 7 * sum((2 * p + 1) * b for p, b in zip(positions.tolist(), unsigned, strict=True))
+    found = format.entry_checksum(3, positions, bits)
+    assert format.checksum_digits(found) == f"{expected % (1 << 64):016x}"
