@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lota.masks import Mask
+from lota.models.hashing import remembered_hash
 from lota.models.scope import find_scope, transformer_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def mask_or_dense(path: str | Path | None, mapped: bool = False) -> Mask | None:
@@ -24,6 +29,25 @@ def mask_or_dense(path: str | Path | None, mapped: bool = False) -> Mask | None:
     if not path.exists() and re.fullmatch(r"0(\.0*)?_mask\.pt", path.name):
         return None
     return Mask.load(path, mapped)
+
+
+def refuse_other_base(mask: Mask, name: str, start: str, model: PreTrainedModel) -> None:
+    """Raise ValueError for a mask that was extracted from other weights than those of `start`.
+
+    A flipped mask, and one that records no base or is made of masks of several, may be of any. name: what the
+    error calls the mask. model: the structure of `start`; a meta-device model will do.
+    """
+    of_mask = mask.meta.get("base_hash")
+    if not isinstance(of_mask, str) or mask.meta.get("flipped"):
+        return
+    found = remembered_hash(start, model)
+    if found != of_mask:
+        raise ValueError(
+            f"{name}: the mask was extracted from {mask.meta.get('base')} (weights of hash {of_mask[:9]}), "
+            f"and this run starts from {start} ({found[:9]}), other weights of the same shapes: extract a "
+            "mask from these, start from those (model.name_or_path or model.archive), or set "
+            "mask_of_other_base=true"
+        )
 
 
 def trainable_mask(

@@ -52,6 +52,16 @@ def lora_targets(
     return found, frozen
 
 
+def refuse_rank(rank: int, model: nn.Module, targets: Iterable[str]) -> None:
+    """Raise ValueError for a rank that no matrix of the layers at `targets` can have."""
+    most = max(min(model.get_submodule(path).get_parameter("weight").shape) for path in targets)
+    if rank > most:
+        raise ValueError(
+            f"lora_rank={rank}: no adapted matrix of this model has a rank above {most}; choose at most "
+            "that, or train the weights themselves (adapter=none)"
+        )
+
+
 def add_lora(
     model: nn.Module, targets: Iterable[str], *, rank: int, alpha: float, dropout: float
 ) -> PeftModel:

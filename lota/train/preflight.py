@@ -16,7 +16,7 @@ from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
 from lota.masks import Mask
-from lota.masks.trainable import mask_or_dense, trainable_mask
+from lota.masks.trainable import mask_or_dense, refuse_other_base, trainable_mask
 from lota.models.hashing import remembered_hash, tokenizer_key
 from lota.models.loading import dtype_of, load_tokenizer
 from lota.models.opening import embedding_rows, open_model
@@ -25,7 +25,7 @@ from lota.models.scope import find_scope
 from lota.models.weights import open_weights
 from lota.share.delta.format import common_dtype
 from lota.storage import content_key
-from lota.train.lora import lora_targets
+from lota.train.lora import lora_targets, refuse_rank
 from lota.train.run_folder import Resumable, RunFolder
 from lota.train.run_model import load_run_tokenizer, run_skeleton
 from lota.train.snip import SnipMask, prepare_snip
@@ -191,21 +191,11 @@ def _check_scope(config: Config, model: PreTrainedModel) -> None:
         logger.info("  %s: %s entries in %s", role, f"{entries:,}", ", ".join(kinds))
     if config.adapter.name == "lora":
         adapted, frozen = lora_targets(model, config.model.scope, config.model.block_name)
-        _check_rank(config.lora_rank, model, adapted)
+        refuse_rank(config.lora_rank, model, adapted)
         logger.info("LoRA of rank %d on %d linear layers", config.lora_rank, len(adapted))
         if frozen:
             why = "  frozen, as peft adapts linear layers only: %d tensors (%s ...)"
             logger.info(why, len(frozen), frozen[0])
-
-
-def _check_rank(rank: int, model: PreTrainedModel, adapted: Sequence[str]) -> None:
-    """Raise ValueError for a LoRA rank that no adapted matrix can have."""
-    most = max(min(model.get_submodule(path).get_parameter("weight").shape) for path in adapted)
-    if rank > most:
-        raise ValueError(
-            f"lora_rank={rank}: no adapted matrix of this model has a rank above {most}; choose at most "
-            "that, or train the weights themselves (adapter=none)"
-        )
 
 
 def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) -> Mask | None:
@@ -215,28 +205,11 @@ def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) ->
     if not config.snip:
         given = mask_or_dense(config.mask_path)
         if given is not None and not config.flip_mask and not config.mask_of_other_base:
-            _check_base_of_mask(config, model, given)
+            start = config.model.archive or config.model.name_or_path
+            refuse_other_base(given, f"mask_path={config.mask_path}", start, model)
         return _checked_mask(config, model, given)
     stored = snip.stored() if snip is not None else None
     return None if stored is None else _checked_mask(config, model, stored)
-
-
-def _check_base_of_mask(config: Config, model: PreTrainedModel, mask: Mask) -> None:
-    """Raise ValueError for a mask that was extracted from other weights than the run starts from.
-
-    A flipped mask, and one that records no base or is made of masks of several, may be of any.
-    """
-    start, of_mask = config.model.archive or config.model.name_or_path, mask.meta.get("base_hash")
-    if not isinstance(of_mask, str) or mask.meta.get("flipped"):
-        return
-    found = remembered_hash(start, model)
-    if found != of_mask:
-        raise ValueError(
-            f"mask_path={config.mask_path}: the mask was extracted from {mask.meta.get('base')} (weights of "
-            f"hash {of_mask[:9]}), and this run starts from {start} ({found[:9]}), other weights of the same "
-            "shapes: extract a mask from these, start from those (model.name_or_path or model.archive), or "
-            "set mask_of_other_base=true"
-        )
 
 
 def _checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> Mask | None:
