@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype, datasets = str(done.dtype).removeprefix("torch."), ",".join(done.datasets) or "gsm8k"
     print(f"wrote {done.folder} ({dtype}, {done.rows} embedding rows, step {done.step_idx})")
     folder = shlex.quote(str(done.folder))
-    print(f'next: python eval_model_all.py --model {folder} --datasets "{datasets}" --sample')
+    data = f" --data_dir {shlex.quote(done.data_dir)}" if done.data_dir else ""
+    print(f"next: python eval_model_all.py --model {folder} --datasets {shlex.quote(datasets)}{data}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_b
 from lota.masks.files import check_target, read
 from lota.models.hashing import remembered_hash
 from lota.models.pair import ModelPair, open_pair
+from lota.models.provenance import run_settings
 from lota.models.scope import meta_model
 from lota.places import working_in
 from lota.storage import write_json
@@ -156,15 +159,30 @@ def print_table(args: argparse.Namespace, folder: Path, masks: dict[float, Mask]
     print(*aligned(lines), sep="\n")
 
 
+def override(key: str, value: str) -> str:
+    """A setting as a shell takes it, the value quoted for Hydra where it needs that."""
+    plain = key == "datasets" or re.fullmatch(r"[\w./~+-]+", value)
+    return shlex.quote(f"{key}={value}" if plain else f'{key}="{value}"')
+
+
 def print_next_command(args: argparse.Namespace, folder: Path, structure: str) -> None:
     typed = "0.9" if "0.9" in args.sparsities else args.sparsities[-1]
-    base = f"model.name_or_path={structure}"
-    if structure != args.base:  # weights without a config and a tokenizer of their own
-        base += f" model.archive={args.base}"
+    settings = {
+        "mask_path": f"{folder}/{typed}_mask.pt",
+        "loss": "sft",
+        "model": "blank_model",
+        "model.name_or_path": structure,
+        # weights without a config and a tokenizer of their own
+        "model.archive": args.base if structure != args.base else None,
+        "datasets": "[TASK]",
+        "data_dir": args.data_dir or (run_settings(Path(args.tuned)).data_dir if args.tuned else None),
+        "exp_name": f"{args.name}_{typed}",
+        "lr": "1e-4",
+    }
+    given = [override(key, value) for key, value in settings.items() if value is not None]
     print(
         "\nnext, adapt (a mask wants about ten times the learning rate of dense training):\n"
-        f"  python -u train_single_gpu.py mask_path={folder}/{typed}_mask.pt loss=sft model=blank_model "
-        f"{base} 'datasets=[TASK]' exp_name={args.name}_{typed} lr=1e-4"
+        f"  python -u train_single_gpu.py {' '.join(given)}"
     )
 
 

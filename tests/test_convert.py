@@ -313,7 +313,11 @@ def test_next_command_is_printed(tmp_path, capsys):
     run_script(base, epoch / "policy.pt", epoch)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"wrote {epoch} (float32, {ROWS + 1} embedding rows, step 7)"
-    assert lines[1] == f'next: python eval_model_all.py --model {epoch} --datasets "arc,gsm8k" --sample'
+    assert lines[1] == f"next: python eval_model_all.py --model {epoch} --datasets arc,gsm8k"
+    settings = yaml.safe_load((epoch.parent / "config.yaml").read_text()) | {"data_dir": "/my data"}
+    (epoch.parent / "config.yaml").write_text(yaml.safe_dump(settings))
+    run_script(base, epoch / "policy.pt", epoch)
+    assert capsys.readouterr().out.splitlines()[1].endswith("gsm8k --data_dir '/my data'")
 
 
 @pytest.mark.parametrize(

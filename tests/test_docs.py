@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from prepared import python
 from runs import composed
+
+from tests.evaluations import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,6 +87,64 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
     start = first(input_ids=scope["ids"], labels=scope["ids"]).loss.item()
     assert scope["loss"] < start
     assert scope["lota"].Mask.load("0.9_mask.pt").n_kept == scope["mask"].n_kept > 0
+
+
+# What stands in the README, and what a test has in its place: a small model, few rows and tokens.
+SMALLER = {
+    "~/.cache/lota": "{cache}",
+    "meta-llama/Llama-3.2-1B": "{root}/assets/tiny-llama",
+    "py exp_name=": "py max_length=64 max_prompt_length=32 n_eval_examples=2 exp_name=",
+    "py -m exp_name=": "py -m max_length=64 max_prompt_length=32 n_eval_examples=2 exp_name=",
+    '--datasets "gsm8k"': '--datasets "gsm8k" --max_new_tokens 4',
+    "--temperatures 0.7": "--temperatures 0.7 --max_length 64 --max_prompt_length 32",
+}
+
+
+def copy_of_the_checkout(folder: Path) -> Path:
+    """The files that git knows, as they are now, committed in a repository of their own."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():  # not one that is deleted and not committed yet
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "copy"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_in_their_order_and_leave_nothing_behind(tmp_path):
+    """The bash blocks in one shell, as a newcomer types them, then the library example in the same place."""
+    checkout, cache = copy_of_the_checkout(tmp_path / "checkout"), tmp_path / "cache"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
+    for split in ("train", "test"):
+        write_rows(cache, "gsm8k", split, rows)
+    write_rows(cache, "alpaca_eval", "eval", [{"instruction": "Say hello.", "output": "Hello."}])
+    script = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+    for words, smaller in SMALLER.items():
+        assert words in script, words
+        script = script.replace(words, smaller.format(cache=cache, root=checkout))
+    path = tmp_path / "bin"
+    path.mkdir()
+    (path / "python").symlink_to(python())
+    places = {"PATH": f"{path}:{os.environ['PATH']}", "PYTHONPATH": str(checkout)}
+
+    def run(*command: str) -> str:
+        environment = os.environ | places
+        done = subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    run("bash", "-eu", "-c", script)
+    assert len(list(cache.glob("sweep/*/epoch-1/policy.pt"))) == 4
+    example = re.search(r"```python\n(.*?)```", README.split("## As a library")[1], re.DOTALL)[1]
+    (tmp_path / "example.py").write_text(example)
+    run("python", str(tmp_path / "example.py"))
+    assert run("git", "status", "--porcelain") == ""
 
 
 def commands() -> list[list[str]]:

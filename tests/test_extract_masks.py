@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 import shutil
 
 import pytest
@@ -20,7 +21,7 @@ from lota.models.scope import find_scope
 from tests.hf_models import save_policy
 from tests.mask_pairs import make_pair, sorted_masks
 from tests.mini_task import TASK
-from tests.runs import MODEL, with_mini_task
+from tests.runs import MODEL, composed, with_mini_task
 
 
 @pytest.fixture
@@ -51,6 +52,18 @@ def test_files_summary_table_and_next_command(pair, tmp_path, capsys):
         assert re.search(rf"{re.escape(name)} +{mask.n_kept:,} +{mask.n_total:,}", shown)
     assert f"train_single_gpu.py mask_path={out}/gsm8k/0.9_mask.pt" in shown
     assert f"model.name_or_path={base_path} 'datasets" in shown
+
+
+def test_the_next_command_reads_the_data_of_the_tuned_run_and_quotes_paths(pair, tmp_path, capsys):
+    base, tuned, *_ = pair
+    run, out = tmp_path / "my run", tmp_path / "my masks"
+    shutil.copytree(tuned, run / "epoch-1")
+    (run / "config.yaml").write_text("model: {}\ndata_dir: /my data\n")
+    sides = ["--base", str(base), "--tuned", str(run / "epoch-1")]
+    extract_masks.main([*sides, "--name", "x", "--out", str(out), "--sparsities", "0.9"])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])[3:]
+    config = composed(*(word.replace("[TASK]", "[toy_sort]") for word in words))
+    assert (config.mask_path, config.data_dir) == (f"{out}/x/0.9_mask.pt", "/my data")
 
 
 def test_the_next_command_starts_from_the_weights_that_the_mask_is_of(pair, tmp_path, capsys):

@@ -33,6 +33,7 @@ class RunSettings:
     chat_template: str | None = None
     max_length: int | None = None  # in tokens, as is the next
     max_prompt_length: int | None = None
+    data_dir: str | None = None
 
     @property
     def prompts(self) -> Prompts:
@@ -60,7 +61,7 @@ def run_settings(path: Path) -> RunSettings:
         model.get("pad_token"),
         model.get("tokenizer_name_or_path"),
         tuple(content.get("datasets") or ()),
-        *(content.get(name) for name in PROMPT_SETTINGS),
+        *(content.get(name) for name in (*PROMPT_SETTINGS, "data_dir")),
     )
 
 

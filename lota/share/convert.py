@@ -40,6 +40,7 @@ class Converted:
     rows: int  # of the embedding
     step_idx: int  # the policy's
     datasets: tuple[str, ...]  # of its run, if that is known
+    data_dir: str | None  # where that run's settings say that data lie
 
 
 def convert_policy(
@@ -99,7 +100,7 @@ def convert_policy(
         if pad_id is not None:
             tokenizer.save_pretrained(staged)
             _set_pad(staged / "generation_config.json", pad_id)
-    return Converted(folder, most, rows, record.step_idx, run.datasets)
+    return Converted(folder, most, rows, record.step_idx, run.datasets, run.data_dir)
 
 
 def _check_rows(rows: int, base_rows: int) -> None:

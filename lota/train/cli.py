@@ -112,16 +112,16 @@ def closing_words(trainer: Trainer, folder: Path | None) -> str:
     optimizer = getattr(trainer, "optimizer", None)
     trained = f"trained entries: {optimizer.n_trained:,}" if optimizer else "the run was finished before"
     base = shlex.quote(config.model.archive or config.model.name_or_path)
-    made = shlex.quote(str(folder))
+    made, policy = shlex.quote(str(folder)), shlex.quote(str(folder / "policy.pt"))
     if trainer.data.mask is None and config.adapter.name == "none":
         step = (
             f"python extract_masks.py --base {base} --tuned {made} --sparsities 0.5 0.9 0.99 "
-            f"--name {config.datasets[0]}"
+            f"--name {shlex.quote(config.datasets[0])}"
         )
     else:
         model = shlex.quote(model_folder(config.model.name_or_path, config.model.archive))
         step = (
-            f"python convert_policy_to_hf_resize.py --model_path {model} --policy_path {made}/policy.pt "
+            f"python convert_policy_to_hf_resize.py --model_path {model} --policy_path {policy} "
             f"--save_path {made}"
         )
     return f"\ncheckpoint:      {made}\n{trained}\nnext:            {step}"
