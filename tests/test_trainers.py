@@ -70,7 +70,7 @@ def test_dense_training_learns_and_reports():
     assert evaluated[-1]["loss/eval"] < 0.8 * evaluated[0]["loss/eval"]
     assert evaluated[0]["ppl"] == pytest.approx(math.exp(evaluated[0]["nats_per_token/eval"]))
     assert folder.name == "epoch-6"
-    assert sorted(p.name for p in folder.iterdir()) == ["policy.pt", "resume.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["checksums.json", "policy.pt", "resume.pt"]
     record = torch.load(folder / "policy.pt", weights_only=True)
     assert record["step_idx"] == 30
     assert all(type(value) in (int, float) for value in record["metrics"].values())

@@ -18,6 +18,7 @@ import yaml
 from lota.config import Config
 from lota.config_checks import differences
 from lota.places import fsync, remove, temporary_name, working_in
+from lota.settings import stored_settings
 from lota.storage import atomic_path
 from lota.train.checkpoint import CHECKPOINT_NAME, newest_checkpoint
 
@@ -129,7 +130,13 @@ class RunFolder:
             raise ValueError(
                 f"resume=never, but {self.path} holds a run: use another exp_name, or overwrite=true"
             )
-        changed = self.changes(read_settings(settings))
+        try:
+            old = stored_settings(settings, self.config)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; put the file back, use another exp_name, or overwrite=true to start anew"
+            ) from error
+        changed = self.changes(old)
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed)}): use another exp_name, "
@@ -220,19 +227,3 @@ class RunFolder:
             fsync(self.path)
             moving.rmdir()
             fsync(self.path)
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """The config.yaml of a run. Raises ValueError if it cannot be read, naming it."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{file} cannot be read ({reason}): put it back, or use another exp_name, or overwrite=true"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} holds no settings of a run: put it back, or use another exp_name, or overwrite=true"
-        )
-    return content
