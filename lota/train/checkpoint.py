@@ -271,7 +271,7 @@ def _pass_over(folder: Path, why: str) -> None:
 def verify(folder: Path) -> None:
     """Raise ValueError unless every file of a checkpoint is there as it was written.
 
-    Checkpoints of releases before 0.2 have no checksums: they are whole if they have their files.
+    An older checkpoint has no checksums: it is whole if it has its files.
     """
     sums = read_checksums(folder)
     for name in sums or (POLICY, RESUME):
