@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 import eval_model_all
+from lota import places
 from lota.evaluate.cli import choose_results_folder, model_parser, recorded_prompting
+from lota.places import holding
 from lota.share.convert import convert_policy
 from tasks import evaluation_names
 from tests.chars import char_model, char_tokenizer, save_pair
@@ -314,6 +316,16 @@ def test_a_malformed_row_is_named(run, tmp_path, nothing_loads, capsys):
     run("gsm8k", "--data_dir", tmp_path, code=1)
     error = capsys.readouterr().err
     assert all(word in error for word in ("test.jsonl", "2", "'answer'"))
+
+
+def test_a_task_that_another_process_scores_is_refused_before_loading(run, tmp_path, nothing_loads, capsys):
+    """Two evaluations of other tasks in one place are none of each other's business."""
+    with holding(tmp_path / "out" / "metrics" / "gsm8k.json"):
+        places._held.clear()  # as another process sees it
+        run("gsm8k", code=1)
+        assert "is at work in" in capsys.readouterr().err
+        with pytest.raises(AssertionError, match="the model was loaded"):
+            run("hexphi")
 
 
 def test_a_model_folder_without_tokenizer(run, tmp_path, nothing_loads, capsys):

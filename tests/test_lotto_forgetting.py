@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
 from lota.evaluate.estimates import mean, ratio
 from lota.lotto.forgetting import Matrix, write_results
-from lota.lotto.held_out import Measured
+from lota.lotto.held_out import Measured, measure_all
 
 # scores of two examples per task; a[i][j] on task j after stage i
 SCORES = {
@@ -101,3 +102,30 @@ def test_the_error_of_a_ratio():
     found = ratio({0: 3.0, 1: 5.0}, {0: 2, 1: 2})
     assert found.value == 2.0
     assert found.stderr == pytest.approx(statistics.stdev([3.0 / 2, 5.0 / 2]) / math.sqrt(2))
+
+
+class Rows:
+    """Held-out rows of a task whose results are those of the model that was loaded."""
+
+    def __init__(self, name: str):
+        self.task, self.key, self.measured = SimpleNamespace(name=name), f"rows of {name}", []
+
+    def measure(self, model, tokenizer, folder):
+        self.measured.append(model)
+        return Measured("accuracy", mean({0: model}), mean({0: model / 2}))
+
+
+def test_results_are_those_of_the_weights(tmp_path, caplog):
+    """What was measured is used again for the same weights alone, and a damaged file is set aside."""
+    rows = [Rows("a"), Rows("b")]
+
+    def found(model: float, weights: str) -> list[float]:
+        results = measure_all(rows, lambda: (model, None), tmp_path, weights)
+        return [results[name].score.value for name in ("a", "b")]
+
+    assert found(1.0, "first") == found(9.0, "first") == [1.0, 1.0]
+    assert found(2.0, "second") == [2.0, 2.0]
+    assert [one.measured for one in rows] == [[1.0, 2.0]] * 2
+    (tmp_path / "held_out.json").write_text('{"a": 3}')
+    assert found(4.0, "second") == [4.0, 4.0]
+    assert (tmp_path / "held_out.1.json").read_text() == '{"a": 3}' and "cannot be read" in caplog.text
