@@ -281,7 +281,8 @@ def content(folder: Path) -> dict[str, str]:
     for path in sorted(path for path in folder.rglob("*") if path.name != MEMORY):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
-            found[name + "/"] = ""
+            if [inside.name for inside in path.iterdir()] != [MEMORY]:
+                found[name + "/"] = ""
         else:
             found[name] = "" if path.name in UNCOMPARED else hashlib.sha256(_plain(path)).hexdigest()
     return found
