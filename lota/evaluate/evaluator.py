@@ -178,11 +178,11 @@ class Evaluator:
         line += f" seed {scorer.request.decoding.seed + run} version {scorer.task.version}"
         line = " ".join(f"{line} model {self.model_name}".split("\n"))
         path = self.folder / f"{scorer.stem}_accuracy.txt"
-        lines = list(whole_lines(path)) if path.is_file() else []
-        if any(old.partition(b" ")[2] == line.encode() for _, old in lines):
-            return  # an evaluation that was killed after it had written this, or is repeated
-        if lines:
-            cut(path, lines[-1][0])
+        if path.is_file():
+            lines = list(whole_lines(path))
+            if any(old.partition(b" ")[2] == line.encode() for _, old in lines):
+                return  # an evaluation that was killed after it had written this, or is repeated
+            cut(path, lines[-1][0] if lines else 0)
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(f"{now()} {line}\n")
         fsync(path)  # the result that is written next lets nobody make this line again
