@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -246,6 +247,82 @@ def test_the_base_must_come_in_its_own_dtype_and_shape(pair):
             delta.tuned(name, wrong)
     with pytest.raises(ValueError, match="no parameter"):
         delta.tuned("strange", base)
+
+
+def test_names_that_are_not_there_and_equal_files(tmp_path, pair):
+    delta = Delta.open(str(pair[2]))
+    assert delta.changed("strange") == 0 and delta.positions("strange").tolist() == []
+    assert delta.positions("strange").dtype == delta.positions(delta.names[0]).dtype == torch.int64
+    (tmp_path / "copy.safetensors").write_bytes(pair[2].read_bytes())
+    copied = Delta.open(tmp_path / "copy.safetensors")
+    assert delta == copied and hash(delta) == hash(copied) and delta != delta.checksum
+    extract(pair[0], pair[0], tmp_path / "none.safetensors")
+    assert delta != Delta.open(tmp_path / "none.safetensors")
+    assert delta.widest == torch.bfloat16
+    assert delta.n_changed == sum(delta.changed(name) for name in delta.names)
+
+
+def test_a_file_that_is_damaged_after_it_was_opened(pair):
+    delta = Delta.open(pair[2])
+    begin, end = delta._index.starts[0], delta._index.starts[-1]
+    with open(pair[2], "r+b") as file:
+        file.seek(begin)
+        file.write(b"\xff" * (end - begin))
+    with pytest.raises(ValueError, match=r"d\.safetensors is damaged: "):
+        delta.positions(delta.names[0])
+
+
+def test_positions_stay_as_int32_where_they_fit(pair):
+    delta = Delta.open(pair[2])
+    device, name = torch.device("cpu"), delta.names[0]
+    known, expected = delta.parameters[name], delta.changes(name)
+    for numel, dtype in (((1 << 31), torch.int32), ((1 << 31) + 1, torch.int64), (known.numel, torch.int32)):
+        delta._on_device.clear()
+        delta.parameters[name] = dataclasses.replace(known, shape=(numel,))
+        for _ in range(2):  # also from what is kept there
+            positions, xors = delta.changes_on(device, name)
+            assert torch.equal(positions, expected.positions) and torch.equal(xors, expected.xors)
+            assert positions.dtype == torch.int64 and delta._on_device[device, name].positions.dtype == dtype
+    delta.changes = None  # what is kept is not read again
+    assert torch.equal(delta.changes_on(device, name).xors, expected.xors)
+
+
+def test_only_segments_of_the_part_are_decoded(tmp_path, monkeypatch):
+    """Two segments that were read last stay decoded; a part that ends where one begins does not read it."""
+    monkeypatch.setattr(format, "SEGMENT", 64)
+    state = {"w": torch.zeros(3, 64, dtype=torch.bfloat16)}
+    for name, add in (("base", 0), ("tuned", 1)):
+        torch.save({"w": state["w"] + add}, tmp_path / f"{name}.pt")
+    extract(tmp_path / "base.pt", tmp_path / "tuned.pt", tmp_path / "d.safetensors")
+    delta = Delta.open(tmp_path / "d.safetensors")
+    plain, read = delta._decoded, []
+    delta._decoded = lambda i: read.append(i) or plain(i)
+    for start, stop, segments_ in ((64, 128, [1]), (63, 128, [0, 1]), (64, 129, [1, 2]), (0, 192, [0, 1, 2])):
+        read.clear()
+        assert delta.changes("w", start, stop).positions.tolist() == list(range(stop - start))
+        assert read == segments_
+    values = torch.ones(66, dtype=torch.bfloat16)
+    delta.flip_("w", values, 63)
+    assert not values.any()
+    values = torch.ones(3, dtype=torch.bfloat16)
+    delta.flip_("w", values)
+    assert not values.any()
+    before = plain.cache_info().misses
+    for i in (1, 2, 1, 2):
+        plain(i)
+    assert plain.cache_info().misses <= before + 2
+    plain(0)
+    plain(1)
+    assert plain.cache_info().misses > before + 1
+
+
+def test_how_large_an_index_may_be(pair, monkeypatch):
+    """256 MiB, said by the head of what is compressed, before anything of it is made."""
+    monkeypatch.setattr(zstandard, "frame_content_size", lambda compressed: 1 << 28)
+    assert read_index(pair[2]).parameters
+    monkeypatch.setattr(zstandard, "frame_content_size", lambda compressed: (1 << 28) + 1)
+    with pytest.raises(ValueError, match="its index is too large"):
+        read_index(pair[2])
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from lota.masks import Mask, kept_count
-from lota.masks.trainable import mask_or_dense, trainable_mask
+from lota.masks.trainable import mask_or_dense, refuse_other_base, trainable_mask
+from lota.models.hashing import content_hash
 from lota.models.scope import find_scope
+from lota.models.weights import open_weights
 
 
 def random_kept(seed: int) -> dict[str, torch.Tensor]:
@@ -419,6 +421,25 @@ def test_masks_of_other_models_do_not_train():
         trainable_mask(model, tiny.random_mask(model), protect=[other])
     with pytest.raises(ValueError, match="no module of this class"):
         trainable_mask(model, None, freeze_layers="odd", block_name="GPT2Block")
+
+
+def test_a_mask_of_other_weights_of_the_same_shapes(tmp_path):
+    from tests.hf_models import save_model
+
+    base, other = tmp_path / "base", tmp_path / "other"
+    model = save_model("llama", base)
+    save_model("llama", other, seed=1)
+    own, strange = (content_hash(open_weights(folder)) for folder in (base, other))
+    kept = random_kept(0)
+    for meta in ({}, {"base_hash": None}, {"base_hash": [strange]}, {"base_hash": own},
+                 {"base_hash": strange, "flipped": True}):  # fmt: skip
+        refuse_other_base(Mask.from_dense(kept, meta), "mask_path=m.pt", str(base), model)
+    for wrong, start, found in ((strange, base, own), (own, other, strange)):
+        mask = Mask.from_dense(kept, {"base": "its base", "base_hash": wrong, "flipped": False})
+        with pytest.raises(ValueError) as error:
+            refuse_other_base(mask, "mask_path=m.pt", str(start), model)
+        told = f"mask_path=m.pt: the mask was extracted from its base (weights of hash {wrong[:9]}), "
+        assert str(error.value).startswith(f"{told}and this run starts from {start} ({found[:9]})")
 
 
 def test_the_older_layout_trains_what_it_keeps_and_fits_an_embedding_that_grew():

@@ -14,7 +14,7 @@ import lota
 from lota.masks import Mask, kept_count
 from lota.masks.extract import topk
 from lota.masks.extract.saliency import SaliencyStream
-from lota.masks.extract.select import Quota, Rule, select
+from lota.masks.extract.select import Quota, Rule, check_sparsities, kept_by_layer, select
 from lota.models import chunks
 from lota.models.hashing import content_hash
 from lota.models.pair import open_pair
@@ -141,6 +141,100 @@ def test_protected_entries_leave_too_little_room(tmp_path):
         lota.extract(base_path, tuned_path, [0.9], protect=[alien])
 
 
+def test_as_many_as_the_protected_masks_leave(tmp_path):
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    half = lota.extract(base_path, sparsities=[0.5], score="random")[0.5]
+    rest = lota.extract(base_path, sparsities=[0.5], score="random", seed=1, protect=[half])[0.5]
+    assert rest.n_kept == half.n_total - half.n_kept and rest.overlap(half) == 0
+    with pytest.raises(ValueError, match="leave no entry of the scope free: protect fewer"):
+        lota.extract(base_path, tuned_path, [0.9], protect=[half, rest])
+    with pytest.raises(ValueError, match=r"keeps 1[\d,]+ of the .* leave 1 free: choose .* at least 0.9999$"):
+        one = next(name for name in rest.names if rest.kept(name))
+        bits = {name: rest.dense(name) for name in rest.names}
+        bits[one].view(-1)[rest.positions(one)[0]] = False
+        lota.extract(base_path, tuned_path, [0.9], protect=[half, Mask.from_dense(bits)])
+
+
+def test_what_is_not_given(tmp_path):
+    """The defaults: sparsity 0.9, the largest task vectors, seed 0, the hash of the base."""
+    base_path, tuned_path, _, _ = make_pair(tmp_path, ties=False)
+    masks = lota.extract(base_path, tuned_path)
+    assert list(masks) == [0.9]
+    rule = Rule("task_vector", "global", smallest=False, seed=0, protect=(), granularity="element")
+    assert Rule() == rule and Rule("random") == Rule("random", seed=0)
+    for given in (rule, Rule()):
+        mask = select(Quota(open_pair(base_path, tuned_path), [0.9], given))[0.9]
+        assert mask.meta == masks[0.9].meta and mask.overlap(masks[0.9]) == mask.n_kept
+    known = {"scope": "attention and MLP weights", "per": "global", "granularity": "element"}
+    known |= {"score": "task_vector", "smallest": False, "seed": None, "data": None, "protected": 0}
+    known |= {"shortfall": 0, "base": str(base_path), "tuned": str(tuned_path), "sparsity": 0.9}
+    assert known.items() <= masks[0.9].meta.items()
+    pair = open_pair(base_path, tuned_path)
+    assert select(Quota(pair, [0.9], Rule()), with_hash=False)[0.9].meta["base_hash"] is None
+    assert Quota(pair, [0.9], Rule()).units == {} == Quota(pair, [0.9], Rule()).taken
+    first, again, other = (
+        lota.extract(base_path, sparsities=[0.5], score="random", **seed)[0.5]
+        for seed in ({}, {"seed": 0}, {"seed": 1})
+    )
+    assert first.overlap(again) == first.n_kept > first.overlap(other)
+    assert (first.meta["seed"], other.meta["seed"], first.meta["tuned"]) == (0, 1, None)
+    assert first.meta["base_hash"] == content_hash(open_weights(base_path))
+
+
+def test_sparsities_are_numbers_and_each_is_there_once():
+    assert check_sparsities(["0.5", 0.9, 0.5, 0]) == [0.5, 0.9, 0.0]
+    for wrong, message in (([-0.0], "sparsity -0.0: write 0.0"), (["-0"], "sparsity '-0': write 0.0"),
+                           ([0.5, 1.5], "sparsity=1.5"), ([0.5, None, 0.9], "sparsity None is not"),
+                           ([], "no sparsity given")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_sparsities(wrong)
+
+
+@pytest.mark.parametrize("per", ["tensor", "layer"])
+def test_a_threshold_of_each_tensor_or_layer(per, tmp_path):
+    base_path, tuned_path, base, changed = make_pair(tmp_path, ties=False)
+    mask = lota.extract(base_path, tuned_path, [0.8], scope="proj|lm_head|norm", per=per)[0.8]
+    pair = open_pair(base_path, tuned_path, scope="proj|lm_head|norm")
+    before, after = dict(base.named_parameters()), dict(changed.named_parameters())
+    labels = {n: n.split(".")[2] if ".layers." in n else "outside" for n in pair.scope}
+    pools = {}
+    for name in pair.scope:
+        pools.setdefault(name if per == "tensor" else labels[name], {})[name] = (
+            after[name].detach() - before[name].detach()
+        ).abs()
+    expected, thresholds = {}, {}
+    for label, pool in pools.items():
+        kept = sorted_masks(pool, kept_count(0.8, sum(value.numel() for value in pool.values())))
+        expected |= kept
+        thresholds[label] = min(float(v[kept[n]].min()) for n, v in pool.items() if kept[n].any())
+    assert_mask(mask, {name: expected[name] for name in pair.scope})
+    assert mask.meta["threshold"] == thresholds and mask.meta["per"] == per
+    assert mask.meta["base_hash"] == content_hash(open_weights(base_path))
+    rows = kept_by_layer(pair, mask)
+    assert set(rows) == {"0", "1", "outside"}
+    for label, row in rows.items():
+        names = [name for name in pair.scope if labels[name] == label]
+        assert row["kept"] == sum(int(expected[name].sum()) for name in names)
+        assert row["entries"] == sum(before[name].numel() for name in names)
+
+
+def test_a_pair_without_a_difference(tmp_path):
+    base_path, _, base, _ = make_pair(tmp_path)
+    same = save_policy(tmp_path / "same.pt", base.state_dict())
+    with pytest.raises(ValueError, match=r"same\.pt has the weights of base=.* of the scope, so there"):
+        lota.extract(base_path, same, [0.9])
+    assert lota.extract(base_path, same, [0.9999999])[0.9999999].n_kept == 0  # none was asked for
+    mask = lota.extract(base_path, sparsities=[0.5], score="random")[0.5]
+    with pytest.raises(ValueError, match="of the scope that the protected masks leave, so there"):
+        lota.extract(base_path, same, [0.9], protect=[mask])
+    zeros = {name: torch.zeros_like(value) for name, value in base.state_dict().items()}
+    nothing = save_policy(tmp_path / "zeros.pt", zeros)
+    with pytest.raises(ValueError, match=r"score=magnitude is 0 for every entry of .*zeros\.pt: choose"):
+        lota.extract(nothing, sparsities=[0.9], score="magnitude", model=base_path)
+    with pytest.raises(ValueError, match="score=snip reads gradients: pass collected="):
+        lota.extract(base_path, sparsities=[0.9], score="snip")
+
+
 def test_unmoved_entries_are_never_kept(tmp_path, caplog):
     base_path, _, base, _ = make_pair(tmp_path)
     state = {name: value.clone() for name, value in base.state_dict().items()}
@@ -151,7 +245,9 @@ def test_unmoved_entries_are_never_kept(tmp_path, caplog):
     assert mask.n_kept == 5
     assert mask.meta["shortfall"] == kept_count(0.9, mask.n_total) - 5
     assert mask.meta["threshold"] == 0.0
-    assert "fewer" in caplog.text
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    few = f"sparsity 0.9: {mask.meta['shortfall']} entries fewer than asked for are kept, because their sal"
+    assert [(level, text.startswith(few)) for level, text in told] == [("WARNING", True)]
 
 
 def test_scope_by_regular_expression(tmp_path):

@@ -102,7 +102,7 @@ def check_sparsities(sparsities: Iterable[float | str]) -> list[float]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"sparsity {sparsity!r} is not a number") from error
         kept_count(wanted[-1], 0)
-        if math.copysign(1, wanted[-1]) < 0:  # a file would be called -0.0_mask.pt
+        if str(wanted[-1]).startswith("-"):  # a file would be called -0.0_mask.pt
             raise ValueError(f"sparsity {sparsity!r}: write 0.0")
     if not wanted:
         raise ValueError("no sparsity given")

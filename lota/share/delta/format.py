@@ -282,7 +282,7 @@ def entry_checksum(number: int, positions: Tensor, bits: Tensor) -> int:
     entries' width, taken as unsigned ones.
     """
     wide = bits.to(torch.int64)
-    if bits.element_size() < 8:
+    if bits.dtype != torch.int64:
         wide &= (1 << 8 * bits.element_size()) - 1  # undoes the sign's extension
     # int64 wraps around, which keeps the remainder; only a CPU has a dot product of integers
     products = wide.dot(positions) if wide.device.type == "cpu" else (wide * positions).sum()
