@@ -41,7 +41,18 @@ from scripts.mutation import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE: dict[str, list[str]] = tomllib.loads((ROOT / "scripts/mutants.toml").read_text())
-COPIED = ("lota", "tasks", "tests", "config", "assets", "pyproject.toml", "scripts", "examples", "*.py")
+COPIED = (
+    "lota",
+    "tasks",
+    "tests",
+    "config",
+    "docs",
+    "assets",
+    "pyproject.toml",
+    "scripts",
+    "examples",
+    "*.py",
+)
 REACH = 0.95
 FAULTY = 99  # exit status of a fork in which not the tests but something of ours fails
 ENVIRONMENT = {

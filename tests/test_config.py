@@ -198,6 +198,66 @@ def test_each_bad_setting_is_named_with_its_remedy(overrides, words):
         composed(*overrides.split())
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "max_length=512 max_prompt_length=511",
+        "batch_size=12 gradient_accumulation_steps=4",
+        "n_epochs=null n_examples=5", "n_epochs=1 n_examples=null",
+        "save_every=epoch_1", "save_every=1", "datasets=[a,b]",
+        "max_grad_norm=0.1", 'model.pad_token="<PAD>"', "model.pad_token=null",
+        "model.fsdp_policy_mp=bfloat16", "model.policy_dtype=float16",
+        "flip_mask=true mask_path=a", "mask_path=a", "snip=true",
+        "freeze_odd_layers=true", "freeze_even_layers=true", "adapter=lora",
+        "loss=dpo loss.ipo=true", "loss=dpo loss.robust_eps=0.1", "loss=dpo loss.beta=0.5",
+        "loss=sft loss.average_log_prob=true",
+        "loss=dpo loss.reference_free=true", "loss=dpo loss.importance_correction=true",
+        "loss=dpo model.reference=swap", "loss=dpo model.reference_archive=a",
+        "loss=dpo model.reference=precomputed model.reference_archive=a",
+        "snip=true model.reference_archive=a",
+        "snip=true loss=dpo", "snip=true loss=dpo loss.reference_free=true model.reference_archive=a",
+        "exp_name=a/epoch-x/step-", "exp_name=step-1b",
+    ],
+)  # fmt: skip
+def test_what_is_just_not_bad_is_taken(overrides):
+    assert composed(*overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("snip=true flip_mask=true", ["flip_mask=true with snip=true: store the mask with save_snip_mask_p"]),
+        ("snip=true mask_path=a", ["snip=true with mask_path=a: snip computes the mask itself; drop one"]),
+        ("snip=true loss=dpo model.reference_archive=a",
+         ["snip=true with model.reference_archive=a: the mask's gradients are those against the run's own"]),
+        ("adapter=lora mask_path=a", ["mask_path=a with adapter=lora: LoRA freezes every weight of the mod"]),
+        ("adapter=lora freeze_odd_layers=true protect_masks=[a]",
+         ["protect_masks=['a'] with adapter=lora: LoRA freezes", "freeze_odd_layers=True with adapter=lora"]),
+        ("max_prompt_length=512", ["max_prompt_length=512 leaves no room for a response in max_length=512"]),
+        ("exp_name=", ["exp_name is not given: name the run, as in exp_name=my_run"]),
+        ("exp_name=../up", ["exp_name=../up: must be a name"]),
+        ("exp_name=a/b/step-3", ["exp_name=a/b/step-3: step-3 is the name of a checkpoint; name the run ot"]),
+        ("save_every=0", ["save_every=0: give epoch_N (N epochs) or N (examples), N at least 1"]),
+        ("loss=sft loss.ipo=false", ["loss.ipo=False: a setting of loss=dpo, and this run has loss=sft"]),
+        ("gradient_accumulation_steps=0", ["gradient_accumulation_steps=0: must be at least 1"]),
+    ],
+)  # fmt: skip
+def test_each_problem_is_told_alone_and_once(overrides, told):
+    with pytest.raises(ValueError) as error:
+        composed(*overrides.split())
+    heading, *lines = str(error.value).splitlines()
+    assert heading == "invalid settings:" and len(lines) == len(told), lines
+    assert all(line.startswith(f"  {start}") for line, start in zip(lines, told, strict=True)), lines
+
+
+def test_a_problem_that_is_found_twice_is_told_once():
+    config = composed()
+    assert validated(config, lambda c: iter(())) is config
+    with pytest.raises(ValueError) as error:
+        validated(config, lambda c: iter(["b", "a", "b"]))
+    assert str(error.value) == "invalid settings:\n  b\n  a"
+
+
 @pytest.mark.parametrize("key", ["PROJECT_CACHE", "local_dirs", "exp_name"])
 def test_a_file_in_the_place_of_the_runs_folder(tmp_path, monkeypatch, key):
     (tmp_path / "file").touch()
@@ -211,6 +271,9 @@ def test_a_number_of_processes_that_is_no_number(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     with pytest.raises(ValueError, match="WORLD_SIZE=abc: the environment variable must be a number"):
         composed()
+    for size in ("", "8", "16"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert composed()
 
 
 @pytest.mark.parametrize(
