@@ -148,6 +148,8 @@ def test_as_many_as_the_protected_masks_leave(tmp_path):
     assert rest.n_kept == half.n_total - half.n_kept and rest.overlap(half) == 0
     with pytest.raises(ValueError, match="leave no entry of the scope free: protect fewer"):
         lota.extract(base_path, tuned_path, [0.9], protect=[half, rest])
+    nothing = lota.extract(base_path, tuned_path, [0.9999999], protect=[half, rest])
+    assert nothing[0.9999999].n_kept == 0  # none was asked for
     with pytest.raises(ValueError, match=r"keeps 1[\d,]+ of the .* leave 1 free: choose .* at least 0.9999$"):
         one = next(name for name in rest.names if rest.kept(name))
         bits = {name: rest.dense(name) for name in rest.names}
@@ -183,8 +185,8 @@ def test_what_is_not_given(tmp_path):
 
 def test_sparsities_are_numbers_and_each_is_there_once():
     assert check_sparsities(["0.5", 0.9, 0.5, 0]) == [0.5, 0.9, 0.0]
-    for wrong, message in (([-0.0], "sparsity -0.0: write 0.0"), (["-0"], "sparsity '-0': write 0.0"),
-                           ([0.5, 1.5], "sparsity=1.5"), ([0.5, None, 0.9], "sparsity None is not"),
+    for wrong, message in (([-0.0], "sparsity -0.0: write 0.0"), ([0.5, -0.0], "sparsity -0.0: write"),
+                           (["-0"], "sparsity '-0': write 0.0"), ([0.5, 1.5], "sparsity=1.5"), ([0.5, None, 0.9], "sparsity None is not"),
                            ([], "no sparsity given")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             check_sparsities(wrong)

@@ -284,8 +284,7 @@ def entry_checksum(number: int, positions: Tensor, bits: Tensor) -> int:
     wide = bits.to(torch.int64)
     if bits.dtype != torch.int64:
         wide &= (1 << 8 * bits.element_size()) - 1  # undoes the sign's extension
-    # int64 wraps around, which keeps the remainder; only a CPU has a dot product of integers
-    products = wide.dot(positions) if wide.device.type == "cpu" else (wide * positions).sum()
+    products = (wide * positions).sum()  # int64 wraps around, which keeps the remainder
     return (2 * number + 1) * (2 * int(products) + int(wide.sum()))
 
 
