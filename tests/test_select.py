@@ -185,9 +185,10 @@ def test_what_is_not_given(tmp_path):
 
 def test_sparsities_are_numbers_and_each_is_there_once():
     assert check_sparsities(["0.5", 0.9, 0.5, 0]) == [0.5, 0.9, 0.0]
-    for wrong, message in (([-0.0], "sparsity -0.0: write 0.0"), ([0.5, -0.0], "sparsity -0.0: write"),
-                           (["-0"], "sparsity '-0': write 0.0"), ([0.5, 1.5], "sparsity=1.5"), ([0.5, None, 0.9], "sparsity None is not"),
-                           ([], "no sparsity given")):  # fmt: skip
+    refused = [([-0.0], "sparsity -0.0: write 0.0"), ([0.5, -0.0], "sparsity -0.0: write 0.0")]
+    refused += [(["-0"], "sparsity '-0': write 0.0"), ([0.5, 1.5], "sparsity=1.5")]
+    refused += [([0.5, None, 0.9], "sparsity None is not"), ([], "no sparsity given")]
+    for wrong, message in refused:
         with pytest.raises(ValueError, match=message):
             check_sparsities(wrong)
 
