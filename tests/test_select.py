@@ -212,6 +212,7 @@ def test_a_threshold_of_each_tensor_or_layer(per, tmp_path):
         thresholds[label] = min(float(v[kept[n]].min()) for n, v in pool.items() if kept[n].any())
     assert_mask(mask, {name: expected[name] for name in pair.scope})
     assert mask.meta["threshold"] == thresholds and mask.meta["per"] == per
+    assert list(mask.meta["threshold"]) == sorted(pools, key=lambda label: min(pools[label]))
     assert mask.meta["base_hash"] == content_hash(open_weights(base_path))
     rows = kept_by_layer(pair, mask)
     assert set(rows) == {"0", "1", "outside"}
@@ -227,6 +228,8 @@ def test_a_pair_without_a_difference(tmp_path):
     with pytest.raises(ValueError, match=r"same\.pt has the weights of base=.* of the scope, so there"):
         lota.extract(base_path, same, [0.9])
     assert lota.extract(base_path, same, [0.9999999])[0.9999999].n_kept == 0  # none was asked for
+    both = lota.extract(base_path, tmp_path / "tuned", [0.9, 0.9999999])
+    assert [mask.n_kept > 0 for mask in both.values()] == [True, False]
     mask = lota.extract(base_path, sparsities=[0.5], score="random")[0.5]
     with pytest.raises(ValueError, match="of the scope that the protected masks leave, so there"):
         lota.extract(base_path, same, [0.9], protect=[mask])
