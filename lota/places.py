@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,8 +83,8 @@ def clear_leftovers(folder: Path, name: str | None = None, held: bool = True) ->
             remove(item)
     if name is None:
         for lock in sorted(folder.glob(f".*{LOCK}")):
-            if lock.name != LOCK and not _is_held(lock):
-                lock.unlink(missing_ok=True)
+            if lock.name != LOCK:
+                _is_held(lock, remove_if_not=True)
 
 
 def temporary_name(path: Path) -> Path:
@@ -106,7 +107,11 @@ def _lives(owner: str) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    """Of the host and of its space of process numbers, which containers can have for themselves."""
+    space = Path("/proc/self/ns/pid")
+    known = [platform.node(), os.readlink(space) if space.is_symlink() else ""]
+    known += [file.read_text() for file in [Path("/etc/machine-id")] if os.access(file, os.R_OK)]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
 
 
 def _process(pid: int) -> str | None:
@@ -170,6 +175,7 @@ def _lock(file: Path, place: Path) -> Iterator[None]:
 
 def _acquire(file: Path, place: Path) -> int:
     """A handle of the locked file. Raises ValueError if another process holds it."""
+    tries = 0
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -179,11 +185,15 @@ def _acquire(file: Path, place: Path) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(handle, 32).decode(errors="replace").strip()
+            holder, _, machine = os.read(handle, 200).decode(errors="replace").strip().partition(" ")
             os.close(handle)
+            tries += 1
+            if not holder and tries < 50:  # it has only just begun, or looks whether anybody is there
+                time.sleep(0.01)
+                continue
             raise ValueError(
                 f"another process (pid {holder}) is at work in {place}: wait until it has ended, or name "
-                "another place"
+                f"another place (its lock is {file}, taken on {machine})"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -194,7 +204,7 @@ def _acquire(file: Path, place: Path) -> int:
             break
         os.close(handle)
     os.truncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode())
+    os.write(handle, f"{os.getpid()} {platform.node()}\n".encode())
     return handle
 
 
@@ -206,14 +216,16 @@ def _is_at(handle: int, file: Path) -> bool:
         return False
 
 
-def _is_held(file: Path) -> bool:
-    """Whether a process holds this lock."""
+def _is_held(file: Path, remove_if_not: bool = False) -> bool:
+    """Whether a process holds this lock. remove_if_not: remove it, while it is held here."""
     try:
         handle = os.open(file, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if remove_if_not:
+            file.unlink(missing_ok=True)
         return False
     except OSError as error:
         return error.errno not in _NO_LOCKS
@@ -226,11 +238,16 @@ def _is_held(file: Path) -> bool:
 
 def fsync(path: Path) -> None:
     """Flush one file, or a folder's own entries, so that a rename in it survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        # some network file systems do not flush folders, and some folders may be entered but not read
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EACCES, errno.EBADF, errno.ENOTSUP):
+            raise
 
 
 def remove(path: Path) -> None:

@@ -62,7 +62,8 @@ def _replace_folder(path: Path, new: Path) -> None:
             os.replace(old, path)
             raise
         fsync(path.parent)
-        remove(old)
+        with contextlib.suppress(OSError):  # a network file system keeps what is open
+            remove(old)
 
 
 @contextlib.contextmanager
@@ -83,6 +84,12 @@ def refuse_foreign(argument: str, path: Path, kind: str, is_ours: Callable[[Path
     """
     if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
         raise ValueError(f"{argument}={path} exists and is no {kind}: name a new file")
+
+
+def refuse_filled(argument: str, folder: Path) -> None:
+    """Raise ValueError if there is anything at `folder` but an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{argument}={folder} exists and is not empty: name a new folder")
 
 
 def flush_to_disk(path: Path) -> None:

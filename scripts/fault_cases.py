@@ -114,7 +114,8 @@ _SEQUENCE = (
     "n_eval_examples=2", "save_every=epoch_1",
 )  # fmt: skip
 CASES = (
-    Case("train", _train(*TWO_EPOCHS, "mask_path=0.5_mask.pt", "save_delta=true", "sample_during_eval=true")),
+    Case("train", _train(*TWO_EPOCHS, "mask_path=0.5_mask.pt", "save_delta=true", "sample_during_eval=true",
+           "do_first_eval=true")),
     Case("train_dense", _train(*TWO_EPOCHS, "trainer=FSDPTrainer", "model.fsdp_policy_mp=bfloat16")),
     Case(
         "train_dpo",

@@ -42,6 +42,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lota.storage import CHECKSUMS, file_hash, read_checksums
 from scripts.fault_cases import CASES, MODULES, ROOT, Case
 
 MODES = ("kill", "power")
@@ -285,6 +286,9 @@ def content(folder: Path) -> dict[str, str]:
                 found[name + "/"] = ""
         else:
             found[name] = "" if path.name in UNCOMPARED else hashlib.sha256(_plain(path)).hexdigest()
+        if path.name == CHECKSUMS:
+            sums = read_checksums(path.parent)
+            found[name] = str(all(file_hash(path.parent / file) == digest for file, digest in sums.items()))
     return found
 
 

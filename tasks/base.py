@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lota.data.task import Message, Preference, Row
+from lota.storage import atomic_path
 from tasks.hub import HubSet, unreachable
 from tasks.rows import READERS, checked, find_file, read_rows
 
@@ -163,7 +164,7 @@ class Task:
         hub = self.hub_of(split)
         if hub is None:
             raise ValueError(f"task {self.name} has no hub set to fetch split {split!r} from")
-        with Path(path).open("w", encoding="utf-8") as file:
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in hub.load(split))
 
     def _load_hub(self, split: str, folder: Path) -> list[Row]:

@@ -181,3 +181,12 @@ def test_names_are_all_of_the_scope():
     assert found.everything.n_total == 712_704 == found.everything.n_kept
     assert found.everything.names == list(find_scope(meta_model(MODEL)))
     assert [h.task.name for h in found.held_out] == list(NAMES[:2])
+
+
+def test_a_checkpoint_that_was_being_written_begins_no_sequence(tmp_path):
+    folder = SequenceFolder(settings())
+    for name, begun in ((".epoch-1.0badcafe-1-1.tmp", False), ("epoch-1", True)):
+        inside = folder.path / "1_one" / "calibrate" / name
+        inside.mkdir(parents=True)
+        (inside / "policy.pt").touch()
+        assert folder.begun() is begun

@@ -19,6 +19,7 @@ from lota.data.prompts import Limits
 from lota.delta import Delta, extract
 from lota.evaluate.cli import recorded_prompting
 from lota.models.weights import open_weights
+from lota.share.merge import folder as merge_folder
 from lota.share.merge.rules import METHODS
 
 NAMES = ("a", "b", "c")
@@ -337,3 +338,17 @@ def test_a_model_with_a_layer_missing_is_not_merged(disjoint, tmp_path):
     state = {name: value for name, value in weights(tmp_path / "a").items() if "layers.1." not in name}
     save_file(state, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
     assert "missing there: model.layers.1" in refused(disjoint, [tmp_path / "a"], tmp_path / "out")
+
+
+def test_what_was_put_there_meanwhile_is_not_replaced(disjoint, tmp_path, monkeypatch, capsys):
+    real = merge_folder.write_json
+
+    def write(path, content):
+        real(path, content)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "results.json").write_text("mine")
+
+    monkeypatch.setattr(merge_folder, "write_json", write)
+    with pytest.raises(SystemExit, match=r"--out .* exists and is not empty"):
+        merge(disjoint, files(disjoint, "delta"), tmp_path / "out", "sum")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]

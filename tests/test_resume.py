@@ -406,3 +406,43 @@ def test_lines_that_are_none_of_a_log_stay(tmp_path):
     RunLog(settings(), tmp_path, total_examples=40, examples=8).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == text[: text.index(b'{"examples": 16}')]
     assert (tmp_path / "metrics.jsonl").stat().st_ino == inode  # cut, not written anew
+
+
+def test_an_evaluation_that_outlives_its_run_begins_none(options):
+    """It makes epoch-1/metrics again after overwrite=true has moved the run aside; the old run comes back."""
+    config = settings(*options, "overwrite=true")
+    run = finished_run(config)
+    folder = RunFolder(config)
+    folder.look()
+    with contextlib.suppress(KeyboardInterrupt), folder:
+        (run / "step-80" / "metrics").mkdir(parents=True)
+        raise KeyboardInterrupt
+    assert (run / "step-80" / "policy.pt").read_text() == "old" and not (run / ".replaced").exists()
+
+
+def test_what_lies_in_the_way_back_is_set_aside(options):
+    config = settings(*options, "overwrite=true")
+    run = finished_run(config)
+    (run / ".moving").mkdir()
+    os.replace(run / "step-80", run / ".moving" / "step-80")
+    (run / "step-80" / "metrics").mkdir(parents=True)
+    RunFolder(config).look()
+    assert (run / "step-80" / "policy.pt").read_text() == "old" and (run / "step-80.1" / "metrics").is_dir()
+
+
+def test_a_run_that_starts_anew_has_no_old_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"examples": 0, "loss/eval": 1}\n')
+    RunLog(settings(), tmp_path, total_examples=40, examples=0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(options, monkeypatch):
+    run = finished_run(settings(*options))
+    (run / "step-80" / "resume.pt").touch()
+
+    def load(*_, **__):
+        raise PermissionError(13, "Permission denied", "resume.pt")
+
+    monkeypatch.setattr("lota.train.checkpoint.torch.load", load)
+    with pytest.raises(PermissionError):
+        newest_checkpoint(run)

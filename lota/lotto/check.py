@@ -23,6 +23,7 @@ from lota.lotto.ledger import Ledger
 from lota.masks import Mask, kept_count
 from lota.models.scope import find_scope, meta_model
 from lota.places import working_in
+from lota.train.checkpoint import CHECKPOINT_NAME
 from lota.train.preflight import prepare
 from lota.train.run_folder import RunFolder
 from lota.utils import Problems
@@ -152,7 +153,8 @@ class SequenceFolder(RunFolder):
         return [item.name for item in self.items()]
 
     def begun(self) -> bool:
-        return any(self.path.glob("[0-9]*_*/*/*/policy.pt"))
+        found = self.path.glob("[0-9]*_*/*/*/policy.pt")  # also in hidden folders, half-written
+        return any(CHECKPOINT_NAME.fullmatch(policy.parent.name) for policy in found)
 
     def changes(self, old: dict[str, Any]) -> list[str]:
         """As for one run; tasks that come after those of the old sequence are no change."""

@@ -11,6 +11,7 @@ from the result of the task before, evaluate on all tasks. The other methods lea
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from lota.lotto.held_out import Measured, measure_all
 from lota.lotto.ledger import Entry, Ledger, values_hash
 from lota.masks import Mask
 from lota.masks.extract.select import extract
-from lota.models.hashing import remembered_hash
+from lota.models.hashing import config_key, remembered_hash, tokenizer_key
 from lota.models.loading import dtype_of, load_model
 from lota.models.weights import open_weights
 from lota.storage import content_key, set_aside
@@ -85,6 +86,7 @@ class Lotto:
                 scores = {task: one.score.value for task, one in found.items() if one.score is not None}
                 self.ledger.measured(at, scores, {task: one.loss.value for task, one in found.items()})
                 results.append(found)
+            self.ledger.write_table()
             content = write_results(self.folder, self.config.sequence, results, base)
         logger.info("\n%s\n\n%s", self.ledger.table(), table(content))
         return content
@@ -209,8 +211,15 @@ class Lotto:
         """Results on every task of the model in a policy.pt; None: of the base."""
         model = self.config.model
         weights = remembered_hash(policy or model.archive or model.name_or_path, self.checked.model)
-        key = content_key([weights, model.policy_dtype, model.pad_token, model.tokenizer_name_or_path])
+        key = content_key([weights, model.policy_dtype, model.pad_token, self.prompting])
         return measure_all(self.checked.held_out, lambda: self.load(policy), folder, key)
+
+    @functools.cached_property
+    def prompting(self) -> list[str]:
+        """Hashes of what decides a completion besides the weights."""
+        tokenizer = load_run_tokenizer(self.config)
+        template = content_key(tokenizer.chat_template)
+        return [tokenizer_key(tokenizer), template, config_key(self.checked.model.config)]
 
     def load(self, policy: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = self.config.model, load_run_tokenizer(self.config)

@@ -65,10 +65,16 @@ class Ledger:
             self.entries[at] = entry
             self._write()
 
+    def write_table(self) -> None:
+        """Write ledger.txt, the entries as text, if that is not what it holds."""
+        path, text = self.path.with_suffix(".txt"), self.table() + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+            with atomic_path(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
     def _write(self) -> None:
         write_json(self.path, {"tasks": [asdict(entry) for entry in self.entries]})
-        with atomic_path(self.path.with_suffix(".txt")) as temporary:
-            temporary.write_text(self.table() + "\n", encoding="utf-8")
+        self.write_table()
 
     def table(self) -> str:
         """A block per task: its mask and capacity, then a line per task that it was compared with."""

@@ -250,7 +250,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             resume = torch.load(folder / RESUME, map_location="cpu", weights_only=True, mmap=True)
             progress = Progress(**resume["progress"])
-        except (OSError, *DAMAGED) as error:
+        except (FileNotFoundError, *DAMAGED) as error:  # any other OSError may be gone the next time
             _pass_over(folder, f"{RESUME} cannot be read: {str(error)[:200]}")
             continue
         found.append((progress.step, progress.finished, folder, resume))
@@ -277,6 +277,8 @@ def verify(folder: Path) -> None:
     for name in sums or (POLICY, RESUME):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{folder / CHECKSUMS} names {name}, which is no file of a checkpoint")
+        if name == DELTA and not (folder / name).is_file():
+            continue  # nothing is made from it
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
         if name in sums:

@@ -19,8 +19,8 @@ from lota.config import Config
 from lota.config_checks import differences
 from lota.places import fsync, remove, temporary_name, working_in
 from lota.settings import stored_settings
-from lota.storage import atomic_path
-from lota.train.checkpoint import CHECKPOINT_NAME, newest_checkpoint
+from lota.storage import atomic_path, set_aside
+from lota.train.checkpoint import CHECKPOINT_NAME, RESUME, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 REPLACED = ".replaced"  # what overwrite=true replaces, until the new run has a checkpoint
@@ -67,8 +67,8 @@ class RunFolder:
         return [item.name for item in self.items() if CHECKPOINT_NAME.fullmatch(item.name)]
 
     def begun(self) -> bool:
-        """Whether the run has a checkpoint."""
-        return bool(self.results())
+        """Whether the run has a checkpoint: an evaluation of an older one may have made its folder again."""
+        return any((self.path / name / RESUME).is_file() for name in self.results())
 
     def changes(self, old: dict[str, Any]) -> list[str]:
         """Settings that differ from those of the run that lies here, and that can change its weights."""
@@ -187,7 +187,8 @@ class RunFolder:
             gone = temporary_name(self.path / "replaced")  # half of it is no run to put back
             os.replace(aside, gone)
             fsync(self.path)
-            remove(gone)
+            with contextlib.suppress(OSError):  # a network file system keeps what is open
+                remove(gone)
 
     def settle(self) -> None:
         """Undo a replacement that never got to a checkpoint; finish one that did."""
@@ -223,6 +224,8 @@ class RunFolder:
         moving = self.path / MOVING
         if moving.is_dir():
             for item in sorted(moving.iterdir()):
+                if (self.path / item.name).exists():  # made by an evaluation that was still running
+                    set_aside(self.path / item.name)
                 os.replace(item, self.path / item.name)
             fsync(self.path)
             moving.rmdir()

@@ -99,7 +99,7 @@ def _drop_lines_after(path: Path, examples: int) -> None:
     if not path.is_file():
         return
     kept = 0
-    for end, line in whole_lines(path):
+    for end, line in whole_lines(path) if examples else ():  # a run that starts anew has no line
         if _examples(line) > examples:
             break
         kept = end

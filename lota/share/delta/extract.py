@@ -61,6 +61,7 @@ def extract(
     before, after = open_whole(base, tuned, model)
     comparison = _Comparison(before, after, mask)
     with holding(out), naming(out), TemporaryFile(dir=out.parent) as data:
+        check_target(out)
         codings = []
         for _, (coding, code) in in_order(comparison.code, segments(comparison.parameters)):
             codings.append(coding)

@@ -20,7 +20,7 @@ from lota.share.hf_weights import check_shard_size, open_folder, write_like
 from lota.share.merge.inputs import Entries, TaskVector, open_vectors, prompt_settings
 from lota.share.merge.rules import MergeRule
 from lota.share.merge.statistics import VectorStatistics
-from lota.storage import atomic_path, write_json
+from lota.storage import atomic_path, refuse_filled, write_json
 from lota.system import versions
 from lota.utils import Problems
 
@@ -68,6 +68,7 @@ class PreparedMerge:
             prompts = prompt_settings(self.vectors)
             result = MergeResult(self.out, values.statistics, values.shared, exact, prompts)
             write_json(folder / MERGE_RECORD, self._record(result))
+            refuse_filled("out", self.out)  # by a command that began after this one
         return result
 
     def _record(self, result: MergeResult) -> dict[str, Any]:
@@ -98,8 +99,7 @@ def prepare_merge(
     """
     folder = Path(out).expanduser().resolve()
     problems = Problems()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problems.found.append(f"out={out} exists and is not empty: name a new folder")
+    problems.attempt(refuse_filled, "out", folder)
     problems.attempt(check_shard_size, max_shard_size)
     opened = problems.attempt(_open_base, base)
     vectors = opened and problems.attempt(open_vectors, paths, opened[0])
