@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 from collections.abc import Iterator
@@ -76,6 +77,17 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run folders of a test go to its own temporary folder."""
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """What a command sets on the project's loggers ends with its test."""
+    names = ("lota", "tasks", "trainers", "__main__")
+    before = [(log, list(log.handlers), log.level, log.propagate) for log in map(logging.getLogger, names)]
+    yield
+    for log, handlers, level, propagate in before:
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 @pytest.fixture

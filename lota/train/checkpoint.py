@@ -199,7 +199,7 @@ def save(
     folder, which has a temporary name then.
     """
     # Python numbers: a NumPy scalar would make a file that `weights_only=True` refuses
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    plain = {n: value.item() if hasattr(value, "item") else value for n, value in sorted(metrics.items())}
     policy = {"step_idx": progress.step, "state": state, "metrics": plain}
     resume = {
         "optimizer": optimizer.state_dict(),
