@@ -112,7 +112,7 @@ def test_held_out_rows_that_are_training_rows_are_counted(tmp_path, caplog):
     for name, some in (("train", rows), ("test", [*rows[3:], {"question": "new", "answer": "#### 1"}])):
         put(tmp_path, f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in some))
     GSM8K.load("train", tmp_path)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(GSM8K.load("test", tmp_path)) == 3
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said.startswith(f"gsm8k: 2 of 3 rows of {tmp_path}/tasks/gsm8k/test.jsonl are training rows too")
