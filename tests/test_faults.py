@@ -12,6 +12,7 @@ import pytest
 
 from scripts import faults
 from scripts.fault_cases import Case
+from scripts.fault_disk import Flushed
 
 ROOT = Path(__file__).resolve().parent.parent
 # Three ways of replacing a file that holds "old" by one that holds "new", and a note that it was done
@@ -86,7 +87,7 @@ def test_what_a_power_cut_leaves(tmp_path):
         (work / folder).mkdir(parents=True)
     (work / "one" / "kept").write_text("1")
     (work / "one" / "moved").write_text("2")
-    flushed = faults.Flushed(work)
+    flushed = Flushed(work)
 
     def flush(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY)

@@ -177,9 +177,11 @@ def config_key(config: PreTrainedConfig) -> str:
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of what decides the ids of a text: vocabulary, merges, normalization, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for name in ("padding", "truncation"):  # of the last call
-        rules.pop(name, None)
+    if backend is None:
+        rules = tokenizer.get_vocab()
+    else:
+        of_the_last_call = ("padding", "truncation")
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in of_the_last_call}
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return content_key([type(tokenizer).__name__, rules, special])
 

@@ -124,8 +124,10 @@ def load_model(
 def _check_before(
     name_or_path: str | Path, archive: str | Path | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    model = meta_model(model_folder(str(name_or_path), None if archive is None else str(archive)))
-    if not is_quantized(model):  # transformers decodes such weights by itself
+    folder = model_folder(str(name_or_path), None if archive is None else str(archive))
+    if is_quantized(load_config(folder)):  # transformers decodes such weights by itself
+        model = meta_model(folder)
+    else:
         model, _ = open_model(name_or_path, archive)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, archive or name_or_path)

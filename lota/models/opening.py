@@ -17,7 +17,7 @@ from lota.models.scope import meta_model
 from lota.models.weights import WeightSource, open_weights, refuse_misfit
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Buffers that older transformers releases saved (rotary frequencies, causal masks): computed, not learnt.
 COMPUTED = (r"\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
@@ -76,9 +76,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
         )
 
 
-def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether its config says so: transformers alone knows then what its stored numbers mean."""
-    return getattr(model.config, "quantization_config", None) is not None
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether a model's config says so: transformers alone knows then what its stored numbers mean."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -94,7 +94,7 @@ def embedding_name(model: PreTrainedModel) -> str:
 
 def _check_dtypes(source: WeightSource, model: PreTrainedModel) -> None:
     quantized = [name for name in source.names() if source.dtype(name) not in LOADABLE]
-    if quantized or is_quantized(model):
+    if quantized or is_quantized(model.config):
         what = f"{quantized[0]} is {source.dtype(quantized[0])}" if quantized else "its config.json says so"
         raise ValueError(
             f"{source.id} is quantized ({what}): give the model from before quantization, or load it with "

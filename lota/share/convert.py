@@ -88,12 +88,11 @@ def convert_policy(
     else:
         pad_id = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
     rows = embedding_rows(model)
+    model.config.dtype, model.config.architectures = most, [type(model).__name__]
     origin = {"base": str(model_path), "policy": str(file), "step_idx": record.step_idx, "rows": rows}
     origin |= run.prompts  # evaluation writes prompts as the run did
     with new_model_files("save_path", folder, model_path, origin) as staged:
         write_weights(model, staged, most, dtypes, max_shard_size, file)
-        model.config.dtype = most
-        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(staged)
         copy_small_files(given or model_path, TOKENIZER_FILES, staged)
         copy_small_files(model_path, ("generation_config.json",), staged)

@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lota.config import Config
 from lota.data.batches import Batch, Encoded, Example, batch_order, encoded_hash_and_lengths
 from lota.masks import Mask
-from lota.models.hashing import config_key, content_hash
+from lota.models.hashing import config_key, remembered_hash
 from lota.models.loading import dtype_of, mean_row
 from lota.models.opening import embedding_rows
 from lota.models.policy import model_folder
 from lota.models.scope import load_config
-from lota.models.weights import WeightSource, open_weights
+from lota.models.weights import WeightSource
 from lota.optim.masked import MaskedOptimizer
 from lota.storage import atomic_path, content_key, read_keyed, save_tensors
 from lota.train import lora
@@ -64,6 +64,7 @@ class TrainingData(Protocol):
     train: list[Example]
     held_out: list[Example]
     tokenizer: PreTrainedTokenizerBase
+    skeleton: PreTrainedModel
     mask: Mask | None
     lengths: list[int] | None
     resumable: Resumable | None
@@ -223,11 +224,10 @@ class PrecomputedReference:
     def _model_key(self) -> dict[str, Any]:
         """Weights and config on disk, rows of the vocabulary, and what the forward pass computes in."""
         settings, model = self.trainer.config.model, self.trainer.model
-        given = settings.reference_archive
-        source = self.trainer.base() if given is None else open_weights(given)
+        given, start = settings.reference_archive, settings.archive or settings.name_or_path
         folder = model_folder(settings.name_or_path, given or settings.archive)
         return {
-            "model": content_hash(source),
+            "model": remembered_hash(given or start, None if given else self.trainer.data.skeleton),
             "model_config": config_key(load_config(folder)),
             "vocabulary": embedding_rows(model),
             "dtype": str(model.dtype if given is None else _model_dtype(self.trainer)),

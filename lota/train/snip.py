@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Example
 from lota.masks import Mask
 from lota.masks.extract.saliency import SALIENCIES
 from lota.masks.extract.select import Quota, Rule, select
-from lota.models.hashing import content_hash
+from lota.models.hashing import remembered_hash
 from lota.models.pair import open_pair
 from lota.models.policy import is_policy
 from lota.storage import key_differences, set_aside
@@ -85,7 +84,7 @@ class SnipMask:
 def prepare_snip(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
-    skeleton: nn.Module,
+    skeleton: PreTrainedModel,
     examples: Sequence[Example],
 ) -> SnipMask:
     """Check that the mask can be had, and find what decides it.
@@ -120,7 +119,7 @@ def prepare_snip(
     narrow = config.model.fsdp_policy_mp == "bfloat16"  # as weights are held under a mask
     data.dtype = "bfloat16" if narrow else config.model.policy_dtype
     key = {
-        "base": content_hash(pair.sources["base"]),
+        "base": remembered_hash(archive or config.model.name_or_path, skeleton),
         "scope": config.model.scope,
         "block_name": config.model.block_name,
         "sparsity": config.snip_sparsity,
