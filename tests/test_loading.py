@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -310,9 +311,15 @@ def test_folder_without_tokenizer_is_refused(model_type, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_converted_yet(tmp_path):
-    (tmp_path / "policy.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="convert it first"):
-        load_tokenizer(tmp_path)
+    """Also given by the run's own folder: the last one is meant."""
+    for at, name in enumerate(("step-8", "step-16")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "policy.pt").write_bytes(b"")
+        os.utime(tmp_path / name / "policy.pt", (at, at))
+    for given in (tmp_path / "step-16", tmp_path / "step-16" / "policy.pt", tmp_path):
+        (tmp_path / "config.yaml").write_text("{}")
+        with pytest.raises(ValueError, match=r"convert it first, .*step-16/policy\.pt"):
+            load_tokenizer(given)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

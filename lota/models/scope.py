@@ -69,6 +69,8 @@ def refuse_no_model(name_or_path: str | Path) -> None:
     refuse_absent(name_or_path)
     folder = Path(name_or_path).expanduser()
     policy = folder if folder.is_file() else folder / "policy.pt"
+    if not policy.is_file() and (folder / "config.yaml").is_file():  # a run: the last of its checkpoints
+        policy = max(folder.glob("*-*/policy.pt"), key=lambda path: path.stat().st_mtime_ns, default=policy)
     if policy.is_file() and not (folder / "config.json").is_file():
         refuse_delta(policy)
         raise ValueError(
