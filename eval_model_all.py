@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from lota.data.task import Row
 from lota.evaluate import cli
+from lota.evaluate.batching import context_length
 from lota.evaluate.evaluator import EvaluationSettings, Evaluator, prepare_requests, result_file
 from lota.evaluate.results import Result, compare, summarize, summary_table, write_summary
 from lota.evaluate.scorers import TaskRequest
+from lota.models.scope import load_config
 from lota.places import holding
 from tasks import EVALUATED_ON, evaluation_names, get_task
 
@@ -83,6 +85,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     out_dir = cli.choose_results_folder(args)
     prepared = prepare_requests(evaluation_names(args.datasets), get_task, settings)
+    refuse_beyond_context(args)
     prompter = cli.make_prompter(args, whole_prompts=args.whole_prompts)
     results, comparisons = [], {}
     with ExitStack() as held:
@@ -105,6 +108,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     write_summary(out_dir, content)
     return content
+
+
+def refuse_beyond_context(args: argparse.Namespace) -> None:
+    """Raise ValueError if a completion of --max_new_tokens leaves no position for a prompt."""
+    context = context_length(load_config(args.model))
+    if args.max_new_tokens is not None and context is not None and args.max_new_tokens >= context:
+        raise ValueError(
+            f"--max_new_tokens {args.max_new_tokens}: the model has {context} positions for prompt and "
+            f"completion together; give at most {context - 1}"
+        )
 
 
 def score(evaluator: Evaluator, request: TaskRequest, args: argparse.Namespace) -> Result:

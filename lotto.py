@@ -20,6 +20,7 @@ from lota.lotto.config import LottoConfig, sequence_problems
 from lota.settings import unknown_keys
 from lota.train.cli import guarded, register, resolve
 from lota.train.overrides import start
+from tasks import get_task
 
 ROOT = Path(__file__).resolve().parent
 register("sequence", LottoConfig)
@@ -55,9 +56,8 @@ def _given_only(values: Any, given: DictConfig) -> dict[Any, Any]:
 def run(cfg: DictConfig) -> None:
     with guarded():
         typed_overrides(cfg)
-        config = resolve(cfg, ROOT, LottoConfig, sequence_problems)
+        config = resolve(cfg, ROOT, LottoConfig, sequence_problems, get_task)
         from lota.lotto.driver import Lotto  # slow to import: settings are checked first
-        from tasks import get_task
         from trainers import TRAINERS
 
         def train(stage: Config) -> Path | None:

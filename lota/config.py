@@ -330,6 +330,16 @@ class Config:
             self.save_snip_mask_path = str(expanded(self.save_snip_mask_path).resolve())
 
     @property
+    def task_names(self) -> list[str]:
+        """Every task that is named."""
+        return self.datasets
+
+    @property
+    def mask_files(self) -> list[str | None]:
+        """Every mask file that is named."""
+        return [self.mask_path, *self.protect_masks]
+
+    @property
     def save_interval(self) -> tuple[str, int]:
         """(`epoch` or `step`, number): `epoch_2` -> every 2 epochs, 500 -> every 500 examples."""
         text = str(self.save_every)

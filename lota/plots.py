@@ -72,8 +72,16 @@ def figure_at(path: Target, width: float, height: float, title: str) -> Iterator
             figure.suptitle("\n".join(lines), fontsize=10)
         yield figure
         if path is not None:
+            suffix = Path(path).suffix[1:].lower()
+            metadata = {"Software": SOFTWARE} if suffix == "png" else None
             with atomic_path(path) as temporary:
-                figure.savefig(temporary, format=Path(path).suffix[1:].lower())
+                figure.savefig(temporary, format=suffix, metadata=metadata)
+
+
+def is_drawn_here(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a PNG that this module drew."""
+    with open(path, "rb") as file:
+        return f"Software\0{SOFTWARE}".encode() in file.read(1000)
 
 
 def png(figure: Figure) -> bytes:

@@ -41,7 +41,7 @@ def settings(*overrides: str) -> LottoConfig:
     with initialize_config_dir(str(ROOT / "config"), version_base=None):
         cfg = compose("lotto", overrides=[*SMALL, *overrides])
         typed_overrides(cfg)
-        return resolve(cfg, ROOT, LottoConfig, sequence_problems)
+        return resolve(cfg, ROOT, LottoConfig, sequence_problems, get_task)
 
 
 class Trainings:

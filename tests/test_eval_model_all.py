@@ -287,6 +287,7 @@ def test_another_draw_of_examples_is_named(run, tmp_path):
         ("gsm8k", ["--device", "warp"], "--device warp cannot be used"),
         ("gsm8k", ["--sample", "--temperature", "-1"], "temperature=-1.0"),
         ("gsm8k", ["--max_new_tokens", "0"], "max_new_tokens=0"),
+        ("gsm8k", ["--max_new_tokens", "100000"], "positions for prompt and completion together; give at"),
         ("gsm8k", ["--tokenizer_path", "/nowhere"], "tokenizer"),
     ],
 )
@@ -365,3 +366,11 @@ def test_out_that_is_a_file_is_refused_before_loading(tmp_path, capsys, nothing_
         assert eval_model_all.main(line) == 1
         said = capsys.readouterr().err
         assert f"--out {tmp_path / out}: {tmp_path / 'file'} is a file; name a folder" in said
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_loading(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "model")
+    args = model_parser(None, "--model").parse_args(["--model", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match=r"you may not write in .*model; name another folder"):
+        choose_results_folder(args)

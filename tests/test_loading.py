@@ -398,6 +398,7 @@ BAD_MODELS = {
         lambda f: edited(f, num_hidden_layers=1),
         r"does not belong to a Llama(.|\n)*only there: .*layers\.1",
     ),
+    "endless layers": (lambda f: edited(f, num_hidden_layers=10**12), r"asks for 1,000,000,000,000 layers"),
     "more layers": (lambda f: edited(f, num_hidden_layers=3), r"missing there: model\.layers\.2"),
     "shapes": (lambda f: edited(f, intermediate_size=96), "of another shape"),
     "int8": (lambda f: stored_as(f, lambda w: w.to(torch.int8)), r"is quantized \(.*is torch\.int8"),

@@ -106,6 +106,11 @@ def test_bad_settings_are_refused_before_anything_is_trained(workplace, override
     assert not (workplace / "cache").exists()
 
 
+def test_tasks_and_masks_are_told_with_the_other_problems(workplace):
+    text = refused("lr=-1", "tasks=[one,nine]", "+task_overrides.one.mask_path=absent.pt")
+    assert all(part in text for part in ("lr=-1", "unknown task 'nine'", "absent.pt does not exist"))
+
+
 def test_a_mistake_is_reported_once():
     assert refused("lr=-1", "n_eval_examples=0").count("n_eval_examples=0") == 1
 

@@ -70,6 +70,16 @@ def test_show_is_the_density_by_layer_and_module(files, tmp_path, capsys):
     assert (tmp_path / "png" / "density_a_mask.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("tool", ["show", "compare"])
+def test_pictures_replace_pictures_of_ours_alone(tool, files, tmp_path):
+    picture = tmp_path / {"show": "density_a_mask.png", "compare": "overlap.png"}[tool]
+    for _ in range(2):
+        mask_tools.main([tool, *files, "--png", str(tmp_path)])
+    picture.write_bytes(b"\x89PNG of a holiday")
+    assert f"{picture} exists and is no picture of masks" in refusal(tool, *files, "--png", tmp_path)
+    assert picture.read_bytes() == b"\x89PNG of a holiday"
+
+
 def test_the_heat_map_has_the_tables_numbers(files):
     table = density(Mask.load(files[0]))
     image = table.draw(None, "t").axes[0].images[0].get_array()

@@ -247,7 +247,9 @@ def test_repeated_signals_do_not_lose_the_save():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", ["base", "tokenizer", "chat template", "mask", "base by a mask's run"])
+@pytest.mark.parametrize(
+    "changed", ["base", "config", "tokenizer", "chat template", "mask", "base by a mask's run"]
+)
 def test_a_run_is_not_continued_on_something_else(options, workplace, changed):
     shutil.copytree(MODEL, "model")
     given = (*options, "model.name_or_path=model", "model.fsdp_policy_mp=bfloat16")
@@ -260,6 +262,9 @@ def test_a_run_is_not_continued_on_something_else(options, workplace, changed):
         tensors[name].view(-1)[0] += 1
         save_file(tensors, "model/model.safetensors", {"format": "pt"})
         changed = "base"
+    elif changed == "config":
+        content = json.loads(Path("model/config.json").read_text())
+        Path("model/config.json").write_text(json.dumps({**content, "rms_norm_eps": 0.1}))
     elif changed == "mask":
         write_mask(workplace / "0.9_mask.pt", seed=1)
     else:
@@ -386,6 +391,31 @@ def test_a_model_that_cannot_be_loaded_leaves_no_folder(options, monkeypatch):
     with pytest.raises(ValueError, match="no memory"):
         train(*options)
     assert not settings(*options).run_dir.exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_stop_has_cut_short_is_made_by_the_run_that_continues(options, monkeypatch):
+    options = (*options, "do_first_eval=true", "eval_every=16", "eval_batch_size=2", "save_every=64")
+    whole, expected = train(*options, "exp_name=whole")
+    real, parts = Trainer.loss, []
+
+    def loss(self, part, meter):
+        if not torch.is_grad_enabled() and self.progress.step == 4 and not self.progress.finished:
+            parts.append(part)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, part, meter)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "loss", loss)
+        train(*options)
+    again, last = train(*options)
+    assert len(parts) == 1
+    assert same(policy(last), policy(expected))
+    held_out = [
+        [(line["step"], line["loss/eval"]) for line in metrics(run) if "loss/eval" in line]
+        for run in (whole, again)
+    ]
+    assert held_out[0] == held_out[1]
 
 
 @pytest.mark.slow

@@ -48,6 +48,24 @@ def test_folder_and_policy_give_the_loaded_models_parameters(kind, tmp_path):
     assert content_hash(folder) == content_hash(policy)
 
 
+@pytest.mark.parametrize("kind", ["folder", "policy.pt"])
+def test_files_that_are_replaced_after_their_headers_were_read_are_refused(kind, tmp_path):
+    model = save_model("llama", tmp_path / "hf", max_shard_size="20KB")
+    torch.save({"step_idx": 3, "state": model.state_dict(), "metrics": {}}, tmp_path / "policy.pt")
+    source = open_weights(tmp_path / ("hf" if kind == "folder" else kind))
+    first, *_, last = source.names()
+    source.read(first)
+    replaced = source.file_of(last)
+    replaced.with_name("new").write_bytes(replaced.read_bytes())
+    replaced.with_name("new").rename(replaced)
+    if kind == "policy.pt":  # open already: all of it is the old file's
+        assert torch.equal(source.read(last), model.state_dict()[last])
+        source = open_weights(replaced)
+        os.utime(replaced, ns=(0, 0))
+    with pytest.raises(ValueError, match=f"{replaced.name} was replaced while it was read"):
+        source.read(last)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_separate_experts_are_read_in_rows_or_converted_whole(whole, tmp_path, monkeypatch):
     """Eleven experts: expert 10 must not come before expert 2."""

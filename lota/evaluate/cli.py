@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,19 +70,24 @@ def too_small(args: argparse.Namespace, least: Mapping[str, int]) -> list[str]:
 
 
 def choose_results_folder(args: argparse.Namespace) -> Path:
-    """Where results go. Raises ValueError if several deltas leave that open, or for a file."""
+    """Where results go. Raises ValueError if several deltas leave that open, for a file, or for a
+    folder that cannot be written.
+    """
+    if len(args.delta) > 1 and not args.out:
+        raise ValueError("--delta names several files: say with --out where their results go")
     if args.out:
         out = Path(args.out).expanduser()
-        file = next((path for path in (out, *out.parents) if path.is_file()), None)
-        if file is not None:
-            raise ValueError(f"--out {args.out}: {file} is a file; name a folder")
-        return out
-    if not args.delta:
-        return results_folder(args.model)
-    if len(args.delta) > 1:
-        raise ValueError("--delta names several files: say with --out where their results go")
-    path = Path(args.delta[0]).expanduser()
-    return path.with_name(f"{path.stem}_results")
+    elif args.delta:
+        path = Path(args.delta[0]).expanduser()
+        out = path.with_name(f"{path.stem}_results")
+    else:
+        out = results_folder(args.model)
+    above = next(path for path in (out, *out.parents) if path.exists())
+    if above.is_file():
+        raise ValueError(f"--out {out}: {above} is a file; name a folder")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out}: you may not write in {above}; name another folder")
+    return out
 
 
 def make_prompter(args: argparse.Namespace, *, whole_prompts: bool = True) -> Prompter:

@@ -99,6 +99,15 @@ class LottoConfig(Config):
         return self.tasks[::-1] if self.order == "reversed" else list(self.tasks)
 
     @property
+    def task_names(self) -> list[str]:
+        return self.tasks
+
+    @property
+    def mask_files(self) -> list[str | None]:
+        own = [given.get("mask_path") for given in self.task_overrides.values()]
+        return [*super().mask_files, *own]
+
+    @property
     def learning(self) -> Method:
         """What `method` names."""
         return METHODS[self.method]

@@ -26,6 +26,8 @@ from lota.masks.extract.select import DEFAULT_SCOPE
 from lota.masks.files import check_target
 from lota.masks.views import density, draw_overlap, overlap, overlap_table
 from lota.models.scope import find_scope, meta_model
+from lota.plots import is_drawn_here
+from lota.storage import refuse_foreign
 from lota.utils import aligned, first_few, short_names, with_flags
 
 
@@ -96,6 +98,7 @@ def show(args: argparse.Namespace, model: nn.Module | None) -> None:
         print("kept entries (%) by layer and module:", *aligned(found.table()), sep="\n", end="\n\n")
         if args.png:
             picture = Path(args.png) / f"density_{name.removesuffix('.pt').replace('/', '_')}.png"
+            refuse_foreign("png", picture, "picture of masks", is_drawn_here)
             found.draw(picture, f"Density of {name}")
             print(f"picture: {picture}\n")
 
@@ -125,8 +128,10 @@ def compare(args: argparse.Namespace, model: nn.Module | None) -> None:
     print("shared: entries that both keep; by chance: random masks that keep as many entries of each tensor,")
     print("+- standard deviation; IoU: shared entries over those that either keeps")
     if args.png:
-        draw_overlap(names, found, Path(args.png) / "overlap.png")
-        print(f"\npicture: {args.png}/overlap.png")
+        picture = Path(args.png) / "overlap.png"
+        refuse_foreign("png", picture, "picture of masks", is_drawn_here)
+        draw_overlap(names, found, picture)
+        print(f"\npicture: {picture}")
 
 
 def make(args: argparse.Namespace, model: nn.Module | None) -> None:

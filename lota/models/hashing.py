@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -168,10 +168,24 @@ def weights_key(model: nn.Module) -> str:
 
 def config_key(config: PreTrainedConfig) -> str:
     """sha256 of a model's config, but for what does not decide what it computes."""
-    content = config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):  # a folder may move, a library may be updated
-        content.pop(name, None)
-    return content_key(content)
+    return _config_key(config.to_dict())
+
+
+def config_file_key(path: str | os.PathLike[str]) -> str:
+    """The same of config.json as it stands, without the defaults of today's library: a folder's or hub id's.
+
+    Raises OSError if there is none, ValueError if it is no JSON.
+    """
+    from transformers.utils.hub import cached_file  # slow to import
+
+    file = cached_file(str(path), "config.json")
+    assert file is not None
+    return _config_key(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def _config_key(content: dict[str, Any]) -> str:
+    about = ("_name_or_path", "transformers_version")  # a folder may move, a library may be updated
+    return content_key({key: value for key, value in content.items() if key not in about})
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _ATTENTION = re.compile(r"attn|attention|deltanet|mamba", re.IGNORECASE)
 _ROUTER_CLASS = re.compile(r"router|gating", re.IGNORECASE)
 _ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
+MOST_LAYERS = 10_000  # a module of Python's is made for each
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -93,6 +94,9 @@ def meta_model(name_or_path: str | Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM  # slow to import
 
     config = load_config(name_or_path)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"{name_or_path}: its config.json asks for {layers:,} layers, which no model has")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

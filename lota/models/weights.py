@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+FileState = tuple[int, int, int]  # inode, bytes, time of change in ns
+
+
 @dataclass
 class ReadUnit:
     """Parameters and the stored tensors that they are read from: one of each, or those of a conversion."""
@@ -48,12 +51,14 @@ class WeightSource:
         stored: Mapping[str, StoredTensor],
         origins: Mapping[str, str | Conversion],
         strange: Mapping[str, tuple[int, ...]] | None = None,
+        states: Mapping[Path, FileState] | None = None,
     ):
         self.id = id  # the path or hub id that was opened
         self.strange = dict(strange or {})  # stored name -> shape of what the model has no place for
         self.stored = dict(stored)  # stored name -> place in its file, parameters or not
         self._origins = dict(origins)  # parameter name -> its stored name, or what makes it of several
         self._files: dict[Path, int] = {}  # open files' handles
+        self._states = dict(states or {})  # what the files were when their headers were read
         self._converted: tuple[Conversion | None, dict[str, Tensor]] = (None, {})  # the last one converted
         self._lock = threading.RLock()
         self.close = weakref.finalize(self, _close_all, self._files)
@@ -175,10 +180,16 @@ class WeightSource:
         buffer = np.empty((stop - start) * tensor.dtype.itemsize, dtype=np.uint8) if out is None else out
         view, position = buffer.data, tensor.offset + start * tensor.dtype.itemsize
         with self._lock:
-            if tensor.path not in self._files:
-                self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+            handle = self._files.get(tensor.path)
+            if handle is None:
+                handle = self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+                if self._states.get(tensor.path, state := _file_state(handle)) != state:
+                    raise ValueError(
+                        f"{tensor.path} was replaced while it was read: run the command again when nothing "
+                        "writes there"
+                    )
         while view:  # a read may stop short of what was asked for
-            n_read = os.preadv(self._files[tensor.path], [view], position)
+            n_read = os.preadv(handle, [view], position)
             if n_read == 0:
                 raise ValueError(f"{tensor.path} is truncated: it ends at byte {position}")
             view, position = view[n_read:], position + n_read
@@ -196,6 +207,7 @@ def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = N
     exist, is truncated, or is no checkpoint.
     """
     files, folder = checkpoint_files(path)
+    states = {file: _file_state(file) for file in files}  # of all, before the first header is read
     stored: dict[str, StoredTensor] = {}
     for file in files:
         index = read_header(file).entries if file.suffix == ".safetensors" else index_torch_file(file)
@@ -205,7 +217,8 @@ def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = N
         model = meta_model(folder)
     if model is None:  # every stored tensor under its own name; of several names for the same bytes the first
         first = {tensor: name for name, tensor in reversed(stored.items())}
-        return WeightSource(str(path), stored, {name: name for name in stored if first[stored[name]] == name})
+        own = {name: name for name in stored if first[stored[name]] == name}
+        return WeightSource(str(path), stored, own, states=states)
     origins = translate(stored, model, loaded_names=folder is None)
     placed = {name for origin in origins.values() for name in _stored_names(origin)}
     strange = {name: tensor.shape for name, tensor in stored.items() if name not in placed}
@@ -214,7 +227,12 @@ def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = N
         names_of.setdefault(id(parameter), []).append(name)
     held = {names[0]: [origins[name] for name in names if name in origins] for names in names_of.values()}
     first_of = {name: found[0] for name, found in held.items() if found}
-    return WeightSource(str(path), stored, first_of, strange)
+    return WeightSource(str(path), stored, first_of, strange, states)
+
+
+def _file_state(file: Path | int) -> FileState:
+    found = os.stat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _stored_names(origin: str | Conversion) -> list[str]:

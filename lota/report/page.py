@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lota.plots import SOFTWARE, png
+from lota.plots import is_drawn_here, png
 from lota.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _refuse_foreign(folder: Path, pictures: Iterable[Path]) -> None:
     foreign = [page] if page.exists() and not own_page else []
     for picture in filter(Path.exists, pictures):
         content = picture.read_bytes() if picture.is_file() else b""
-        own = f"Software\0{SOFTWARE}".encode() in content[:1000]
+        own = bool(content) and is_drawn_here(picture)
         if not own and not (own_page and content and base64.b64encode(content).decode() in text):
             foreign.append(picture)
     if foreign:

@@ -51,6 +51,7 @@ class Progress:
     step: int = 0  # optimizer steps made
     examples: int = 0  # examples seen
     finished: bool = False
+    evaluation_owed: bool = False  # a stop came in the midst of it
 
     def advance(self, batch: ScheduledBatch, total_steps: int) -> None:
         """A step on that batch was made."""

@@ -81,9 +81,9 @@ def _file_problems(config: Config, find_task: FindTask) -> list[str]:
     from lota.masks.trainable import mask_or_dense  # slow to import: torch
 
     problems = Problems()
-    for name in config.datasets:
+    for name in config.task_names:
         problems.attempt(find_task, name)
-    for path in [config.mask_path, *config.protect_masks]:
+    for path in config.mask_files:
         problems.attempt(mask_or_dense, path)
     return problems.found
 

@@ -17,7 +17,7 @@ from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, refuse_other_base, trainable_mask
-from lota.models.hashing import remembered_hash, tokenizer_key
+from lota.models.hashing import config_file_key, remembered_hash, tokenizer_key
 from lota.models.loading import dtype_of, load_tokenizer
 from lota.models.opening import embedding_rows, open_model
 from lota.models.policy import is_policy
@@ -125,6 +125,7 @@ def _model_hashes(
         reference = remembered_hash(reference, run_skeleton(config, tokenizer, "reference_archive"))
     return {
         "base": remembered_hash(config.model.archive or config.model.name_or_path, model),
+        "config": config_file_key(config.model.name_or_path),
         "reference": reference,
         "tokenizer": tokenizer_key(tokenizer),
         "chat template": content_key(tokenizer.chat_template),

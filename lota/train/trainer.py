@@ -149,7 +149,8 @@ class Trainer:
             return resumable.folder
         last = None
         with self.stop, self.data.folder as self.folder, self.loaded():
-            if self.config.do_first_eval and self.progress.step == 0:
+            first = self.config.do_first_eval and self.progress.step == 0
+            if first or self.progress.evaluation_owed:
                 self.evaluate()
             self.meter.reset()
             for batch in self.batches():
@@ -215,6 +216,7 @@ class Trainer:
         """Held-out loss (and samples) into metrics.jsonl; an example counts the same in whichever batch it
         is.
         """
+        self.progress.evaluation_owed = True  # a stop saves this; the run that continues begins with it
         self.model.eval()
         meter = Meter()
         for part in self.parts(self.data.held_out, self.config.eval_batch_size):
@@ -229,6 +231,7 @@ class Trainer:
             examples = self.data.held_out[: self.config.n_eval_model_samples]
             self.log.samples(self.progress.examples, self.objective.complete(examples, self.data.stop))
         self.model.train()
+        self.progress.evaluation_owed = False
 
     def log_step(self, batch: ScheduledBatch) -> None:
         """Move the bar; write a line when enough time has passed, and for the first and last step."""
