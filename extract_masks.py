@@ -19,9 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lota.masks import Mask
-from lota.masks.extract.neurons import GRANULARITIES
 from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
 from lota.masks.extract.select import PER, Quota, Rule, check_sparsities, kept_by_layer, select
+from lota.masks.extract.units import DEFAULT_BLOCK, GRANULARITIES
 from lota.masks.files import check_target, read
 from lota.models.hashing import remembered_hash
 from lota.models.pair import ModelPair, open_pair
@@ -48,8 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--score", default="task_vector", help=f"what rates an entry: {', '.join(SALIENCIES)}")
     add("--smallest", action="store_true", help="keep the smallest nonzero scores instead of the largest")
     add("--per", default="global", help=f"one threshold, or one for each: {', '.join(PER)}")
-    rows = "row: whole output neurons; column: whole input neurons"
-    add("--granularity", default="element", help=f"what is kept: {', '.join(GRANULARITIES)} ({rows})")
+    wholes = "row: whole output neurons; column: whole inputs; block: squares of a matrix"
+    add("--granularity", default="element", help=f"what is kept: {', '.join(GRANULARITIES)} ({wholes})")
+    add("--block", type=int, help=f"with --granularity block: entries on each side ({DEFAULT_BLOCK})")
     add("--seed", type=int, help="of --score random, and of the examples of a data-driven score (0)")
     add("--format", choices=["packed", "dense"], default="packed", help="dense: name -> bool, True = frozen")
     add("--protect", nargs="*", default=[], metavar="MASK", help="masks whose kept entries are left alone")
@@ -68,6 +69,7 @@ def unused_flags(args: argparse.Namespace) -> list[str]:
     """Flags that were given and that this score does not read."""
     data_driven = args.score in DATA_DRIVEN
     readers = {flag: data_driven for flag, *_ in data_flags()}
+    readers["block"] = args.granularity == "block"
     readers |= {"tuned": args.score == "task_vector", "seed": data_driven or args.score == "random"}
     return [f"--{flag}" for flag, reads in readers.items() if getattr(args, flag) is not None and not reads]
 
@@ -99,7 +101,8 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     sparsities = attempt(check_sparsities, args.sparsities)
     protect = [attempt(Mask.load, path) for path in args.protect]
     kept = [mask for mask in protect if mask is not None]
-    rule = attempt(Rule, args.score, args.per, args.smallest, args.seed or 0, kept, args.granularity)
+    given = (args.score, args.per, args.smallest, args.seed or 0, kept, args.granularity)
+    rule = attempt(Rule, *given, DEFAULT_BLOCK if args.block is None else args.block)
     needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
     quota = attempt(Quota, pair, sparsities, rule) if pair and sparsities and rule else None
@@ -190,7 +193,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     unused = unused_flags(args)
     if unused:
-        print(f"not used here: {', '.join(unused)} (--score {args.score})", file=sys.stderr)
+        print(
+            f"not used here: {', '.join(unused)} (--score {args.score} --granularity {args.granularity})",
+            file=sys.stderr,
+        )
     folder = Path(args.out) / args.name
     try:
         with contextlib.nullcontext() if name_problem(args.name) else working_in(folder):

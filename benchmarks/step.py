@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lota
 from lota.masks import Mask
-from lota.masks.extract.neurons import units_of
+from lota.masks.extract.units import units_of
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
 from lota.models.scope import find_scope
 from lota.system import peak_memory_bytes
@@ -82,7 +82,7 @@ def line_mask(model: torch.nn.Module, sparsity: float, granularity: str) -> Mask
         units = units_of(name, tensor, granularity)
         chosen = np.zeros(units.count, np.bool_)
         chosen[rng.permutation(units.count)[: round((1 - sparsity) * units.count)]] = True
-        flags = np.unpackbits(units.packed(chosen), count=units.count * units.length)
+        flags = np.unpackbits(units.packed(chosen), count=units.size)
         kept[name] = torch.from_numpy(flags).bool().reshape(tensor.shape)
     return Mask.from_dense(kept)
 

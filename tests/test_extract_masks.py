@@ -308,7 +308,10 @@ def test_refusals_tell_all_and_load_nothing(options, messages, folder, monkeypat
 def test_flags_that_nothing_reads_are_told(folder, capsys):
     run(f"--score magnitude --tuned nowhere --datasets mini --batch_size 4 --seed 3 --out {folder}/masks")
     shown = capsys.readouterr().err
-    assert "not used here: --datasets, --batch_size, --tuned, --seed (--score magnitude)" in shown
+    assert (
+        "not used here: --datasets, --batch_size, --tuned, --seed (--score magnitude --granularity element)"
+        in shown
+    )
     run(f"--score random --seed 3 --out {folder}/masks")
     assert "not used" not in capsys.readouterr().err
 

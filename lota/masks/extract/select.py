@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from lota.masks import Mask, kept_count
-from lota.masks.extract import neurons, topk
+from lota.masks.extract import topk, units
 from lota.masks.extract.gradients import Collected
-from lota.masks.extract.neurons import GRANULARITIES, Units
 from lota.masks.extract.saliency import SALIENCIES, SaliencyStream, Source
+from lota.masks.extract.units import BLOCK_SIZES, DEFAULT_BLOCK, GRANULARITIES, Cutoff, Units
 from lota.models import chunks
 from lota.models.hashing import StreamingHash
 from lota.models.pair import ModelPair, open_pair
@@ -43,7 +43,10 @@ class Rule:
     smallest: bool = False  # keep the smallest nonzero saliencies instead of the largest
     seed: int = 0  # of `random`
     protect: Sequence[Mask] = ()  # masks whose kept entries are not available
-    granularity: str = "element"  # single entries, or whole output (`row`) or input (`column`) neurons
+    granularity: str = (
+        "element"  # single entries, or whole output neurons (`row`), inputs (`column`), `block`s
+    )
+    block: int = DEFAULT_BLOCK  # side of a block
 
     def __post_init__(self) -> None:
         problems = []
@@ -56,6 +59,9 @@ class Rule:
                 near = difflib.get_close_matches(str(value), choices, 1, 0)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 problems.append(f"{key}={value!r}: choose one of {', '.join(choices)}{hint}")
+        least, most = BLOCK_SIZES
+        if not least <= self.block <= most:
+            problems.append(f"block={self.block}: the side of a block is {least} to {most} entries")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -72,6 +78,7 @@ def extract(
     seed: int = 0,
     protect: Sequence[Mask | str | os.PathLike[str]] = (),
     granularity: str = "element",
+    block: int = DEFAULT_BLOCK,
     collected: Collected | None = None,
     model: str | os.PathLike[str] | None = None,
 ) -> dict[float, Mask]:
@@ -81,14 +88,14 @@ def extract(
     scope: regular expression over parameter names, by default attention and MLP weights.
     model: folder whose config gives the structure, needed if neither side is a folder.
     protect: masks (or files) whose kept entries are left alone; the sparsity still counts the whole scope.
-    score: what rates an entry, a name of `SALIENCIES`. per, smallest, granularity: see `Rule`. Whole rows or
-    columns hardly ever add up to round((1-s)N) entries: as many are kept as fit into that number.
+    score: what rates an entry, a name of `SALIENCIES`. per, smallest, granularity, block: see `Rule`.
+    Whole rows, columns or blocks hardly ever add up to round((1-s)N) entries: as many are kept as fit.
     collected: gradients of the base (`lota.collect_gradients`), read by gradient, fisher and snip.
     Raises ValueError for what does not exist, does not belong together, or cannot hold the share asked for.
     """
     wanted = check_sparsities(sparsities)
     masks = [m if isinstance(m, Mask) else Mask.load(m) for m in protect]
-    rule = Rule(score, per, smallest, seed, masks, granularity)
+    rule = Rule(score, per, smallest, seed, masks, granularity, block)
     pair = open_pair(base, tuned, scope=scope, model=model, needs=SALIENCIES[score].needs)
     return select(Quota(pair, wanted, rule), collected=collected)
 
@@ -119,11 +126,13 @@ class Quota:
         self.pair, self.sparsities, self.rule = pair, sparsities, rule
         # name -> entries, in the order that decides ties
         self.sizes = {name: math.prod(tensor.shape) for name, tensor in pair.scope.items()}
-        # name -> its rows or columns; empty if single entries are chosen
+        # name -> its rows, columns or blocks; empty if single entries are chosen
         self.units: dict[str, Units] = {}
         if rule.granularity != "element":
-            self.units = {n: neurons.units_of(n, t, rule.granularity) for n, t in pair.scope.items()}
-        # name -> packed bits of the entries that are not available: all of a row or column if one entry is
+            self.units = {
+                n: units.units_of(n, t, rule.granularity, rule.block) for n, t in pair.scope.items()
+            }
+        # name -> packed bits of the entries that are not available: all of a unit if one entry is
         self.taken = _taken(rule.protect, pair)
         for name, each in self.units.items():
             if name in self.taken:
@@ -170,7 +179,7 @@ def select(
         stream.digest = StreamingHash(pair.sources["base"], shared, chunks.CHUNK)
     # for each sparsity: name -> packed bits, and label of the pool -> where its cut lies
     bits: list[dict[str, np.ndarray]] = [{} for _ in quota.sparsities]
-    cuts: list[dict[str, neurons.Cutoff]] = [{} for _ in quota.sparsities]
+    cuts: list[dict[str, Cutoff]] = [{} for _ in quota.sparsities]
     for label, names in quota.pools.items():
         for i, (found, cut) in enumerate(_choose(quota, names, stream, progress)):
             bits[i].update(found)
@@ -216,15 +225,15 @@ def kept_by_layer(pair: ModelPair, mask: Mask) -> dict[str, dict[str, int]]:
 
 def _choose(
     quota: Quota, names: Sequence[str], stream: SaliencyStream, progress: topk.Progress | None
-) -> list[tuple[dict[str, np.ndarray], neurons.Cutoff]]:
+) -> list[tuple[dict[str, np.ndarray], Cutoff]]:
     """For each sparsity: packed bits of what is kept of the names, and where the cut lies."""
     counts, read_order = quota.counts(names), sorted(names)  # sorted: the order in which the base is hashed
     if quota.units:
-        units = {name: quota.units[name] for name in names}
-        return neurons.top_units(stream, units, counts, read_order, progress)
+        chosen = {name: quota.units[name] for name in names}
+        return units.top_units(stream, chosen, counts, read_order, progress)
     sizes = {name: quota.sizes[name] for name in names}
     bits, cuts = topk.top_bits(stream.keys, sizes, counts, read_order, progress)
-    cutoffs = [neurons.Cutoff(stream.saliency_of(cut.threshold), cut.shortfall) for cut in cuts]
+    cutoffs = [Cutoff(stream.saliency_of(cut.threshold), cut.shortfall) for cut in cuts]
     return list(zip(bits, cutoffs, strict=True))
 
 
@@ -275,7 +284,7 @@ def _count_bits(packed: np.ndarray) -> int:
 
 
 def _meta(
-    quota: Quota, sparsity: float, cuts: Mapping[str, neurons.Cutoff], collected: Collected | None
+    quota: Quota, sparsity: float, cuts: Mapping[str, Cutoff], collected: Collected | None
 ) -> dict[str, Any]:
     """How the mask came about (masks/README.md explains each key)."""
     pair, rule = quota.pair, quota.rule
@@ -290,6 +299,7 @@ def _meta(
         "score": rule.saliency,
         "per": rule.per,
         "granularity": rule.granularity,
+        "block": rule.block if rule.granularity == "block" else None,
         "smallest": rule.smallest,
         "seed": rule.seed if rule.saliency == "random" else None,
         "data": dict(gradients.meta) if gradients is not None else None,

@@ -1,4 +1,4 @@
-"""Rows and columns against sums and sorts of dense matrices."""
+"""Rows, columns and blocks against sums and sorts of dense matrices."""
 
 from __future__ import annotations
 
@@ -11,41 +11,58 @@ import transformers
 
 import lota
 from lota.masks import kept_count
-from lota.masks.extract.neurons import Units, choose, units_of
 from lota.masks.extract.select import Quota, Rule, select
+from lota.masks.extract.units import Units, choose, units_of
 from lota.models.pair import open_pair
 from lota.models.scope import ScopedTensor, find_scope
 from tests.hf_models import save_policy
 from tests.mask_pairs import make_pair, saliencies_of, small_chunks, sorted_masks  # noqa: F401
 
 OUTPUT_AXIS = {"Conv1D": 1}  # of a two-dimensional weight as stored
+BLOCK = 24  # divides neither 32 nor 128
 
 
-def unit_sums(score: torch.Tensor, output_axis: int, granularity: str) -> torch.Tensor:
-    """Sums over what a row (one output neuron) or column holds, kept as dimensions of size 1."""
-    axes = (score.ndim - 2, score.ndim - 1)
-    outputs = axes[output_axis]
-    inputs = axes[1 - output_axis]
-    return score.double().sum(dim=inputs if granularity == "row" else outputs, keepdim=True)
+def unit_numbers(shape: torch.Size, output_axis: int, granularity: str) -> torch.Tensor:
+    """The number of the row (one output neuron), column or block that each entry belongs to."""
+    *stacks, height, width = shape
+    line, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    if granularity == "block":
+        across = -(-width // BLOCK)
+        numbers, count = line // BLOCK * across + column // BLOCK, -(-height // BLOCK) * across
+    elif (granularity == "row") == (output_axis == 0):
+        numbers, count = line, height
+    else:
+        numbers, count = column, width
+    matrices = torch.arange(math.prod(stacks)).view(*stacks, 1, 1)
+    return (numbers + count * matrices).expand(shape)
+
+
+def unit_sums(score: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Sums of squares, fp64 (units,)."""
+    return (
+        torch.zeros(int(numbers.max()) + 1)
+        .double()
+        .index_add_(0, numbers.flatten(), score.flatten().double() ** 2)
+    )
 
 
 def expected_mask(scores, axis, granularity, k, smallest=False):
     """A loop over all units in the order of their sums, each taken while it fits."""
-    sums = {name: unit_sums(value, axis[name], granularity) for name, value in scores.items()}
+    numbers = {n: unit_numbers(value.shape, axis[n], granularity) for n, value in scores.items()}
     ranked = [
         (total if smallest else -total, position, index, name)
-        for position, (name, value) in enumerate(sums.items())
-        for index, total in enumerate(value.flatten().tolist())
+        for position, name in enumerate(scores)
+        for index, total in enumerate(unit_sums(scores[name], numbers[name]).tolist())
         if total > 0
     ]
-    kept = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in sums.items()}
+    kept: dict[str, list[int]] = {name: [] for name in scores}
     left = k
+    lengths = {name: value.flatten().bincount() for name, value in numbers.items()}
     for _, _, index, name in sorted(ranked):
-        length = scores[name].numel() // sums[name].numel()
-        if length <= left:
-            kept[name].view(-1)[index] = True
-            left -= length
-    return {name: flags.expand_as(scores[name]) for name, flags in kept.items()}, left
+        if lengths[name][index] <= left:
+            kept[name].append(index)
+            left -= int(lengths[name][index])
+    return {n: torch.isin(numbers[n], torch.tensor(found)) for n, found in kept.items()}, left
 
 
 def axes_of(model) -> dict[str, int]:
@@ -53,22 +70,23 @@ def axes_of(model) -> dict[str, int]:
     return {n: OUTPUT_AXIS.get(type(modules[n.rpartition(".")[0]]).__name__, 0) for n in find_scope(model)}
 
 
-@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_whole_units_of_every_architecture(kind, granularity, tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, kind)
     scores, axis = saliencies_of(base, changed), axes_of(base)
-    masks = lota.extract(base_path, tuned_path, [0.5, 0.9], granularity=granularity)
+    masks = lota.extract(base_path, tuned_path, [0.5, 0.9], granularity=granularity, block=BLOCK)
+    numbers = {n: unit_numbers(value.shape, axis[n], granularity) for n, value in scores.items()}
     for sparsity, mask in masks.items():
         k = kept_count(sparsity, mask.n_total)
         expected, left = expected_mask(scores, axis, granularity, k)
         for name, flags in expected.items():
             assert torch.equal(mask.dense(name), flags), name
         assert mask.meta["shortfall"] == left == k - mask.n_kept
-        shortest = min(v.numel() // unit_sums(v, axis[n], granularity).numel() for n, v in scores.items())
-        assert 0 <= left < shortest
+        assert 0 <= left < max(int(value.flatten().bincount().min()) for value in numbers.values())
         assert mask.meta["granularity"] == granularity and mask.meta["kept"] == mask.n_kept
-        sums = {n: unit_sums(v, axis[n], granularity).expand_as(v) for n, v in scores.items()}
+        assert mask.meta["block"] == (BLOCK if granularity == "block" else None)
+        sums = {n: unit_sums(v, numbers[n])[numbers[n]] for n, v in scores.items()}
         kept = torch.cat([sums[n][mask.dense(n)] for n in scores])
         assert mask.meta["threshold"] == pytest.approx(kept.min().item(), rel=1e-12)
 
@@ -139,18 +157,9 @@ def test_vectors_have_no_rows(tmp_path):
         units_of("conv1d.weight", ScopedTensor((8, 1, 4), "other", 0, "Conv1d"), "row")
     with pytest.raises(ValueError, match=r"granularity='rows'.*mean row"):
         lota.extract(base_path, tuned_path, [0.5], granularity="rows")
-
-
-@pytest.mark.parametrize("runs", [True, False])
-@pytest.mark.parametrize("chunk", [1, 7, 8, 43, 64, 1000])
-def test_sums_do_not_depend_on_chunks(runs, chunk):
-    units = Units(stacks=3, height=5, width=8, is_line=runs)
-    scores = np.random.default_rng(0).integers(0, 9, 120).astype(np.float32)
-    sums = np.zeros(units.count)
-    for start in range(0, 120, chunk):
-        first, found = units.sums(start, scores[start : start + chunk])
-        sums[first : first + len(found)] += found
-    assert np.array_equal(sums, scores.reshape(3, 5, 8).sum(axis=2 if runs else 1).reshape(-1))
+    for block in (15, 257):
+        with pytest.raises(ValueError, match=f"block={block}: the side of a block is 16 to 256 entries"):
+            lota.extract(base_path, tuned_path, [0.5], granularity="block", block=block)
 
 
 def test_a_unit_that_does_not_fit_is_passed_over():
@@ -229,12 +238,15 @@ def test_the_choice_is_that_of_a_loop(seed, smallest):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 5), (2, 1, 7), (3, 4, 1), (2, 5, 3)])
-@pytest.mark.parametrize("is_line", [True, False])
-def test_sums_of_every_stretch(shape, is_line):
-    units, n = Units(*shape, is_line), math.prod(shape)
+@pytest.mark.parametrize("tall, wide", [(1, 99), (99, 1), (2, 2), (3, 2), (1, 1), (99, 99)])
+def test_sums_of_every_stretch(shape, tall, wide):
+    stacks, height, width = shape
+    tall, wide = min(tall, height), min(wide, width)
+    units, n = Units(*shape, tall, wide), math.prod(shape)
     values = np.random.default_rng(1).integers(1, 50, n).astype(np.float32)
-    unit_of = np.arange(units.count).reshape(shape[0], -1)
-    unit_of = np.broadcast_to(unit_of[:, :, None] if is_line else unit_of[:, None, :], shape).reshape(-1)
+    matrix, line, column = np.indices(shape)
+    down, across = -(-height // tall), -(-width // wide)
+    unit_of = ((matrix * down + line // tall) * across + column // wide).reshape(-1)
     for start in range(n):
         for stop in range(start + 1, n + 1):
             first, found = units.sums(start, values[start:stop])
@@ -242,7 +254,9 @@ def test_sums_of_every_stretch(shape, is_line):
             assert found.dtype == np.float64 and first + len(found) <= units.count
             assert np.array_equal(expected[first : first + len(found)], found)
             assert expected.sum() == found.sum()
-    assert (units.count, units.length) == ((unit_of[-1] + 1), n // (unit_of[-1] + 1))
+    assert units.count == stacks * down * across == unit_of[-1] + 1
+    assert units.size == n
+    assert units.lengths.tolist() == np.bincount(unit_of).tolist()
     for chosen in (np.arange(units.count) % 2 == 0, np.arange(units.count) == units.count - 1):
         packed = units.packed(chosen)
         assert np.array_equal(packed, np.packbits(chosen[unit_of]))
@@ -256,10 +270,13 @@ def test_sums_of_many_are_exact():
     """In fp64: in fp32 the later ones would be lost."""
     values = np.ones(3 * 40_000, np.float32) / 3
     values[0] = 2**24
-    for is_line in (True, False):
-        units = Units(1, 3, 40_000, True) if is_line else Units(1, 40_000, 3, False)
+    for units in (
+        Units(1, 3, 40_000, 1, 40_000),
+        Units(1, 40_000, 3, 40_000, 1),
+        Units(1, 400, 300, 400, 300),
+    ):
         first, found = units.sums(0, values)
-        assert first == 0 and found[0] == 2.0**24 + 39_999 * float(np.float32(1) / 3)
+        assert first == 0 and found[0] == 2.0**24 + (units.lengths[0] - 1) * float(np.float32(1) / 3)
 
 
 def test_random_rows_leave_protected_ones_alone(tmp_path):

@@ -1,8 +1,9 @@
-"""Rows and columns: whole output or input neurons as what a mask keeps, instead of single entries.
+"""Rows, columns and blocks: units that a mask keeps or freezes as wholes, instead of single entries.
 
 A row is one output neuron and a column one input neuron, whatever the storage: `nn.Linear` stores (out, in),
 GPT-2's `Conv1D` (in, out), stacks of expert matrices (experts, out, in), or (experts, in, out) if they are
-transposed; there a row is one pair of expert and output. A unit's saliency is the sum of its entries'.
+transposed; there a row is one pair of expert and output. Blocks are squares of the matrices as they are
+stored, cut off at their edges. A unit's saliency is the sum of the squares of its entries' saliencies.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from lota.masks.extract.topk import Progress
 from lota.models.chunks import Span, in_order, spans
 from lota.models.scope import ScopedTensor
 
-GRANULARITIES = ("element", "row", "column")
+GRANULARITIES = ("element", "row", "column", "block")
+BLOCK_SIZES = (16, 256)  # smallest and largest side of a block
+DEFAULT_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Units:
-    """The rows or columns of one parameter, numbered in the order of their first entries.
+    """The units of one parameter, numbered by matrix, then from top to bottom, then from left to right.
 
     The parameter is seen as stored: `stacks` matrices of `height` lines of `width` entries.
     """
@@ -32,60 +35,65 @@ class Units:
     stacks: int
     height: int
     width: int
-    is_line: bool  # a unit is one line of consecutive entries; else it is one entry of each line of a matrix
+    tall: int  # lines of a unit; the last ones of a matrix may have fewer
+    wide: int  # entries of each of its lines; the last ones of a line may have fewer
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Matrices, units below each other, units beside each other."""
+        return self.stacks, math.ceil(self.height / self.tall), math.ceil(self.width / self.wide)
 
     @property
     def count(self) -> int:
-        return self.stacks * (self.height if self.is_line else self.width)
+        return math.prod(self.grid)
 
     @property
-    def length(self) -> int:
-        """Entries of a unit."""
-        return self.width if self.is_line else self.height
+    def size(self) -> int:
+        """Entries of all of them."""
+        return self.stacks * self.height * self.width
 
-    def sums(self, start: int, saliencies: np.ndarray) -> tuple[int, np.ndarray]:
+    @property
+    def lengths(self) -> np.ndarray:
+        """Entries of each unit, int64 (count,)."""
+        stacks, down, across = self.grid
+        lines = np.minimum(self.tall, self.height - self.tall * np.arange(down))
+        entries = np.minimum(self.wide, self.width - self.wide * np.arange(across))
+        return np.tile(np.outer(lines, entries).reshape(-1), stacks)
+
+    def sums(self, start: int, values: np.ndarray) -> tuple[int, np.ndarray]:
         """Returns (first unit, fp64 sums (units,) from it on) of the entries (n,) from `start` on.
 
-        The first and the last unit may continue outside of these entries; their sums are parts of the whole.
+        They are whole rows of units; what they hold outside of these entries is not in their sums.
         """
-        if self.is_line:
-            # Unit u holds entries [u * width, (u + 1) * width): add up between the edges inside the span.
-            first = start // self.width
-            edges = np.arange(first * self.width, start + len(saliencies), self.width) - start
-            edges[0] = 0  # the first line may have begun before the span
-            return first, np.add.reduceat(saliencies, edges, dtype=np.float64)
-        # Unit u = (matrix, column): each matrix that the span touches adds to `width` sums of its own.
-        matrix = self.height * self.width
-        first, last = start // matrix, (start + len(saliencies) - 1) // matrix
-        sums = np.zeros((last + 1 - first, self.width))
-        for i, total in enumerate(sums):
-            low, high = max((first + i) * matrix - start, 0), (first + i + 1) * matrix - start
-            self._add_lines(total, (start + low) % self.width, saliencies[low:high])
-        return first * self.width, sums.reshape(-1)
-
-    def _add_lines(self, total: np.ndarray, column: int, saliencies: np.ndarray) -> None:
-        """Add entries of one matrix that begin in `column` to their columns' sums `total` (width,)."""
-        # the rest of a line that began before, whole lines as (lines, width), the start of a last line
-        head = min(-column % self.width, len(saliencies))
-        whole = (len(saliencies) - head) // self.width * self.width
-        total[column : column + head] += saliencies[:head]
-        total += saliencies[head : head + whole].reshape(-1, self.width).sum(axis=0, dtype=np.float64)
-        rest = saliencies[head + whole :]
-        total[: len(rest)] += rest
+        first, stop = start // self.width, (start + len(values) - 1) // self.width + 1
+        lines = np.zeros((stop - first) * self.width)  # zeros for what the first and the last line lack
+        lines[start - first * self.width :][: len(values)] = values
+        lines = lines.reshape(-1, self.width)
+        if self.wide > 1:
+            lines = np.add.reduceat(lines, np.arange(0, self.width, self.wide), axis=1)
+        down, across = self.grid[1:]
+        matrix, line = np.divmod(np.arange(first, stop), self.height)
+        row = matrix * down + line // self.tall  # of units, that each line belongs to
+        edges = np.flatnonzero(np.diff(row, prepend=-1))
+        return int(row[0]) * across, np.add.reduceat(lines, edges, axis=0).reshape(-1)
 
     def packed(self, chosen: np.ndarray) -> np.ndarray:
         """Returns the packed bits of the parameter's entries, set for the chosen units: bool (count,)."""
-        by_line = chosen.reshape(self.stacks, -1, 1) if self.is_line else chosen.reshape(self.stacks, 1, -1)
-        return np.packbits(np.broadcast_to(by_line, (self.stacks, self.height, self.width)))
+        grid = chosen.reshape(self.grid)
+        lines = np.repeat(grid, self.tall, axis=1)[:, : self.height]
+        return np.packbits(np.repeat(lines, self.wide, axis=2)[:, :, : self.width])
 
     def touched(self, packed: np.ndarray) -> np.ndarray:
         """Returns bool (count,): the units with at least one of these packed bits set."""
-        flags = np.unpackbits(packed, count=self.stacks * self.height * self.width)
-        return flags.reshape(self.stacks, self.height, self.width).any(2 if self.is_line else 1).reshape(-1)
+        flags = np.unpackbits(packed, count=self.size)
+        flags = flags.reshape(self.stacks, self.height, self.width)
+        lines = np.bitwise_or.reduceat(flags, np.arange(0, self.height, self.tall), axis=1)
+        grid = np.bitwise_or.reduceat(lines, np.arange(0, self.width, self.wide), axis=2)
+        return grid.reshape(-1).astype(np.bool_)
 
 
-def units_of(name: str, tensor: ScopedTensor, granularity: str) -> Units:
-    """Returns a parameter's rows or columns. Raises ValueError if it is no matrix or stack of matrices."""
+def units_of(name: str, tensor: ScopedTensor, granularity: str, block: int = DEFAULT_BLOCK) -> Units:
+    """A parameter's rows, columns or blocks. Raises ValueError if it is no matrix or stack of matrices."""
     stacked = len(tensor.shape) == 3 and "expert" in tensor.module_type.lower()
     if len(tensor.shape) != 2 and not stacked:
         raise ValueError(
@@ -93,7 +101,11 @@ def units_of(name: str, tensor: ScopedTensor, granularity: str) -> Units:
             f"shape {tensor.shape}: leave it out of the scope"
         )
     *stacks, height, width = tensor.shape
-    return Units(math.prod(stacks), height, width, (granularity == "row") != tensor.transposed)
+    if granularity == "block":
+        tall, wide = block, block
+    else:
+        tall, wide = (1, width) if (granularity == "row") != tensor.transposed else (height, 1)
+    return Units(math.prod(stacks), height, width, tall, wide)
 
 
 class Cutoff(NamedTuple):
@@ -109,9 +121,9 @@ def choose(
 ) -> tuple[np.ndarray, Cutoff]:
     """Returns the best units, as many as fit into `budget` entries, as bool (units,), and where the cut lies.
 
-    saliencies, lengths: (units,), a unit's sum and its number of entries. Equal sums go to the first unit, a
-    sum of 0 is never chosen. A unit that no longer fits is passed over for the next that does, so that fewer
-    entries are missing than the shortest unit left has.
+    saliencies, lengths: (units,), a unit's saliency and its number of entries. Equal ones go to the first
+    unit, a saliency of 0 is never chosen. A unit that no longer fits is passed over for the next that does,
+    so that fewer entries are missing than the shortest unit left has.
     """
     order = np.argsort(saliencies if smallest else -saliencies, kind="stable")
     order = order[saliencies[order] > 0]
@@ -152,12 +164,12 @@ def top_units(
             if name in stream.taken:
                 sums[name][each.touched(stream.taken[name])] = 0
     else:
-        _sum_saliencies(stream, units, sums, read_order)
+        _sum_squares(stream, units, sums, read_order)
     if progress:
-        progress(2 * sum(each.count * each.length for each in units.values()))
+        progress(2 * sum(each.size for each in units.values()))
     # All units in one line, (units of all parameters,), to be ranked together and split again.
     saliencies = np.concatenate(list(sums.values()))
-    lengths = np.concatenate([np.full(each.count, each.length) for each in units.values()])
+    lengths = np.concatenate([each.lengths for each in units.values()])
     ends = np.cumsum([each.count for each in units.values()])[:-1]
     results = []
     for budget in counts:
@@ -167,12 +179,13 @@ def top_units(
     return results
 
 
-def _sum_saliencies(
+def _sum_squares(
     stream: SaliencyStream, units: Mapping[str, Units], sums: Mapping[str, np.ndarray], order: Sequence[str]
 ) -> None:
     def part(span: Span) -> tuple[int, np.ndarray]:
-        return units[span.name].sums(span.start, stream.saliencies(span))
+        squares = np.square(stream.saliencies(span), dtype=np.float64)
+        return units[span.name].sums(span.start, squares)
 
-    sizes = {name: each.count * each.length for name, each in units.items()}
+    sizes = {name: each.size for name, each in units.items()}
     for span, (first, found) in in_order(part, spans(sizes, order)):  # in order: the same sums at every run
         sums[span.name][first : first + len(found)] += found
