@@ -101,8 +101,8 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     sparsities = attempt(check_sparsities, args.sparsities)
     protect = [attempt(Mask.load, path) for path in args.protect]
     kept = [mask for mask in protect if mask is not None]
-    given = (args.score, args.per, args.smallest, args.seed or 0, kept, args.granularity)
-    rule = attempt(Rule, *given, DEFAULT_BLOCK if args.block is None else args.block)
+    kind = (args.granularity, DEFAULT_BLOCK if args.block is None else args.block)
+    rule = attempt(Rule, args.score, args.per, args.smallest, args.seed or 0, kept, *kind)
     needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
     quota = attempt(Quota, pair, sparsities, rule) if pair and sparsities and rule else None

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lota.masks import Mask
-from lota.masks.extract.neurons import units_of
+from lota.masks.extract.units import units_of
 from lota.models.loading import turn_dropout_off
 from lota.models.scope import find_scope
 from tests.hf_models import new_config
@@ -36,11 +36,11 @@ def random_mask(model: nn.Module, density: float = 0.3, seed: int = 0) -> Mask:
 
 
 def line_mask(model: nn.Module, granularity: str, density: float = 0.3) -> Mask:
-    """Whole rows or columns of every matrix in the scope."""
+    """Whole rows, columns or blocks of 16 of every matrix in the scope."""
     generator = torch.Generator().manual_seed(0)
     kept = {}
     for name, tensor in find_scope(model).items():
-        units = units_of(name, tensor, granularity)
+        units = units_of(name, tensor, granularity, block=16)
         chosen = torch.rand(units.count, generator=generator) < density
         bits = np.unpackbits(units.packed(chosen.numpy()), count=np.prod(tensor.shape))
         kept[name] = torch.from_numpy(bits).bool().reshape(tensor.shape)

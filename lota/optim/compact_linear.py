@@ -1,16 +1,19 @@
 """Linear layers whose backward computes the gradient of their kept entries only.
 
 Autograd would allocate a gradient as large as the weight, page by page, gather the kept entries from it and
-free it. If a mask keeps whole rows or columns, only their gradient is computed, on any device: a smaller
-product of the same kind. For other masks, on a CPU, the product goes to one scratch buffer that all layers
-share; if very few entries are kept, only those are computed (`torch.sparse.sampled_addmm`: at 1 % kept 3
-times faster than the dense product, no faster from about 5 % on).
+free it. If a mask keeps whole rows, columns or blocks, only their gradient is computed, on any device, by
+smaller products of the same kind. For other masks, on a CPU, the product goes to one scratch buffer that all
+layers share; if very few entries are kept, only those are computed (`torch.sparse.sampled_addmm`: at 1 % kept
+3 times faster than the dense product, no faster from about 5 % on).
 
     product     for                                         on          computes
-    _Lines      whole rows or columns                       any device  (lines, width) or (height, lines)
+    _Tiled      whole rows, columns or blocks               any device  the kept entries, tile by tile
     _Sampled    fp32, at most SAMPLED_DENSITY of a weight   CPU         the kept entries, (kept,)
     _Gathered   other masks                                 CPU         (height, width) in a shared buffer
     autograd    all other weights                           any device  (height, width) in memory of its own
+
+If the kept entries lie in few columns of a weight (out, in), only those features of the layer's input are
+kept for the backward pass.
 
 To autograd the weight stays a leaf like any other. The backward of a layer adds the compact gradient to what
 the optimizer holds for the running pass and returns an empty sparse tensor as the weight's gradient, so the
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import copy
 from types import MethodType
 from typing import Any
 
@@ -31,16 +35,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lota.models.scope import is_conv1d
+from lota.optim.kept import Entries, Kept, Part, Tiles
 from lota.optim.masked import MaskedOptimizer
 
 SAMPLED_DENSITY = 0.02  # kept share of a weight up to which the sampled product is clearly faster
+# Share of the input's features up to which a copy of them is saved instead of the input. Three or four layers
+# save one input together: copies of a quarter each are no more.
+FEW_FEATURES = 0.25
 
 
 class _CompactLinear(torch.autograd.Function):
     """x W^T + b with the weight's gradient a^T b at kept entries only.
 
     a: output gradient (tokens, out); b: input (tokens, in). transposed: W is stored (in, out), as GPT-2's
-    Conv1D does; then the output is x W + b, and a and b change places.
+    Conv1D does; then the output is x W + b, and a and b change places. needed: the features of x that the
+    kept entries are multiplied with, (features,), if x is saved without the others; None: it is saved whole.
     """
 
     @staticmethod
@@ -51,9 +60,10 @@ class _CompactLinear(torch.autograd.Function):
         bias: Tensor | None,
         put_aside: Callable[[Tensor, Tensor], None],
         transposed: bool,
+        needed: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.put_aside, ctx.transposed = put_aside, transposed
+        ctx.save_for_backward(x if needed is None else x.index_select(-1, needed), weight)
+        ctx.put_aside, ctx.transposed, ctx.needed = put_aside, transposed, needed
         if not transposed:
             return F.linear(x, weight, bias)
         # what transformers' Conv1D computes, by the same operation
@@ -74,11 +84,11 @@ class _CompactLinear(torch.autograd.Function):
         if need_weight:
             columns = x.reshape(-1, x.shape[-1])  # (tokens, in)
             a, b = (columns, rows) if ctx.transposed else (rows, columns)
-            grad_weight = _weight_gradient(ctx, a, b)
-        return grad_x, grad_weight, grad_bias, None, None
+            grad_weight = _weight_gradient(ctx, a, b, weight.shape)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _weight_gradient(ctx: Any, a: Tensor, b: Tensor) -> Tensor | None:
+def _weight_gradient(ctx: Any, a: Tensor, b: Tensor, shape: torch.Size) -> Tensor | None:
     """What the backward of `_CompactLinear` returns for the weight, (height, width).
 
     A pass that accumulates into the weight gets an empty sparse tensor; the compact gradient is put aside. A
@@ -93,12 +103,23 @@ def _weight_gradient(ctx: Any, a: Tensor, b: Tensor) -> Tensor | None:
     if accumulates is False:
         return None
     if accumulates is None or torch.is_grad_enabled():
-        return a.t() @ b
+        return _whole_gradient(ctx, a, b, shape)
     ctx.put_aside(a, b)
-    shape = (a.shape[1], b.shape[1])
     return torch.sparse_coo_tensor(  # type: ignore[call-arg]  # torch's stub wants indices and values
         size=shape, dtype=a.dtype, device=a.device, check_invariants=False
     )
+
+
+def _whole_gradient(ctx: Any, a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """a^T b, (height, width); zeros for the features that were not saved, where all entries are frozen."""
+    if ctx.needed is None:
+        return a.t() @ b
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True differentiates a gradient for which this layer has saved part of its input "
+            "only: make the optimizer without lota.fuse_in_backward for that"
+        )
+    return a.new_zeros(shape).index_copy_(0 if ctx.transposed else 1, ctx.needed, a.t() @ b)
 
 
 # What computes a^T b at the kept positions of a weight (height, width), in their order:
@@ -106,34 +127,64 @@ def _weight_gradient(ctx: Any, a: Tensor, b: Tensor) -> Tensor | None:
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 
-class _Lines:
-    """The product of the kept lines only: rows of the weight as stored (axis 0), or columns (axis 1)."""
+class _Tiled:
+    """The product of whole rows, columns or blocks only, in the order of lota/optim/kept.py."""
 
-    def __init__(self, lines: Tensor, axis: int):
-        self.lines, self.axis = lines, axis
+    def __init__(self, tiles: Tiles):
+        self.shape = tiles.shape[1:]  # of the weight
+        self.parts = [(part, part.first_lines, part.first_columns) for part in tiles.parts]
+
+    def needed(self, axis: int) -> Tensor:
+        """The lines (axis 0) or columns (axis 1) of the weight that a tile covers, ascending."""
+        sides = ((part.wide, columns) if axis else (part.tall, lines) for part, lines, columns in self.parts)
+        return torch.cat([_stretches(starts, side) for side, starts in sides]).unique()
+
+    def narrowed(self, axis: int, needed: Tensor) -> _Tiled:
+        """The same product of a, or b, without the columns that are not needed."""
+        made = copy(self)
+        made.parts = []
+        for part, lines, columns in self.parts:
+            if axis == 0:
+                made.parts.append((part, torch.searchsorted(needed, lines), columns))
+            else:
+                made.parts.append((part, lines, torch.searchsorted(needed, columns)))
+        return made
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.axis == 0:
-            a = a.index_select(1, self.lines)  # (tokens, lines)
-        else:
-            b = b.index_select(1, self.lines)
-        # (lines, width) row by row, or (height, lines): either is the order of the kept positions
-        return torch.mm(a.t(), b).view(-1).float()
+        found = [self._of(part, lines, columns, a, b) for part, lines, columns in self.parts]
+        return (found[0] if len(found) == 1 else torch.cat(found)).float()
 
-    @classmethod
-    def of(cls, positions: Tensor, shape: torch.Size) -> _Lines | None:
-        """None if the kept positions are not whole lines."""
-        for axis in (0, 1):
-            length = shape[1 - axis]
-            if positions.numel() % length == 0:
-                if axis == 0:
-                    line = torch.div(positions, shape[1], rounding_mode="floor")
-                else:
-                    line = torch.remainder(positions, shape[1])
-                kept = torch.bincount(line, minlength=shape[axis])  # kept entries of each line
-                if bool(((kept == 0) | (kept == length)).all()):
-                    return cls(kept.nonzero().view(-1), axis)
-        return None
+    def _of(self, part: Part, lines: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if part.wide == self.shape[1]:  # whole rows: (tiles x tall, width)
+            return torch.mm(a.index_select(1, _stretches(lines, part.tall)).t(), b).view(-1)
+        if part.tall == self.shape[0]:  # whole columns: (tiles x wide, height)
+            across = torch.mm(b.index_select(1, _stretches(columns, part.wide)).t(), a)
+            return across.view(-1, part.wide, part.tall).transpose(1, 2).reshape(-1)
+        return _blocks(a, b, lines, columns, part.tall, part.wide).view(-1)
+
+
+def _stretches(starts: Tensor, length: int) -> Tensor:
+    """start, ..., start + length - 1 of every start, 1-D."""
+    return (starts[:, None] + torch.arange(length, device=starts.device)).view(-1)
+
+
+def _blocks(a: Tensor, b: Tensor, lines: Tensor, columns: Tensor, tall: int, wide: int) -> Tensor:
+    """(blocks, tall, wide): for each, the columns of `a` from its line on, transposed, times those of `b`.
+
+    On a CPU block by block, which copies nothing; elsewhere as many at once as copies of their columns take
+    no more memory than `a` or `b`.
+    """
+    out = a.new_empty(len(lines), tall, wide)
+    if a.device.type == "cpu":
+        for block, line, column in zip(out, lines.tolist(), columns.tolist(), strict=True):
+            torch.mm(a[:, line : line + tall].t(), b[:, column : column + wide], out=block)
+        return out
+    size = max(1, min(a.shape[1] // tall, b.shape[1] // wide))
+    for many, line, column in zip(out.split(size), lines.split(size), columns.split(size), strict=True):
+        of_a = a.index_select(1, _stretches(line, tall)).view(-1, len(line), tall)
+        of_b = b.index_select(1, _stretches(column, wide)).view(-1, len(column), wide)
+        torch.bmm(of_a.permute(1, 2, 0), of_b.transpose(0, 1), out=many)
+    return out
 
 
 class _Sampled:
@@ -172,7 +223,7 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
     """Let every suitable linear layer of `model` compute its kept gradient only.
 
     Suitable: a plain `nn.Linear` or Conv1D that keeps some, not all, of its weight; on another device than
-    the CPU only if whole rows or columns are kept. Other parameters, such as stacks of experts, stay
+    the CPU only if whole rows, columns or blocks are kept. Other parameters, such as stacks of experts, stay
     autograd's. Returns a function that undoes it.
     """
     weights: dict[nn.Module, nn.Parameter] = {}  # of plain linear layers
@@ -181,8 +232,7 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
         if is_linear and "forward" not in vars(module) and isinstance(module.weight, nn.Parameter):
             weights[module] = module.weight
     trained = (weight for weight in weights.values() if weight in optimizer.names)
-    kept = {weight: found for weight in trained if (found := optimizer.positions(weight)) is not None}
-    products = _products(kept)
+    products = _products({weight: optimizer.kept[weight] for weight in trained})
     chosen = {module: weight for module, weight in weights.items() if weight in products}
     for module, weight in chosen.items():
         module.forward = _forward(module, weight, optimizer, products[weight])
@@ -194,15 +244,19 @@ def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Calla
     return undo
 
 
-def _products(kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, _Product]:
-    """How each weight's kept gradient is computed, if that beats autograd. kept: weight -> flat positions.
+def _products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, _Product]:
+    """How each weight's kept gradient is computed, if that beats autograd.
 
     Scratch buffers are as large as the largest weight needs, one per dtype.
     """
     products: dict[nn.Parameter, _Product] = {
-        w: lines for w, positions in kept.items() if (lines := _Lines.of(positions, w.shape)) is not None
+        w: _Tiled(entries) for w, entries in kept.items() if isinstance(entries, Tiles)
     }
-    scattered = {w: p for w, p in kept.items() if w not in products and w.device.type == "cpu"}
+    scattered = {
+        w: entries.positions()
+        for w, entries in kept.items()
+        if isinstance(entries, Entries) and w.device.type == "cpu"
+    }
     sampled = {
         w: p
         for w, p in scattered.items()
@@ -229,6 +283,12 @@ def _forward(
     or cast, or autocast or functorch transforms the computation.
     """
     device, dtype, transposed = weight.device, weight.dtype, is_conv1d(module)
+    needed = None
+    if isinstance(product, _Tiled):
+        axis = 0 if transposed else 1  # of the weight, along which the input's features lie
+        found = product.needed(axis)
+        if len(found) <= FEW_FEATURES * weight.shape[axis]:
+            needed, product = found, product.narrowed(axis, found)
 
     def put_aside(a: Tensor, b: Tensor) -> None:
         optimizer.put_aside(weight, product(a, b))
@@ -237,7 +297,8 @@ def _forward(
         same = self.weight is weight and weight.device == device and weight.dtype == dtype == input.dtype
         if not same or _is_transformed(input):
             return type(self).forward(self, input)
-        return _CompactLinear.apply(input, weight, self.bias, put_aside, transposed)
+        saved = needed if torch.is_grad_enabled() else None
+        return _CompactLinear.apply(input, weight, self.bias, put_aside, transposed, saved)
 
     return MethodType(forward, module)
 

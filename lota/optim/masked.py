@@ -2,10 +2,13 @@
 
 What a parameter's state holds, by key:
 
-    positions      int32 (kept,), ascending, in the flattened parameter; absent if all its entries are kept
+    positions      int32 (kept,), ascending, in the flattened parameter, if single entries are kept
+    tiles          int32, numbers of the tiles of `tile_shape` if whole rows, columns or blocks are kept
     master         fp32 (kept,), the exact values; absent if the parameter itself is fp32
     square_avg...  fp32 (kept,), the buffers of the update rule
     step           updates made so far
+
+Values, gradients and buffers (kept,) are in the order of lota/optim/kept.py.
 
 An update of a parameter goes: gather its gradient's kept entries into an fp32 tensor (kept,), sum over the
 passes of an accumulation, clip, update the values (kept,), write them back into the parameter.
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lota.masks import Mask
+from lota.optim.kept import Everything, Kept, Tiles, kept_entries
 
 GRAD_NORM_STRATEGIES = ("even", "proportional", "global", "none")
 _CLIP_EPS = 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
@@ -60,6 +64,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.model = model if isinstance(model, nn.Module) else None
         self.names: dict[nn.Parameter, str] = {}  # of the parameters that train
+        self.kept: dict[nn.Parameter, Kept] = {}  # which of their entries do
         self.fused = False
         self._accumulation = 1
         self._pending: dict[nn.Parameter, tuple[Tensor, int]] = {}  # summed gradient, passes it came from
@@ -77,18 +82,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise ValueError("nothing would train: the mask keeps no entry of any parameter")
         super().__init__(list(self.names), settings)
         for p, name in self.names.items():
-            self._init_state(p, mask.positions(name) if mask is not None else None)
+            self.kept[p] = Everything(p.shape) if mask is None else kept_entries(mask, name, p.device)
+            self._init_state(p)
             _clear_frozen_gradients(p, self)
 
-    def _init_state(self, p: nn.Parameter, positions: Tensor | None) -> None:
-        state = self.state[p]
-        if positions is not None and positions.numel() < p.numel():
-            dtype = torch.int32 if p.numel() <= torch.iinfo(torch.int32).max else torch.int64
-            state["positions"] = positions.to(device=p.device, dtype=dtype)
+    def _init_state(self, p: nn.Parameter) -> None:
+        state, kept = self.state[p], self.kept[p]
+        state.update(kept.state)
         if p.dtype != torch.float32:
             state["master"] = self.working_values(p).float()
         for name in self._buffer_names(self._group_of(p)):
-            state[name] = torch.zeros(self._n_kept(p), dtype=torch.float32, device=p.device)
+            state[name] = torch.zeros(kept.count, dtype=torch.float32, device=p.device)
         state["step"] = 0
 
     # What a rule defines
@@ -106,7 +110,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     @property
     def n_trained(self) -> int:
         """Number of entries that train."""
-        return sum(self._n_kept(p) for p in self.names)
+        return sum(kept.count for kept in self.kept.values())
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -119,15 +123,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return math.nan if self._grad_norm is None else float(self._grad_norm)
 
     def positions(self, p: nn.Parameter) -> Tensor | None:
-        """Flat kept positions of a trained parameter; None if all its entries are kept."""
-        return self.state[p].get("positions")
+        """Flat kept positions of a trained parameter, in the order of its values; None if all are kept."""
+        kept = self.kept[p]
+        return None if isinstance(kept, Everything) else kept.positions()
 
     def kept_values(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
         """(name, flat positions or None if all are kept, fp32 values) of every trained parameter."""
         for p, name in self.names.items():
-            state = self.state[p]
-            values = state["master"] if "master" in state else self.working_values(p)
-            yield name, state.get("positions"), values
+            yield name, self.positions(p), self.exact_values(p)
+
+    def exact_values(self, p: nn.Parameter) -> Tensor:
+        """Values of a parameter's kept entries in fp32, (kept,): masters if there are any."""
+        return self.state[p]["master"] if "master" in self.state[p] else self.working_values(p)
 
     def state_bytes(self) -> int:
         """Bytes of positions, masters and buffers."""
@@ -201,10 +208,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _gathered(self, p: nn.Parameter, whole: Tensor) -> Tensor:
         """The kept entries of a whole gradient in fp32, (kept,); unless fused, in memory of their own."""
-        flat = (whole.to_dense() if whole.is_sparse else whole).reshape(-1)
-        if "positions" in self.state[p]:
-            return flat.index_select(0, self.state[p]["positions"]).float()
-        return flat.float() if self.fused or flat.dtype != torch.float32 else flat.clone()
+        kept = self.kept[p]
+        found = kept.gather(whole.to_dense() if whole.is_sparse else whole)
+        shared = isinstance(kept, Everything) and found.dtype == torch.float32 and not self.fused
+        return found.clone() if shared else found.float()
 
     def forget_gradients(self) -> None:
         """Drop gradients that no update has used yet."""
@@ -232,7 +239,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         values = self._current_values(p)
         self._update(values, grad, state, self._group_of(p))
-        if "positions" in state or p.dtype != torch.float32:  # else `values` is the parameter itself
+        if not isinstance(self.kept[p], Everything) or p.dtype != torch.float32:  # else the parameter itself
             self.write(p, values)
 
     def _tensor_limit(self) -> float | None:
@@ -257,9 +264,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def working_values(self, p: nn.Parameter) -> Tensor:
         """Kept entries of the parameter itself, (kept,); a view if all are kept."""
-        flat = p.detach().view(-1)
-        positions = self.positions(p)
-        return flat if positions is None else flat.index_select(0, positions)
+        return self.kept[p].gather(p.detach())
 
     def _current_values(self, p: nn.Parameter) -> Tensor:
         """The values to update, (kept,) in fp32: masters if there are any.
@@ -280,16 +285,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def write(self, p: nn.Parameter, values: Tensor) -> None:
         """Set the parameter's kept entries, rounding to its dtype; a master stays as it is."""
-        positions = self.positions(p)
-        flat = p.detach().view(-1)
-        if positions is None:
-            flat.copy_(values)
-        else:
-            flat.scatter_(0, positions.long(), values.to(p.dtype))
-
-    def _n_kept(self, p: nn.Parameter) -> int:
-        positions = self.positions(p)
-        return p.numel() if positions is None else positions.numel()
+        self.kept[p].write(p.detach(), values)
 
     def _group_of(self, p: nn.Parameter) -> dict[str, Any]:
         if len(self.param_groups) == 1:
@@ -317,6 +313,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _matching_state(self, p: nn.Parameter, saved: dict[str, Any] | None) -> dict[str, Any]:
         current, name = self.state[p], self.names[p]
+        if saved is not None and isinstance(kept := self.kept[p], Tiles):
+            saved = _as_tiles(saved, kept)
         if saved is None or set(saved) != set(current):
             found = sorted(saved) if saved else "nothing"
             raise ValueError(f"optimizer state of {name}: expected {sorted(current)}, found {found}")
@@ -327,9 +325,32 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"optimizer state of {name}: {key} is {tuple(state[key].shape)} {state[key].dtype}, "
                     f"expected {tuple(value.shape)} {value.dtype}: it belongs to another mask"
                 )
-        if "positions" in current and not torch.equal(state["positions"], current["positions"]):
-            raise ValueError(f"optimizer state of {name} belongs to another mask: the kept positions differ")
+        for key, value in self.kept[p].state.items():
+            same = torch.equal(state[key], value) if torch.is_tensor(value) else tuple(state[key]) == value
+            if not same:
+                raise ValueError(f"optimizer state of {name} belongs to another mask: the kept {key} differ")
+            state[key] = value  # one copy
         return state
+
+
+def _as_tiles(saved: dict[str, Any], kept: Tiles) -> dict[str, Any]:
+    """State by positions, as earlier releases saved it for every mask, in the order of tiles.
+
+    What belongs to other positions is returned as it is.
+    """
+    if "positions" not in saved:
+        return saved
+    ascending, order = kept.positions().sort()
+    before = saved["positions"].to(ascending.device)
+    if not torch.equal(before.long(), ascending):
+        return saved
+    state = {**kept.state}
+    for key, value in saved.items():
+        if torch.is_tensor(value) and key != "positions":
+            state[key] = torch.empty_like(value).scatter_(0, order.to(value.device), value)
+        elif key != "positions":
+            state[key] = value
+    return state
 
 
 # parameter -> the optimizers that train it
@@ -352,14 +373,13 @@ def _clear_frozen_gradients(p: nn.Parameter, optimizer: MaskedOptimizer) -> None
         alive = list(optimizers)
         if not alive or any(other.fused for other in alive) or p.grad is None or p.grad.is_sparse:
             return
-        kept = [positions for other in alive if (positions := other.positions(p)) is not None]
-        if len(kept) < len(alive):  # one of them trains all entries
+        kept = [other.kept[p] for other in alive]
+        if any(isinstance(entries, Everything) for entries in kept):
             return
-        flat = p.grad.view(-1)
-        values = [flat.index_select(0, positions) for positions in kept]
-        flat.zero_()
-        for positions, gradient in zip(kept, values, strict=True):
-            flat.scatter_(0, positions.long(), gradient)
+        values = [entries.gather(p.grad) for entries in kept]
+        p.grad.zero_()
+        for entries, gradient in zip(kept, values, strict=True):
+            entries.write(p.grad, gradient)
 
     p.register_post_accumulate_grad_hook(hook)
 

@@ -79,17 +79,12 @@ def policy_state(
     the model holds them in less precision than `dtype`. Weights that share memory in the model share it in
     the result.
     """
-    trained = {name: (positions, values) for name, positions, values in optimizer.kept_values()}
+    trained = {name: p for p, name in optimizer.names.items()}
 
     def fill(name: str, value: Tensor) -> None:
-        if name not in trained:
-            return
-        positions, values = trained[name]
-        kept = values.detach().to("cpu", dtype)
-        if positions is None:
-            value.view(-1).copy_(kept)
-        else:
-            value.view(-1)[positions.long().cpu()] = kept
+        if name in trained:
+            p = trained[name]
+            optimizer.kept[p].write(value, optimizer.exact_values(p).detach())
 
     names = {p.data_ptr(): name for name, p in model.named_parameters()}
     return saved_state(model.state_dict(), names, dtype, fill, base)
@@ -133,10 +128,10 @@ def fill_masters(optimizer: MaskedOptimizer, base: WeightSource) -> None:
         state = optimizer.state[p]
         if "master" not in state:
             continue
-        values = base.read(name).flatten()
-        positions = state.get("positions", torch.arange(p.numel(), device=p.device)).long().cpu()
-        known = positions < values.numel()
-        state["master"][known.to(p.device)] = values[positions[known]].to(p.device, torch.float32)
+        values = base.read(name)
+        if values.shape != p.shape:
+            values = torch.cat([values, p.detach()[len(values) :].to("cpu", values.dtype)])
+        state["master"].copy_(optimizer.kept[p].gather(values))
 
 
 # Random numbers

@@ -158,15 +158,13 @@ def starting_values(
         if whole.shape[0] < p.shape[0]:  # a vocabulary grown by a pad token
             added = mean_row(whole).expand(p.shape[0] - whole.shape[0], *whole.shape[1:])
             whole = torch.cat([whole, added])
-        whole = whole.flatten().to(p.device)
-        positions = optimizer.positions(p)
-        starts[p] = whole if positions is None else whole.index_select(0, positions)
+        starts[p] = optimizer.kept[p].gather(whole.to(p.device))
     return starts
 
 
 def _copy_of_kept(optimizer: MaskedOptimizer, p: nn.Parameter) -> Tensor:
     values = optimizer.working_values(p)
-    return values.clone() if optimizer.positions(p) is None else values
+    return values.clone() if values.data_ptr() == p.data_ptr() else values
 
 
 # A second model

@@ -278,7 +278,7 @@ class Trainer:
             return self.saved[1]  # a stop right after a checkpoint
         by_epoch = self.config.save_interval[0] == "epoch"
         folder = self.config.run_dir / self.progress.folder_name(by_epoch)
-        if not all(values.isfinite().all() for _, _, values in self.optimizer.kept_values()):
+        if not all(self.optimizer.exact_values(p).isfinite().all() for p in self.optimizer.names):
             self.check_finite(math.nan)
 
         def write_more(temporary: Path) -> None:

@@ -66,9 +66,9 @@ class Units:
         They are whole rows of units; what they hold outside of these entries is not in their sums.
         """
         first, stop = start // self.width, (start + len(values) - 1) // self.width + 1
-        lines = np.zeros((stop - first) * self.width)  # zeros for what the first and the last line lack
-        lines[start - first * self.width :][: len(values)] = values
-        lines = lines.reshape(-1, self.width)
+        flat = np.zeros((stop - first) * self.width)  # zeros for what the first and the last line lack
+        flat[start - first * self.width :][: len(values)] = values
+        lines = flat.reshape(-1, self.width)
         if self.wide > 1:
             lines = np.add.reduceat(lines, np.arange(0, self.width, self.wide), axis=1)
         down, across = self.grid[1:]
@@ -85,8 +85,8 @@ class Units:
 
     def touched(self, packed: np.ndarray) -> np.ndarray:
         """Returns bool (count,): the units with at least one of these packed bits set."""
-        flags = np.unpackbits(packed, count=self.size)
-        flags = flags.reshape(self.stacks, self.height, self.width)
+        flat = np.unpackbits(packed, count=self.size)
+        flags = flat.reshape(self.stacks, self.height, self.width)
         lines = np.bitwise_or.reduceat(flags, np.arange(0, self.height, self.tall), axis=1)
         grid = np.bitwise_or.reduceat(lines, np.arange(0, self.width, self.wide), axis=2)
         return grid.reshape(-1).astype(np.bool_)
