@@ -43,9 +43,7 @@ def config(private_cache) -> Config:
     return settings()
 
 
-def write_checkpoint(
-    run: Path, name: str, step: int, finished: bool = False, seen: dict | None = None
-) -> None:
+def write_checkpoint(run: Path, name: str, step: int, finished: bool = False, **seen: str | None) -> None:
     """The files of a whole checkpoint, of an age that had no checksums. seen: what the run was made from."""
     (run / name).mkdir(parents=True)
     (run / name / "policy.pt").touch()
@@ -384,7 +382,7 @@ def test_what_lies_in_the_way_back_is_set_aside(config):
 
 # What a run is made from
 
-SEEN = {"mask": "m", "data": "d", "base": "b", "reference": None, "tokenizer": "t", "chat template": "c"}
+SEEN = {"mask": "m", "data": "d", "base": "b", "config": "k", "reference": None, "tokenizer": "t"}
 
 
 def refuse_other(before: dict, snip: object = None, **now: str | None) -> None:
@@ -442,6 +440,9 @@ def change_text(file: Path, old: str, new: str) -> None:
 
 CHANGES = {
     "base": change_tensor,
+    "config": lambda model: change_text(
+        model / "config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.1'
+    ),
     "tokenizer": lambda model: change_text(
         model / "tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}'
     ),
