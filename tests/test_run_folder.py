@@ -441,7 +441,7 @@ def change_text(file: Path, old: str, new: str) -> None:
 CHANGES = {
     "base": change_tensor,
     "config": lambda model: change_text(
-        model / "config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.1'
+        model / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'
     ),
     "tokenizer": lambda model: change_text(
         model / "tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}'
