@@ -54,6 +54,7 @@ SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
 # a static method without its decorator works the same on the class, and so does all that calls it there
 SILENT_DECORATORS = {"dataclass", "overload", "abstractmethod", "staticmethod"}
 LOGGERS = {"log", "logger", "logging", "warnings"}
+CHECKS = {"strict", "check_invariants"}  # arguments of zip and of sparse tensors: checks of ourselves
 FLUSHES = {"fsync", "flush_to_disk"}
 
 Place = tuple[int, int]  # line from 1, column from 0, in characters
@@ -169,8 +170,8 @@ def _without_effect(tree: ast.Module, source: str) -> Iterator[tuple[Place, Plac
             nodes += [node.exc, node.cause]
         elif isinstance(node, ast.Call) and _name(node.func) in ("reshape", "view"):
             nodes += [size for size in node.args if isinstance(size, ast.UnaryOp)]  # -1: any negative is one
-        elif isinstance(node, ast.Call) and _name(node.func) == "zip":
-            nodes += [keyword.value for keyword in node.keywords]  # strict=True checks ourselves
+        elif isinstance(node, ast.keyword) and node.arg in CHECKS:
+            nodes.append(node.value)
         elif isinstance(node, ast.Assert | ast.JoinedStr) or _is_silent_call(node) or _is_alias(node, tree):
             nodes.append(node)
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
