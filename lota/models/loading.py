@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,7 +27,7 @@ from lota.models.opening import (
     unexpected,
 )
 from lota.models.policy import find_policy, is_policy, model_folder, read_policy
-from lota.models.scope import load_config, meta_model, refuse_no_model
+from lota.models.scope import auto_class, load_config, meta_model, refuse_no_model
 from lota.models.weights import all_finite, open_weights, refuse_misfit, refuse_not_finite
 from lota.storage import DAMAGED
 
@@ -110,7 +109,7 @@ def load_model(
     else:
         path = str(name_or_path if archive is None else archive)
         on_device = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-        model = _load_all(AutoModelForCausalLM, path, path, dtype=dtype, **on_device)
+        model = _load_all(auto_class(load_config(path)), path, path, dtype=dtype, **on_device)
     _check_finite(model, name_or_path if archive is None else archive)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
@@ -154,7 +153,7 @@ def model_from_policy(
     missing, what is not in the model and what has another shape.
     """
     with torch.device("meta"):
-        structure = AutoModelForCausalLM.from_config(config)
+        structure = auto_class(config).from_config(config)
     rows, base_rows = _stored_rows(structure, state), embedding_rows(structure)
     if rows is not None and rows != base_rows:
         logger.info("%s: vocabulary of %d rows instead of the base's %d", source, rows, base_rows)

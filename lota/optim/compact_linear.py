@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lota.models.scope import is_conv1d
+from lota.models.roles import is_conv1d
 from lota.optim.masked import MaskedOptimizer
 
 SAMPLED_DENSITY = 0.02  # kept share of a weight up to which the sampled product is clearly faster

@@ -8,6 +8,7 @@ transposed; there a row is one pair of expert and output. A unit's saliency is t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -86,7 +87,7 @@ class Units:
 
 def units_of(name: str, tensor: ScopedTensor, granularity: str) -> Units:
     """Returns a parameter's rows or columns. Raises ValueError if it is no matrix or stack of matrices."""
-    stacked = len(tensor.shape) == 3 and "expert" in tensor.module_type.lower()
+    stacked = len(tensor.shape) == 3 and re.search("expert|linear$", tensor.module_type, re.IGNORECASE)
     if len(tensor.shape) != 2 and not stacked:
         raise ValueError(
             f"granularity={granularity} needs weight matrices or experts' stacks of them, but {name} has the "
