@@ -155,6 +155,7 @@ def test_a_folder_without_results_is_no_run(config):
     """Not even under resume=never; what lies in it stays."""
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "note.txt").write_text("mine")
+    assert RunFolder(config).may_continue() is False
     assert begun_run(replace(config, resume="never"), "step-8") == config.run_dir
     assert (config.run_dir / "note.txt").read_text() == "mine"
 
