@@ -449,7 +449,7 @@ CHANGES = {
     ),
     "chat template": lambda model: (model / "chat_template.jinja").write_text("{{ 1 }}"),
     "mask": lambda model: write_mask(model.parent / "0.9_mask.pt", seed=1),
-    "data": lambda model: change_text(model.parent / "tasks" / "mini.py", "7 * i + 3 * k", "5 * i + 3 * k"),
+    "data": lambda model: change_text(model.parent / "tasks" / "mini.py", "7 * i + 3 * k", "15 * i + 3 * k"),
 }
 
 
