@@ -26,7 +26,7 @@ from lota.masks.files import check_target, read
 from lota.models.hashing import remembered_hash
 from lota.models.pair import ModelPair, open_pair
 from lota.models.provenance import run_settings
-from lota.models.scope import meta_model
+from lota.models.scope import meta_model, share_sentence
 from lota.places import working_in
 from lota.storage import write_json
 from lota.train.saliency_gradients import SaliencySettings, collect, data_flags, load_saliency_data
@@ -205,6 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         other_words = {"sparsity": "sparsities", "model.policy_dtype": "dtype"}
         sys.exit(f"extract_masks.py: {with_flags(error, args, **other_words)}")
+    remedy = "--scope REGEX" if args.scope is None else None
+    print(share_sentence(pair.share.share, pair.share.largest, remedy))
     print_table(args, folder, masks)
     print_next_command(args, folder, pair.structure)
 

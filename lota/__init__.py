@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; _HOMES is what happens
     from lota.masks.extract.gradients import collect_gradients as collect_gradients
     from lota.masks.extract.select import extract as extract
     from lota.models.scope import find_scope as find_scope
+    from lota.models.scope import scope_share as scope_share
     from lota.optim.fused import apply_mask_in_backward as apply_mask_in_backward
     from lota.optim.fused import fuse_in_backward as fuse_in_backward
     from lota.optim.hf_callback import FusedCallback as FusedCallback
@@ -40,6 +41,7 @@ _HOMES = {
     "detach": "lota.share.delta.attach",
     "extract": "lota.masks.extract.select",
     "find_scope": "lota.models.scope",
+    "scope_share": "lota.models.scope",
     "switch": "lota.share.delta.attach",
     "fuse_in_backward": "lota.optim.fused",
 }

@@ -7,13 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-# What the commands import, apart from what they are themselves.
-MODULES = (
-    "hydra", "peft", "matplotlib.pyplot", "datasets", "trainers", "train_single_gpu", "lotto",
-    "extract_masks", "eval_model_all", "generate_samples", "merge_models", "convert_policy_to_hf_resize",
-    "lota.masks.__main__", "lota.share.delta.cli",
-)  # fmt: skip
+from scripts.forks import ROOT
+
 TASKS = {"first": 7, "second": 9}  # name -> what its rows are made with
 TASK = '''
 from tasks.base import Preference, Task

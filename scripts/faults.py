@@ -26,13 +26,11 @@ import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -41,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 from lota.storage import CHECKSUMS, file_hash, read_checksums
-from scripts.fault_cases import CASES, MODULES, ROOT, Case
+from scripts import forks
+from scripts.fault_cases import CASES, Case
 from scripts.fault_disk import Disk
 
 MODES = ("kill", "power")
@@ -56,48 +55,19 @@ MEMORY = "hashes.json"  # hashes of files that are a few seconds old: it may be 
 
 
 def start(argv: Sequence[str], folder: Path, disk: Disk | None, log: Path, count: Path | None = None) -> int:
-    """Run `python ARGV` in a fork, in that folder; returns its exit status, or minus the signal.
+    """Run `python ARGV` in a fork, disturbed by `disk`; see `scripts.forks.start`.
 
-    log: file for what it prints. count: file for the operations that `disk` has counted.
+    count: file for the operations that `disk` has counted.
     """
-    pid = os.fork()
-    if pid == 0:
-        _run(list(argv), folder, disk, log, count)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+    if disk is None:
+        return forks.start(argv, folder, log)
 
-
-def _run(argv: list[str], folder: Path, disk: Disk | None, log: Path, count: Path | None) -> None:
-    code = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(folder)
-        os.environ.update(PROJECT_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
-        if disk is not None:
-            disk.install()
-        if argv[0] == "-m":
-            sys.argv = argv[1:]
-            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [str(ROOT / argv[0]), *argv[1:]]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if not isinstance(stop.code, int | None):
-            print(stop.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if disk is not None and count is not None:
+    def write_count() -> None:
+        if count is not None:
             disk.busy = True
             count.write_text(json.dumps(disk.counted))
-        os._exit(code)
+
+    return forks.start(argv, folder, log, disk.install, write_count)
 
 
 # What is compared
@@ -250,11 +220,7 @@ def test_points(name: str, mode: str, numbers: Sequence[int]) -> list[Point]:
 
 def run(names: Sequence[str], modes: Sequence[str], sample: int, seed: int, jobs: int) -> Iterator[Point]:
     """Every point of the cases in the modes, or a sample of them."""
-    import torch
-
-    torch.set_num_threads(1)
-    for module in MODULES:
-        __import__(module)
+    forks.import_all()
     fork, memory = multiprocessing.get_context("fork"), "/dev/shm"
     with (
         tempfile.TemporaryDirectory(

@@ -40,7 +40,8 @@ import pytest
 from scripts.mutation import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE: dict[str, list[str]] = tomllib.loads((ROOT / "scripts/mutants.toml").read_text())
+# module -> its test files, or those (tests) and what of it is mutated (functions)
+TABLE: dict[str, Any] = tomllib.loads((ROOT / "scripts/mutants.toml").read_text())
 COPIED = (
     "lota",
     "tasks",
@@ -266,8 +267,10 @@ def judge(module: str, arguments: argparse.Namespace) -> float:
     results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     tree = copied_tree(ROOT)
     source = (tree / module).read_text(encoding="utf-8")
-    mutants = {key_of(module, m): m for m in mutants_of(source)}
-    found = record(tree, module, [f"tests/test_{name}.py" for name in TABLE[module]])
+    entry = TABLE[module]
+    tests, functions = (entry, []) if isinstance(entry, list) else (entry["tests"], entry["functions"])
+    mutants = {key_of(module, m): m for m in mutants_of(source, functions)}
+    found = record(tree, module, [f"tests/test_{name}.py" for name in tests])
     gc.freeze()
     jobs = []
     for key, mutant in mutants.items():

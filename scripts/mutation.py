@@ -1,15 +1,16 @@
 """Which faults `scripts/mutants.py` puts into a module: cosmic-ray's operators and some of our own.
 
 Not mutated: what decides no result (docstrings, annotations, names of types, texts of errors, of logs and in
-f-strings, `__repr__`, the arguments of a dataclass's decorator), `assert`, which checks ourselves, and
-methods that only raise NotImplementedError.
+f-strings, `__repr__`, the arguments of a dataclass's decorator), `assert`, which checks ourselves, methods
+that only raise NotImplementedError, and calls that flush to disk, which nothing but a power cut shows: those
+are scripts/faults.py's.
 """
 
 from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import cosmic_ray.mutating
@@ -53,6 +54,8 @@ SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
 # a static method without its decorator works the same on the class, and so does all that calls it there
 SILENT_DECORATORS = {"dataclass", "overload", "abstractmethod", "staticmethod"}
 LOGGERS = {"log", "logger", "logging", "warnings"}
+CHECKS = {"strict", "check_invariants"}  # arguments of zip and of sparse tensors: checks of ourselves
+FLUSHES = {"fsync", "flush_to_disk"}
 
 Place = tuple[int, int]  # line from 1, column from 0, in characters
 
@@ -66,8 +69,10 @@ class Mutant(NamedTuple):
     source: str
 
 
-def mutants_of(source: str) -> list[Mutant]:
-    """All mutants of a module that are programs and differ from it and from each other."""
+def mutants_of(source: str, functions: Collection[str] = ()) -> list[Mutant]:
+    """All mutants of a module, or of these functions in it, that are programs and differ from it and from
+    each other.
+    """
     tree = ast.parse(source)
     silent = list(_without_effect(tree, source))
     seen, found = {ast.dump(tree)}, []
@@ -82,7 +87,14 @@ def mutants_of(source: str) -> list[Mutant]:
         if shape not in seen:
             seen.add(shape)
             found.append(Mutant(operator, *_statement(tree, start[0]), text))
-    return sorted(found, key=lambda mutant: mutant.first)
+    inside = [_lines(node) for node in ast.walk(tree) if getattr(node, "name", None) in functions]
+    chosen = [m for m in found if not functions or any(m.first in lines for lines in inside)]
+    return sorted(chosen, key=lambda mutant: mutant.first)
+
+
+def _lines(node: ast.AST) -> range:
+    assert isinstance(node, ast.stmt) and node.end_lineno is not None
+    return range(node.lineno, node.end_lineno + 1)
 
 
 def _of_cosmic_ray(source: str, silent: list[tuple[Place, Place]]) -> Iterator[tuple[str, Place, str]]:
@@ -158,9 +170,9 @@ def _without_effect(tree: ast.Module, source: str) -> Iterator[tuple[Place, Plac
             nodes += [node.exc, node.cause]
         elif isinstance(node, ast.Call) and _name(node.func) in ("reshape", "view"):
             nodes += [size for size in node.args if isinstance(size, ast.UnaryOp)]  # -1: any negative is one
-        elif isinstance(node, ast.Call) and _name(node.func) == "zip":
-            nodes += [keyword.value for keyword in node.keywords]  # strict=True checks ourselves
-        elif isinstance(node, ast.Assert | ast.JoinedStr) or _is_logging(node) or _is_alias(node, tree):
+        elif isinstance(node, ast.keyword) and node.arg in CHECKS:
+            nodes.append(node.value)
+        elif isinstance(node, ast.Assert | ast.JoinedStr) or _is_silent_call(node) or _is_alias(node, tree):
             nodes.append(node)
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             nodes += [d for d in node.decorator_list if _name(d) in SILENT_DECORATORS]
@@ -177,10 +189,13 @@ def _is_abstract(node: ast.FunctionDef) -> bool:
     return isinstance(last, ast.Raise) and last.exc is not None and _name(last.exc) == "NotImplementedError"
 
 
-def _is_logging(node: ast.AST) -> bool:
+def _is_silent_call(node: ast.AST) -> bool:
+    """Whether it writes to a log or flushes to disk."""
     if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
         return False
     called = node.value.func
+    if isinstance(called, ast.Name) and called.id in FLUSHES:
+        return True
     while isinstance(called, ast.Attribute):
         called = called.value
     return isinstance(called, ast.Name) and called.id in LOGGERS

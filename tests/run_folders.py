@@ -38,6 +38,19 @@ def write_run(
     return folder
 
 
+def finished_run(config, content: str = "old") -> Path:
+    """A folder that looks like one of a finished run."""
+    run = config.run_dir
+    (run / "step-80").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "step-80/policy.pt"):
+        (run / name).write_text(content)
+    return run
+
+
+def folder_state(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+
 def _result(task: str, values: list[float]) -> Result:
     found = mean(dict(enumerate(values)))
     return Result(

@@ -50,6 +50,8 @@ def test_files_summary_table_and_next_command(pair, tmp_path, capsys):
         assert sum(layer["kept"] for layer in row["per_layer"].values()) == mask.n_kept
         assert list(row["per_layer"]) == ["0", "1"]
         assert re.search(rf"{re.escape(name)} +{mask.n_kept:,} +{mask.n_total:,}", shown)
+        assert (mask.meta["scope_share"], mask.meta["left_out"]) == (1, "")
+    assert "the scope takes 100.0 % of the matrices" in shown
     assert f"train_single_gpu.py mask_path={out}/gsm8k/0.9_mask.pt" in shown
     assert f"model.name_or_path={base_path} 'datasets" in shown
 

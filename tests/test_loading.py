@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hf_models import (
     CONFIGS,
     INPUT,
@@ -293,6 +294,18 @@ def test_pad_token_uses_a_spare_row(tmp_path):
 def test_choose_pad_token_id_never_leaves_the_embedding(rows, special, config_eos, expected):
     config = new_config("llama", pad_token_id=None, eos_token_id=config_eos)
     assert choose_pad_token_id(word_tokenizer(rows, **special), config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (transformers.CodeGenConfig(eos_token_id=7), 7),  # which has no pad_token_id
+        (transformers.CpmAntConfig(), 0),  # which has neither
+        (transformers.Gemma3Config(text_config={"eos_token_id": 5, "pad_token_id": 6}), 6),
+    ],
+)
+def test_choose_pad_token_id_of_a_config_without_such_keys(config, expected):
+    assert choose_pad_token_id(word_tokenizer(8), config) == expected
 
 
 def test_real_tokenizer(stories):

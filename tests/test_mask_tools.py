@@ -19,6 +19,7 @@ from lota.masks import Mask
 from lota.masks import __main__ as mask_tools
 from lota.masks.combine import combine, random_like
 from lota.masks.views import density, overlap
+from lota.models.scope import find_scope, meta_model, scope_share
 from lota.utils import aligned, short_names
 
 OWN_MEMORY = """
@@ -78,6 +79,27 @@ def test_pictures_replace_pictures_of_ours_alone(tool, files, tmp_path):
     picture.write_bytes(b"\x89PNG of a holiday")
     assert f"{picture} exists and is no picture of masks" in refusal(tool, *files, "--png", tmp_path)
     assert picture.read_bytes() == b"\x89PNG of a holiday"
+
+
+@pytest.mark.parametrize("pattern", [None, "self_attn"])
+def test_show_tells_the_share_of_the_matrices(files, pattern, tmp_path, capsys):
+    """As recorded, also in what is made of a mask; files of before do not say it, and a model does."""
+    model = meta_model(runs.MODEL)
+    found = scope_share(model, find_scope(model, "mlp"))
+    meta = {"scope": pattern, "scope_share": found.share, "left_out": found.largest}
+    mask = Mask.load(files[0])
+    Mask(mask.bits, mask.shapes, meta).save(tmp_path / "new.pt")
+    mask_tools.main(["flip", str(tmp_path / "new.pt"), "--out", str(tmp_path / "flipped.pt")])
+    for file in ("new.pt", "flipped.pt"):
+        mask_tools.main(["show", str(tmp_path / file)])
+        shown = capsys.readouterr().out
+        assert f"the scope takes {100 * found.share:.1f} % of the matrices" in shown
+        assert ("left out are model.layers.#.self_attn" in shown) == (pattern is None)
+        assert "scope_share" not in shown and "left_out:" not in shown
+    mask_tools.main(["show", files[0]])
+    assert "share of the matrices is not recorded (--model FOLDER" in capsys.readouterr().out
+    mask_tools.main(["show", files[0], "--model", str(runs.MODEL)])
+    assert "the scope takes 100.0 % of the matrices" in capsys.readouterr().out
 
 
 def test_the_heat_map_has_the_tables_numbers(files):

@@ -117,6 +117,10 @@ def test_metadata_that_stay_true():
     assert mask.flip().flip().meta == {**ORIGINS, "flipped": False}
     assert mask.only(["a", "b", "c"]).meta == mask.meta
     assert mask.only(["c", "absent"]).meta == {**ORIGINS, "scope": None}
+    share = {"scope_share": 0.5, "left_out": "x"}
+    shared = Mask(mask.bits, mask.shapes, {**ORIGINS, **share})
+    assert shared.flip().meta == {**ORIGINS, **share, "flipped": True}
+    assert shared.only(["c"]).meta == {**ORIGINS, "scope": None}
     other = Mask.from_dense(random_kept(4), {**ORIGINS, "base": "another", "base_hash": "2"})
     assert mask.union(mask).meta == ORIGINS
     assert mask.union(other).meta == {"scope": "default", "score": "gradient"}

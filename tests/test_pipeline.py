@@ -59,6 +59,7 @@ def test_calibration_names_the_next_command(pipeline):
     assert "trained entries: " in said["calibrate"]
     assert "python extract_masks.py --base" in said["calibrate"]
     assert "mask scope: " in said["calibrate"]
+    assert "the scope takes 100.0 % of the matrices" in said["calibrate"]
 
 
 def test_masks_fit_the_sparsity(pipeline):

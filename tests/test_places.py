@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -15,18 +18,7 @@ import pytest
 
 from lota import places
 from lota.places import clear_leftovers, holding, working_in
-from lota.storage import (
-    atomic_path,
-    cut,
-    naming,
-    read_checksums,
-    refuse_foreign,
-    save_tensors,
-    verify_checksum,
-    whole_lines,
-    write_checksums,
-    write_json,
-)
+from lota.storage import write_json
 
 
 @contextlib.contextmanager
@@ -127,77 +119,254 @@ def test_temporary_files_of_living_processes_stay(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {own, elsewhere}
 
 
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_folder_is_replaced_or_stays(tmp_path, monkeypatch, fails_at):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").touch()
-    real, calls = os.replace, []
-
-    def replace(*paths):
-        calls.append(paths)
-        if len(calls) == fails_at:
-            raise OSError(errno.EIO, "Input/output error")
-        real(*paths)
-
-    monkeypatch.setattr("lota.storage.os.replace", replace)
-    with pytest.raises(OSError), atomic_path(tmp_path / "folder") as temporary:
-        temporary.mkdir()
-        (temporary / "new").touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["folder", "folder/old"]
+def test_a_leftover_in_use_hides_no_other(tmp_path):
+    """Entries are looked at in the order of names: one that stays ends nothing."""
+    names = [".a.txt", ".b.json.17.tmp", ".c.json.17.tmp", ".d.json.17.tmp"]
+    with another_process("holding", tmp_path / "b.json"):
+        for name in names:
+            (tmp_path / name).touch()
+        clear_leftovers(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == [".a.txt", ".b.json.17.tmp", ".b.json.lock"]
+    (tmp_path / names[2]).touch()
+    own = places.temporary_name(tmp_path / "a")
+    own.touch()
+    clear_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([own.name, ".a.txt"])
 
 
-def test_errors_of_writing_name_the_file(tmp_path):
-    with pytest.raises(OSError, match=r"No space left.*results\.json"), naming(tmp_path / "results.json"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(FileNotFoundError, match="absent"), naming("results.json"):
-        (tmp_path / "absent").read_text()
+def test_of_one_entry_the_others_stay(tmp_path):
+    for name in (".a.17.tmp", ".b.17.tmp", ".a.lock", ".b.lock"):
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path, "a")
+    assert sorted(os.listdir(tmp_path)) == [".a.lock", ".b.17.tmp", ".b.lock"]
+    with holding(tmp_path / "b"):
+        assert sorted(os.listdir(tmp_path)) == [".a.lock", ".b.lock"]
+    assert os.listdir(tmp_path) == [".a.lock"]
+    clear_leftovers(tmp_path)
+    assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("lies_there", ["file", "folder", "link"])
-def test_only_its_own_kind_is_replaced(tmp_path, lies_there):
-    path = tmp_path / "a.pt"
-    {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to("nowhere")}[lies_there]()
-    with pytest.raises(ValueError, match=r"out=.*a\.pt exists and is no mask file"):
-        refuse_foreign("out", path, "mask file", lambda path: False)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_replaced_folder_is_left_to_its_holder(tmp_path, there):
+    replaced = places.replaced_name(tmp_path / "folder")
+    replaced.mkdir()
+    if there:
+        (tmp_path / "folder").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    clear_leftovers(tmp_path, "folder", held=False)
+    assert sorted(os.listdir(tmp_path)) == before
+    with holding(tmp_path / "folder"):
+        assert (tmp_path / "folder").is_dir() and not replaced.exists()
 
 
-def test_a_symbolic_link_is_replaced_and_not_followed(tmp_path):
-    (tmp_path / "target").write_text("mine")
-    (tmp_path / "link").symlink_to("target")
-    write_json(tmp_path / "link", 1)
-    assert (tmp_path / "target").read_text() == "mine" and not (tmp_path / "link").is_symlink()
+def test_what_is_held_is_held_for_all_that_this_process_does_in_it(tmp_path):
+    """And not before the outer one ends."""
+    with working_in(tmp_path / "run") as run:
+        for _ in range(2):
+            with holding(run), holding(run / "epoch-1" / "a.json"):
+                assert sorted(p.name for p in tmp_path.rglob("*.lock")) == [".lock"]
+    with holding(tmp_path / "a"):
+        for _ in range(2):
+            with holding(tmp_path / "a"), holding(tmp_path / "b"):
+                assert sorted(os.listdir(tmp_path)) == [".a.lock", ".b.lock"]
+    with holding(tmp_path / "a"):
+        assert os.listdir(tmp_path) == [".a.lock"]  # held anew: what has ended is forgotten
+    assert not os.listdir(tmp_path)
 
 
-# Checksums, and files that grow
+def handles() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
-def test_checksums_find_a_flipped_bit(tmp_path):
-    sums = {"a.pt": save_tensors({"x": list(range(1000))}, tmp_path / "a.pt")}
-    (tmp_path / "inside").mkdir()
-    (tmp_path / "inside" / "b").write_bytes(b"content")
-    write_checksums(tmp_path, sums)
-    assert set(read_checksums(tmp_path)) == {"a.pt", "inside/b"}
-    verify_checksum(tmp_path / "a.pt")
-    verify_checksum(tmp_path / "checksums.json")  # which is in no list
-    data = bytearray((tmp_path / "a.pt").read_bytes())
-    data[len(data) // 2] ^= 4
-    (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.pt is damaged"):
-        verify_checksum(tmp_path / "a.pt")
+@pytest.mark.parametrize("kind", [working_in, holding])
+def test_a_lock_tells_its_holder_and_leaves_no_handle(tmp_path, kind):
+    before, place = handles(), tmp_path / "place"
+    lock = place / ".lock" if kind is working_in else tmp_path / ".place.lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text("9" * 300)  # of a process that was killed
+    for _ in range(3):
+        with kind(place):
+            assert lock.read_text() == f"{os.getpid()} {platform.node()}\n"
+            told = rf"\(pid {os.getpid()}\) is at work in {place}: .*{lock}, taken on {platform.node()}"
+            with pytest.raises(ValueError, match=told):
+                places._acquire(lock, place)
+            assert handles() == before + 1
+            clear_leftovers(lock.parent)
+            assert lock.exists() and handles() == before + 1
+        assert not lock.exists() and handles() == before
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "[" * 100_000])
-def test_a_damaged_list_of_checksums_is_named(tmp_path, text):
-    (tmp_path / "checksums.json").write_text(text)
-    with pytest.raises(ValueError, match=r"checksums\.json is damaged"):
-        read_checksums(tmp_path)
+def test_anybody_may_read_who_holds_a_place(tmp_path):
+    usual = os.umask(0)
+    try:
+        with holding(tmp_path / "a"):
+            assert (tmp_path / ".a.lock").stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(usual)
 
 
-def test_lines_end_at_newlines_alone(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_bytes('{"a": "\u2028\u0085\x0b\r"}\n\n{"b": "ü'.encode()[:-1])
-    ends, lines = zip(*whole_lines(path), strict=True)
-    assert lines == ('{"a": "\u2028\u0085\x0b\r"}'.encode(), b"")
-    inode = path.stat().st_ino
-    cut(path, ends[-1])
-    assert path.read_bytes() == b"\n".join(lines) + b"\n" and path.stat().st_ino == inode
+def test_a_lock_without_a_name_is_waited_for(tmp_path, monkeypatch):
+    """Its holder has only just begun, or only looks whether anybody is there; not for ever."""
+    lock, slept = tmp_path / ".a.lock", []
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    monkeypatch.setattr(places.time, "sleep", slept.append)
+    with pytest.raises(ValueError, match="is at work in"):
+        holding(tmp_path / "a").__enter__()
+    assert 0.4 < sum(slept) < 0.6
+    monkeypatch.setattr(places.time, "sleep", lambda _: os.close(handle))
+    with holding(tmp_path / "a"):
+        pass
+
+
+def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypatch):
+    real, left = os.open, [2]
+
+    def slow_open(path, *more):
+        if str(path).endswith(".lock") and left[0]:
+            left[0] -= 1
+            os.rmdir(tmp_path / "a" / "b")
+            if left[0]:
+                os.rmdir(tmp_path / "a")
+        return real(path, *more)
+
+    monkeypatch.setattr(places.os, "open", slow_open)
+    with working_in(tmp_path / "a" / "b") as folder:
+        assert (folder / ".lock").exists() and not left[0]
+
+
+def test_another_process_may_make_the_folder_first(tmp_path, monkeypatch):
+    real = Path.mkdir
+
+    def late(path, **options):
+        real(path, exist_ok=True)
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    with working_in(tmp_path / "a"):
+        pass
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_error_of_a_lock_is_no_holder(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = handles()
+    monkeypatch.setattr(places.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output"):
+        holding(tmp_path / "a").__enter__()
+    assert handles() == before
+    (tmp_path / ".a.lock").touch()
+    assert places._is_held(tmp_path / ".a.lock")  # nobody knows: it stays
+    monkeypatch.setattr(places, "_NO_LOCKS", (errno.EIO,))
+    assert not places._is_held(tmp_path / ".a.lock")
+    assert not places._is_held(tmp_path / ".b.lock") and handles() == before
+
+
+# Processes and machines
+
+
+def test_a_process_is_known_by_its_start(monkeypatch):
+    """Numbers are given again: the start, in clock ticks, tells processes apart."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (pid, start), (own, began) = (places._process(p).split("-") for p in (process.pid, os.getpid()))
+        memory = bytearray(50_000_000)
+        assert places._process(os.getpid()) == f"{own}-{began}" and len(memory)
+        assert (int(pid), int(own)) == (process.pid, os.getpid()) and int(start) > int(began) > 0
+        process.kill()
+    assert places._process(process.pid) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "lives"), [(None, True), (PermissionError, True), (ProcessLookupError, False)]
+)
+def test_without_proc_a_number_is_all_there_is(monkeypatch, error, lives):
+    asked = []
+
+    def kill(pid, number):
+        asked.append((pid, number))
+        if error:
+            raise error
+
+    def absent(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(places.os, "kill", kill)
+    monkeypatch.setattr(Path, "read_text", absent)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert places._process(17) == ("17-0" if lives else None) and asked == [(17, 0)]
+
+
+def test_machines_differ_by_name_by_space_of_numbers_and_by_id(tmp_path, monkeypatch):
+    """Containers share a name or an id; what a living one writes must not look like ours."""
+    node, space = platform.node(), ["pid:[1]"]
+    identity = tmp_path / "machine-id"
+    real = Path
+
+    def made(path):
+        return {"/etc/machine-id": identity, "/proc/self/ns/pid": tmp_path / "space"}.get(path, real(path))
+
+    def machine() -> str:
+        (tmp_path / "space").unlink(missing_ok=True)
+        if space:
+            (tmp_path / "space").symlink_to(space[0])
+        places._machine.cache_clear()
+        return places._machine()
+
+    monkeypatch.setattr(places, "Path", made)
+    found = [machine()]
+    assert machine() == found[0] and re.fullmatch("[0-9a-f]{8}", found[0])
+    identity.write_text("one")
+    found.append(machine())
+    identity.write_text("two")
+    found.append(machine())
+    space[0] = "pid:[2]"
+    found.append(machine())
+    space.clear()
+    found.append(machine())
+    monkeypatch.setattr(places.platform, "node", lambda: f"{node}x")
+    found.append(machine())
+    assert len(set(found)) == len(found)
+    monkeypatch.undo()
+    places._machine.cache_clear()
+
+
+# Disk
+
+
+def test_files_and_folders_are_flushed(tmp_path, monkeypatch):
+    before, flushed = handles(), []
+    monkeypatch.setattr(places.os, "fsync", lambda h: flushed.append(os.readlink(f"/proc/self/fd/{h}")))
+    (tmp_path / "a").touch()
+    places.fsync(tmp_path / "a")
+    places.fsync(tmp_path)
+    assert flushed == [str(tmp_path / "a"), str(tmp_path)] and handles() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "of", "told"),
+    [(errno.EINVAL, "folder", False), (errno.EIO, "folder", True), (errno.EINVAL, "file", True)],
+)
+def test_a_file_system_that_does_not_flush_folders_is_taken(tmp_path, monkeypatch, number, of, told):
+    def fail(_):
+        raise OSError(number, "no")
+
+    before, path = handles(), tmp_path if of == "folder" else tmp_path / "file"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(places.os, "fsync", fail)
+    with pytest.raises(OSError) if told else contextlib.nullcontext():
+        places.fsync(path)
+    assert handles() == before
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "folder" / "in").mkdir(parents=True)
+    (tmp_path / "folder" / "in" / "x").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("link", "absent"):
+        places.remove(tmp_path / name)
+    assert os.listdir(tmp_path) == ["folder"] and (tmp_path / "folder" / "in" / "x").exists()
+    places.remove(tmp_path / "folder" / "in" / "x")
+    places.remove(tmp_path / "folder")
+    assert not os.listdir(tmp_path)

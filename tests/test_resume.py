@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from prepared import python
+from run_folders import finished_run, folder_state
 from runs import MODEL, ROOT, metrics, policy, same, settings, stopped_after, train, write_mask
 from safetensors.torch import load_file, save_file
 
@@ -150,10 +150,6 @@ def test_what_may_not_be_continued(options, workplace):
     task.write_text(task.read_text().replace("7 * i + 3 * k", "5 * i + 3 * k"))
     with pytest.raises(ValueError, match="another data"):
         train(*options)
-
-
-def folder_state(run: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.slow
@@ -312,68 +308,6 @@ def test_a_damaged_policy_is_read_by_nobody(options, tmp_path):
             use()
 
 
-def finished_run(config, content: str = "old") -> Path:
-    """A folder that looks like one of a finished run."""
-    run = config.run_dir
-    (run / "step-80").mkdir(parents=True)
-    for name in ("config.yaml", "metrics.jsonl", "step-80/policy.pt"):
-        (run / name).write_text(content)
-    return run
-
-
-@pytest.mark.parametrize("n", range(1, 6))
-@pytest.mark.parametrize("then", ["overwrite=true", "resume=auto"])
-def test_overwrite_killed_between_its_renames_loses_nothing(options, monkeypatch, n, then):
-    """The process ends at its n-th rename; the next start finds the old run whole, or a new one begun."""
-    config = settings(*options, "overwrite=true")
-    run = finished_run(config)
-    before = folder_state(run)
-    real, left = os.replace, [n]
-
-    def replace(*paths):
-        left[0] -= 1
-        if left[0] <= 0:
-            raise KeyboardInterrupt
-        real(*paths)
-
-    folder = RunFolder(config)
-    folder.look()
-    with monkeypatch.context() as patch:
-        patch.setattr("lota.train.run_folder.os.replace", replace)
-        with contextlib.suppress(KeyboardInterrupt), folder:
-            raise KeyboardInterrupt
-    with contextlib.suppress(ValueError):  # under resume=auto the old run's config.yaml is refused
-        RunFolder(settings(*options, then)).look()
-    assert folder_state(run) == before
-
-
-def test_a_refused_command_leaves_a_folder_in_use_alone(options):
-    config = settings(*options, "overwrite=true")
-    run = finished_run(config)
-    first = RunFolder(config)
-    first.look()
-    with first:
-        assert not (run / "step-80").exists()
-        before = folder_state(run)
-        with pytest.raises(ValueError, match="is at work in"):
-            RunFolder(config).look()
-        assert folder_state(run) == before
-        (run / "step-8").mkdir()
-    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "step-8"]
-
-
-@pytest.mark.parametrize("overwrite", ["true", "false"])
-def test_a_run_that_ended_between_look_and_lock_is_not_deleted(options, overwrite):
-    config = settings(*options, f"overwrite={overwrite}")
-    folder = RunFolder(config)
-    folder.look()
-    run = finished_run(config)
-    before = folder_state(run)
-    with pytest.raises(ValueError, match="has changed while this run was being prepared"):
-        folder.__enter__()
-    assert folder_state(run) == before
-
-
 @pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [", b"\xff\xfe\x00"])
 def test_a_config_that_is_none_is_named(options, content):
     run = finished_run(settings(*options))
@@ -436,28 +370,6 @@ def test_lines_that_are_none_of_a_log_stay(tmp_path):
     RunLog(settings(), tmp_path, total_examples=40, examples=8).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == text[: text.index(b'{"examples": 16}')]
     assert (tmp_path / "metrics.jsonl").stat().st_ino == inode  # cut, not written anew
-
-
-def test_an_evaluation_that_outlives_its_run_begins_none(options):
-    """It makes epoch-1/metrics again after overwrite=true has moved the run aside; the old run comes back."""
-    config = settings(*options, "overwrite=true")
-    run = finished_run(config)
-    folder = RunFolder(config)
-    folder.look()
-    with contextlib.suppress(KeyboardInterrupt), folder:
-        (run / "step-80" / "metrics").mkdir(parents=True)
-        raise KeyboardInterrupt
-    assert (run / "step-80" / "policy.pt").read_text() == "old" and not (run / ".replaced").exists()
-
-
-def test_what_lies_in_the_way_back_is_set_aside(options):
-    config = settings(*options, "overwrite=true")
-    run = finished_run(config)
-    (run / ".moving").mkdir()
-    os.replace(run / "step-80", run / ".moving" / "step-80")
-    (run / "step-80" / "metrics").mkdir(parents=True)
-    RunFolder(config).look()
-    assert (run / "step-80" / "policy.pt").read_text() == "old" and (run / "step-80.1" / "metrics").is_dir()
 
 
 def test_a_run_that_starts_anew_has_no_old_lines(tmp_path):

@@ -196,8 +196,8 @@ def test_sparsities_are_numbers_and_each_is_there_once():
 @pytest.mark.parametrize("per", ["tensor", "layer"])
 def test_a_threshold_of_each_tensor_or_layer(per, tmp_path):
     base_path, tuned_path, base, changed = make_pair(tmp_path, ties=False)
-    mask = lota.extract(base_path, tuned_path, [0.8], scope="proj|lm_head|norm", per=per)[0.8]
-    pair = open_pair(base_path, tuned_path, scope="proj|lm_head|norm")
+    mask = lota.extract(base_path, tuned_path, [0.8], scope="proj|embed|norm", per=per)[0.8]
+    pair = open_pair(base_path, tuned_path, scope="proj|embed|norm")
     before, after = dict(base.named_parameters()), dict(changed.named_parameters())
     labels = {n: n.split(".")[2] if ".layers." in n else "outside" for n in pair.scope}
     pools = {}
@@ -254,6 +254,22 @@ def test_unmoved_entries_are_never_kept(tmp_path, caplog):
     told = [(record.levelname, record.getMessage()) for record in caplog.records]
     few = f"sparsity 0.9: {mask.meta['shortfall']} entries fewer than asked for are kept, because their sal"
     assert [(level, text.startswith(few)) for level, text in told] == [("WARNING", True)]
+
+
+@pytest.mark.parametrize("unmoved", [0, 1])
+def test_what_a_shortfall_comes_from_is_said(unmoved, tmp_path, caplog):
+    """INFO if no whole row fits into what is left; WARNING if any tensor lacks entries that moved."""
+    base_path, _, base, changed = make_pair(tmp_path, ties=False)
+    state = {name: value.clone() for name, value in changed.state_dict().items()}
+    for name in sorted(find_scope(base))[:unmoved]:
+        state[name] = base.state_dict()[name]
+    tuned = save_policy(tmp_path / "tuned.pt", state)
+    caplog.set_level("INFO")
+    mask = lota.extract(base_path, tuned, [0.9], per="tensor", granularity="row")[0.9]
+    (told,) = [record for record in caplog.records if "fewer than asked for" in record.getMessage()]
+    assert f"{mask.meta['shortfall']} entries fewer" in told.getMessage()
+    assert told.levelname == ("WARNING" if unmoved else "INFO")
+    assert ("their saliency is 0" if unmoved else "no whole row fits") in told.getMessage()
 
 
 def test_scope_by_regular_expression(tmp_path):

@@ -109,7 +109,8 @@ def test_a_long_field_is_a_field(tmp_path):
 
 def test_held_out_rows_that_are_training_rows_are_counted(tmp_path, caplog):
     rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(5)]
-    for name, some in (("train", rows), ("test", [*rows[3:], {"question": "new", "answer": "#### 1"}])):
+    turned = [dict(reversed(row.items())) for row in rows]  # the same rows, written by somebody else
+    for name, some in (("train", turned), ("test", [*rows[3:], {"question": "new", "answer": "#### 1"}])):
         put(tmp_path, f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in some))
     GSM8K.load("train", tmp_path)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lota.data.task import Task
-from tasks import EVALUATED_ON, TASKS, evaluation_names, get_task
+from tasks import EVALUATED_ON, TASKS, base, evaluation_names, get_task
 from tasks.base import HubSet
 
 ADAPTERS = (
@@ -210,6 +210,23 @@ def test_the_fetch_command_keeps_the_cut(tmp_path, one_split, monkeypatch):
     assert task.load("test", tmp_path) == from_hub
 
 
+def test_what_is_fetched_can_be_read_in_an_editor(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda **arguments: [{"question": "Äpfel\u2028?", "answer": "5"}]
+    )
+    get_task("gsm8k").fetch("test", tmp_path / "test.jsonl")
+    text = (tmp_path / "test.jsonl").read_text(encoding="utf-8")
+    assert text == '{"question": "Äpfel\u2028?", "answer": "5"}\n'
+
+
+def test_what_has_no_hub_set_cannot_be_fetched(tmp_path):
+    with pytest.raises(ValueError, match="task sharegpt has no hub set to fetch split 'train' from"):
+        get_task("sharegpt").fetch("train", tmp_path / "train.jsonl")
+    assert not any(tmp_path.iterdir())
+
+
 def test_files_outside_the_hub():
     at = HubSet("https://example.org/a", "c", {"test": "dev"}, file="x/{split}.json").arguments("test")
     assert at == {"path": "json", "data_files": "https://example.org/a/c/x/dev.json", "split": "train"}
@@ -256,6 +273,14 @@ def test_contract(name: str):
     assert task.held_out is None or (task.held_out in task.splits and task.held_out != "train")
     assert task.hub is None or all(split in task.hub_of(split).splits for split in task.splits)
     assert task.max_new_tokens > 0
+
+
+def test_what_every_task_inherits():
+    """It decides scores: whoever changes it raises the version of each task that has it from here."""
+    usual = base.Task
+    assert (usual.version, usual.max_new_tokens, usual.stop, usual.closing) == (1, 256, (), "")
+    cut_at_their_end = {name for name in TASKS if get_task(name).chat}
+    assert not usual.chat and "gsm8k" not in cut_at_their_end and "ultrachat" in cut_at_their_end
 
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "TASKS.md").read_text(encoding="utf-8")

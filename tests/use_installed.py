@@ -64,7 +64,9 @@ def write_models() -> None:
     model = new_model()
     model.save_pretrained(BASE)
     with torch.no_grad():
-        for name in lota.find_scope(model):
+        scope = lota.find_scope(model)
+        assert lota.scope_share(model, scope).share == 1
+        for name in scope:
             model.get_parameter(name).add_(torch.randn(model.get_parameter(name).shape), alpha=0.1)
     model.save_pretrained(TUNED)
 

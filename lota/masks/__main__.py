@@ -25,7 +25,7 @@ from lota.masks.combine import TOOLS, combine
 from lota.masks.extract.select import DEFAULT_SCOPE
 from lota.masks.files import check_target
 from lota.masks.views import density, draw_overlap, overlap, overlap_table
-from lota.models.scope import find_scope, meta_model
+from lota.models.scope import find_scope, meta_model, scope_share, share_sentence
 from lota.plots import is_drawn_here
 from lota.storage import refuse_foreign
 from lota.utils import aligned, first_few, short_names, with_flags
@@ -94,7 +94,7 @@ def show(args: argparse.Namespace, model: nn.Module | None) -> None:
     masks = load_masks(args.files, model, args.scope)
     for path, name, mask in zip(args.files, short_names(args.files), masks, strict=True):
         found = density(mask)
-        print("\n".join([f"{path}: {_counts(mask)}", *_origin(mask.meta)]))
+        print("\n".join([f"{path}: {_counts(mask)}", *_origin(mask.meta), *_share(mask, model)]))
         print("kept entries (%) by layer and module:", *aligned(found.table()), sep="\n", end="\n\n")
         if args.png:
             picture = Path(args.png) / f"density_{name.removesuffix('.pt').replace('/', '_')}.png"
@@ -113,8 +113,25 @@ def _origin(meta: Mapping[str, object]) -> list[str]:
         return [
             "older layout, without a scope: all parameters count (--model FOLDER: attention and MLP only)"
         ]
-    known = [f"{key}: {value}" for key, value in meta.items() if isinstance(value, str | float | int)]
-    return [", ".join(known)] if known else []
+    known = {key: value for key, value in meta.items() if isinstance(value, str | float | int)}
+    said = [f"{key}: {value}" for key, value in known.items() if key not in ("scope_share", "left_out")]
+    return [", ".join(said)] if said else []
+
+
+def _share(mask: Mask, model: nn.Module | None) -> list[str]:
+    """How much of the model's matrices the mask's scope takes: as recorded, or as `model` shows."""
+    meta = mask.meta
+    if meta.get("layout") == "dense":
+        return []
+    if model is not None:
+        found = scope_share(model, mask.names)
+        share, largest = found.share, found.largest
+    elif "scope_share" in meta and "left_out" in meta:
+        share, largest = meta["scope_share"], meta["left_out"]
+    else:
+        return ["the scope's share of the matrices is not recorded (--model FOLDER computes it)"]
+    remedy = "extract_masks.py --scope REGEX" if meta["scope"] in (None, DEFAULT_SCOPE) else None
+    return [share_sentence(share, largest, remedy)]
 
 
 def compare(args: argparse.Namespace, model: nn.Module | None) -> None:

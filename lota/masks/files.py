@@ -23,7 +23,14 @@ from lota.utils import first_few
 FORMAT = "lota-mask"
 FORMAT_VERSION = 1
 # Metadata that is computed with; everything else in `meta` is only shown.
-META_TYPES = {"scope": str | None, "layout": str, "flipped": bool, "sparsity": int | float}
+META_TYPES = {
+    "scope": str | None,
+    "scope_share": int | float,
+    "left_out": str,
+    "layout": str,
+    "flipped": bool,
+    "sparsity": int | float,
+}
 
 
 class Content(NamedTuple):

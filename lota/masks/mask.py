@@ -22,7 +22,8 @@ from lota.masks import files as mask_files
 from lota.masks.files import pack, unpack
 from lota.utils import first_few
 
-ORIGIN = ("scope", "base", "base_hash", "score", "flipped")  # metadata of where a mask comes from
+SCOPE = ("scope", "scope_share", "left_out")  # metadata of what a mask was chosen over
+ORIGIN = (*SCOPE, "base", "base_hash", "score", "flipped")  # metadata of where a mask comes from
 
 
 def kept_count(sparsity: float, n_entries: int) -> int:
@@ -185,8 +186,10 @@ class Mask:
         """The mask of these parameters; all others are frozen."""
         chosen = [name for name in names if name in self.bits]
         bits = {name: self.bits[name] for name in chosen}
-        whole = len(chosen) == len(self.bits)
-        return Mask(bits, self.shapes, self.meta if whole else self._meta_of_result() | {"scope": None})
+        if len(chosen) == len(self.bits):
+            return Mask(bits, self.shapes, self.meta)
+        kept = {key: value for key, value in self._meta_of_result().items() if key not in SCOPE}
+        return Mask(bits, self.shapes, kept)
 
     def minus(self, other: Mask) -> Mask:
         """Kept here and not kept there."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from lota.masks import Mask
 from lota.models.hashing import remembered_hash
-from lota.models.scope import find_scope, transformer_blocks
+from lota.models.scope import find_scope, layer_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,8 +86,8 @@ def trainable_mask(
         mask = mask.minus(other)
     if freeze_layers is not None:
         remainder = {"even": 0, "odd": 1}[freeze_layers]
-        blocks = [f"{prefix}." for prefix, _ in transformer_blocks(model, block_name)]
-        frozen = tuple(blocks[remainder::2])
+        numbers = layer_numbers(model, block_name)
+        frozen = tuple(f"{prefix}." for prefix, number in numbers.items() if number % 2 == remainder)
         bits = {n: torch.zeros_like(b) if n.startswith(frozen) else b for n, b in mask.bits.items()}
         mask = Mask(bits, mask.shapes, mask.meta)
     return mask

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,7 +27,7 @@ from lota.models.opening import (
     unexpected,
 )
 from lota.models.policy import find_policy, is_policy, model_folder, read_policy
-from lota.models.scope import load_config, meta_model, refuse_no_model
+from lota.models.scope import auto_class, load_config, meta_model, refuse_no_model
 from lota.models.weights import all_finite, open_weights, refuse_misfit, refuse_not_finite
 from lota.storage import DAMAGED
 
@@ -73,10 +72,16 @@ def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
 
     Ids that the model has no embedding row for are passed over, so the vocabulary never grows.
     """
-    rows, ends = config.get_text_config().vocab_size, config.eos_token_id
-    choices = [tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id]
+    rows, ends = config.get_text_config().vocab_size, special_id(config, "eos_token_id")
+    choices = [tokenizer.pad_token_id, special_id(config, "pad_token_id"), tokenizer.eos_token_id]
     choices += [*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.unk_token_id]
     return next((i for i in choices if i is not None and 0 <= i < rows), 0)
+
+
+def special_id(config: PreTrainedConfig, key: str) -> Any:
+    """A special token's id, such as `pad_token_id`; None for a config that has no such key (CodeGen's)."""
+    found = getattr(config, key, None)
+    return getattr(config.get_text_config(), key, None) if found is None else found
 
 
 def add_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> int:
@@ -110,7 +115,7 @@ def load_model(
     else:
         path = str(name_or_path if archive is None else archive)
         on_device = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-        model = _load_all(AutoModelForCausalLM, path, path, dtype=dtype, **on_device)
+        model = _load_all(auto_class(load_config(path)), path, path, dtype=dtype, **on_device)
     _check_finite(model, name_or_path if archive is None else archive)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
@@ -154,13 +159,14 @@ def model_from_policy(
     missing, what is not in the model and what has another shape.
     """
     with torch.device("meta"):
-        structure = AutoModelForCausalLM.from_config(config)
+        structure = auto_class(config).from_config(config)
     rows, base_rows = _stored_rows(structure, state), embedding_rows(structure)
     if rows is not None and rows != base_rows:
         logger.info("%s: vocabulary of %d rows instead of the base's %d", source, rows, base_rows)
         config.get_text_config().vocab_size += rows - base_rows
-        if config.pad_token_id is not None and config.pad_token_id >= rows:
-            config.pad_token_id = None
+        for part in (config, config.get_text_config()):
+            if getattr(part, "pad_token_id", None) is not None and part.pad_token_id >= rows:
+                part.pad_token_id = None
     for name, origin in tied_names(structure).items():
         if name in state and origin in state and not torch.equal(state[name], state[origin]):
             raise ValueError(f"{source}: {name} and {origin} differ, but the base ties them")

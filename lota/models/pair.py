@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lota.models.provenance import recorded_base, run_settings
-from lota.models.scope import ScopedTensor, find_scope, meta_model
+from lota.models.scope import ScopedTensor, ScopeShare, find_scope, meta_model, scope_share
 from lota.models.tensor_files import config_folder
 from lota.models.weights import WeightSource, open_weights, refuse_misfit
 
@@ -26,6 +26,7 @@ class ModelPair:
     shapes: dict[str, tuple[int, ...]]  # of every parameter of the base
     pattern: str | None  # regular expression that gave the scope; None: attention and MLP weights
     structure: str  # folder or hub id whose config gives the shapes
+    share: ScopeShare  # of the matrices that the scope takes
 
 
 def open_pair(
@@ -66,7 +67,7 @@ def open_pair(
         partner = f"a {type(structure).__name__} of this configuration" if role == "base" else base
         refuse_misfit(source.id, partner, expected, held | _further(source, expected))
     shapes = {name: tuple(parameter.shape) for name, parameter in structure.named_parameters()}
-    return ModelPair(sources, found, shapes, scope, structure_path)
+    return ModelPair(sources, found, shapes, scope, structure_path, scope_share(structure, found))
 
 
 def open_whole(

@@ -7,27 +7,37 @@ MoE routers are outside.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lota.models.damaged import one_line, refuse_damaged_json
 from lota.models.hub import refuse_absent
+from lota.models.roles import (
+    block_numbers,
+    inside,
+    is_linear_map,
+    is_router,
+    is_transposed,
+    matrices,
+    role_of,
+    towers,
+)
 from lota.models.tensor_files import refuse_delta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_ATTENTION = re.compile(r"attn|attention|deltanet|mamba", re.IGNORECASE)
-_ROUTER_CLASS = re.compile(r"router|gating", re.IGNORECASE)
-_ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
 MOST_LAYERS = 10_000  # a module of Python's is made for each
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+SHARE = 0.9  # of the matrices; a scope that takes less says what it leaves out
 
 
 @dataclass(frozen=True)
@@ -91,15 +101,13 @@ def meta_model(name_or_path: str | Path) -> PreTrainedModel:
 
     Raises ValueError for what has no config, or one that no causal LM can be made of.
     """
-    from transformers import AutoModelForCausalLM  # slow to import
-
     config = load_config(name_or_path)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ValueError(f"{name_or_path}: its config.json asks for {layers:,} layers, which no model has")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
         model.tie_weights()
     except Exception as error:
         raise ValueError(
@@ -109,28 +117,50 @@ def meta_model(name_or_path: str | Path) -> PreTrainedModel:
     return model
 
 
-def transformer_blocks(model: nn.Module, block_name: str | None = None) -> list[tuple[str, nn.Module]]:
-    """(prefix, block) of every transformer block in order.
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes a model of a config: of a causal LM, else of a text model with towers.
 
-    block_name: class of the blocks; None takes the module list that holds the most parameters.
-    Raises ValueError when there are none.
+    Raises ValueError for one with towers that cannot continue a text without an image or a sound.
     """
-    lists = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if block_name is not None:
-        named = [(prefix, m) for prefix, m in model.named_modules() if type(m).__name__ == block_name]
-        if not named:
-            choices = dict.fromkeys(type(entry).__name__ for _, entries in lists for entry in entries)
-            raise ValueError(
-                f"block_name={block_name}: {type(model).__name__} has no module of this class;"
-                f" use null (the blocks are found) or one of {', '.join(choices)}"
-            )
-        return named
-    if not lists:
+    import transformers  # slow to import
+
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return transformers.AutoModelForCausalLM
+    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        auto = getattr(transformers, name, None)  # the second one is new
+        if auto is None or type(config) not in auto._model_mapping:
+            continue
+        if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+            raise ValueError(f"a model of type {config.model_type} has an encoder for its text")
+        takes = inspect.signature(auto._model_mapping[type(config)].forward).parameters.values()
+        needs = [p.name for p in takes if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if needs[1:] not in ([], ["input_ids"]):  # behind self
+            raise ValueError(f"a model of type {config.model_type} computes nothing without {needs[1]}")
+        return auto
+    return transformers.AutoModelForCausalLM  # which says what it can make
+
+
+def transformer_blocks(model: nn.Module, block_name: str | None = None) -> list[tuple[str, nn.Module]]:
+    """(prefix, block) of every transformer block of the text tower in order.
+
+    block_name: class of the blocks; None finds them. Raises ValueError when there are none.
+    """
+    return [(prefix, model.get_submodule(prefix)) for prefix in layer_numbers(model, block_name)]
+
+
+def layer_numbers(model: nn.Module, block_name: str | None = None) -> dict[str, int]:
+    """Prefix of every transformer block -> number of its layer; see `transformer_blocks`."""
+    if block_name is None:
+        return block_numbers(model)
+    named = [prefix for prefix, m in model.named_modules() if type(m).__name__ == block_name]
+    if not named:
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        choices = dict.fromkeys(type(entry).__name__ for entries in lists for entry in entries)
         raise ValueError(
-            f"{type(model).__name__} has no list of transformer blocks; give scope as a regular expression"
+            f"block_name={block_name}: {type(model).__name__} has no module of this class;"
+            f" use null (the blocks are found) or one of {', '.join(choices)}"
         )
-    prefix, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [(f"{prefix}.{index}", block) for index, block in enumerate(blocks)]
+    return {prefix: number for number, prefix in enumerate(named)}
 
 
 def find_scope(
@@ -148,7 +178,7 @@ def find_scope(
         raise ValueError(f"scope={pattern!r} is not a regular expression: {error}") from error
     modules = dict(model.named_modules())
     try:
-        layers = {prefix: i for i, (prefix, _) in enumerate(transformer_blocks(model, block_name))}
+        layers = layer_numbers(model, block_name)
     except ValueError:
         if regex is None or block_name is not None:
             raise
@@ -161,17 +191,10 @@ def find_scope(
             owner = modules[name.rpartition(".")[0]]
             layer = None if block is None else layers[block]
             shape = tuple(parameter.shape)
-            scope[name] = ScopedTensor(shape, role, layer, type(owner).__name__, _is_transposed(owner))
+            scope[name] = ScopedTensor(shape, role, layer, type(owner).__name__, is_transposed(owner))
     if not scope:
         raise ValueError(f"scope={pattern!r} matches no parameter of {type(model).__name__}")
     return scope
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is GPT-2's linear map, its weight stored (in, out); by its name, without transformers."""
-    if type(module).__name__ != "Conv1D":
-        return False
-    return isinstance(module.weight, Tensor) and module.weight.ndim == 2 and module.bias is not None
 
 
 def _role(
@@ -180,46 +203,55 @@ def _role(
     if block is None:
         return "other"
     # names and modules between the block and the parameter: ["mlp", "up_proj"] and [LlamaMLP, Linear]
-    owner_path = name.rpartition(".")[0]
+    owner_path, _, leaf = name.rpartition(".")
     below = owner_path[len(block) + 1 :].split(".") if owner_path != block else []
     path = [modules[".".join([block, *below[: i + 1]])] for i in range(len(below))]
-    if not path or not _is_matrix(path[-1], parameter) or _is_router(below, path, model):
+    if not path or not is_linear_map(path[-1], leaf, parameter) or is_router(below, path, model):
         return "other"
-    words = [*below, *(type(module).__name__ for module in path)]  # either may say "attention"
-    return "attention" if any(_ATTENTION.search(word) for word in words) else "mlp"
+    return role_of(below, path, [block.rpartition(".")[0].rpartition(".")[2], type(modules[block]).__name__])
 
 
-def _is_matrix(owner: nn.Module, parameter: Tensor) -> bool:
-    kind = type(owner).__name__
-    if isinstance(owner, nn.Linear) or is_conv1d(owner) or kind.endswith("Linear"):
-        return parameter.ndim == 2
-    return parameter.ndim == 3 and "expert" in kind.lower()  # (experts, out, in)
+@dataclass(frozen=True)
+class ScopeShare:
+    """How much of a model's matrices a scope takes; embeddings, output head and routers do not count."""
+
+    taken: int  # entries of matrices in the scope
+    total: int  # entries of all matrices
+    left_out: tuple[tuple[str, int], ...]  # (name, with # for numbers, or tower; entries), the largest first
+
+    @property
+    def share(self) -> float:
+        return self.taken / self.total if self.total else 1.0
+
+    @property
+    def largest(self) -> str:
+        """The largest matrices left out, in words; "" if there are none."""
+        return ", ".join(f"{name} ({entries:,} entries)" for name, entries in self.left_out[:3])
 
 
-def _is_transposed(owner: nn.Module) -> bool:
-    """Whether a module stores its matrices as (in, out): GPT-2's Conv1D, the experts of gpt-oss and Llama 4.
+def share_sentence(share: float, largest: str, remedy: str | None) -> str:
+    """What is said of a scope: its share of the matrices, and what it leaves out if that is much.
 
-    transformers says so of most experts; of the others the shapes tell: gate_up_proj has twice the inner
-    width among its outputs, which are down_proj's inputs.
+    largest: as in `ScopeShare`. remedy: what chooses other weights; None for a scope that somebody chose.
     """
-    if is_conv1d(owner):
-        return True
-    stated = getattr(owner, "is_transposed", None)
-    if isinstance(stated, bool):
-        return stated
-    # stored (experts, in, out): up (experts, hidden, 2 inner), down (experts, inner, hidden)
-    up, down = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
-    if not (isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3):
-        return False
-    return up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
+    text = f"the scope takes {100 * share:.1f} % of the matrices outside embeddings, output head and routers"
+    if share >= SHARE or remedy is None:
+        return text
+    return f"{text}; the largest left out are {largest}, and {remedy} chooses other weights"
 
 
-def _is_router(below: list[str], path: list[nn.Module], model: nn.Module) -> bool:
-    if any(_ROUTER_CLASS.search(type(module).__name__) for module in path):
-        return True
-    if not _ROUTER_NAMES.intersection(below):
-        return False
-    # a layer called "gate" is a router if it has an output per expert, or one for the shared expert
-    config = getattr(model, "config", None)
-    sizes = {1, *(getattr(config, key, None) for key in _EXPERT_COUNTS)}
-    return path[-1].get_parameter("weight").shape[0] in sizes
+def scope_share(model: nn.Module, scope: Iterable[str]) -> ScopeShare:
+    """How much of the matrices of `model` (a meta-device model will do) the parameters of `scope` are.
+
+    Matrices of the same name in every layer are one entry of `left_out`, as is a whole tower.
+    """
+    taken, total, chosen, other = 0, 0, set(scope), towers(model)
+    left: Counter[str] = Counter()
+    for name, parameter in matrices(model):
+        total += parameter.numel()
+        if name in chosen:
+            taken += parameter.numel()
+        else:
+            tower = next((tower for tower in other if inside(name, [tower])), None)
+            left[re.sub(r"\d+", "#", name) if tower is None else tower] += parameter.numel()
+    return ScopeShare(taken, total, tuple(left.most_common()))

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lota.models.scope import is_conv1d
+from lota.models.roles import is_conv1d
 from lota.optim.kept import Entries, Kept, Part, Tiles
 from lota.optim.masked import MaskedOptimizer
 

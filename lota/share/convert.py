@@ -13,11 +13,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lota.models.loading import add_pad_token, load_tokenizer, model_from_policy, resize_vocabulary
+from lota.models.loading import (
+    add_pad_token,
+    load_tokenizer,
+    model_from_policy,
+    resize_vocabulary,
+    special_id,
+)
 from lota.models.opening import check_tokenizer, embedding_rows, open_model
 from lota.models.policy import find_policy, read_policy
 from lota.models.provenance import run_settings
-from lota.models.scope import load_config
+from lota.models.scope import load_config, meta_model
 from lota.share.hf_folder import (
     TOKENIZER_FILES,
     check_replaceable,
@@ -71,7 +77,7 @@ def convert_policy(
     run = run_settings(file)
     given = tokenizer_path or run.tokenizer
     config, tokenizer = load_config(model_path), load_tokenizer(model_path, given)
-    base_rows, base_pad = config.get_text_config().vocab_size, config.pad_token_id
+    base_rows, base_pad = embedding_rows(meta_model(model_path)), special_id(config, "pad_token_id")
     structure, _ = open_model(model_path, file)
     if vocab == "base":
         _check_rows(embedding_rows(structure), base_rows)

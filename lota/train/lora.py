@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lota.config import Config
-from lota.models.scope import find_scope, is_conv1d
+from lota.models.roles import is_conv1d
+from lota.models.scope import find_scope
 from lota.models.weights import WeightSource
 from lota.train.checkpoint import saved_state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from lota.models.hashing import config_file_key, remembered_hash, tokenizer_key
 from lota.models.loading import dtype_of, load_tokenizer
 from lota.models.opening import embedding_rows, open_model
 from lota.models.policy import is_policy
-from lota.models.scope import find_scope
+from lota.models.scope import find_scope, scope_share, share_sentence
 from lota.models.weights import open_weights
 from lota.share.delta.format import common_dtype
 from lota.storage import content_key
@@ -185,9 +186,12 @@ def _check_scope(config: Config, model: PreTrainedModel) -> None:
     total = sum(p.numel() for p in model.parameters())
     inside = sum(tensor.numel for tensor in scope.values())
     logger.info("mask scope: %d tensors, %s of %s weights", len(scope), f"{inside:,}", f"{total:,}")
+    share = scope_share(model, scope)
+    remedy = "model.scope=REGEX" if config.model.scope is None else None
+    logger.info("  %s", share_sentence(share.share, share.largest, remedy))
     for role in dict.fromkeys(tensor.role for tensor in scope.values()):
         tensors = {name: tensor for name, tensor in scope.items() if tensor.role == role}
-        kinds = sorted({name.rpartition(f".{tensor.layer}.")[2] for name, tensor in tensors.items()})
+        kinds = sorted({re.sub(r"\d+", "#", name).partition(".#.")[2] or name for name in tensors})
         entries = sum(tensor.numel for tensor in tensors.values())
         logger.info("  %s: %s entries in %s", role, f"{entries:,}", ", ".join(kinds))
     if config.adapter.name == "lora":

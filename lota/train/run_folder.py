@@ -55,7 +55,7 @@ class RunFolder:
         self.path = config.run_dir / "debug" if config.debug else config.run_dir
         self.continues = False  # the run that lies here; else a new one starts
         self._seen: list[tuple[str, int, int]] = []  # what lay here when it was looked at
-        self._held = ExitStack()
+        self._held: ExitStack  # the folder, while a run is in it
 
     def items(self) -> list[Path]:
         """What a run wrote into its folder, and nothing else that lies there."""

@@ -295,6 +295,8 @@ def _meta(
         _log_shortfall(sparsity, shortfall, rule, all(cut.by_size for cut in cuts.values() if cut.shortfall))
     return {
         "scope": pair.pattern or DEFAULT_SCOPE,
+        "scope_share": pair.share.share,
+        "left_out": pair.share.largest,
         "sparsity": sparsity,
         "score": rule.saliency,
         "per": rule.per,

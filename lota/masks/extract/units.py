@@ -9,6 +9,7 @@ stored, cut off at their edges. A unit's saliency is the sum of the squares of i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -94,7 +95,7 @@ class Units:
 
 def units_of(name: str, tensor: ScopedTensor, granularity: str, block: int = DEFAULT_BLOCK) -> Units:
     """A parameter's rows, columns or blocks. Raises ValueError if it is no matrix or stack of matrices."""
-    stacked = len(tensor.shape) == 3 and "expert" in tensor.module_type.lower()
+    stacked = len(tensor.shape) == 3 and re.search("expert|linear$", tensor.module_type, re.IGNORECASE)
     if len(tensor.shape) != 2 and not stacked:
         raise ValueError(
             f"granularity={granularity} needs weight matrices or experts' stacks of them, but {name} has the "
