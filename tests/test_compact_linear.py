@@ -8,11 +8,14 @@ import pytest
 import tiny
 import torch
 from tolerance import assert_same, assert_same_training, chain, rounding
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lota
 from lota.masks import Mask
 from lota.models.loading import enable_activation_checkpointing
-from lota.optim.compact_linear import _CompactLinear, _Lines, _products
+from lota.optim.compact_linear import _blocks, _CompactLinear, _products, _Tiled
+from lota.optim.kept import Entries, Tiles, kept_entries
 
 
 def run(model, mask, *, compact, accumulation=1, strategy="even", checkpointing=False):
@@ -53,21 +56,21 @@ def test_equal_to_autograd(architecture, options, density):
     assert tiny.count_moved(got, model, mask) > 0.9 * mask.n_kept
 
 
-@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gpt_neox", "mixtral"])
-def test_whole_lines_equal_autograd(architecture, granularity, monkeypatch):
+def test_whole_tiles_equal_autograd(architecture, granularity, monkeypatch):
     model = tiny.make(architecture)
     mask = tiny.line_mask(model, granularity)
     expected, _, norm = run(model, mask, compact=False)
     monkeypatch.setattr("lota.optim.compact_linear._Gathered.__init__", None)  # no other product is made
     for options in ({}, {"checkpointing": True}):
         got, layers, compact_norm = run(model, mask, compact=True, **options)
-        assert layers >= 8
+        assert layers >= (4 if granularity == "block" else 8)  # of few blocks a coin can choose all or none
         assert_alike(model, got, expected, compact_norm, norm)
         assert tiny.count_moved(got, model, mask) > 0
 
 
-@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_gradients_of_lines_are_the_dense_ones_gathered(architecture, dtype, granularity):
@@ -79,32 +82,87 @@ def test_gradients_of_lines_are_the_dense_ones_gathered(architecture, dtype, gra
     model.zero_grad()
     optimizer = lota.MaskedSGD(model, mask, lr=1e-3)
     got = {}
-    optimizer.accumulate = lambda p, grad: got.update({optimizer.names[p]: grad})
+    optimizer.accumulate = lambda p, grad: got.update({p: grad})
     lota.fuse_in_backward(optimizer)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert set(got) == {name for name in mask.names if mask.kept(name)}
-    for name, grad in got.items():
+    assert {optimizer.names[p] for p in got} == {name for name in mask.names if mask.kept(name)}
+    for p, grad in got.items():
         assert grad.dtype == torch.float32
-        want = dense[name].flatten()[mask.positions(name)]
+        name = optimizer.names[p]
+        want = dense[name].flatten()[optimizer.kept[p].positions().long()]
         if dtype == torch.float32:
             assert_same(grad, want, terms=48, name=name)  # one product over 48 tokens
         else:  # the product is summed in fp32 and rounded to bf16 once in either way: by at most 2^-8
             torch.testing.assert_close(grad, want, rtol=2**-7, atol=1e-4)
 
 
-def test_lines_are_recognized():
-    shape = torch.Size((4, 6))
-    flags = torch.zeros(4, 6, dtype=torch.bool)
-    flags[[1, 3]] = True
-    lines = _Lines.of(flags.flatten().nonzero().view(-1), shape)
-    assert lines.axis == 0 and lines.lines.tolist() == [1, 3]
-    flags[:] = False
-    flags[:, [0, 5]] = True
-    lines = _Lines.of(flags.flatten().nonzero().view(-1), shape)
-    assert lines.axis == 1 and lines.lines.tolist() == [0, 5]
-    flags[2, 0] = False
-    assert _Lines.of(flags.flatten().nonzero().view(-1), shape) is None
-    assert _Lines.of(torch.arange(3, 9), shape) is None  # six entries, of two rows
+@pytest.mark.parametrize("shape", [(64, 96), (70, 100)], ids=["even", "cut off"])
+@pytest.mark.parametrize("tile", [(1, None), (None, 1), (16, 16), (32, 16)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_tiles(shape, tile, transposed, monkeypatch):
+    """One after the other as on a CPU, several at once as elsewhere, and of the needed features alone."""
+    generator = torch.manual_seed(0)
+    tall, wide = tile[0] or shape[0], tile[1] or shape[1]
+    grid = torch.rand(-(-shape[0] // tall), -(-shape[1] // wide), generator=generator) < 0.3
+    grid[0] |= grid.sum() == 0
+    flags = grid.repeat_interleave(tall, 0).repeat_interleave(wide, 1)[: shape[0], : shape[1]].contiguous()
+    tiles = kept_entries(Mask.from_dense({"w": flags}), "w", torch.device("cpu"))
+    assert isinstance(tiles, Tiles)
+    a = torch.randn(50, shape[0], generator=generator, dtype=torch.float64)
+    b = torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
+    want = (a.t() @ b).flatten()[tiles.positions()]
+    product = _Tiled(tiles)
+    assert_same(product(a, b), want.float(), terms=50)
+    starts = {"lines": torch.tensor([0, 16, 48]), "columns": torch.tensor([32, 0, 16])}
+    for at_once in (True, False):
+        blocks = _blocks(a, b, **starts, tall=16, wide=16, at_once=at_once)
+        for block, line, column in zip(blocks, *starts.values(), strict=True):
+            assert_same(block, a[:, line : line + 16].t() @ b[:, column : column + 16], terms=50)
+    axis = 0 if transposed else 1
+    needed = product.needed(axis)
+    assert needed.tolist() == flags.any(1 - axis).nonzero().view(-1).tolist()
+    few = (a[:, needed], b) if transposed else (a, b[:, needed])
+    assert_same(product.narrowed(axis, needed)(*few), want.float(), terms=50)
+
+
+class Saved:
+    """The largest tensors that a forward pass saves for its backward pass."""
+
+    def __init__(self) -> None:
+        self.widths: list[int] = []
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.widths.append(tensor.shape[-1])
+        return tensor
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("n_features", [10, 11])
+def test_few_needed_features_are_saved_alone(transposed, n_features):
+    linear = Conv1D(24, 40) if transposed else nn.Linear(40, 24)
+    kept = torch.zeros(24, 40, dtype=torch.bool)
+    kept[:, 3 : 3 + 2 * n_features : 2] = True
+    kept = kept.t().contiguous() if transposed else kept
+    model, few = nn.Sequential(linear), n_features <= 0.25 * 40
+    optimizer = lota.MaskedSGD(model, Mask.from_dense({"0.weight": kept}), lr=1.0)
+    unfuse = lota.fuse_in_backward(optimizer)
+    x, saved = torch.randn(7, 40, requires_grad=True), Saved()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        loss = model(x).square().sum()
+    assert (n_features in saved.widths) == few
+    (gradient,) = torch.autograd.grad(loss, linear.weight, retain_graph=True)
+    exact = ((2 * model(x)).t() @ x).detach()
+    exact = exact.t() if transposed else exact
+    assert_same(gradient[kept], exact[kept], terms=24 * 7)
+    assert gradient[~kept].count_nonzero() == (0 if few else (~kept).sum())
+    if few:
+        with pytest.raises(RuntimeError, match="saved part of its input"):
+            torch.autograd.grad(loss, linear.weight, create_graph=True)
+    before = linear.weight.detach().clone()
+    loss.backward()
+    assert_same((before - linear.weight)[kept], exact[kept], terms=24 * 7)
+    assert torch.equal(before[~kept], linear.weight[~kept])
+    unfuse()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -114,7 +172,7 @@ def test_gradients_of_inputs_are_exact(transposed):
     weight, bias = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     weight = weight.t().contiguous() if transposed else weight
     assert torch.autograd.gradcheck(
-        lambda x: _CompactLinear.apply(x, weight, bias, lambda a, b: None, transposed), (x,)
+        lambda x: _CompactLinear.apply(x, weight, bias, lambda a, b: None, transposed, None), (x,)
     )
 
 
@@ -123,7 +181,7 @@ def test_few_kept_entries_are_sampled_and_many_gathered():
     weight = model.model.layers[0].mlp.up_proj.weight
     for density, kind in ((0.01, "_Sampled"), (0.3, "_Gathered")):
         optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model, density))
-        product = _products({weight: optimizer.positions(weight)})[weight]
+        product = _products({weight: optimizer.kept[weight]})[weight]
         assert type(product).__name__ == kind
 
 
@@ -131,7 +189,7 @@ def test_few_kept_entries_are_sampled_and_many_gathered():
 def test_up_to_two_per_cent_are_sampled(n, kind):
     weight = torch.nn.Parameter(torch.zeros(40, 50))
     positions = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:n].sort().values
-    product = _products({weight: positions})
+    product = _products({weight: Entries(positions, weight.numel(), weight.device)})
     assert type(product[weight]).__name__ == kind
 
 

@@ -40,7 +40,7 @@ def test_fused_equals_deferred_and_frozen_entries_stay(architecture, strategy, d
     assert tiny.count_moved(fused, model.to(dtype), mask) > 0 and optimizer.grad_norm > 0
 
 
-@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_whole_lines_have_their_own_gradients(architecture, granularity):
     model = tiny.make(architecture)

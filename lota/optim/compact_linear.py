@@ -160,7 +160,8 @@ class _Tiled:
         if part.tall == self.shape[0]:  # whole columns: (tiles x wide, height)
             across = torch.mm(b.index_select(1, _stretches(columns, part.wide)).t(), a)
             return across.view(-1, part.wide, part.tall).transpose(1, 2).reshape(-1)
-        return _blocks(a, b, lines, columns, part.tall, part.wide).view(-1)
+        at_once = a.device.type != "cpu"
+        return _blocks(a, b, lines, columns, part.tall, part.wide, at_once).view(-1)
 
 
 def _stretches(starts: Tensor, length: int) -> Tensor:
@@ -168,14 +169,16 @@ def _stretches(starts: Tensor, length: int) -> Tensor:
     return (starts[:, None] + torch.arange(length, device=starts.device)).view(-1)
 
 
-def _blocks(a: Tensor, b: Tensor, lines: Tensor, columns: Tensor, tall: int, wide: int) -> Tensor:
+def _blocks(
+    a: Tensor, b: Tensor, lines: Tensor, columns: Tensor, tall: int, wide: int, at_once: bool
+) -> Tensor:
     """(blocks, tall, wide): for each, the columns of `a` from its line on, transposed, times those of `b`.
 
-    On a CPU block by block, which copies nothing; elsewhere as many at once as copies of their columns take
-    no more memory than `a` or `b`.
+    at_once: as many together as copies of their columns take no more memory than `a` or `b`; else one after
+    the other, which copies nothing and is as fast on a CPU.
     """
     out = a.new_empty(len(lines), tall, wide)
-    if a.device.type == "cpu":
+    if not at_once:
         for block, line, column in zip(out, lines.tolist(), columns.tolist(), strict=True):
             torch.mm(a[:, line : line + tall].t(), b[:, column : column + wide], out=block)
         return out
