@@ -2,7 +2,7 @@
 SHiRA.
 
     python -m benchmarks.step                         # CPU, 124M-parameter Llama shape, 4 x 128 tokens
-    python -m benchmarks.step --contestants lota lota_rows lota_columns   # whole neurons against entries
+    python -m benchmarks.step --contestants lota lota_rows lota_columns lota_blocks   # against entries
     python -m benchmarks.step --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
 
 Contestants take turns within one process, so that drift of the machine hits all alike; a line of JSON per
@@ -75,7 +75,7 @@ def random_mask(model: torch.nn.Module, sparsity: float) -> Mask:
 
 
 def line_mask(model: torch.nn.Module, sparsity: float, granularity: str) -> Mask:
-    """Whole rows or columns at random, the same share of every weight."""
+    """Whole rows, columns or 64-blocks at random, the same share of every weight."""
     rng = np.random.default_rng(0)
     kept = {}
     for name, tensor in find_scope(model).items():
@@ -109,12 +109,19 @@ def ours(args: argparse.Namespace, granularity: str = "element") -> Step:
     return step
 
 
-def dense_masked(args: argparse.Namespace) -> Step:
-    """Full gradients and full-size state, multiplied by a dense mask, fused in the same hooks."""
+def dense_masked(args: argparse.Namespace, scope_only: bool = False) -> Step:
+    """Full gradients and full-size state, multiplied by a dense mask, fused in the same hooks.
+
+    scope_only: parameters outside of the scope are frozen, as a careful user would have them, instead of
+    trained under a mask of zeros.
+    """
     model = build_model(args)
     mask = random_mask(model, args.sparsity)
     square_avg, kept = {}, {}
     for name, p in model.named_parameters():
+        if scope_only and name not in mask:
+            p.requires_grad_(False)
+            continue
         square_avg[p] = torch.zeros_like(p, dtype=torch.float32)
         kept[p] = mask.dense(name).to(p.device) if name in mask else torch.zeros_like(p, dtype=torch.bool)
 
@@ -168,10 +175,12 @@ Contestants = dict[str, Callable[[argparse.Namespace], Step]]
 CONTESTANTS: Contestants = {
     "lota": ours,
     "dense_masked_rmsprop": dense_masked,
+    "dense_masked_scope": partial(dense_masked, scope_only=True),
     "peft_lora_r64": adapter(lora_config),
     "peft_shira_r64": adapter(shira_config),
     "lota_rows": partial(ours, granularity="row"),
     "lota_columns": partial(ours, granularity="column"),
+    "lota_blocks": partial(ours, granularity="block"),
 }
 DEFAULT = ["lota", "dense_masked_rmsprop", "peft_lora_r64", "peft_shira_r64"]
 
