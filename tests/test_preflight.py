@@ -183,7 +183,7 @@ def test_what_needs_data_waits_for_it(model, no_model):
 
 def test_scope_delta_and_reference_are_told_together(model, no_model):
     other = shutil.copytree(MODEL, model.parent / "other")
-    change_text(other / "tokenizer.json", '"a": ', '"\u00e4": ')
+    change_text(other / "tokenizer.json", '"~": ', '"~~": ')
     pairs = ("datasets=[pairs]", "loss=dpo", "model.reference_archive=other")
     lines = told(*pairs, "save_delta=true", "model.policy_dtype=float16", "model.block_name=Nope")
     assert len(lines) == 3
