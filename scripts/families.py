@@ -137,11 +137,12 @@ def check(work: Path, result: Result) -> None:
     """Raise Wrong for the first thing that is not as it should be; the file formats are read without lota."""
     from lota.masks import Mask
     from lota.models.policy import read_policy
+    from lota.models.scope import scope_share
 
     base, info = load(work / "base")
     result.model = type(base).__name__
     mask, state = Mask.load(work / MASK), read_policy(work / POLICY).state
-    result.share = scope_share(base, mask)
+    result.share = round(scope_share(base, mask.names).share, 3)
     check_loaded("base", info)
     check_trained(base, state, mask)
     converted, info = load(work / "converted")
@@ -208,14 +209,6 @@ def logits(model: Any) -> Tensor:
         return copy.deepcopy(model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         ).logits
-
-
-def scope_share(model: Any, mask: Any) -> float:
-    """The scope's share of the matrices outside of embeddings and head."""
-    outside = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-               if layer is not None for p in layer.parameters()}  # fmt: skip
-    total = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in outside)
-    return round(mask.n_total / total, 3)
 
 
 def same_tensors(expected: Path, found: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lota.models.causal import refuse_not_causal
 from lota.models.damaged import one_line, refuse_damaged_json
 from lota.models.hub import refuse_absent
 from lota.models.opening import (
@@ -105,7 +106,7 @@ def load_model(
     policy.pt alone. pad_token: added to `tokenizer` (name_or_path's when None) and, if the embeddings have no
     row for it, to the model.
     Raises ValueError before anything is loaded for what `open_model` refuses and for a tokenizer of another
-    model; afterwards for NaN and infinity.
+    model; afterwards for NaN and infinity, and for a model in which a token depends on later ones.
     """
     _check_before(name_or_path, archive, tokenizer)
     if archive is not None and is_policy(archive):
@@ -123,7 +124,8 @@ def load_model(
         if len(tokenizer) > embedding_rows(model):
             resize_vocabulary(model, len(tokenizer))
     turn_dropout_off(model)
-    return model.eval()
+    refuse_not_causal(model.eval(), name_or_path)
+    return model
 
 
 def _check_before(
