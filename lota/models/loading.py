@@ -85,6 +85,14 @@ def special_id(config: PreTrainedConfig, key: str) -> Any:
     return getattr(config.get_text_config(), key, None) if found is None else found
 
 
+def set_pad_token_id(config: PreTrainedConfig, pad_token_id: int | None) -> None:
+    """Name the pad token in a config; in one with towers it is the text's."""
+    text = config.get_text_config()
+    for part in (config, text):
+        if part is text or hasattr(part, "pad_token_id"):
+            part.pad_token_id = pad_token_id
+
+
 def add_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> int:
     """Make `pad_token` the pad token, adding it to the vocabulary when it is not there; returns its id."""
     tokenizer.add_special_tokens({"pad_token": pad_token})
@@ -116,11 +124,12 @@ def load_model(
     else:
         path = str(name_or_path if archive is None else archive)
         on_device = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-        model = _load_all(auto_class(load_config(path)), path, path, dtype=dtype, **on_device)
+        config = load_config(path)
+        model = _load_all(auto_class(config), path, path, config, dtype=dtype, **on_device)
     _check_finite(model, name_or_path if archive is None else archive)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
-        model.config.pad_token_id = add_pad_token(tokenizer, pad_token)
+        set_pad_token_id(model.config, add_pad_token(tokenizer, pad_token))
         if len(tokenizer) > embedding_rows(model):
             resize_vocabulary(model, len(tokenizer))
     turn_dropout_off(model)
@@ -174,13 +183,17 @@ def model_from_policy(
             raise ValueError(f"{source}: {name} and {origin} differ, but the base ties them")
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return _load_all(type(structure), None, source, config=config, state_dict=state, dtype=dtype)
+    own = config if type(structure.config) is type(config) else config.get_text_config()
+    return _load_all(type(structure), None, source, config, config=own, state_dict=state, dtype=dtype)
 
 
-def _load_all(model_class: Any, path: str | None, source: str | Path, **options: Any) -> PreTrainedModel:
+def _load_all(
+    model_class: Any, path: str | None, source: str | Path, stored: PreTrainedConfig, **options: Any
+) -> PreTrainedModel:
     """transformers' loader, which draws at random what it does not find; that is an error here.
 
-    source: what the error names. Raises ValueError for weights missing, left over or of another shape.
+    source: what the error names. stored: the config of the checkpoint. Raises ValueError for weights missing,
+    left over or of another shape.
     """
     try:
         model, info = model_class.from_pretrained(
@@ -193,7 +206,7 @@ def _load_all(model_class: Any, path: str | None, source: str | Path, **options:
     expected, held = dict.fromkeys(info["missing_keys"], ()), {}
     for name, stored, own in info["mismatched_keys"]:
         expected[name], held[name] = tuple(own), tuple(stored)
-    held |= unexpected(model, dict.fromkeys(info["unexpected_keys"], ()))
+    held |= unexpected(model, dict.fromkeys(info["unexpected_keys"], ()), stored)
     partner = f"a {type(model).__name__} of this configuration"
     refuse_misfit(source, partner, expected, held, BELONGING)
     return model
