@@ -216,6 +216,19 @@ def find_scope(
     return scope
 
 
+def frozen_towers(model: nn.Module, pattern: str | None = None) -> list[str]:
+    """Parameters of towers for images and sound, which a text does not train; `pattern` can name some.
+
+    pattern: as for `find_scope`.
+    """
+    elsewhere = towers(model)
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if inside(name, elsewhere) and not (pattern and re.search(pattern, name))
+    ]
+
+
 def _role(
     name: str, parameter: Tensor, block: str | None, modules: dict[str, nn.Module], model: nn.Module
 ) -> str:

@@ -75,10 +75,12 @@ def write_weights(
     for name, tensor in beside.items():
         kind = dtypes.get(name, dtype) if tensor.dtype.is_floating_point else tensor.dtype
         forms[name] = _Form(kind, tensor.shape)
+    buffers = {name for name, _ in model.named_buffers()}  # some hold infinity: Gemma 4's bounds
+    buffers |= set() if base is None else {*base.buffers.values(), *beside}
     with _new_shards(folder, forms, max_shard_size) as put:
-        for name in forms:
+        for name, form in forms.items():
             value = base.read_stored(name) if base is not None and name in beside else state.pop(name)
-            put(name, _cast(name, value, forms[name].dtype, source))
+            put(name, value.to(form.dtype) if name in buffers else _cast(name, value, form.dtype, source))
 
 
 def _as_stored(base: WeightSource, state: dict[str, Tensor]) -> dict[str, Tensor]:
