@@ -84,6 +84,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         | {"num_attention_heads": 2, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16}
         | {"nemo_conv_channels": 8, "audio_token_id": 61},
     },
+    "qwen3_5_moe": {  # experts apart on disk, below `language_model.`
+        "text_config": {**_TEXT, "layer_types": ["linear_attention", "full_attention"]}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 16},
+        "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+        | {"out_hidden_size": 32, "num_position_embeddings": 16, "patch_size": 8},
+        "image_token_id": 60,
+        "video_token_id": 61,
+        "vision_start_token_id": 62,
+        "vision_end_token_id": 63,
+    },
     "llava": {  # of which transformers makes no causal LM
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": {**_VISION, "model_type": "clip_vision_model"},
@@ -92,7 +104,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 # Text alone is what `AutoModelForCausalLM` makes of these; their towers stay on disk.
-TEXT_ALONE = ("qwen3_5", "llama4", "mllama")
+TEXT_ALONE = ("qwen3_5", "qwen3_5_moe", "llama4", "mllama")
 BESIDE = {  # what a loader of images reads, and what nobody knows
     "preprocessor_config.json": '{"do_resize": true}',
     "processor_config.json": '{"image_seq_length": 4}',
@@ -167,7 +179,8 @@ def test_the_text_tower_is_the_scope(kind, tmp_path):
     assert scope and not [name for name in scope if inside(name, elsewhere)]
     text = [n for n, p in model.named_parameters() if ".layers." in n and p.ndim > 1 and "norm" not in n]
     missed = [n for n in text if n not in scope and not inside(n, elsewhere)]
-    assert all(name.endswith(("conv1d.weight", "router.weight")) for name in missed)
+    others = ("conv1d.weight", "router.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+    assert all(name.endswith(others) for name in missed)
     if elsewhere:
         assert scope_share(model, scope).largest.startswith(tuple(elsewhere))
         chosen = find_scope(model, "vision|image_embed|audio")

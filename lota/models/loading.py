@@ -34,6 +34,7 @@ from lota.storage import DAMAGED
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PER_LAYER = "vocab_size_per_layer_input"  # Gemma's second embedding, which grows with the first
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -174,7 +175,9 @@ def model_from_policy(
     rows, base_rows = _stored_rows(structure, state), embedding_rows(structure)
     if rows is not None and rows != base_rows:
         logger.info("%s: vocabulary of %d rows instead of the base's %d", source, rows, base_rows)
-        config.get_text_config().vocab_size += rows - base_rows
+        text = config.get_text_config()
+        for key in [key for key in ("vocab_size", _PER_LAYER) if getattr(text, key, None) is not None]:
+            setattr(text, key, getattr(text, key) + rows - base_rows)
         for part in (config, config.get_text_config()):
             if getattr(part, "pad_token_id", None) is not None and part.pad_token_id >= rows:
                 part.pad_token_id = None
@@ -241,14 +244,14 @@ def cast_parameters(
 
 def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
     """Give the embeddings `rows` rows; new ones are the mean of the old, at every call alike. Ties stay."""
-    old = embedding_rows(model)
+    before = {name: parameter.shape[:1] for name, parameter in model.named_parameters()}
     with torch.random.fork_rng():  # transformers draws new rows at random, which are replaced below
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for tensor in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
-                if tensor is not None and rows > old:
-                    tensor[old:] = mean_row(tensor[:old])
+        for name, tensor in model.named_parameters():
+            old = before.get(name, tensor.shape[:1])
+            if tensor.shape[:1] > old:
+                tensor[old[0] :] = mean_row(tensor[: old[0]])
 
 
 def mean_row(tensor: Tensor) -> Tensor:
