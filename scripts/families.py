@@ -60,8 +60,8 @@ STEPS: dict[str, tuple[str, ...]] = {
     "delta reversion": (*DELTA, "revert", "--model", "applied", "--delta", "delta.safetensors", "--out",
                         "reverted"),
 }  # fmt: skip
-# Where a command may refuse a model; later it would have cost the user a training run.
-MAY_REFUSE = ("calibration", "delta extraction")
+# Where a command may refuse a model, and in which words: later it would have cost the user a training run.
+MAY_REFUSE = {"calibration": "", "delta extraction": "cannot be written as it was read"}
 VERDICTS = ("whole", "refused", "failed", "wrong")
 
 
@@ -121,12 +121,12 @@ def run_step(step: str, argv: Sequence[str], work: Path) -> None:
     status = forks.start(argv, work, log)
     if status == 0:
         return
-    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
     crashed = any("Traceback" in line or "HYDRA_FULL_ERROR" in line for line in lines)
-    if status < 0 or crashed or step not in MAY_REFUSE:
-        raise RuntimeError(f"{step}: exit status {status}: {' | '.join(lines[-3:])}")
     first = next((i for i, line in enumerate(lines) if "error: " in line), len(lines) - 1)
     sentence = " ".join([lines[first].rpartition("error: ")[2], *lines[first + 1 :]])
+    if status < 0 or crashed or step not in MAY_REFUSE or MAY_REFUSE[step] not in sentence:
+        raise RuntimeError(f"{step}: exit status {status}: {' | '.join(lines[-3:])}")
     raise Refused(f"{step}: {sentence.replace(str(work) + '/', '')}")
 
 
