@@ -1,5 +1,6 @@
 # make demo: the whole method on the embedded model.  make lint: style and types.
 # make test: all tests, one worker per core and one thread each.  make test-fast: without the slow ones.
+# make families: the whole method on a tiny model of every family of transformers (docs/MODELS.md).
 # make faults: every command killed at each of its file operations (docs/RELIABILITY.md).
 # make test-portable: all tests under other kernels and numbers of threads (scripts/test_portable.sh).
 # make mutants: faults put into the modules that decide results; MODULES="optim/ topk" for some (docs/MUTANTS.md).
@@ -10,7 +11,7 @@ BIN := .venv/bin
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: demo faults test test-fast test-portable mutants lint clean
+.PHONY: demo families faults test test-fast test-portable mutants lint clean
 
 demo: .venv/.run
 	$(BIN)/python scripts/demo.py
@@ -20,6 +21,9 @@ test: .venv/.dev
 
 test-fast: .venv/.dev
 	$(PYTEST) -m "not slow" $(ARGS)
+
+families: .venv/.dev
+	$(BIN)/python -m scripts.families --jobs 2 --write docs/MODELS.md $(ARGS)
 
 faults: .venv/.dev
 	$(BIN)/python -m scripts.faults all $(ARGS)

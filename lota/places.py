@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _held: set[Path] = set()  # by this process
 _OWNER = rf"[0-9a-f]{{8}}-\d+-\d+|\d+|{REPLACED}"  # machine, number and start of a process
 _LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?P<owner>{_OWNER}){re.escape(TEMPORARY_SUFFIX)}")
+_EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
+_WAIT = 0.5  # seconds for a holder that has only just begun, or looks whether anybody is there
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -84,7 +86,7 @@ def clear_leftovers(folder: Path, name: str | None = None, held: bool = True) ->
     if name is None:
         for lock in sorted(folder.glob(f".*{LOCK}")):
             if lock.name != LOCK:
-                _is_held(lock, remove_if_not=True)
+                _is_held(lock)
 
 
 def temporary_name(path: Path) -> Path:
@@ -175,7 +177,7 @@ def _lock(file: Path, place: Path) -> Iterator[None]:
 
 def _acquire(file: Path, place: Path) -> int:
     """A handle of the locked file. Raises ValueError if another process holds it."""
-    tries = 0
+    end = time.monotonic() + _WAIT
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -183,12 +185,11 @@ def _acquire(file: Path, place: Path) -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, _EXCLUSIVE)
         except BlockingIOError as error:
             holder, _, machine = os.read(handle, 200).decode(errors="replace").strip().partition(" ")
             os.close(handle)
-            tries += 1
-            if not holder and tries < 50:  # it has only just begun, or looks whether anybody is there
+            if not holder and time.monotonic() < end:
                 time.sleep(0.01)
                 continue
             raise ValueError(
@@ -216,16 +217,15 @@ def _is_at(handle: int, file: Path) -> bool:
         return False
 
 
-def _is_held(file: Path, remove_if_not: bool = False) -> bool:
-    """Whether a process holds this lock. remove_if_not: remove it, while it is held here."""
+def _is_held(file: Path) -> bool:
+    """Whether a process holds this lock. One that nobody holds goes, while it is held here."""
     try:
         handle = os.open(file, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if remove_if_not:
-            file.unlink(missing_ok=True)
+        fcntl.flock(handle, _EXCLUSIVE)
+        file.unlink(missing_ok=True)
         return False
     except OSError as error:
         return error.errno not in _NO_LOCKS

@@ -60,8 +60,8 @@ STEPS: dict[str, tuple[str, ...]] = {
     "delta reversion": (*DELTA, "revert", "--model", "applied", "--delta", "delta.safetensors", "--out",
                         "reverted"),
 }  # fmt: skip
-# Where a command may refuse a model; later it would have cost the user a training run.
-MAY_REFUSE = ("calibration", "delta extraction")
+# Where a command may refuse a model, and in which words: later it would have cost the user a training run.
+MAY_REFUSE = {"calibration": "", "delta extraction": "cannot be written as it was read"}
 VERDICTS = ("whole", "refused", "failed", "wrong")
 
 
@@ -121,12 +121,12 @@ def run_step(step: str, argv: Sequence[str], work: Path) -> None:
     status = forks.start(argv, work, log)
     if status == 0:
         return
-    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
     crashed = any("Traceback" in line or "HYDRA_FULL_ERROR" in line for line in lines)
-    if status < 0 or crashed or step not in MAY_REFUSE:
-        raise RuntimeError(f"{step}: exit status {status}: {' | '.join(lines[-3:])}")
     first = next((i for i, line in enumerate(lines) if "error: " in line), len(lines) - 1)
     sentence = " ".join([lines[first].rpartition("error: ")[2], *lines[first + 1 :]])
+    if status < 0 or crashed or step not in MAY_REFUSE or MAY_REFUSE[step] not in sentence:
+        raise RuntimeError(f"{step}: exit status {status}: {' | '.join(lines[-3:])}")
     raise Refused(f"{step}: {sentence.replace(str(work) + '/', '')}")
 
 
@@ -137,11 +137,12 @@ def check(work: Path, result: Result) -> None:
     """Raise Wrong for the first thing that is not as it should be; the file formats are read without lota."""
     from lota.masks import Mask
     from lota.models.policy import read_policy
+    from lota.models.scope import scope_share
 
     base, info = load(work / "base")
     result.model = type(base).__name__
     mask, state = Mask.load(work / MASK), read_policy(work / POLICY).state
-    result.share = scope_share(base, mask)
+    result.share = round(scope_share(base, mask.names).share, 3)
     check_loaded("base", info)
     check_trained(base, state, mask)
     converted, info = load(work / "converted")
@@ -208,14 +209,6 @@ def logits(model: Any) -> Tensor:
         return copy.deepcopy(model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         ).logits
-
-
-def scope_share(model: Any, mask: Any) -> float:
-    """The scope's share of the matrices outside of embeddings and head."""
-    outside = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-               if layer is not None for p in layer.parameters()}  # fmt: skip
-    total = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in outside)
-    return round(mask.n_total / total, 3)
 
 
 def same_tensors(expected: Path, found: Path) -> None:

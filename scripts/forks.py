@@ -54,12 +54,14 @@ def _run(
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
         os.environ.update(PROJECT_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
         before()
         if argv[0] == "-m":
             sys.argv = argv[1:]
+            sys.modules.pop(argv[1], None)  # or runpy warns that it was imported before
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = [str(ROOT / argv[0]), *argv[1:]]

@@ -9,10 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import runs
+import torch
 import yaml
 
+from lota.config import Config
 from lota.evaluate.estimates import mean
 from lota.evaluate.results import Result, summarize, write_summary
+from lota.train.checkpoint import Progress
+from lota.train.run_folder import RunFolder
 
 
 def write_run(
@@ -49,6 +53,28 @@ def finished_run(config, content: str = "old") -> Path:
 
 def folder_state(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+
+def write_checkpoint(run: Path, name: str, step: int, finished: bool = False, **seen: str | None) -> None:
+    """The files of a whole checkpoint, of an age that had no checksums. seen: what the run was made from."""
+    (run / name).mkdir(parents=True)
+    (run / name / "policy.pt").touch()
+    progress = asdict(Progress(step=step, finished=finished))
+    torch.save({"progress": progress, **seen}, run / name / "resume.pt")
+
+
+def looked(config: Config) -> RunFolder:
+    folder = RunFolder(config)
+    folder.look()
+    return folder
+
+
+def begun_run(config: Config, *checkpoints: str) -> Path:
+    """A run with these settings that has written these checkpoints and ended."""
+    with looked(config) as folder:
+        for step, name in enumerate(checkpoints, start=1):
+            write_checkpoint(folder.path, name, step)
+    return folder.path
 
 
 def _result(task: str, values: list[float]) -> Result:

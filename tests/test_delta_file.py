@@ -249,6 +249,15 @@ def test_the_base_must_come_in_its_own_dtype_and_shape(pair):
         delta.tuned("strange", base)
 
 
+def test_a_base_that_cannot_be_written_again_is_refused(tmp_path, monkeypatch):
+    """Experts are stored apart and merged on loading; here that cannot be undone."""
+    base, tuned, _ = delta_pair(tmp_path, "mixtral")
+    monkeypatch.setattr("lota.share.hf_weights.revert_weight_conversion", lambda model, values: values)
+    with pytest.raises(ValueError, match=r"cannot be written as it was read: MixtralForCausalLM converts it"):
+        extract(base, tuned, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
 def test_names_that_are_not_there_and_equal_files(tmp_path, pair):
     delta = Delta.open(str(pair[2]))
     assert delta.changed("strange") == 0 and delta.positions("strange").tolist() == []

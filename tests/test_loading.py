@@ -16,6 +16,7 @@ from hf_models import (
     INPUT,
     ROWS,
     TIED,
+    WIDE,
     logits,
     new_config,
     new_model,
@@ -313,6 +314,35 @@ def test_real_tokenizer(stories):
     assert tokenizer.pad_token_id is None
     assert choose_pad_token_id(tokenizer, load_model(stories).config) == tokenizer.eos_token_id == 2
     assert len(tokenizer) == 512
+
+
+@pytest.mark.parametrize(
+    ("make", "encoder", "decoder"),
+    [
+        (transformers.BertConfig, {"is_decoder": False}, {"is_decoder": True}),
+        (transformers.XLMConfig, {"causal": False}, {"causal": True}),
+        (transformers.XLNetConfig, {"attn_type": "bi"}, {"attn_type": "uni"}),
+    ],
+)
+def test_a_model_that_sees_later_tokens_is_refused(make, encoder, decoder, tmp_path):
+    for how, settings in (("encoder", encoder), ("decoder", decoder)):
+        config = make(**{**WIDE, "d_inner": 48, "d_head": 8, **settings})
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / how)
+    ((key, value),) = decoder.items()
+    with pytest.raises(
+        ValueError, match=rf"encoder: .* on those after it.* set {key} to {json.dumps(value)} in"
+    ):
+        load_model(tmp_path / "encoder")
+    assert load_model(tmp_path / "decoder").num_parameters()
+
+
+def test_a_model_that_needs_more_than_token_ids_is_refused(folders, monkeypatch):
+    def forward(self, pixel_values, **more):
+        raise AssertionError
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run on token ids alone.*pixel_values"):
+        load_model(folders / "llama")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", None])

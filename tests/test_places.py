@@ -19,6 +19,7 @@ import pytest
 from lota import places
 from lota.places import clear_leftovers, holding, working_in
 from lota.storage import write_json
+from scripts.fault_disk import Flushed
 
 
 @contextlib.contextmanager
@@ -69,9 +70,11 @@ def test_a_lock_that_its_holder_removed_holds_nobody(tmp_path, monkeypatch):
         return handle
 
     monkeypatch.setattr(places.os, "open", slow_open)
-    with holding(tmp_path / "file"), pytest.raises(ValueError, match="is at work"):
-        handle = places._acquire(tmp_path / ".file.lock", tmp_path / "file")
-        os.close(handle)
+    before = handles()
+    with holding(tmp_path / "file"):
+        assert handles() == before + 1
+        with pytest.raises(ValueError, match="is at work"):
+            os.close(places._acquire(tmp_path / ".file.lock", tmp_path / "file"))
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
@@ -207,20 +210,36 @@ def test_anybody_may_read_who_holds_a_place(tmp_path):
 
 def test_a_lock_without_a_name_is_waited_for(tmp_path, monkeypatch):
     """Its holder has only just begun, or only looks whether anybody is there; not for ever."""
-    lock, slept = tmp_path / ".a.lock", []
+    lock, now = tmp_path / ".a.lock", [100.0]
     handle = os.open(lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    monkeypatch.setattr(places.time, "sleep", slept.append)
+    monkeypatch.setattr(places.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(places.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
     with pytest.raises(ValueError, match="is at work in"):
         holding(tmp_path / "a").__enter__()
-    assert 0.4 < sum(slept) < 0.6
+    assert 100.4 < now[0] < 100.6
     monkeypatch.setattr(places.time, "sleep", lambda _: os.close(handle))
     with holding(tmp_path / "a"):
         pass
 
 
-def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypatch):
+@pytest.fixture
+def made_by_another(monkeypatch):
+    """Whenever this process makes a folder, another one has made it just before."""
+    real = Path.mkdir
+
+    def late(path, *more, **options):
+        os.makedirs(path, exist_ok=True)
+        real(path, *more, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypatch, request, at_once):
     real, left = os.open, [2]
+    if at_once:
+        request.getfixturevalue("made_by_another")
 
     def slow_open(path, *more):
         if str(path).endswith(".lock") and left[0]:
@@ -235,17 +254,47 @@ def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypat
         assert (folder / ".lock").exists() and not left[0]
 
 
-def test_another_process_may_make_the_folder_first(tmp_path, monkeypatch):
-    real = Path.mkdir
-
-    def late(path, **options):
-        real(path, exist_ok=True)
-        real(path, **options)
-
-    monkeypatch.setattr(Path, "mkdir", late)
+def test_another_process_may_make_the_folder_first(tmp_path, made_by_another):
     with working_in(tmp_path / "a"):
         pass
     assert not (tmp_path / "a").exists()
+
+
+def test_another_process_may_remove_a_lock_first(tmp_path, monkeypatch):
+    lock = tmp_path / ".a.lock"
+    lock.touch()
+    monkeypatch.setattr(places.fcntl, "flock", lambda *_: lock.unlink())
+    (tmp_path / ".a.17.tmp").touch()
+    clear_leftovers(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_place_is_the_same_by_any_path(tmp_path, monkeypatch):
+    """Whatever the working folder becomes, and through a link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    with working_in("link") as folder:
+        assert folder == tmp_path / "real"
+        monkeypatch.chdir(tmp_path.parent)
+        with holding(f"{tmp_path}/link/a") as path:
+            assert path == tmp_path / "real" / "a"
+            assert os.listdir(tmp_path / "real") == [".lock"]
+    monkeypatch.chdir(tmp_path)
+    with holding("b") as path:
+        monkeypatch.chdir(tmp_path / "real")
+        assert path == tmp_path / "b" and (tmp_path / ".b.lock").exists()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"] and not os.listdir(tmp_path / "real")
+
+
+def test_a_folder_that_was_made_survives_a_power_cut_with_what_is_in_it(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    flushed, real = Flushed(tmp_path / "disk"), os.fsync
+    monkeypatch.setattr(places.os, "fsync", lambda handle: (real(handle), flushed.flush(handle)))
+    with working_in(tmp_path / "disk" / "a" / "b") as folder:
+        write_json(folder / "x.json", 1)
+    flushed.write(tmp_path / "after")
+    assert (tmp_path / "after" / "a" / "b" / "x.json").read_text() == "1\n"
 
 
 def test_an_error_of_a_lock_is_no_holder(tmp_path, monkeypatch):

@@ -5,25 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from run_folders import finished_run, folder_state
-from runs import MODEL, settings, with_mini_task, write_mask
-from safetensors.torch import load_file, save_file
+from run_folders import begun_run, finished_run, folder_state, looked, write_checkpoint
+from runs import settings
 
 from lota.config import Config
-from lota.models.hashing import content_hash
-from lota.models.weights import open_weights
-from lota.train.checkpoint import Progress
-from lota.train.preflight import _refuse_other, prepare
-from lota.train.run_folder import Resumable, RunFolder
-from tasks import get_task
+from lota.train.run_folder import RunFolder
 
 OWN = ("config.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "wandb", "step-80", "epoch-1")
 STRANGE = (
@@ -41,28 +32,6 @@ STRANGE = (
 @pytest.fixture
 def config(private_cache) -> Config:
     return settings()
-
-
-def write_checkpoint(run: Path, name: str, step: int, finished: bool = False, **seen: str | None) -> None:
-    """The files of a whole checkpoint, of an age that had no checksums. seen: what the run was made from."""
-    (run / name).mkdir(parents=True)
-    (run / name / "policy.pt").touch()
-    progress = asdict(Progress(step=step, finished=finished))
-    torch.save({"progress": progress, **seen}, run / name / "resume.pt")
-
-
-def looked(config: Config) -> RunFolder:
-    folder = RunFolder(config)
-    folder.look()
-    return folder
-
-
-def begun_run(config: Config, *checkpoints: str) -> Path:
-    """A run with these settings that has written these checkpoints and ended."""
-    with looked(config) as folder:
-        for step, name in enumerate(checkpoints, start=1):
-            write_checkpoint(folder.path, name, step)
-    return folder.path
 
 
 # What lies here
@@ -379,116 +348,3 @@ def test_what_lies_in_the_way_back_is_set_aside(config):
     (run / "step-80" / "metrics").mkdir(parents=True)
     looked(replace(config, overwrite=True))
     assert (run / "step-80" / "policy.pt").read_text() == "old" and (run / "step-80.1" / "metrics").is_dir()
-
-
-# What a run is made from
-
-SEEN = {"mask": "m", "data": "d", "base": "b", "config": "k", "reference": None, "tokenizer": "t"}
-
-
-def refuse_other(before: dict, snip: object = None, **now: str | None) -> None:
-    resumable = Resumable(Path("cache/run/step-8"), {"progress": {}, **before})
-    _refuse_other(SimpleNamespace(resumable=resumable, seen={**SEEN, **now}, snip=snip))
-
-
-@pytest.mark.parametrize("key", SEEN)
-def test_a_run_continues_with_what_it_was_made_from_alone(key):
-    refuse_other(SEEN)
-    refuse_other({name: value for name, value in SEEN.items() if name != key})  # of an older release
-    with pytest.raises(ValueError, match=f"run cache/run was trained with another {key} under the same name"):
-        refuse_other({**SEEN, key: "x"})
-    with pytest.raises(ValueError, match=f"another {key} under"):
-        refuse_other({**SEEN, key: "x" if SEEN[key] is None else None})
-
-
-def test_all_that_has_changed_is_named_together():
-    with pytest.raises(ValueError, match="another mask and other data and other base under"):
-        refuse_other({**SEEN, "base": "x", "data": "x", "mask": "x"})
-
-
-def test_a_mask_that_is_still_to_be_computed_is_compared_later():
-    refuse_other(SEEN, snip=object(), mask=None)
-    with pytest.raises(ValueError, match="another base under"):
-        refuse_other({**SEEN, "base": "x"}, snip=object(), mask=None)
-
-
-def test_a_new_run_is_compared_with_nothing():
-    _refuse_other(SimpleNamespace(resumable=None, seen=SEEN, snip=None))
-
-
-@pytest.fixture
-def model(tmp_path, monkeypatch) -> Path:
-    """A model that a test may change, in a working directory with tasks."""
-    monkeypatch.chdir(with_mini_task(tmp_path))
-    return shutil.copytree(MODEL, tmp_path / "model")
-
-
-def seen(*overrides: str) -> dict[str, str | None]:
-    return prepare(settings(*overrides), get_task).seen
-
-
-def change_tensor(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def change_text(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-
-
-CHANGES = {
-    "base": change_tensor,
-    "config": lambda model: change_text(
-        model / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'
-    ),
-    "tokenizer": lambda model: change_text(
-        model / "tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}'
-    ),
-    "chat template": lambda model: (model / "chat_template.jinja").write_text("{{ 1 }}"),
-    "mask": lambda model: write_mask(model.parent / "0.9_mask.pt", seed=1),
-    "data": lambda model: change_text(model.parent / "tasks" / "mini.py", "7 * i + 3 * k", "15 * i + 3 * k"),
-}
-
-
-@pytest.mark.parametrize("changed", CHANGES)
-def test_every_hash_sees_its_part_alone(model, changed):
-    write_mask(model.parent / "0.9_mask.pt")
-    options = ("model.name_or_path=model", "mask_path=0.9_mask.pt")
-    before = seen(*options)
-    assert before == seen(*options) and set(before) == {*CHANGES, "reference"}
-    CHANGES[changed](model)
-    after = seen(*options)
-    assert {name for name, value in after.items() if value != before[name]} == {changed}
-
-
-def test_hashes_are_those_of_the_weights_that_are_used(model):
-    """The base is model.archive, if given; a reference counts only where a loss reads it."""
-    other = shutil.copytree(MODEL, model.parent / "other")
-    change_tensor(other)
-    hashes = {name: content_hash(open_weights(model.parent / name)) for name in ("model", "other")}
-    named = ("model.name_or_path=model",)
-    assert seen(*named)["base"] == hashes["model"] and seen(*named)["reference"] is None
-    assert seen(*named, "model.archive=other")["base"] == hashes["other"]
-    pairs = (*named, "datasets=[pairs]", "loss=dpo")
-    assert seen(*pairs)["reference"] is None
-    assert seen(*pairs, "model.reference_archive=other")["reference"] == hashes["other"]
-    assert seen(*pairs, "model.reference_archive=other")["base"] == hashes["model"]
-    free = ("model.reference_archive=other", "loss.reference_free=true")
-    assert seen(*pairs, *free)["reference"] is None
-    assert seen(*named, "model.reference_archive=other")["reference"] is None
-    assert seen(*named)["mask"] is None
-    assert set(seen(*named, "debug=true")) == {"mask", "data"}  # nothing is stored that could be continued
-
-
-@pytest.mark.parametrize("changed", ["base", "data"])
-def test_a_run_whose_parts_have_changed_is_refused_before_a_model_loads(model, changed, no_model):
-    options = ("model.name_or_path=model",)
-    run = begun_run(settings(*options))
-    write_checkpoint(run, "step-8", 1, **seen(*options))
-    prepare(settings(*options), get_task)
-    CHANGES[changed](model)
-    with pytest.raises(ValueError, match=f"trained with another {changed} under the same name"):
-        prepare(settings(*options), get_task)

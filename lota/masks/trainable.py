@@ -12,7 +12,7 @@ from torch import nn
 
 from lota.masks import Mask
 from lota.models.hashing import remembered_hash
-from lota.models.scope import find_scope, layer_numbers
+from lota.models.scope import find_scope, frozen_towers, layer_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +72,8 @@ def trainable_mask(
     if mask is None:
         if not protect and freeze_layers is None:
             return None
-        mask = Mask.from_dense(
-            {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
-        )
+        still = set(frozen_towers(model, scope))
+        mask = Mask.from_dense({n: torch.full(p.shape, n not in still) for n, p in model.named_parameters()})
     if mask.meta.get("layout") == "dense":  # it lists all parameters, also an embedding that grew since
         found = find_scope(model, scope, block_name)
         mask = mask.only([name for name in mask.names if mask.kept(name) or name in found])

@@ -10,7 +10,7 @@ that takes a third of the memory and half of the time (docs/DECISIONS.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,6 +50,7 @@ class Conversion:
     sources: list[tuple[str, str]] = field(
         default_factory=list
     )  # (stored name, converter's pattern), in order
+    mapping: list[Any] = field(default_factory=list)  # all transforms; each knows whether it was used
 
     @property
     def stored_names(self) -> list[str]:
@@ -63,6 +64,27 @@ class Conversion:
             converter.add_tensor(self.first_target, name, pattern, fetch(name))
         result = converter.convert(self.first_target, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
+
+    def undo(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of this conversion -> stored name -> tensor, as transformers saves a loaded model.
+
+        It reverses those of its transforms that were used, so that `language_model.` comes back if it stood
+        there. Raises ValueError if transformers cannot reverse one.
+        """
+        from transformers.core_model_loading import revert_weight_conversion  # slow to import
+
+        holder: Any = self.model
+        before = getattr(holder, "_weight_conversions", None)
+        if all(hasattr(entry, "was_used") for entry in self.mapping):  # older transformers know all alike
+            holder._weight_conversions = [entry for entry in self.mapping if entry.was_used()] or None
+        try:
+            return revert_weight_conversion(holder, dict(values))
+        except (*_CONVERSION_ERRORS, NotImplementedError) as error:
+            raise ValueError(
+                f"transformers cannot undo its conversion to {self.first_target}: {error}"
+            ) from error
+        finally:
+            holder._weight_conversions = before
 
     @cached_property
     def results(self) -> dict[str, Tensor]:
@@ -147,7 +169,7 @@ def translate(
     Raises ValueError if transformers' conversion cannot be applied.
     """
     known = model.state_dict()
-    rename, converter_of, order = _transformers_mapping(model, known)
+    rename, mapping, converter_of, order = _transformers_mapping(model, known)
     origins: dict[str, str | Conversion] = {}
     conversions: dict[str, Conversion] = {}
     for name in sorted(stored, key=order):
@@ -157,20 +179,27 @@ def translate(
         if pattern is None:
             origins[renamed] = name
         else:
-            new = Conversion(converter_of[pattern], renamed, model, stored)
+            new = Conversion(converter_of[pattern], renamed, model, stored, mapping=mapping)
             conversions.setdefault(renamed, new).sources.append((name, pattern))
     for conversion in conversions.values():
         origins |= dict.fromkeys(conversion.results, conversion)
     return origins
 
 
+def placed(names: Iterable[str], model: PreTrainedModel) -> set[str]:
+    """Those of the stored names that `model` has a place for."""
+    known = model.state_dict()
+    rename = _transformers_mapping(model, known)[0]
+    return {name for name in names if rename(name)[0] in known}
+
+
 def _transformers_mapping(
     model: PreTrainedModel, known: dict[str, Tensor]
-) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any], Callable[[str], Any]]:
+) -> tuple[Callable[[str], tuple[str, str | None]], list[Any], dict[str, Any], Callable[[str], Any]]:
     """What touches transformers' loading internals when reading (present from 5.17 to 5.23 at least).
 
-    Returns rename(stored name) -> (name, converter's pattern or None), pattern -> converter, and the sort
-    key that puts expert 10 after expert 9, as `convert_and_load_state_dict_in_model` does.
+    Returns rename(stored name) -> (name, converter's pattern or None), the transforms, pattern -> converter,
+    and the sort key that puts expert 10 after expert 9, as `convert_and_load_state_dict_in_model` does.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping  # slow to import
     from transformers.core_model_loading import (
@@ -191,4 +220,5 @@ def _transformers_mapping(
             return rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=known)
         return renamed, pattern
 
-    return rename, {p: entry for entry in converters for p in entry.source_patterns}, dot_natural_key
+    by_pattern = {p: entry for entry in converters for p in entry.source_patterns}
+    return rename, mapping, by_pattern, dot_natural_key

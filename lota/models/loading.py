@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lota.models.causal import refuse_not_causal
 from lota.models.damaged import one_line, refuse_damaged_json
 from lota.models.hub import refuse_absent
 from lota.models.opening import (
@@ -33,6 +34,7 @@ from lota.storage import DAMAGED
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PER_LAYER = "vocab_size_per_layer_input"  # Gemma's second embedding, which grows with the first
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -84,6 +86,14 @@ def special_id(config: PreTrainedConfig, key: str) -> Any:
     return getattr(config.get_text_config(), key, None) if found is None else found
 
 
+def set_pad_token_id(config: PreTrainedConfig, pad_token_id: int | None) -> None:
+    """Name the pad token in a config; in one with towers it is the text's."""
+    text = config.get_text_config()
+    for part in (config, text):
+        if part is text or hasattr(part, "pad_token_id"):
+            part.pad_token_id = pad_token_id
+
+
 def add_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> int:
     """Make `pad_token` the pad token, adding it to the vocabulary when it is not there; returns its id."""
     tokenizer.add_special_tokens({"pad_token": pad_token})
@@ -105,7 +115,7 @@ def load_model(
     policy.pt alone. pad_token: added to `tokenizer` (name_or_path's when None) and, if the embeddings have no
     row for it, to the model.
     Raises ValueError before anything is loaded for what `open_model` refuses and for a tokenizer of another
-    model; afterwards for NaN and infinity.
+    model; afterwards for NaN and infinity, and for a model in which a token depends on later ones.
     """
     _check_before(name_or_path, archive, tokenizer)
     if archive is not None and is_policy(archive):
@@ -115,15 +125,17 @@ def load_model(
     else:
         path = str(name_or_path if archive is None else archive)
         on_device = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
-        model = _load_all(auto_class(load_config(path)), path, path, dtype=dtype, **on_device)
+        config = load_config(path)
+        model = _load_all(auto_class(config), path, path, config, dtype=dtype, **on_device)
     _check_finite(model, name_or_path if archive is None else archive)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
-        model.config.pad_token_id = add_pad_token(tokenizer, pad_token)
+        set_pad_token_id(model.config, add_pad_token(tokenizer, pad_token))
         if len(tokenizer) > embedding_rows(model):
             resize_vocabulary(model, len(tokenizer))
     turn_dropout_off(model)
-    return model.eval()
+    refuse_not_causal(model.eval(), name_or_path)
+    return model
 
 
 def _check_before(
@@ -163,7 +175,9 @@ def model_from_policy(
     rows, base_rows = _stored_rows(structure, state), embedding_rows(structure)
     if rows is not None and rows != base_rows:
         logger.info("%s: vocabulary of %d rows instead of the base's %d", source, rows, base_rows)
-        config.get_text_config().vocab_size += rows - base_rows
+        text = config.get_text_config()
+        for key in [key for key in ("vocab_size", _PER_LAYER) if getattr(text, key, None) is not None]:
+            setattr(text, key, getattr(text, key) + rows - base_rows)
         for part in (config, config.get_text_config()):
             if getattr(part, "pad_token_id", None) is not None and part.pad_token_id >= rows:
                 part.pad_token_id = None
@@ -172,13 +186,17 @@ def model_from_policy(
             raise ValueError(f"{source}: {name} and {origin} differ, but the base ties them")
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return _load_all(type(structure), None, source, config=config, state_dict=state, dtype=dtype)
+    own = config if type(structure.config) is type(config) else config.get_text_config()
+    return _load_all(type(structure), None, source, config, config=own, state_dict=state, dtype=dtype)
 
 
-def _load_all(model_class: Any, path: str | None, source: str | Path, **options: Any) -> PreTrainedModel:
+def _load_all(
+    model_class: Any, path: str | None, source: str | Path, stored: PreTrainedConfig, **options: Any
+) -> PreTrainedModel:
     """transformers' loader, which draws at random what it does not find; that is an error here.
 
-    source: what the error names. Raises ValueError for weights missing, left over or of another shape.
+    source: what the error names. stored: the config of the checkpoint. Raises ValueError for weights missing,
+    left over or of another shape.
     """
     try:
         model, info = model_class.from_pretrained(
@@ -191,7 +209,7 @@ def _load_all(model_class: Any, path: str | None, source: str | Path, **options:
     expected, held = dict.fromkeys(info["missing_keys"], ()), {}
     for name, stored, own in info["mismatched_keys"]:
         expected[name], held[name] = tuple(own), tuple(stored)
-    held |= unexpected(model, dict.fromkeys(info["unexpected_keys"], ()))
+    held |= unexpected(model, dict.fromkeys(info["unexpected_keys"], ()), stored)
     partner = f"a {type(model).__name__} of this configuration"
     refuse_misfit(source, partner, expected, held, BELONGING)
     return model
@@ -226,14 +244,14 @@ def cast_parameters(
 
 def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:
     """Give the embeddings `rows` rows; new ones are the mean of the old, at every call alike. Ties stay."""
-    old = embedding_rows(model)
+    before = {name: parameter.shape[:1] for name, parameter in model.named_parameters()}
     with torch.random.fork_rng():  # transformers draws new rows at random, which are replaced below
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for tensor in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
-                if tensor is not None and rows > old:
-                    tensor[old:] = mean_row(tensor[:old])
+        for name, tensor in model.named_parameters():
+            old = before.get(name, tensor.shape[:1])
+            if tensor.shape[:1] > old:
+                tensor[old[0] :] = mean_row(tensor[: old[0]])
 
 
 def mean_row(tensor: Tensor) -> Tensor:

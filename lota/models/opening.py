@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lota.models.key_mapping import placed
 from lota.models.policy import find_policy, is_policy, model_folder
-from lota.models.scope import meta_model
+from lota.models.scope import load_config, meta_model, whole_model
 from lota.models.weights import WeightSource, open_weights, refuse_misfit
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def open_model(
     model's, for weights missing, left over, of another shape, or quantized.
     """
     policy = archive is not None and is_policy(archive)
-    model = meta_model(model_folder(str(name_or_path), None if archive is None else str(archive)))
+    folder = model_folder(str(name_or_path), None if archive is None else str(archive))
+    model = meta_model(folder)
     weights = name_or_path if archive is None else find_policy(archive) if policy else archive
     source = open_weights(weights, model)
     _check_dtypes(source, model)
@@ -43,7 +45,8 @@ def open_model(
     if policy and embedding in source and source.shape(embedding)[0] != embedding_rows(model):
         model.resize_token_embeddings(source.shape(embedding)[0], mean_resizing=False)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    held = {name: source.shape(name) for name in source.names()} | unexpected(model, source.strange)
+    held = {name: source.shape(name) for name in source.names()}
+    held |= unexpected(model, source.strange, load_config(folder))
     refuse_misfit(source.id, f"a {type(model).__name__} of this configuration", expected, held, BELONGING)
     unread = [path for path in source.files if not policy and not _LOADED_FILES.fullmatch(path.name)]
     if unread:
@@ -53,10 +56,18 @@ def open_model(
     return model, source
 
 
-def unexpected(model: PreTrainedModel, names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Of what a model has no place for, that which its class does not expect to meet."""
+def unexpected(
+    model: PreTrainedModel, names: Mapping[str, tuple[int, ...]], config: PreTrainedConfig
+) -> dict[str, tuple[int, ...]]:
+    """Of what a model has no place for, that which its class does not expect to meet.
+
+    config: of the checkpoint, which may be of a model with towers beside this text model.
+    """
     ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]))
-    return {name: shape for name, shape in names.items() if not ignored.search(name)}
+    left = {name: shape for name, shape in names.items() if not ignored.search(name)}
+    whole = whole_model(config) if left else None
+    elsewhere = set() if whole is None else placed(left, whole)
+    return {name: shape for name, shape in left.items() if name not in elsewhere}
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str | Path) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MOST_LAYERS = 10_000  # a module of Python's is made for each
+_WITH_TOWERS = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 SHARE = 0.9  # of the matrices; a scope that takes less says what it leaves out
 
 
@@ -126,7 +127,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
     if type(config) in transformers.AutoModelForCausalLM._model_mapping:
         return transformers.AutoModelForCausalLM
-    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+    for name in _WITH_TOWERS:
         auto = getattr(transformers, name, None)  # the second one is new
         if auto is None or type(config) not in auto._model_mapping:
             continue
@@ -138,6 +139,24 @@ def auto_class(config: PreTrainedConfig) -> Any:
             raise ValueError(f"a model of type {config.model_type} computes nothing without {needs[1]}")
         return auto
     return transformers.AutoModelForCausalLM  # which says what it can make
+
+
+def whole_model(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """The model with its towers, on the meta device, of a config whose causal LM is the text tower alone.
+
+    None where the causal LM is all that there is. Such a checkpoint holds weights that the LM never loads.
+    """
+    import transformers  # slow to import
+
+    mapping: Any = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping or mapping[type(config)].config_class is type(config):
+        return None
+    for name in _WITH_TOWERS:
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(config) in auto._model_mapping:
+            with torch.device("meta"):
+                return auto.from_config(config)
+    return None
 
 
 def transformer_blocks(model: nn.Module, block_name: str | None = None) -> list[tuple[str, nn.Module]]:
@@ -195,6 +214,19 @@ def find_scope(
     if not scope:
         raise ValueError(f"scope={pattern!r} matches no parameter of {type(model).__name__}")
     return scope
+
+
+def frozen_towers(model: nn.Module, pattern: str | None = None) -> list[str]:
+    """Parameters of towers for images and sound, which a text does not train; `pattern` can name some.
+
+    pattern: as for `find_scope`.
+    """
+    elsewhere = towers(model)
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if inside(name, elsewhere) and not (pattern and re.search(pattern, name))
+    ]
 
 
 def _role(

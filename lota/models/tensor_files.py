@@ -83,6 +83,12 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], Path | N
     raise ValueError(f"{folder} holds no weights: expected *.safetensors, pytorch_model.bin or policy.pt")
 
 
+def has_weights(path: str | os.PathLike[str]) -> bool:
+    """Whether a local folder holds weights; a hub id does."""
+    local = Path(path).expanduser()
+    return not local.is_dir() or bool(_weight_files(local))
+
+
 def refuse_delta(path: Path) -> None:
     """Raise ValueError for a delta file in the place of a model."""
     if path.suffix == ".safetensors" and is_delta(path):

@@ -39,7 +39,11 @@ class ReadUnit:
 
     parameters: list[str]
     stored: list[str]
-    converted: bool
+    conversion: Conversion | None = None
+
+    @property
+    def converted(self) -> bool:
+        return self.conversion is not None
 
 
 class WeightSource:
@@ -55,6 +59,7 @@ class WeightSource:
     ):
         self.id = id  # the path or hub id that was opened
         self.strange = dict(strange or {})  # stored name -> shape of what the model has no place for
+        self.buffers: dict[str, str] = {}  # name of a buffer -> its stored name
         self.stored = dict(stored)  # stored name -> place in its file, parameters or not
         self._origins = dict(origins)  # parameter name -> its stored name, or what makes it of several
         self._files: dict[Path, int] = {}  # open files' handles
@@ -93,9 +98,9 @@ class WeightSource:
         found: dict[str | Conversion, ReadUnit] = {}
         for name, origin in self._origins.items():
             if isinstance(origin, str):
-                found[origin] = ReadUnit([name], [origin], converted=False)
+                found[origin] = ReadUnit([name], [origin])
             else:
-                unit = ReadUnit([], origin.stored_names, converted=True)
+                unit = ReadUnit([], origin.stored_names, origin)
                 found.setdefault(origin, unit).parameters.append(name)
         return list(found.values())
 
@@ -227,7 +232,10 @@ def open_weights(path: str | os.PathLike[str], model: PreTrainedModel | None = N
         names_of.setdefault(id(parameter), []).append(name)
     held = {names[0]: [origins[name] for name in names if name in origins] for names in names_of.values()}
     first_of = {name: found[0] for name, found in held.items() if found}
-    return WeightSource(str(path), stored, first_of, strange, states)
+    source = WeightSource(str(path), stored, first_of, strange, states)
+    own_names = {name for names in names_of.values() for name in names}
+    source.buffers = {n: o for n, o in origins.items() if isinstance(o, str) and n not in own_names}
+    return source
 
 
 def _file_state(file: Path | int) -> FileState:

@@ -11,20 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.models.loading import (
     add_pad_token,
     load_tokenizer,
     model_from_policy,
     resize_vocabulary,
+    set_pad_token_id,
     special_id,
 )
 from lota.models.opening import check_tokenizer, embedding_rows, open_model
 from lota.models.policy import find_policy, read_policy
 from lota.models.provenance import run_settings
 from lota.models.scope import load_config, meta_model
+from lota.models.tensor_files import has_weights
+from lota.models.weights import open_weights
 from lota.share.hf_folder import (
+    PROCESSOR_FILES,
     TOKENIZER_FILES,
     check_replaceable,
     copy_small_files,
@@ -84,24 +88,25 @@ def convert_policy(
     check_tokenizer(tokenizer, structure, file)
     most, dtypes = disk_dtypes(model_path, config) if dtype is None else (dtype, {})
 
+    base = open_weights(model_path, structure) if has_weights(model_path) else None
     record = read_policy(file)
     model = model_from_policy(config, record.state, file)
     pad_id = None
     if vocab == "base":
         if embedding_rows(model) > base_rows:
             resize_vocabulary(model, base_rows)
-        model.config.pad_token_id = base_pad
+        set_pad_token_id(model.config, base_pad)
     else:
         pad_id = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
     rows = embedding_rows(model)
-    model.config.dtype, model.config.architectures = most, [type(model).__name__]
+    written = _config_of(model, config, most)
     origin = {"base": str(model_path), "policy": str(file), "step_idx": record.step_idx, "rows": rows}
     origin |= run.prompts  # evaluation writes prompts as the run did
     with new_model_files("save_path", folder, model_path, origin) as staged:
-        write_weights(model, staged, most, dtypes, max_shard_size, file)
-        model.config.save_pretrained(staged)
+        write_weights(model, staged, most, dtypes, max_shard_size, file, base)
+        written.save_pretrained(staged)
         copy_small_files(given or model_path, TOKENIZER_FILES, staged)
-        copy_small_files(model_path, ("generation_config.json",), staged)
+        copy_small_files(model_path, ("generation_config.json", *PROCESSOR_FILES), staged)
         if pad_id is not None:
             tokenizer.save_pretrained(staged)
             _set_pad(staged / "generation_config.json", pad_id)
@@ -137,8 +142,23 @@ def _add_pad_token(
             " was trained without this token or with another tokenizer; name the right pad_token or"
             " tokenizer_path, or use vocab=base"
         )
-    model.config.pad_token_id = pad_id
+    set_pad_token_id(model.config, pad_id)
     return pad_id
+
+
+def _config_of(model: PreTrainedModel, base: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
+    """The config to write: the model's, or the base's with towers whose text config the model's replaces."""
+    config = model.config
+    if type(config) is type(base):
+        config.architectures = [type(model).__name__]
+    else:
+        config, text = base, base.get_text_config()
+        text.vocab_size = model.config.vocab_size
+        set_pad_token_id(config, special_id(model.config, "pad_token_id"))
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    return config
 
 
 def _set_pad(file: Path, pad_id: int) -> None:

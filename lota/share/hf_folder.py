@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
 )
+# Of models with towers: what turns images and sound into what the towers read.
+PROCESSOR_FILES = ("processor_config.json", "*preprocessor_config.json", "image_processor*.json")
 
 
 def disk_dtypes(
@@ -159,5 +161,6 @@ def _listed(record: Path) -> list[str]:
             f"{record} is not the record of a conversion ({error}): name a new folder"
         ) from error
     ours = [*CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+    ours += PROCESSOR_FILES
     patterns = [pattern.split("/")[0] for pattern in ours]
     return [name for name in names if "/" not in name and any(fnmatch(name, p) for p in patterns)]

@@ -25,7 +25,7 @@ from lota.models.loading import tied_names
 from lota.models.scope import meta_model
 from lota.models.tensor_files import Shaped, config_folder, new_safetensors
 from lota.models.weights import ReadUnit, WeightSource, all_finite, open_weights, refuse_not_finite
-from lota.share.hf_folder import CONFIG_FILES, TOKENIZER_FILES, copy_small_files
+from lota.share.hf_folder import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES, copy_small_files
 
 
 class _Form(NamedTuple):
@@ -50,26 +50,51 @@ def write_weights(
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: str,
     source: object = "the model",
+    base: WeightSource | None = None,
 ) -> None:
     """Write the model's tensors under their names on disk.
 
-    source: what errors name. Raises ValueError for NaN, infinity, and values beyond the range of a dtype.
-
-    Floating-point ones are cast to `dtypes[name]`, or to `dtype` if that has none. A tied weight is written
-    once. Extra memory: one tensor. Raises OSError when the disk is full.
+    source: what errors name. base: the weights that the model was made from; their names on disk are taken,
+    and what they hold besides, such as towers that the model does not load, is copied. Floating-point ones
+    are cast to `dtypes[name]`, or to `dtype` if that has none. A tied weight is written once. Extra memory:
+    one tensor. Raises ValueError for NaN, infinity, and values beyond the range of a dtype, OSError when the
+    disk is full.
     """
     ignored = {*tied_names(model), *(model._keys_to_ignore_on_save or ())}
     state = {name: value.detach() for name, value in model.state_dict().items() if name not in ignored}
     with torch.device("meta"):  # one that was not loaded: names on disk are those of the architecture
         structure = type(model)(model.config)
-    state = revert_weight_conversion(structure, state)
+    stored = {} if base is None else _as_stored(base, state)
+    stored |= revert_weight_conversion(structure, state)
+    state = dict(sorted(stored.items()))
+    beside = {} if base is None else {n: base.stored[n] for n in base.strange if n not in state}
     forms = {
         name: _Form(dtypes.get(name, dtype) if v.is_floating_point() else v.dtype, tuple(v.shape))
         for name, v in state.items()
     }
+    for name, tensor in beside.items():
+        kind = dtypes.get(name, dtype) if tensor.dtype.is_floating_point else tensor.dtype
+        forms[name] = _Form(kind, tensor.shape)
+    buffers = {name for name, _ in model.named_buffers()}  # some hold infinity: Gemma 4's bounds
+    buffers |= set() if base is None else {*base.buffers.values(), *beside}
     with _new_shards(folder, forms, max_shard_size) as put:
-        for name in forms:
-            put(name, _cast(name, state.pop(name), forms[name].dtype, source))
+        for name, form in forms.items():
+            value = base.read_stored(name) if base is not None and name in beside else state.pop(name)
+            put(name, value.to(form.dtype) if name in buffers else _cast(name, value, form.dtype, source))
+
+
+def _as_stored(base: WeightSource, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take out of `state` what the base has, under the base's names on disk; the rest stays."""
+    found: dict[str, Tensor] = {}
+    for unit in base.units():
+        if all(name in state for name in unit.parameters):
+            values = {name: state[name] for name in unit.parameters}
+            written = _on_disk(values, unit)
+            if sorted(written) == sorted(unit.stored):
+                found |= written
+                for name in unit.parameters:
+                    del state[name]
+    return found | {stored: state.pop(name) for name, stored in base.buffers.items() if name in state}
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype, source: object) -> Tensor:
@@ -119,11 +144,11 @@ def write_like(
     with _new_shards(folder, {name: source.stored[name] for name in order}, max_shard_size) as put:
         for unit in units:
             values = {name: value_of(name) for name in unit.parameters}
-            for name, value in _on_disk(model, values, unit).items():
+            for name, value in _on_disk(values, unit).items():
                 put(name, value)
         for name in copied:
             put(name, source.read_stored(name))
-    copy_small_files(base, (*CONFIG_FILES, *TOKENIZER_FILES), folder)
+    copy_small_files(base, (*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES), folder)
 
 
 def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
@@ -133,7 +158,10 @@ def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
             name: torch.empty(source.shape(name), dtype=source.dtype(name), device="meta")
             for name in unit.parameters
         }
-        written = {name: tuple(value.shape) for name, value in _on_disk(model, empty, unit).items()}
+        try:
+            written = {name: tuple(value.shape) for name, value in _on_disk(empty, unit).items()}
+        except ValueError:
+            written = {}
         if written != {name: tuple(source.stored[name].shape) for name in unit.stored}:
             raise ValueError(
                 f"{source.id}: {unit.stored[0]} cannot be written as it was read: {type(model).__name__}"
@@ -141,10 +169,10 @@ def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
             )
 
 
-def _on_disk(model: PreTrainedModel, values: Mapping[str, Tensor], unit: ReadUnit) -> dict[str, Tensor]:
+def _on_disk(values: Mapping[str, Tensor], unit: ReadUnit) -> dict[str, Tensor]:
     """Parameters of a unit -> stored name -> tensor."""
-    if unit.converted:
-        return revert_weight_conversion(model, dict(values))
+    if unit.conversion is not None:
+        return unit.conversion.undo(values)
     return {unit.stored[0]: values[unit.parameters[0]]}
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lota.config import Config
 from lota.models.loading import add_pad_token, load_model, load_tokenizer
 from lota.models.opening import check_tokenizer, embedding_rows, open_model
+from lota.models.scope import frozen_towers
 
 
 def load_run_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -29,8 +30,11 @@ def load_run_model(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> PreTrainedModel:
-    """The model with the weights of `archive`, or of model.name_or_path, and the vocabulary of the run."""
-    return load_model(
+    """The model with the weights of `archive`, or of model.name_or_path, and the vocabulary of the run.
+
+    Its towers for images and sound require no gradient, unless model.scope names them.
+    """
+    model = load_model(
         config.model.name_or_path,
         archive=archive,
         dtype=dtype,
@@ -38,6 +42,9 @@ def load_run_model(
         pad_token=config.model.pad_token,
         tokenizer=tokenizer,
     )
+    for name in frozen_towers(model, config.model.scope):
+        model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def run_skeleton(config: Config, tokenizer: PreTrainedTokenizerBase, key: str = "archive") -> PreTrainedModel:

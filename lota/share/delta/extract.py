@@ -19,6 +19,8 @@ from lota.models.chunks import in_order
 from lota.models.hashing import StreamingHash
 from lota.models.pair import open_whole
 from lota.models.provenance import run_settings, trained_prompts
+from lota.models.scope import meta_model
+from lota.models.tensor_files import config_folder
 from lota.models.weights import WeightSource, refuse_not_finite
 from lota.places import holding
 from lota.share.delta.codec import Array, Coding, encode
@@ -33,6 +35,7 @@ from lota.share.delta.format import (
     segments,
     write_delta,
 )
+from lota.share.hf_weights import check_writable
 from lota.storage import naming
 
 
@@ -52,13 +55,15 @@ def extract(
     would write it, in the dtypes of the base's files. mask: nothing may have changed outside of it. task: a
     name for the metadata, by default the data sets of its run. model: folder whose config gives the names,
     if neither side has one. tuned_id: what the metadata call the tuned model, by default its path.
-    Raises ValueError for models that do not belong together, a grown vocabulary, changes outside the mask, or
-    an `out` that is something else than a delta file.
+    Raises ValueError for models that do not belong together, a grown vocabulary, changes outside the mask, an
+    `out` that is something else than a delta file, or a base folder that could not be written as it was read.
     """
     out = Path(out).expanduser()
     check_target(out)
     mask = mask if mask is None or isinstance(mask, Mask) else Mask.load(mask)
     before, after = open_whole(base, tuned, model)
+    if folder := config_folder(base):
+        check_writable(before, meta_model(folder))  # else nothing could apply the file
     comparison = _Comparison(before, after, mask)
     with holding(out), naming(out), TemporaryFile(dir=out.parent) as data:
         check_target(out)

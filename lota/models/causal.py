@@ -1,0 +1,69 @@
+"""Whether a loaded model predicts each token from those before it alone, as training and scores assume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lota.models.damaged import one_line
+from lota.models.opening import embedding_rows
+
+_TOKENS = 9
+# Settings with which transformers makes a decoder of an encoder: BERT and its kin, XLM, XLNet.
+_SWITCHES = {"is_decoder": True, "causal": True, "attn_type": "uni"}
+_NO_SWITCH = "give a causal model"
+
+
+def refuse_not_causal(model: PreTrainedModel, source: str | Path) -> None:
+    """Raise ValueError if logits depend on what comes later, or if the model does not run on token ids alone.
+
+    source: what the error names. The logits of a few tokens are compared with those of the same tokens and
+    one more. All positions have to differ, by more than rounding does: an expert that is chosen by a hair may
+    change at some.
+    """
+    ids = torch.tensor([list(islice(cycle(_plain_ids(model)), _TOKENS))], device=model.device)
+    try:
+        with torch.no_grad():
+            longer, shorter = _logits(model, ids)[:-1], _logits(model, ids[:, :-1])
+    except Exception as error:
+        raise ValueError(
+            f"{source}: {type(model).__name__} does not run on token ids alone, so that it cannot be"
+            f" trained or scored on text: {one_line(error)}"
+        ) from error
+    differences = (longer - shorter).abs().amax(dim=1)  # (positions,)
+    spread = (longer[1:] - longer[:-1]).abs().amax()
+    if differences.min() > max(2e-4, 8 * torch.finfo(model.dtype).eps) * spread:
+        off = [key for key, on in _SWITCHES.items() if getattr(model.config, key, on) != on]
+        remedy = f"set {off[0]} to {json.dumps(_SWITCHES[off[0]])} in its config.json" if off else _NO_SWITCH
+        raise ValueError(
+            f"{source}: {type(model).__name__} lets a token depend on those after it, which it would learn to"
+            f" copy instead of to predict: {remedy}"
+        )
+
+
+def _plain_ids(model: PreTrainedModel) -> list[int]:
+    """Ids of tokens to which the config gives no meaning such as that of an image; 0 to 3 often have one."""
+    rows = min(embedding_rows(model), 1000)
+    special = set(_token_ids(model.config.to_dict()))
+    return [i for i in range(4, rows) if i not in special] or list(range(rows))
+
+
+def _token_ids(content: dict[str, Any]) -> Iterator[int]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _token_ids(value)
+        elif "token" in str(key):
+            yield from (i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Of one row of ids (1, length): (length, vocabulary), fp32."""
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return output.logits[0].float()
