@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import runs
 import torch
 import transformers
-from safetensors.torch import load_file
+from hf_models import save_policy
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import eval_model_all
@@ -18,10 +20,14 @@ import extract_masks
 import generate_samples
 from lota import delta
 from lota.masks import Mask
+from lota.masks.extract.select import extract
+from lota.masks.trainable import trainable_mask
 from lota.models.loading import load_model
 from lota.models.roles import inside, towers
 from lota.models.scope import auto_class, find_scope, load_config, meta_model, scope_share
 from lota.share.convert import convert_policy
+from lota.train.preflight import prepare
+from tasks import get_task
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _PHI = {
@@ -168,6 +174,12 @@ def moved(folder: Path, base: Path) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def tokens(number: int) -> PreTrainedTokenizerFast:
+    tokenizer = letters()
+    tokenizer.add_tokens([f"w{i}" for i in range(number - len(tokenizer))])
+    return tokenizer
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_text_tower_is_the_scope(kind, tmp_path):
     save_composite(kind, tmp_path)
@@ -268,3 +280,126 @@ def check_delta(base: Path, place: Path, adapted: Path, mask: Path) -> None:
     delta.revert(place / "applied", file, place / "back")
     assert same(on_disk(place / "back"), on_disk(base))
     assert {path.name for path in (place / "back").iterdir()} >= {path.name for path in base.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5_moe", "phi4_multimodal"])
+@pytest.mark.parametrize("vocab", ["checkpoint", "base"])
+def test_a_vocabulary_that_has_grown(kind, vocab, tmp_path):
+    """Every embedding grows, the config that it stands in says so, and the towers stay."""
+    base, out, old = tmp_path / "base", tmp_path / "out", _PHI["vocab_size"]
+    save_composite(kind, base)
+    tokenizer = tokens(old)
+    model = load_model(base, pad_token="<PAD>", tokenizer=tokenizer)
+    assert len(tokenizer) == old + 1 == model.get_input_embeddings().weight.shape[0]
+    embeddings = re.compile(r"embed_tokens(_per_layer)?\.weight|lm_head")
+    grown = [p for name, p in model.named_parameters() if embeddings.search(name)]
+    assert len(grown) == {"gemma3": 1}.get(kind, 2)  # Gemma 3 ties its two, Gemma 4 has another
+    assert all(torch.allclose(p[old:], p[:old].mean(0, keepdim=True), atol=1e-6) for p in grown)
+    tokenizer.save_pretrained(base)
+    policy = save_policy(tmp_path / "policy.pt", model.state_dict())
+    convert_policy(base, policy, out, vocab=vocab, pad_token="<PAD>" if vocab == "checkpoint" else None)
+    config = load_config(out).get_text_config()
+    if vocab == "base":
+        assert moved(out, base) == set() and config.pad_token_id == 0
+        assert (out / "config.json").read_text() == (base / "config.json").read_text()
+        return
+    assert config.pad_token_id == old
+    before, after = on_disk(base), on_disk(out)
+    assert before.keys() == after.keys()
+    grown = {name for name in before if before[name].shape != after[name].shape}
+    assert grown and all(re.search("embed_tokens|lm_head", name) for name in grown)
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - grown)
+    for auto in loaders(load_config(out)):
+        _, info = auto.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+
+
+def test_a_vocabulary_that_cannot_grow(workplace):
+    """Mllama's embedding has 8 rows that are no outputs."""
+    base = workplace / "base"
+    save_composite("mllama", base)
+    tokens(72).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"model\.pad_token=<PAD>: .* 72 embedding rows for 64 outputs"):
+        load_model(base, pad_token="<PAD>", tokenizer=tokens(72))
+    with pytest.raises(ValueError, match=r"model\.pad_token=<PAD>: .* 72 embedding rows for 64 outputs"):
+        prepare(runs.settings(f"model.name_or_path={base}", *SIZES, "model.pad_token='<PAD>'"), get_task)
+
+
+def test_what_else_a_checkpoint_holds_is_kept(tmp_path):
+    """Weights of a head that nothing loads, under names of another release, are in the converted folder."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_composite("qwen3_5", base)
+    weights = on_disk(base) | {"mtp.layers.0.weight": torch.randn(4, 4)}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    policy = save_policy(tmp_path / "policy.pt", load_model(base).state_dict())
+    convert_policy(base, policy, out)
+    assert same(on_disk(out), weights)
+    convert_policy(base, policy, out, dtype=torch.float16)
+    assert {value.dtype for value in on_disk(out).values()} == {torch.float16}
+
+
+def test_names_of_memory_on_disk_stay(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_composite("gemma3", base).save_pretrained(base, save_original_format=False)
+    assert any(name.startswith("model.language_model.layers") for name in on_disk(base))
+    convert_policy(base, save_policy(tmp_path / "policy.pt", load_model(base).state_dict()), out)
+    assert same(on_disk(out), on_disk(base))
+
+
+def test_scopes_that_somebody_chose(workplace):
+    """A tower that was tuned elsewhere gets its mask, and gradients in training; a text alone has none."""
+    base, tuned = workplace / "base", workplace / "tuned"
+    model = save_composite("gemma3", base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vision_tower.encoder" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tuned)
+    both = r"vision_tower\.encoder.*(q|fc1)\w*\.weight|language_model.*q_proj"
+    masks = {s: extract(base, tuned, [0.9], scope=s)[0.9] for s in (both, "vision_tower.*fc1")}
+    assert {name.split(".")[1] for name in masks[both].names} == {"vision_tower", "language_model"}
+    assert all("vision_tower" in n for n in masks[both].names if masks[both].kept(n))
+    masks[both].save(workplace / "both.pt")
+    how = (f"model.name_or_path={base}", *SIZES, f"model.scope='{both}'")
+    chosen, _ = runs.train(*how, "exp_name=dense")
+    asks = {n for n, p in chosen.model.named_parameters() if p.requires_grad and "vision_tower" in n}
+    assert asks == {n for n in masks[both].names if "vision_tower" in n}
+    save_composite("qwen3_5", workplace / "text")
+    with pytest.raises(ValueError, match="'visual' matches no parameter of Qwen3_5ForCausalLM"):
+        find_scope(meta_model(workplace / "text"), "visual")
+
+
+def test_frozen_layers_leave_towers_alone(tmp_path):
+    save_composite("gemma3", tmp_path)
+    model = meta_model(tmp_path)
+    mask = trainable_mask(model, None, freeze_layers="odd")
+    assert not any(mask.kept(name) for name in mask.names if inside(name, towers(model)))
+    assert mask.kept("model.language_model.layers.0.mlp.up_proj.weight")
+
+
+def test_a_tuned_model_may_be_the_text_alone(tmp_path):
+    """What `AutoModelForCausalLM` saves of it pairs with the whole; a tower's change would be lost."""
+    base, text, changed = (tmp_path / name for name in ("base", "text", "changed"))
+    whole = save_composite("qwen3_5", base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        whole.model.visual.merger.linear_fc1.weight.mul_(1.5)
+    model.save_pretrained(text)
+    whole.save_pretrained(changed)
+    mask = extract(base, text, [0.99])[0.99]
+    assert [name for name in mask.names if mask.kept(name)] == ["model.layers.0.mlp.up_proj.weight"]
+    delta.extract(base, text, tmp_path / "x.safetensors")
+    delta.apply(base, tmp_path / "x.safetensors", tmp_path / "out")
+    assert moved(tmp_path / "out", base) == {"model.language_model.layers.0.mlp.up_proj.weight"}
+    with pytest.raises(ValueError, match=r"linear_fc1\.weight is not that of .* its change would be lost"):
+        delta.extract(base, changed, tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("blip-2", "computes nothing without pixel_values"), ("t5gemma2", "has an encoder")]
+)
+def test_what_does_not_continue_a_text_is_refused(kind, why, tmp_path):
+    transformers.CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"makes no causal language model .*{why}"):
+        meta_model(tmp_path)

@@ -25,6 +25,7 @@ from lota.models.opening import (
     embedding_rows,
     is_quantized,
     open_model,
+    refuse_growth,
     unexpected,
 )
 from lota.models.policy import find_policy, is_policy, model_folder, read_policy
@@ -132,6 +133,7 @@ def load_model(
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
         set_pad_token_id(model.config, add_pad_token(tokenizer, pad_token))
         if len(tokenizer) > embedding_rows(model):
+            refuse_growth(model, pad_token)
             resize_vocabulary(model, len(tokenizer))
     turn_dropout_off(model)
     refuse_not_causal(model.eval(), name_or_path)
@@ -198,6 +200,8 @@ def _load_all(
     source: what the error names. stored: the config of the checkpoint. Raises ValueError for weights missing,
     left over or of another shape.
     """
+    report = logging.getLogger("transformers.modeling_utils")
+    report.addFilter(_tells_no_report)  # of what is told below, and of towers line by line
     try:
         model, info = model_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -206,6 +210,8 @@ def _load_all(
         raise ValueError(
             f"{source} cannot be loaded as a causal language model: {one_line(error)}"
         ) from error
+    finally:
+        report.removeFilter(_tells_no_report)
     expected, held = dict.fromkeys(info["missing_keys"], ()), {}
     for name, stored, own in info["mismatched_keys"]:
         expected[name], held[name] = tuple(own), tuple(stored)
@@ -213,6 +219,10 @@ def _load_all(
     partner = f"a {type(model).__name__} of this configuration"
     refuse_misfit(source, partner, expected, held, BELONGING)
     return model
+
+
+def _tells_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

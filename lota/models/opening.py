@@ -97,6 +97,20 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().get_parameter("weight").shape[0]
 
 
+def refuse_growth(model: PreTrainedModel, pad_token: str) -> None:
+    """Raise ValueError for a model whose vocabulary cannot grow by a pad token.
+
+    Mllama's and Moshi's embeddings have rows without an output: no config makes a model of the grown shapes.
+    """
+    head, rows = model.get_output_embeddings(), embedding_rows(model)
+    outputs = rows if head is None else head.get_parameter("weight").shape[0]
+    if outputs != rows:
+        raise ValueError(
+            f"model.pad_token={pad_token}: a {type(model).__name__} has {rows} embedding rows for {outputs} "
+            "outputs, and cannot grow by a token: use model.pad_token=null (padding with an existing token)"
+        )
+
+
 def embedding_name(model: PreTrainedModel) -> str:
     """Name of the token embedding's parameter."""
     weight = model.get_input_embeddings().weight

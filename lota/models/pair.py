@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lota.models.provenance import recorded_base, run_settings
 from lota.models.scope import ScopedTensor, ScopeShare, find_scope, meta_model, scope_share
 from lota.models.tensor_files import config_folder
@@ -98,7 +100,19 @@ def open_whole(
     )
     remedy = "its vocabulary has grown: cut the new rows off first, with convert_policy_to_hf_resize.py"
     refuse_misfit(after.id, base, expected, held, f"{remedy} --vocab base" if grown else "")
+    if structure is not None:
+        _refuse_changed_towers(before, after, type(structure).__name__)
     return before, after
+
+
+def _refuse_changed_towers(before: WeightSource, after: WeightSource, model: str) -> None:
+    """Raise ValueError if the sides differ in what both store and the model has no place for."""
+    for name in before.strange.keys() & after.strange.keys():
+        if not torch.equal(*(source.read_stored(name).view(torch.uint8) for source in (before, after))):
+            raise ValueError(
+                f"{after.id}: {name} is not that of {before.id}, and a {model} does not load it, so that its "
+                "change would be lost: give a model that was tuned in its text tower alone"
+            )
 
 
 def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.models.loading import add_pad_token, load_model, load_tokenizer
-from lota.models.opening import check_tokenizer, embedding_rows, open_model
+from lota.models.opening import check_tokenizer, embedding_rows, open_model, refuse_growth
 from lota.models.scope import frozen_towers
 
 
@@ -61,6 +61,7 @@ def run_skeleton(config: Config, tokenizer: PreTrainedTokenizerBase, key: str = 
     if key == "archive":
         check_tokenizer(tokenizer, model, archive or config.model.name_or_path)
     if config.model.pad_token is not None and len(tokenizer) > embedding_rows(model):
+        refuse_growth(model, config.model.pad_token)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return model
 
