@@ -19,6 +19,7 @@ MISSING = "???"
 CHAT_TEMPLATES = ("auto", "never", "always")
 LOSSES = ("sft", "dpo")
 DTYPES = ("float32", "bfloat16", "float16")
+GRANULARITIES = ("element", "row", "column", "block")
 
 # Settings that something else switches on
 _reference = partial(setting, None, needs=("loss.name=dpo", "loss.reference_free=false"))
@@ -200,6 +201,14 @@ class Config:
         "data and loss",
     )
     snip_sparsity: float = _snip(0.9, "frozen share of the scope in the mask of snip", at_least=0, below=1)
+    snip_granularity: str = _snip("element", "what the mask of snip keeps as wholes", choices=GRANULARITIES)
+    snip_block: int = setting(
+        64,
+        "side of a block, in entries",
+        at_least=16,
+        at_most=256,
+        needs=("snip=true", "snip_granularity=block"),
+    )
     snip_batches: int = _snip(
         64, "of training examples whose gradients snip sums; at most one pass", "batches", at_least=1
     )

@@ -18,7 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from lota.data.batches import Example, Prompt, encode
 from lota.lotto.driver import Lotto
+from lota.masks import kept_count
+from lota.masks.extract.units import units_of_scope, widened
 from lota.models.loading import load_model, load_tokenizer
+from lota.models.scope import find_scope
 from tasks import get_task
 
 pytestmark = pytest.mark.slow
@@ -178,6 +181,18 @@ def test_other_methods(method, parts, kept, changed):
     assert (shared > 0) == (method == "lota")
     assert second["free_after"] == 712_704 - 2 * kept + shared
     assert ("CHANGED" if changed else "unchanged").lower() in (lotto.folder / "ledger.txt").read_text()
+
+
+def test_blocks_of_each_task_are_its_own():
+    lotto, _ = run("granularity=block", "block=32", "sparsity=0.8")
+    masks = [mask(lotto, i) for i in range(2)]
+    assert masks[0].overlap(masks[1]) == 0
+    scope = find_scope(lotto.checked.model)
+    for found in masks:
+        assert found.meta["granularity"] == "block" and found.meta["block"] == 32
+        units = units_of_scope(scope, "block", 32)
+        assert widened(found, units).fingerprint() == found.fingerprint()
+        assert 0 <= kept_count(0.8, found.n_total) - found.n_kept < 32 * 32
 
 
 def test_reversed_and_settings_of_a_tasks_own():

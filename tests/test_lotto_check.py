@@ -127,6 +127,15 @@ def test_tasks_that_do_not_fit_are_refused_with_what_would():
     assert checked("sparsity=0.4", "+task_overrides.two.sparsity=0.6")
 
 
+def test_whole_blocks_count_against_the_capacity(workplace):
+    """Of a few scattered entries every block is touched."""
+    write_mask(workplace / "few.pt", density=0.02)
+    settings_of = ("protect_masks=[few.pt]", "sparsity=0.5", "tasks=[one]")
+    checked(*settings_of)
+    text = refused(*settings_of, "granularity=block", "block=64")
+    assert "but 0 of the scope's" in text
+
+
 def test_masks_count_against_the_capacity(workplace):
     kept = write_mask(workplace / "m.pt", 0.25).n_kept
     text = refused("sparsity=0.6", f"protect_masks=[{workplace}/m.pt]")

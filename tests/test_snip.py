@@ -30,15 +30,19 @@ def told(caplog):
 
 
 @pytest.mark.slow
-def test_the_mask_is_that_of_extract_masks():
-    trainer, last = train(*SNIP, "save_snip_mask_path=s/mask.pt", "seed=4")
+@pytest.mark.parametrize("granularity", ["element", "block"])
+def test_the_mask_is_that_of_extract_masks(granularity):
+    wholes = (f"snip_granularity={granularity}", "snip_block=32")
+    trainer, last = train(*SNIP, "save_snip_mask_path=s/mask.pt", "seed=4", *wholes)
     mask = Mask.load("s/mask.pt")
     extract_masks.main(
         f"--base {MODEL} --name m --sparsities 0.9 --score snip --datasets mini --score_batches 3 --seed 4 "
-        "--out masks".split()
+        f"--out masks --granularity {granularity} --block 32".split()
     )
     extracted = Mask.load("masks/m/0.9_mask.pt")
-    assert trainer.optimizer.n_trained == mask.n_kept == kept_count(0.9, mask.n_total)
+    short = kept_count(0.9, mask.n_total) - mask.n_kept
+    assert trainer.optimizer.n_trained == mask.n_kept and short == extracted.meta["shortfall"] < 32 * 32
+    assert mask.meta["granularity"] == granularity and (short == 0 or granularity == "block")
     assert mask.fingerprint() == extracted.fingerprint()
     assert all(mask.meta[key] == extracted.meta[key] for key in ("data", "base_hash"))
     # and the run is that of this mask, bit for bit

@@ -21,6 +21,7 @@ from lota.lotto.config import LottoConfig
 from lota.lotto.held_out import HeldOut
 from lota.lotto.ledger import Ledger
 from lota.masks import Mask, kept_count
+from lota.masks.extract.units import units_of_scope, widened
 from lota.models.scope import find_scope, meta_model
 from lota.places import working_in
 from lota.train.checkpoint import CHECKPOINT_NAME
@@ -56,12 +57,14 @@ def check(config: LottoConfig, find_task: FindTask) -> Checked:
     model = meta_model(config.model.name_or_path)
     scope = find_scope(model, config.model.scope, config.model.block_name)
     full = Mask.from_dense({name: torch.ones(t.shape, dtype=torch.bool) for name, t in scope.items()})
+    units = units_of_scope(scope, config.granularity, config.block)
     protect = {f"protect_masks {path}": Mask.load(path) for path in config.protect_masks}
     files = {task: Path(given) for task in config.sequence if (given := config.own(task, "mask_path"))}
     custom = {f"task_overrides.{task}.mask_path {path}": Mask.load(path) for task, path in files.items()}
     stages = _stage_masks(config)
     _check_overlap(config, protect, {**stages, **custom}, custom)
-    _check_capacity(config, full, [*protect.values(), *custom.values(), *stages.values()], {*files})
+    taken = [widened(mask, units) for mask in (*protect.values(), *custom.values(), *stages.values())]
+    _check_capacity(config, full, taken, {*files})
     everything = reduce(Mask.minus, protect.values(), full)
     rows = [found for found in held_out if found is not None]
     return Checked(model, everything, files, rows, folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from lota.config import Config, absolute
+from lota.config import GRANULARITIES, Config, absolute
 from lota.config_checks import problems_of, unused_settings
 from lota.settings import did_you_mean, setting, value_problems
 
@@ -38,7 +38,8 @@ METHODS = {
 # What a task cannot have of its own: it is the sequence's, or the sequence sets it.
 _SHARED = (
     "exp_name", "local_dirs", "model", "adapter", "datasets", "tasks", "order", "method", "task_overrides",
-    "protect_masks", "flip_mask", "overwrite", "resume", "debug", "n_eval_examples", "chat_template",
+    "protect_masks", "granularity", "block", "flip_mask", "overwrite", "resume", "debug", "n_eval_examples",
+    "chat_template",
 )  # fmt: skip
 _SET_BY_STAGES = {
     "datasets": "tasks=[...] names the tasks",
@@ -80,6 +81,19 @@ class LottoConfig(Config):
         at_least=0,
         below=1,
         needs=_MASKED,
+    )
+    granularity: str = setting(
+        "element",
+        "what a mask keeps as wholes: single entries, output neurons (row), inputs (column) or blocks",
+        choices=GRANULARITIES,
+        needs=_MASKED,
+    )
+    block: int = setting(
+        64,
+        "side of a block, in entries",
+        at_least=16,
+        at_most=256,
+        needs=(*_MASKED, "granularity=block"),
     )
     method: str = setting(
         "lotto",

@@ -134,6 +134,8 @@ class Lotto:
             score=method.saliency,
             seed=config.seed,
             protect=self.protected(stage),
+            granularity=config.granularity,
+            block=config.block,
             model=config.model.name_or_path,
         )[sparsity]
         mask.save(path)

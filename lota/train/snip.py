@@ -108,7 +108,8 @@ def prepare_snip(
             "of model.scope"
         )
     protect = [Mask.load(path) for path in config.protect_masks]
-    quota = Quota(pair, [config.snip_sparsity], Rule("snip", protect=protect))
+    rule = Rule("snip", protect=protect, granularity=config.snip_granularity, block=config.snip_block)
+    quota = Quota(pair, [config.snip_sparsity], rule)
     data = first_batches(
         config,
         tokenizer,
@@ -126,4 +127,6 @@ def prepare_snip(
         "protected": [mask.fingerprint() for mask in protect],
         "data": data.meta,
     }
+    if rule.granularity != "element":  # keys of earlier releases have no such line
+        key["granularity"] = f"block {rule.block}" if rule.granularity == "block" else rule.granularity
     return SnipMask(quota, data, key, config.snip_mask_file)

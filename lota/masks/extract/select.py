@@ -127,11 +127,7 @@ class Quota:
         # name -> entries, in the order that decides ties
         self.sizes = {name: math.prod(tensor.shape) for name, tensor in pair.scope.items()}
         # name -> its rows, columns or blocks; empty if single entries are chosen
-        self.units: dict[str, Units] = {}
-        if rule.granularity != "element":
-            self.units = {
-                n: units.units_of(n, t, rule.granularity, rule.block) for n, t in pair.scope.items()
-            }
+        self.units: dict[str, Units] = units.units_of_scope(pair.scope, rule.granularity, rule.block)
         # name -> packed bits of the entries that are not available: all of a unit if one entry is
         self.taken = _taken(rule.protect, pair)
         for name, each in self.units.items():

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from lota.config import GRANULARITIES as GRANULARITIES
+from lota.masks import Mask
 from lota.masks.extract.saliency import SaliencyStream, uniform
 from lota.masks.extract.topk import Progress
 from lota.models.chunks import Span, in_order, spans
 from lota.models.scope import ScopedTensor
 
-GRANULARITIES = ("element", "row", "column", "block")
 BLOCK_SIZES = (16, 256)  # smallest and largest side of a block
 DEFAULT_BLOCK = 64
 
@@ -107,6 +109,26 @@ def units_of(name: str, tensor: ScopedTensor, granularity: str, block: int = DEF
     else:
         tall, wide = (1, width) if (granularity == "row") != tensor.transposed else (height, 1)
     return Units(math.prod(stacks), height, width, tall, wide)
+
+
+def units_of_scope(scope: Mapping[str, ScopedTensor], granularity: str, block: int) -> dict[str, Units]:
+    """Name -> its units; empty if single entries are chosen. Errors: as `units_of`."""
+    if granularity == "element":
+        return {}
+    return {name: units_of(name, tensor, granularity, block) for name, tensor in scope.items()}
+
+
+def widened(mask: Mask, units: Mapping[str, Units]) -> Mask:
+    """The mask of all units of which the mask keeps an entry; without units the mask itself."""
+    if not units:
+        return mask
+    bits = {
+        name: torch.from_numpy(units[name].packed(units[name].touched(packed.numpy())))
+        if name in units
+        else packed
+        for name, packed in mask.bits.items()
+    }
+    return Mask(bits, mask.shapes, mask.meta)
 
 
 class Cutoff(NamedTuple):
