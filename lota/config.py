@@ -69,7 +69,7 @@ class ModelConfig:
     scope: str | None = setting(
         None,
         "regular expression over parameter names: what a mask chooses from and LoRA adapts; null = attention "
-        "and MLP weights",
+        "and MLP weights; also of a tower for images or sound, which is frozen unless this names its weights",
     )
 
 

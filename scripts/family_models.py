@@ -15,6 +15,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -73,9 +74,15 @@ def _small(config: PreTrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model whose every tensor is random, biases and norms too, so that none can be taken for another."""
+    """A model whose every tensor is random, biases and norms too, so that none can be taken for another.
+
+    One with towers is whole, as its checkpoints are, though AutoModelForCausalLM may load a part of it.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
+    config = tiny_config(family)
+    towers = type(config) in AutoModelForImageTextToText._model_mapping
+    auto: Any = AutoModelForImageTextToText if towers else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

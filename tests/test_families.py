@@ -47,7 +47,7 @@ def test_a_model_that_cannot_be_trained_is_refused_in_a_sentence():
     result = run("cpmant")
     assert result.verdict == "refused"
     assert result.reason.startswith(
-        "calibration: base: CpmAntForCausalLM lets a token depend on those after it"
+        "calibration: base: CpmAntForCausalLM lets a token depend on what comes after it"
     )
 
 

@@ -316,24 +316,46 @@ def test_real_tokenizer(stories):
     assert len(tokenizer) == 512
 
 
+def test_parameters_that_are_parts_of_one_stored_tensor_get_memory_of_their_own(tmp_path):
+    """HRM's projections are stored as one tensor, and to autograd the parts that it is cut into stay one."""
+    config = transformers.HrmTextConfig(
+        **WIDE, num_layers_per_stack=1, H_cycles=1, L_cycles=2, num_key_value_heads=4, head_dim=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    places = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(places)) == len(places)
+    assert all(p.untyped_storage().nbytes() == 4 * p.numel() for p in model.parameters())
+    tied = load_model(save_model("gpt2", tmp_path / "tied") and tmp_path / "tied")
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+
+
 @pytest.mark.parametrize(
     ("make", "encoder", "decoder"),
     [
         (transformers.BertConfig, {"is_decoder": False}, {"is_decoder": True}),
         (transformers.XLMConfig, {"causal": False}, {"causal": True}),
-        (transformers.XLNetConfig, {"attn_type": "bi"}, {"attn_type": "uni"}),
     ],
 )
 def test_a_model_that_sees_later_tokens_is_refused(make, encoder, decoder, tmp_path):
     for how, settings in (("encoder", encoder), ("decoder", decoder)):
-        config = make(**{**WIDE, "d_inner": 48, "d_head": 8, **settings})
+        config = make(**{**WIDE, **settings})
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / how)
     ((key, value),) = decoder.items()
     with pytest.raises(
-        ValueError, match=rf"encoder: .* on those after it.* set {key} to {json.dumps(value)} in"
+        ValueError, match=rf"encoder: .* on what comes after it.* set {key} to {json.dumps(value)} in"
     ):
         load_model(tmp_path / "encoder")
     assert load_model(tmp_path / "decoder").num_parameters()
+
+
+def test_xlnet_is_refused_either_way(tmp_path):
+    """Of two directions it sees too much; of one it takes no batch with an attention mask."""
+    for kind, message in (("bi", "give a causal model"), ("uni", "does not run on batches of token ids")):
+        config = transformers.XLNetConfig(**WIDE, d_inner=48, d_head=8, attn_type=kind)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path / kind)
 
 
 def test_a_model_that_needs_more_than_token_ids_is_refused(folders, monkeypatch):
@@ -341,7 +363,9 @@ def test_a_model_that_needs_more_than_token_ids_is_refused(folders, monkeypatch)
         raise AssertionError
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run on token ids alone.*pixel_values"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM does not run on batches of token ids alone.*pixel_values"
+    ):
         load_model(folders / "llama")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -16,35 +15,38 @@ from lota.models.damaged import one_line
 from lota.models.opening import embedding_rows
 
 _TOKENS = 9
-# Settings with which transformers makes a decoder of an encoder: BERT and its kin, XLM, XLNet.
-_SWITCHES = {"is_decoder": True, "causal": True, "attn_type": "uni"}
-_NO_SWITCH = "give a causal model"
+# Settings with which transformers makes a decoder of an encoder: BERT and its kin, XLM.
+_SWITCHES = ("is_decoder", "causal")
 
 
 def refuse_not_causal(model: PreTrainedModel, source: str | Path) -> None:
     """Raise ValueError if logits depend on what comes later, or if the model does not run on token ids alone.
 
-    source: what the error names. The logits of a few tokens are compared with those of the same tokens and
-    one more. All positions have to differ, by more than rounding does: an expert that is chosen by a hair may
-    change at some.
+    source: what the error names. The logits of a few tokens alone are compared with those of the same tokens
+    before another one, and before padding. All positions have to differ, by more than rounding does: an
+    expert that is chosen by a hair may change at some.
     """
     ids = torch.tensor([list(islice(cycle(_plain_ids(model)), _TOKENS))], device=model.device)
+    batch = ids.repeat(2, 1)
+    real = torch.ones_like(batch)
+    real[1, -1] = 0
     try:
         with torch.no_grad():
-            longer, shorter = _logits(model, ids)[:-1], _logits(model, ids[:, :-1])
+            longer = _logits(model, batch, real)  # (2, tokens, vocabulary)
+            alone = _logits(model, ids[:, :-1], real[:1, :-1])  # (1, tokens - 1, vocabulary)
     except Exception as error:
         raise ValueError(
-            f"{source}: {type(model).__name__} does not run on token ids alone, so that it cannot be"
-            f" trained or scored on text: {one_line(error)}"
+            f"{source}: {type(model).__name__} does not run on batches of token ids alone, so that it cannot"
+            f" be trained or scored on text: {one_line(error)}"
         ) from error
-    differences = (longer - shorter).abs().amax(dim=1)  # (positions,)
-    spread = (longer[1:] - longer[:-1]).abs().amax()
+    differences = (longer[:, :-1] - alone).abs().amax(dim=(0, 2))  # (tokens - 1,)
+    spread = (longer[0, 1:] - longer[0, :-1]).abs().amax()
     if differences.min() > max(2e-4, 8 * torch.finfo(model.dtype).eps) * spread:
-        off = [key for key, on in _SWITCHES.items() if getattr(model.config, key, on) != on]
-        remedy = f"set {off[0]} to {json.dumps(_SWITCHES[off[0]])} in its config.json" if off else _NO_SWITCH
+        off = [key for key in _SWITCHES if getattr(model.config, key, True) is False]
+        remedy = f"set {off[0]} to true in its config.json" if off else "give a causal model"
         raise ValueError(
-            f"{source}: {type(model).__name__} lets a token depend on those after it, which it would learn to"
-            f" copy instead of to predict: {remedy}"
+            f"{source}: {type(model).__name__} lets a token depend on what comes after it, which it would"
+            f" learn to copy instead of to predict: {remedy}"
         )
 
 
@@ -63,7 +65,6 @@ def _token_ids(content: dict[str, Any]) -> Iterator[int]:
             yield from (i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Of one row of ids (1, length): (length, vocabulary), fp32."""
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return output.logits[0].float()
+def _logits(model: PreTrainedModel, ids: Tensor, real: Tensor) -> Tensor:
+    """Of rows of ids (rows, length), of which `real` says what is no padding; in fp32."""
+    return model(input_ids=ids, attention_mask=real, use_cache=False).logits.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def load_model(
         on_device = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
         config = load_config(path)
         model = _load_all(auto_class(config), path, path, config, dtype=dtype, **on_device)
+    own_memory(model)
     _check_finite(model, name_or_path if archive is None else archive)
     if pad_token is not None:
         tokenizer = load_tokenizer(name_or_path) if tokenizer is None else tokenizer
@@ -250,6 +252,20 @@ def cast_parameters(
     if device is not None:
         nn.Module.to(model, device)
     model.config.dtype = dtype
+
+
+def own_memory(model: nn.Module) -> None:
+    """Give parameters that are parts of one stored tensor, or not contiguous, memory of their own.
+
+    To autograd such parts are one tensor: an update of one during the backward pass spoils all the others.
+    """
+    owners = Counter(p.untyped_storage().data_ptr() for p in model.parameters())
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if owners[p.untyped_storage().data_ptr()] > 1 or not p.is_contiguous():
+                copy = p.detach().clone(memory_format=torch.contiguous_format)
+                setattr(module, name, new.setdefault(p, nn.Parameter(copy, p.requires_grad)))
 
 
 def resize_vocabulary(model: PreTrainedModel, rows: int) -> None:

@@ -150,7 +150,7 @@ def _further(source: WeightSource, expected: Iterable[str]) -> dict[str, tuple[i
     A policy.pt of a deeper model has names that this structure does not know.
     """
     alike = {re.sub(r"\d+", "#", name) for name in expected}
-    return {name: shape for name, shape in source.unused.items() if re.sub(r"\d+", "#", name) in alike}
+    return {name: shape for name, shape in source.strange.items() if re.sub(r"\d+", "#", name) in alike}
 
 
 def _check_floating(source: WeightSource, names: Iterable[str]) -> None:

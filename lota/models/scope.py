@@ -103,7 +103,10 @@ def meta_model(name_or_path: str | Path) -> PreTrainedModel:
     Raises ValueError for what has no config, or one that no causal LM can be made of.
     """
     config = load_config(name_or_path)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    try:
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    except ValueError:  # of several text models, such as MusicGen's
+        layers = None
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ValueError(f"{name_or_path}: its config.json asks for {layers:,} layers, which no model has")
     try:

@@ -72,5 +72,6 @@ def _check_positions(model: PreTrainedModel, max_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     rotary = getattr(config, "rope_parameters", None)
     factor = rotary.get("factor") if isinstance(rotary, dict) else None
-    if positions is not None and positions * max(factor or 1, 1) < max_length:
+    unlimited = positions is None or positions < 0  # as XLNet says
+    if not unlimited and positions * max(factor or 1, 1) < max_length:
         raise ValueError(f"max_length={max_length}: the model has {positions} positions; lower it")
