@@ -34,6 +34,8 @@ def refuse_not_causal(model: PreTrainedModel, source: str | Path) -> None:
         with torch.no_grad():
             longer = _logits(model, batch, real)  # (2, tokens, vocabulary)
             alone = _logits(model, ids[:, :-1], real[:1, :-1])  # (1, tokens - 1, vocabulary)
+    except torch.OutOfMemoryError:  # says what it is
+        raise
     except Exception as error:
         raise ValueError(
             f"{source}: {type(model).__name__} does not run on batches of token ids alone, so that it cannot"
