@@ -153,10 +153,9 @@ def check(work: Path, result: Result) -> None:
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
+    from lota.models.scope import auto_class, load_config
 
-    load_with_info: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load_with_info(folder, output_loading_info=True)
+    model, info = auto_class(load_config(folder)).from_pretrained(folder, output_loading_info=True)
     return model.eval(), info
 
 

@@ -20,7 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 TABLE = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
 SIZES: dict[str, int] = {key: group["is"] for group in TABLE["sizes"] for key in group["of"]}
@@ -28,8 +31,9 @@ KINDS = ("layer_types", "mlp_layer_types", "block_types", "layers_block_type")  
 
 
 def families() -> list[str]:
-    """Model types that AutoModelForCausalLM loads, in the order of their names."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Model types that AutoModelForCausalLM loads, and those of text with images that it does not."""
+    towers = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} - {*TABLE["left_out"]["families"]}
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} | towers)
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
