@@ -77,16 +77,21 @@ def _small(config: PreTrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model whose every tensor is random, biases and norms too, so that none can be taken for another.
+def new_model(family: str) -> PreTrainedModel:
+    """A model as transformers initialises it.
 
     One with towers is whole, as its checkpoints are, though AutoModelForCausalLM may load a part of it.
     """
-    torch.manual_seed(seed)
     config = tiny_config(family)
     towers = type(config) in AutoModelForImageTextToText._model_mapping
     auto: Any = AutoModelForImageTextToText if towers else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
+    return auto.from_config(config, dtype=torch.float32)
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A model whose every tensor is random, biases and norms too, so that none can be taken for another."""
+    torch.manual_seed(seed)
+    model = new_model(family).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
