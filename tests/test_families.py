@@ -71,7 +71,7 @@ FAULTS = {
         "changed outside the mask",
     ),
     "the converter changes a weight": (
-        "lota.share.hf_weights.revert_weight_conversion",
+        "lota.share.hf_weights._as_stored",
         "q_proj",
         "wrong",
         "converted: .*q_proj.weight is not what training wrote",
