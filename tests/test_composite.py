@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import eval_model_all
 import extract_masks
 import generate_samples
+import merge_models
 from lota import delta
 from lota.masks import Mask
 from lota.masks.extract.select import extract
@@ -181,9 +182,10 @@ def tokens(number: int) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_text_tower_is_the_scope(kind, tmp_path):
+def test_the_text_tower_is_the_scope(kind, tmp_path, caplog):
     save_composite(kind, tmp_path)
     model, structure = load_model(tmp_path), meta_model(tmp_path)
+    assert "LOAD REPORT" not in caplog.text  # of towers that are not loaded, line by line
     assert type(model) is type(structure)
     assert type(model) is auto_class(load_config(tmp_path))._model_mapping[type(load_config(tmp_path))]
     scope, elsewhere = find_scope(model), towers(model)
@@ -403,3 +405,27 @@ def test_what_does_not_continue_a_text_is_refused(kind, why, tmp_path):
     transformers.CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"makes no causal language model .*{why}"):
         meta_model(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma3"])
+def test_deltas_on_top_and_merged(kind, workplace):
+    """Halves of the scope, one as a delta and one as a folder: the merge has both and the base's towers."""
+    base = workplace / "base"
+    save_composite(kind, base)
+    tuned = []
+    for half in (0, 1):
+        model = load_model(base)
+        with torch.no_grad():
+            for name in list(find_scope(model))[half::2]:
+                model.get_parameter(name).mul_(1.25)
+        policy = save_policy(workplace / f"{half}.pt", model.state_dict())
+        tuned.append(convert_policy(base, policy, workplace / f"tuned{half}").folder)
+    file, results, out = workplace / "0.safetensors", str(workplace / "results"), workplace / "merged"
+    delta.extract(base, workplace / "0.pt", file)
+    evaluate = ["--model", str(base), "--delta", str(file), "--datasets", "mini", "--n_examples", "2"]
+    assert eval_model_all.main([*evaluate, "--max_new_tokens", "4", "--out", results]) == 0
+    inputs = ["--base", str(base), "--deltas", str(file), str(tuned[1]), "--method", "task_arithmetic"]
+    assert not merge_models.main([*inputs, "--out", str(out)])
+    assert moved(out, base) == moved(tuned[0], base) | moved(tuned[1], base)
+    assert {path.name for path in out.iterdir()} >= {path.name for path in base.iterdir()}
