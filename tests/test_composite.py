@@ -110,6 +110,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_seq_length": 4,
     },
 }
+CONFIGS["qwen3_vl"] = {  # rotary positions of three axes
+    **CONFIGS["qwen3_5"],
+    "text_config": {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+    "vision_config": {**CONFIGS["qwen3_5"]["vision_config"], "deepstack_visual_indexes": [0]},
+}
+CONFIGS["qwen2_audio"] = {  # which only `AutoModelForMultimodalLM` knows
+    "text_config": {**_PHI, "model_type": "qwen2"},
+    "audio_config": {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "num_mel_bins": 8}
+    | {"encoder_ffn_dim": 24, "max_source_positions": 16},
+    "audio_token_index": 62,
+}
 # Text alone is what `AutoModelForCausalLM` makes of these; their towers stay on disk.
 TEXT_ALONE = ("qwen3_5", "qwen3_5_moe", "llama4", "mllama")
 BESIDE = {  # what a loader of images reads, and what nobody knows
@@ -137,7 +148,7 @@ def save_composite(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16)
     """A model with all its towers, every tensor random, saved with what stands beside weights."""
     config = transformers.CONFIG_MAPPING[kind](**CONFIGS[kind])
     torch.manual_seed(0)
-    model = loaders(config)[-1].from_config(config, dtype=dtype).eval()
+    model = (loaders(config)[1:2] or loaders(config))[0].from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -150,7 +161,8 @@ def save_composite(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16)
 
 def loaders(config: transformers.PreTrainedConfig) -> list[Any]:
     """The Auto classes that load such a config."""
-    autos = (AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    named = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    autos = [getattr(transformers, name) for name in named]
     return [auto for auto in autos if type(config) in auto._model_mapping]
 
 
@@ -197,7 +209,7 @@ def test_the_text_tower_is_the_scope(kind, tmp_path, caplog):
     assert all(name.endswith(others) for name in missed)
     if elsewhere:
         assert scope_share(model, scope).largest.startswith(tuple(elsewhere))
-        chosen = find_scope(model, "vision|image_embed|audio")
+        chosen = find_scope(model, "vision|visual|image_embed|audio")
         assert all(inside(name, elsewhere) for name in chosen)
     with torch.no_grad():
         assert model(input_ids=torch.arange(12).view(2, 6)).logits.isfinite().all()
