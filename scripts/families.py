@@ -15,7 +15,6 @@ Each family runs in a fork of this process, which has imported the libraries of 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import os
@@ -28,13 +27,12 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from scripts import forks
+from scripts.family_checks import Wrong, check
 from scripts.family_models import families, write_family
 from scripts.fault_cases import TASK
 
@@ -62,6 +60,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Where a command may refuse a model, and in which words: later it would have cost the user a training run.
 MAY_REFUSE = {"calibration": "", "delta extraction": "cannot be written as it was read"}
+RESULTS = "## Results"
 VERDICTS = ("whole", "refused", "failed", "wrong")
 
 
@@ -82,10 +81,6 @@ class Refused(Exception):
     """A command refused the model in plain words."""
 
 
-class Wrong(Exception):
-    """A check does not hold."""
-
-
 # One family
 
 
@@ -101,7 +96,7 @@ def run_family(family: str, work: Path) -> Result:
             start = time.monotonic()
             run_step(step, argv, work)
             result.times[step] = round(time.monotonic() - start, 2)
-        check(work, result)
+        result.model, result.share = check(work, work / MASK, work / POLICY)
         result.verdict = "whole"
     except Refused as error:
         result.verdict, result.reason = "refused", str(error)
@@ -128,107 +123,6 @@ def run_step(step: str, argv: Sequence[str], work: Path) -> None:
     if status < 0 or crashed or step not in MAY_REFUSE or MAY_REFUSE[step] not in sentence:
         raise RuntimeError(f"{step}: exit status {status}: {' | '.join(lines[-3:])}")
     raise Refused(f"{step}: {sentence.replace(str(work) + '/', '')}")
-
-
-# What must hold
-
-
-def check(work: Path, result: Result) -> None:
-    """Raise Wrong for the first thing that is not as it should be; the file formats are read without lota."""
-    from lota.masks import Mask
-    from lota.models.policy import read_policy
-    from lota.models.scope import scope_share
-
-    base, expected = load(work / "base")
-    result.model = type(base).__name__
-    mask, state = Mask.load(work / MASK), read_policy(work / POLICY).state
-    result.share = round(scope_share(base, mask.names).share, 3)
-    check_trained(base, state, mask)
-    converted, found = load(work / "converted")
-    if found != expected or expected["missing_keys"]:
-        raise Wrong(f"transformers finds {found} in the converted folder, and {expected} in the base")
-    check_converted(base, converted, state)
-    same_tensors(work / "converted", work / "applied")
-    same_tensors(work / "base", work / "reverted")
-
-
-def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
-
-    load_with_info: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load_with_info(folder, output_loading_info=True)
-    return model.eval(), info
-
-
-def check_trained(base: Any, state: dict[str, Tensor], mask: Any) -> None:
-    """Frozen entries, and all else that the mask does not list, have the base's bits; kept ones changed."""
-    own, first = base.state_dict(), first_names(base)
-    if own.keys() != state.keys():
-        raise Wrong(f"policy.pt has other names: {sorted(own.keys() ^ state.keys())[:3]}")
-    changed = kept_in_all = 0
-    for name, before in own.items():
-        differ = bits(state[name]) != bits(before)
-        listed = first.get(name, name)
-        kept = mask.dense(listed) if listed in mask else torch.zeros_like(differ)
-        if (differ & ~kept).any():
-            raise Wrong(f"{int((differ & ~kept).sum())} frozen entries of {name} have changed")
-        changed, kept_in_all = changed + int((differ & kept).sum()), kept_in_all + int(kept.sum())
-    if changed < 0.9 * kept_in_all:
-        raise Wrong(f"only {changed} of {kept_in_all} kept entries have changed")
-
-
-def first_names(model: Any) -> dict[str, str]:
-    """Name of each parameter -> the first of the names that it has, by which masks call it."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def check_converted(base: Any, converted: Any, state: dict[str, Tensor]) -> None:
-    """The converted folder loads as the trained model: the same bits, the same logits."""
-    found = converted.state_dict()
-    for name in state:
-        if name not in found or not torch.equal(bits(found[name]), bits(state[name])):
-            raise Wrong(f"converted: {name} is not what training wrote")
-    before = logits(base)
-    base.load_state_dict(state)
-    after = logits(base)
-    if not torch.equal(logits(converted), after):
-        raise Wrong("converted: its logits are not the trained model's")
-    if torch.equal(before, after):
-        raise Wrong("training has not changed the logits")
-
-
-def bits(tensor: Tensor) -> Tensor:
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().contiguous().view(kinds[tensor.dtype.itemsize])
-
-
-def logits(model: Any) -> Tensor:
-    """Of two rows of ten ids, on a copy: where tensors begin in memory may decide the order of a sum."""
-    ids = torch.arange(20).view(2, 10) + 4
-    with torch.no_grad():
-        return copy.deepcopy(model)(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-        ).logits
-
-
-def same_tensors(expected: Path, found: Path) -> None:
-    """Raise Wrong unless two folders hold the same tensors, to the last bit, under the same names."""
-    from safetensors.torch import load_file
-
-    sides: list[dict[str, Tensor]] = []
-    for folder in (expected, found):
-        sides.append({})
-        for file in sorted(folder.glob("*.safetensors")):
-            sides[-1] |= load_file(file)
-    one, other = sides
-    if one.keys() != other.keys():
-        raise Wrong(
-            f"{found.name} has other names than {expected.name}: {sorted(one.keys() ^ other.keys())[:3]}"
-        )
-    for name, tensor in one.items():
-        if other[name].dtype != tensor.dtype or not torch.equal(bits(other[name]), bits(tensor)):
-            raise Wrong(f"{found.name}: {name} is not the one of {expected.name}")
 
 
 # All of them
@@ -286,13 +180,26 @@ def _result(family: str, place: Path, limit: float | None) -> Result:
     return Result(family, reason=f"{step}: {why}", seconds=limit or 0.0)
 
 
-def table(found: Sequence[Result]) -> str:
-    """One row per family, as Markdown."""
-    lines = ["| family | model | result | scope | why not whole |", "| --- | --- | --- | ---: | --- |"]
-    for r in sorted(found, key=lambda r: r.family):
-        share = "" if r.share is None else f"{r.share:.2f}"
-        lines.append(f"| {r.family} | {r.model} | {r.verdict} | {share} | {r.reason.replace('|', '/')} |")
-    return "\n".join(lines)
+def write_results(found: Sequence[Result], file: Path) -> None:
+    """Write the results into a page, in place of what stands below its heading `## Results`."""
+    by_verdict: dict[str, list[Result]] = {verdict: [] for verdict in VERDICTS}
+    for result in sorted(found, key=lambda result: result.family):
+        by_verdict[result.verdict].append(result)
+    counts = ", ".join(f"{len(results)} {verdict}" for verdict, results in by_verdict.items())
+    lines = [RESULTS, "", f"transformers {version('transformers')}, torch {version('torch')}: {counts}.", ""]
+    lines += ["| family | model | scope |", "| --- | --- | ---: |"]
+    lines += [f"| {r.family} | {r.model} | {r.share:.2f} |" for r in by_verdict["whole"]]
+    for verdict in VERDICTS[1:]:
+        if by_verdict[verdict]:
+            lines += ["", f"| {verdict} | why |", "| --- | --- |"]
+            lines += [f"| {r.family} | {cell(r.reason)} |" for r in by_verdict[verdict]]
+    prose = file.read_text(encoding="utf-8").partition(RESULTS)[0]
+    file.write_text(prose + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def cell(reason: str) -> str:
+    """A reason without the step at which every refusal is told, as Markdown shows it in a table."""
+    return reason.removeprefix("calibration: ").removeprefix("base: ").replace("|", "/").replace("<", "&lt;")
 
 
 def main() -> None:
@@ -305,7 +212,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one family")
     parser.add_argument("--json", type=Path, help="file for every result")
-    parser.add_argument("--write", type=Path, help="file for the page of results")
+    parser.add_argument("--write", type=Path, help="page to put the results into")
     parser.add_argument("--keep", type=Path, help="folder where the families' files stay")
     args = parser.parse_args()
     if unknown := sorted({*args.families} - {*families()}):
@@ -322,7 +229,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in found], indent=1) + "\n")
     if args.write:
-        args.write.write_text(table(found) + "\n")
+        write_results(found, args.write)
     sys.exit(bool(counts["failed"] or counts["wrong"]))
 
 

@@ -20,7 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 TABLE = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
 SIZES: dict[str, int] = {key: group["is"] for group in TABLE["sizes"] for key in group["of"]}
@@ -28,8 +31,9 @@ KINDS = ("layer_types", "mlp_layer_types", "block_types", "layers_block_type")  
 
 
 def families() -> list[str]:
-    """Model types that AutoModelForCausalLM loads, in the order of their names."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Model types that AutoModelForCausalLM loads, and those of text with images that it does not."""
+    towers = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} - {*TABLE["left_out"]["families"]}
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} | towers)
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
@@ -73,16 +77,21 @@ def _small(config: PreTrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model whose every tensor is random, biases and norms too, so that none can be taken for another.
+def new_model(family: str) -> PreTrainedModel:
+    """A model as transformers initialises it.
 
     One with towers is whole, as its checkpoints are, though AutoModelForCausalLM may load a part of it.
     """
-    torch.manual_seed(seed)
     config = tiny_config(family)
     towers = type(config) in AutoModelForImageTextToText._model_mapping
     auto: Any = AutoModelForImageTextToText if towers else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
+    return auto.from_config(config, dtype=torch.float32)
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A model whose every tensor is random, biases and norms too, so that none can be taken for another."""
+    torch.manual_seed(seed)
+    model = new_model(family).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

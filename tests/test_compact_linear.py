@@ -125,6 +125,36 @@ def test_products_of_tiles(shape, tile, transposed, monkeypatch):
     assert_same(product.narrowed(axis, needed)(*few), want.float(), terms=50)
 
 
+@pytest.mark.parametrize(("tall", "wide"), [(16, 16), (16, 32), (32, 16)])
+def test_blocks_at_once_take_no_more_memory_than_their_inputs(tall, wide, monkeypatch):
+    """As many as that allows; one after the other, nothing is copied."""
+    a, b, taken, real = torch.randn(50, 64), torch.randn(50, 96), [], torch.bmm
+    starts = torch.zeros(7, dtype=torch.long)
+
+    def bmm(left, right, **more):
+        taken.append((len(left), left.numel(), right.numel()))
+        return real(left, right, **more)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    _blocks(a, b, starts, starts, tall, wide, at_once=False)
+    assert not taken
+    _blocks(a, b, starts, starts, tall, wide, at_once=True)
+    assert sum(count for count, *_ in taken) == 7
+    assert all(left <= a.numel() and right <= b.numel() for _, left, right in taken)
+    count, left, right = taken[0]
+    assert left // count * (count + 1) > a.numel() or right // count * (count + 1) > b.numel()
+
+
+def test_on_a_cpu_blocks_are_not_copied(monkeypatch):
+    """Here of blocks as tall as the weight is wide."""
+    flags = torch.zeros(64, 32, dtype=torch.bool)
+    flags[:32, :16] = flags[32:, 16:] = True
+    tiles = kept_entries(Mask.from_dense({"w": flags}), "w", torch.device("cpu"))
+    a, b = torch.randn(50, 64, dtype=torch.float64), torch.randn(50, 32, dtype=torch.float64)
+    monkeypatch.setattr(torch, "bmm", None)
+    assert_same(_Tiled(tiles)(a, b), (a.t() @ b).flatten()[tiles.positions()].float(), terms=50)
+
+
 class Saved:
     """The largest tensors that a forward pass saves for its backward pass."""
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import eval_model_all
 import extract_masks
 import generate_samples
+import merge_models
 from lota import delta
 from lota.masks import Mask
 from lota.masks.extract.select import extract
@@ -109,6 +110,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_seq_length": 4,
     },
 }
+CONFIGS["qwen3_vl"] = {  # rotary positions of three axes
+    **CONFIGS["qwen3_5"],
+    "text_config": {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+    "vision_config": {**CONFIGS["qwen3_5"]["vision_config"], "deepstack_visual_indexes": [0]},
+}
+CONFIGS["qwen2_audio"] = {  # which only `AutoModelForMultimodalLM` knows
+    "text_config": {**_PHI, "model_type": "qwen2"},
+    "audio_config": {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "num_mel_bins": 8}
+    | {"encoder_ffn_dim": 24, "max_source_positions": 16},
+    "audio_token_index": 62,
+}
 # Text alone is what `AutoModelForCausalLM` makes of these; their towers stay on disk.
 TEXT_ALONE = ("qwen3_5", "qwen3_5_moe", "llama4", "mllama")
 BESIDE = {  # what a loader of images reads, and what nobody knows
@@ -136,7 +148,7 @@ def save_composite(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16)
     """A model with all its towers, every tensor random, saved with what stands beside weights."""
     config = transformers.CONFIG_MAPPING[kind](**CONFIGS[kind])
     torch.manual_seed(0)
-    model = loaders(config)[-1].from_config(config, dtype=dtype).eval()
+    model = (loaders(config)[1:2] or loaders(config))[0].from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -149,7 +161,8 @@ def save_composite(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16)
 
 def loaders(config: transformers.PreTrainedConfig) -> list[Any]:
     """The Auto classes that load such a config."""
-    autos = (AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    named = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    autos = [getattr(transformers, name) for name in named]
     return [auto for auto in autos if type(config) in auto._model_mapping]
 
 
@@ -181,9 +194,10 @@ def tokens(number: int) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_text_tower_is_the_scope(kind, tmp_path):
+def test_the_text_tower_is_the_scope(kind, tmp_path, caplog):
     save_composite(kind, tmp_path)
     model, structure = load_model(tmp_path), meta_model(tmp_path)
+    assert "LOAD REPORT" not in caplog.text  # of towers that are not loaded, line by line
     assert type(model) is type(structure)
     assert type(model) is auto_class(load_config(tmp_path))._model_mapping[type(load_config(tmp_path))]
     scope, elsewhere = find_scope(model), towers(model)
@@ -195,7 +209,7 @@ def test_the_text_tower_is_the_scope(kind, tmp_path):
     assert all(name.endswith(others) for name in missed)
     if elsewhere:
         assert scope_share(model, scope).largest.startswith(tuple(elsewhere))
-        chosen = find_scope(model, "vision|image_embed|audio")
+        chosen = find_scope(model, "vision|visual|image_embed|audio")
         assert all(inside(name, elsewhere) for name in chosen)
     with torch.no_grad():
         assert model(input_ids=torch.arange(12).view(2, 6)).logits.isfinite().all()
@@ -403,3 +417,27 @@ def test_what_does_not_continue_a_text_is_refused(kind, why, tmp_path):
     transformers.CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"makes no causal language model .*{why}"):
         meta_model(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma3"])
+def test_deltas_on_top_and_merged(kind, workplace):
+    """Halves of the scope, one as a delta and one as a folder: the merge has both and the base's towers."""
+    base = workplace / "base"
+    save_composite(kind, base)
+    tuned = []
+    for half in (0, 1):
+        model = load_model(base)
+        with torch.no_grad():
+            for name in list(find_scope(model))[half::2]:
+                model.get_parameter(name).mul_(1.25)
+        policy = save_policy(workplace / f"{half}.pt", model.state_dict())
+        tuned.append(convert_policy(base, policy, workplace / f"tuned{half}").folder)
+    file, results, out = workplace / "0.safetensors", str(workplace / "results"), workplace / "merged"
+    delta.extract(base, workplace / "0.pt", file)
+    evaluate = ["--model", str(base), "--delta", str(file), "--datasets", "mini", "--n_examples", "2"]
+    assert eval_model_all.main([*evaluate, "--max_new_tokens", "4", "--out", results]) == 0
+    inputs = ["--base", str(base), "--deltas", str(file), str(tuned[1]), "--method", "task_arithmetic"]
+    assert not merge_models.main([*inputs, "--out", str(out)])
+    assert moved(out, base) == moved(tuned[0], base) | moved(tuned[1], base)
+    assert {path.name for path in out.iterdir()} >= {path.name for path in base.iterdir()}

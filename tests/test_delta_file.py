@@ -252,7 +252,7 @@ def test_the_base_must_come_in_its_own_dtype_and_shape(pair):
 def test_a_base_that_cannot_be_written_again_is_refused(tmp_path, monkeypatch):
     """Experts are stored apart and merged on loading; here that cannot be undone."""
     base, tuned, _ = delta_pair(tmp_path, "mixtral")
-    monkeypatch.setattr("lota.share.hf_weights.revert_weight_conversion", lambda model, values: values)
+    monkeypatch.setattr("lota.models.key_mapping.Conversion.undo", lambda self, values: dict(values))
     with pytest.raises(ValueError, match=r"cannot be written as it was read: MixtralForCausalLM converts it"):
         extract(base, tuned, tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()

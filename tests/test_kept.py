@@ -24,6 +24,7 @@ SHAPES = {
     "rows of a stack": ((3, 5, 7), (1, 7), True),
     "columns of a stack": ((3, 5, 7), (5, 1), True),
     "small blocks": ((64, 96), (8, 8), False),
+    "blocks a little too small": ((60, 90), (15, 15), False),
     "a line of entries": ((64, 96), (1, 16), False),
 }
 

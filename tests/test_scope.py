@@ -253,3 +253,18 @@ def test_towers_for_images_and_sound():
     assert all(name.startswith("model.language_model.layers.") for name in scope)
     share = scope_share(model, scope)
     assert share.share < 0.9 and share.largest.startswith("model.vision_tower (")
+
+
+@pytest.mark.parametrize("tower", [None, "vision_tower"])
+def test_stacks_beside_the_one_with_the_embedding(tower):
+    """As in BLT all stacks are the text's; beside a tower those outside of the text model connect the two."""
+    blocks = [nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)]) for _ in range(3)]
+    model = nn.Module()
+    model.text, model.resampler = nn.ModuleDict({"embed": nn.Embedding(9, 8), "layers": blocks[0]}), blocks[1]
+    if tower is not None:
+        model.add_module(tower, nn.ModuleDict({"layers": blocks[2]}))
+    model.get_input_embeddings = lambda: model.text["embed"]
+    stacks = ["text.layers"] if tower else ["text.layers", "resampler"]
+    names = [f"{stack}.{i}" for stack in stacks for i in range(2)]
+    assert layer_numbers(model) == {name: number for number, name in enumerate(names)}
+    assert towers(model) == ([tower] if tower else [])

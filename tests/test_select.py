@@ -20,6 +20,7 @@ from lota.models.hashing import content_hash
 from lota.models.pair import open_pair
 from lota.models.scope import find_scope
 from lota.models.weights import open_weights
+from scripts import family_models
 from tests.hf_models import CONFIGS, save_model, save_policy
 from tests.mask_pairs import assert_mask, make_pair, saliencies_of, small_chunks, sorted_masks  # noqa: F401
 
@@ -311,6 +312,19 @@ def test_another_vocabulary_is_no_difference(tmp_path):
     for path in (tmp_path / "grown", tmp_path / "grown.pt"):
         mask = lota.extract(base_path, path, [0.9])[0.9]
         assert_mask(mask, {name: expected.dense(name) for name in expected.names})
+
+
+def test_a_block_that_several_layers_share_is_listed_once(tmp_path):
+    """Zamba's folder holds it once, its policy.pt under the name of every layer."""
+    model = family_models.tiny_model("zamba")
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    mask = lota.extract(tmp_path / "base", save_policy(tmp_path / "tuned.pt", model.state_dict()), [0.5])[0.5]
+    shared = {name.split(".shared_transf")[0] for name in mask.names if "shared_transf" in name}
+    assert shared == {"model.layers.1"}
+    assert set(mask.names) <= {name for name, _ in model.named_parameters()}
 
 
 def test_models_that_do_not_belong_together(tmp_path):

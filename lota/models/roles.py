@@ -20,7 +20,7 @@ _MIXER = re.compile(r"mixer|recurrent|lstm|rglru|rg_lru|ssm|conv", re.IGNORECASE
 _ROUTER_CLASS = re.compile(r"router|gating$", re.IGNORECASE)  # MoshiGatingMLP is none
 _ROUTER_NAMES = {"router", "gate", "shared_expert_gate"}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOWER = re.compile(r"vision|visual|image|img|video|audio|speech|vq_?(model|vae)", re.IGNORECASE)
+_TOWER = re.compile(r"vision|visual|image|img|video|audio|speech|acoustic|vq_?(model|vae)", re.IGNORECASE)
 # Parameters of modules that are no linear layers: a projection, by its own name, or one letter as XLNet's q.
 _PROJECTION = re.compile(r"(proj|projection|weight|gate)$|^[a-z]$")
 _NO_MAP_CLASS = re.compile(r"conv|norm|embed|position|router|gating$", re.IGNORECASE)
@@ -142,8 +142,9 @@ def _homes_of(model: nn.Module, getter: str) -> list[str]:
 def block_numbers(model: nn.Module) -> dict[str, int]:
     """Name of every transformer block of the text tower -> number of its layer, in the order of modules.
 
-    The tower is the smallest module with the token embedding and the largest list of modules. Its lists of
-    blocks count one after the other; lists side by side of one length hold the parts of the same layers.
+    The tower is the whole model; beside towers for images or sound, and what connects them, it is the
+    smallest module with the token embedding and the largest list of modules. Its lists of blocks count one
+    after the other; lists side by side of one length hold the parts of the same layers.
     Raises ValueError when there are none.
     """
     elsewhere = towers(model)
@@ -157,7 +158,8 @@ def block_numbers(model: nn.Module) -> dict[str, int]:
             f"{type(model).__name__} has no list of transformer blocks; give scope as a regular expression"
         )
     largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    tower = [home for home in _homes_of(model, "get_input_embeddings") if inside(largest, [home])][-1:]
+    homes = [home for home in _homes_of(model, "get_input_embeddings") if inside(largest, [home])]
+    tower = homes[-1:] if elsewhere else [""]
     outermost: list[str] = []
     for name in lists:
         if name != largest and (not inside(name, tower) or inside(name, outermost)):

@@ -182,7 +182,7 @@ def _blocks(
         for block, line, column in zip(out, lines.tolist(), columns.tolist(), strict=True):
             torch.mm(a[:, line : line + tall].t(), b[:, column : column + wide], out=block)
         return out
-    size = max(1, min(a.shape[1] // tall, b.shape[1] // wide))
+    size = min(a.shape[1] // tall, b.shape[1] // wide)
     for many, line, column in zip(out.split(size), lines.split(size), columns.split(size), strict=True):
         of_a = a.index_select(1, _stretches(line, tall)).view(-1, len(line), tall)
         of_b = b.index_select(1, _stretches(column, wide)).view(-1, len(column), wide)

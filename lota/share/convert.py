@@ -72,10 +72,7 @@ def convert_policy(
     writing fails; either way save_path stays as it was.
     """
     file, folder = find_policy(policy_path), Path(save_path).expanduser().resolve()
-    if vocab not in VOCABULARIES:
-        raise ValueError(f"vocab={vocab}: choose one of {', '.join(VOCABULARIES)}")
-    if vocab == "base" and pad_token is not None:
-        raise ValueError(f"vocab=base keeps the base's tokenizer: drop pad_token={pad_token}, or vocab=base")
+    _check_vocabulary(vocab, pad_token)
     check_shard_size(max_shard_size)
     check_replaceable("save_path", folder, model_path)
     run = run_settings(file)
@@ -91,11 +88,11 @@ def convert_policy(
     base = open_weights(model_path, structure) if has_weights(model_path) else None
     record = read_policy(file)
     model = model_from_policy(config, record.state, file)
-    pad_id = None
     if vocab == "base":
         if embedding_rows(model) > base_rows:
             resize_vocabulary(model, base_rows)
         set_pad_token_id(model.config, base_pad)
+        pad_id = None
     else:
         pad_id = _add_pad_token(model, tokenizer, base_rows, pad_token or run.pad_token)
     rows = embedding_rows(model)
@@ -111,6 +108,13 @@ def convert_policy(
             tokenizer.save_pretrained(staged)
             _set_pad(staged / "generation_config.json", pad_id)
     return Converted(folder, most, rows, record.step_idx, run.datasets, run.data_dir)
+
+
+def _check_vocabulary(vocab: str, pad_token: str | None) -> None:
+    if vocab not in VOCABULARIES:
+        raise ValueError(f"vocab={vocab}: choose one of {', '.join(VOCABULARIES)}")
+    if vocab == "base" and pad_token is not None:
+        raise ValueError(f"vocab=base keeps the base's tokenizer: drop pad_token={pad_token}, or vocab=base")
 
 
 def _check_rows(rows: int, base_rows: int) -> None:

@@ -72,6 +72,7 @@ def _check_positions(model: PreTrainedModel, max_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     rotary = getattr(config, "rope_parameters", None)
     factor = rotary.get("factor") if isinstance(rotary, dict) else None
-    unlimited = positions is None or positions < 0  # as XLNet says
-    if not unlimited and positions * max(factor or 1, 1) < max_length:
+    if positions is None or positions < 0:  # XLNet has no limit, and says so with -1
+        return
+    if positions * max(factor or 1, 1) < max_length:
         raise ValueError(f"max_length={max_length}: the model has {positions} positions; lower it")
