@@ -51,6 +51,10 @@ def test_values_are_those_at_the_positions(kind, seed):
     assert kept.count == int(flags.sum())
     positions = kept.positions()
     assert torch.equal(positions.sort().values.long(), flags.view(-1).nonzero().view(-1))
+    if found:  # checkpoints know tiles by their numbers, counted line by line over all matrices
+        lines, entries = kept.state["tile_shape"]
+        grid = flags.view(-1, *shape[-2:])[:, ::lines, ::entries]
+        assert kept.state["tiles"].sort().values.tolist() == grid.flatten().nonzero().view(-1).tolist()
     weight = torch.randn(shape)
     assert torch.equal(kept.gather(weight), weight.view(-1)[positions.long()])
     values = torch.randn(kept.count)
