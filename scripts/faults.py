@@ -38,6 +38,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lota.storage import CHECKSUMS, file_hash, read_checksums
 from scripts import forks
 from scripts.fault_cases import CASES, Case
@@ -282,12 +284,12 @@ def main() -> None:
         parser.error(f"unknown command {unknown[0]}: all, or some of {', '.join(names)}")
     modes = MODES if args.mode == "both" else (args.mode,)
     began, found = time.monotonic(), []
-    for point in run(chosen, modes, args.sample, args.seed, args.jobs):
+    points = run(chosen, modes, args.sample, args.seed, args.jobs)
+    for point in tqdm(points, unit=" points", disable=None):
         found.append(point)
         if point.problem:
-            print(
-                f"{point.case} {point.mode} {point.number} ({point.operation}): {point.problem}", flush=True
-            )
+            where = f"{point.case} {point.mode} {point.number} ({point.operation})"
+            tqdm.write(f"{where}: {point.problem}", file=sys.stdout)
     print(f"{table(found)}\n\n{len(found)} points in {time.monotonic() - began:.0f} s")
     if args.json:
         args.json.write_text(json.dumps([asdict(point) for point in found], indent=1) + "\n")
