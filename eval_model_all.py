@@ -19,6 +19,7 @@ from lota.evaluate.results import Result, compare, summarize, summary_table, wri
 from lota.evaluate.scorers import TaskRequest
 from lota.models.scope import load_config
 from lota.places import holding
+from lota.utils import Problems
 from tasks import EVALUATED_ON, evaluation_names, get_task
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
@@ -84,8 +85,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         compare=cli.results_folder(args.compare) if args.compare else None,
     )
     out_dir = cli.choose_results_folder(args)
-    prepared = prepare_requests(evaluation_names(args.datasets), get_task, settings)
-    refuse_beyond_context(args)
+    problems = Problems()
+    problems.attempt(check_context, args)
+    prepared = problems.attempt(prepare_requests, evaluation_names(args.datasets), get_task, settings)
+    problems.refuse()
+    assert prepared is not None
     prompter = cli.make_prompter(args, whole_prompts=args.whole_prompts)
     results, comparisons = [], {}
     with ExitStack() as held:
@@ -110,8 +114,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def refuse_beyond_context(args: argparse.Namespace) -> None:
-    """Raise ValueError if a completion of --max_new_tokens leaves no position for a prompt."""
+def check_context(args: argparse.Namespace) -> None:
+    """Raise ValueError for no model, or if a completion of --max_new_tokens leaves no place for a prompt."""
     context = context_length(load_config(args.model))
     if args.max_new_tokens is not None and context is not None and args.max_new_tokens >= context:
         raise ValueError(

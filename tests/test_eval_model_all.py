@@ -374,3 +374,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_loading(tmp_path, mon
     args = model_parser(None, "--model").parse_args(["--model", str(tmp_path / "model")])
     with pytest.raises(ValueError, match=r"you may not write in .*model; name another folder"):
         choose_results_folder(args)
+
+
+def test_no_model_and_no_data_are_told_together(tmp_path, capsys):
+    line = f"--model no_such_folder --datasets gsm8k --data_dir {tmp_path} --out {tmp_path / 'out'}"
+    assert eval_model_all.main(line.split()) == 1
+    said = capsys.readouterr().err
+    assert "no_such_folder does not exist" in said and "task gsm8k: no data for split 'test'" in said
