@@ -398,9 +398,12 @@ def test_a_tuned_model_may_be_the_text_alone(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-        whole.model.visual.merger.linear_fc1.weight.mul_(1.5)
+        whole.model.visual.merger.linear_fc1.weight.mul_(2)
     model.save_pretrained(text)
     whole.save_pretrained(changed)
+    for folder in (base, changed):  # what older releases saved, and computed
+        weights = on_disk(folder) | {"model.visual.rotary_emb.inv_freq": torch.ones(1) * len(folder.name)}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     mask = extract(base, text, [0.99])[0.99]
     assert [name for name in mask.names if mask.kept(name)] == ["model.layers.0.mlp.up_proj.weight"]
     delta.extract(base, text, tmp_path / "x.safetensors")
@@ -408,6 +411,10 @@ def test_a_tuned_model_may_be_the_text_alone(tmp_path):
     assert moved(tmp_path / "out", base) == {"model.language_model.layers.0.mlp.up_proj.weight"}
     with pytest.raises(ValueError, match=r"linear_fc1\.weight is not that of .* its change would be lost"):
         delta.extract(base, changed, tmp_path / "y.safetensors")
+    whole.model.visual.merger.linear_fc1.weight.data.div_(2)
+    whole.float().save_pretrained(changed)  # the same values in another dtype
+    found = delta.extract(base, changed, tmp_path / "z.safetensors")
+    assert found["base_hash"] == found["tuned_hash"]
 
 
 @pytest.mark.parametrize(

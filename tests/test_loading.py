@@ -36,6 +36,7 @@ from lota.models.loading import (
     load_model,
     load_tokenizer,
     resize_vocabulary,
+    turn_dropout_off,
 )
 from lota.models.policy import read_policy
 from lota.models.scope import transformer_blocks
@@ -387,6 +388,14 @@ def test_a_checkpoint_that_is_not_converted_yet(tmp_path):
         (tmp_path / "config.yaml").write_text("{}")
         with pytest.raises(ValueError, match=r"convert it first, .*step-16/policy\.pt"):
             load_tokenizer(given)
+
+
+def test_dropout_is_off_beside_a_config_that_is_a_dict():
+    """IDEFICS keeps one on a module."""
+    module = torch.nn.Dropout(0.5)
+    module.config = {"attention_dropout": 0.5}
+    turn_dropout_off(module)
+    assert module.p == 0
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -293,7 +293,7 @@ def turn_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         is_dropout = "Dropout" in type(module).__name__
         for holder in (module, getattr(module, "config", module)):
-            for key, value in list(vars(holder).items()):
+            for key, value in list(getattr(holder, "__dict__", {}).items()):  # IDEFICS has dicts for configs
                 if isinstance(value, float) and ("drop" in key or (is_dropout and key == "p")):
                     setattr(holder, key, 0.0)
 

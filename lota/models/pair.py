@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lota.models.opening import COMPUTED
 from lota.models.provenance import recorded_base, run_settings
 from lota.models.scope import ScopedTensor, ScopeShare, find_scope, meta_model, scope_share
 from lota.models.tensor_files import config_folder
@@ -106,9 +107,11 @@ def open_whole(
 
 
 def _refuse_changed_towers(before: WeightSource, after: WeightSource, model: str) -> None:
-    """Raise ValueError if the sides differ in what both store and the model has no place for."""
-    for name in before.strange.keys() & after.strange.keys():
-        if not torch.equal(*(source.read_stored(name).view(torch.uint8) for source in (before, after))):
+    """Raise ValueError if the sides differ, in the base's dtype, in weights that the model does not load."""
+    learnt = [name for name in before.strange if not re.search("|".join(COMPUTED), name)]
+    for name in [name for name in learnt if name in after.strange]:
+        own, other = before.read_stored(name), after.read_stored(name)
+        if not torch.equal(own, other.to(own.dtype)):
             raise ValueError(
                 f"{after.id}: {name} is not that of {before.id}, and a {model} does not load it, so that its "
                 "change would be lost: give a model that was tuned in its text tower alone"
