@@ -151,8 +151,8 @@ class _Tiled:
         return made
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        found = [self._of(part, lines, columns, a, b) for part, lines, columns in self.parts]
-        return (found[0] if len(found) == 1 else torch.cat(found)).float()
+        first, *more = [self._of(part, lines, columns, a, b) for part, lines, columns in self.parts]
+        return (torch.cat([first, *more]) if more else first).float()
 
     def _of(self, part: Part, lines: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if part.wide == self.shape[1]:  # whole rows: (tiles x tall, width)

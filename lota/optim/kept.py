@@ -117,16 +117,16 @@ class Tiles(Kept):
     """
 
     def __init__(self, kept: Tensor, tall: int, wide: int, device: torch.device):
-        self.shape = kept.shape
+        self.shape, self.device = kept.shape, device
         _, height, width = kept.shape
         across = math.ceil(width / wide)
         self.parts: list[Part] = []
         numbers = []  # of the tiles, counted line by line over all matrices
         for lines, part_tall in _ranges(height, tall):
             for columns, part_wide in _ranges(width, wide):
-                found = kept[:, lines, columns][:, ::part_tall, ::part_wide].nonzero().unbind(1)
-                if len(found[0]):
-                    part = Part(part_tall, part_wide, lines, columns, *found)
+                found = kept[:, lines, columns][:, ::part_tall, ::part_wide].nonzero()
+                if len(found):
+                    part = Part(part_tall, part_wide, lines, columns, *found.unbind(1))
                     row, column = part.first_lines // tall, part.first_columns // wide
                     numbers.append((part.matrix * math.ceil(height / tall) + row) * across + column)
                     part.matrix, part.row, part.column = part.index(device)
@@ -137,8 +137,8 @@ class Tiles(Kept):
 
     def gather(self, whole: Tensor) -> Tensor:
         stack = whole.reshape(self.shape)
-        found = [part.of(stack)[part.index(whole.device)].reshape(-1) for part in self.parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        first, *more = [part.of(stack)[part.index(whole.device)].reshape(-1) for part in self.parts]
+        return torch.cat([first, *more]) if more else first
 
     def write(self, whole: Tensor, values: Tensor) -> None:
         stack, start = whole.view(self.shape), 0
@@ -150,14 +150,14 @@ class Tiles(Kept):
             start = stop
 
     def positions(self) -> Tensor:
-        return self.gather(torch.arange(math.prod(self.shape), device=self.parts[0].matrix.device))
+        return self.gather(torch.arange(math.prod(self.shape), device=self.device))
 
 
 def _ranges(length: int, side: int) -> list[tuple[slice, int]]:
     """The stretch of a length that whole tiles cover, and the rest: (stretch, side of the tiles there)."""
     whole = length - length % side
     ranges = [(slice(0, whole), side), (slice(whole, length), length - whole)]
-    return [(stretch, side) for stretch, side in ranges if side and stretch.stop > stretch.start]
+    return [(stretch, side) for stretch, side in ranges if stretch.stop > stretch.start]
 
 
 def kept_entries(mask: Mask, name: str, device: torch.device) -> Kept:
@@ -180,11 +180,11 @@ def tile_shape(kept: Tensor) -> tuple[int, int] | None:
     each side.
     """
     _, height, width = kept.shape
-    for lines in sorted({min(height, _SAMPLE), height}):
+    for lines in (_SAMPLE, height):
         part = kept[:, :lines]
         # a tile ends where two neighbouring lines, or columns, differ
-        tall = _side((part[:, 1:] != part[:, :-1]).any(2).any(0), height)
-        wide = _side((part[:, :, 1:] != part[:, :, :-1]).any(1).any(0), width)
+        tall = _side((part[:, 1:] != part[:, :-1]).any((0, 2)), height)
+        wide = _side((part[:, :, 1:] != part[:, :, :-1]).any((0, 1)), width)
         if not (tall == height or wide == width or min(tall, wide) >= LEAST_SIDE):
             return None
     return tall, wide
