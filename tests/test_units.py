@@ -10,9 +10,11 @@ import torch
 import transformers
 
 import lota
-from lota.masks import kept_count
+from lota.config import Config
+from lota.lotto.config import LottoConfig
+from lota.masks import Mask, kept_count
 from lota.masks.extract.select import Quota, Rule, select
-from lota.masks.extract.units import Units, choose, units_of
+from lota.masks.extract.units import DEFAULT_BLOCK, Units, choose, units_of, units_of_scope, widened
 from lota.models.pair import open_pair
 from lota.models.scope import ScopedTensor, find_scope
 from tests.hf_models import save_policy
@@ -293,3 +295,20 @@ def test_progress_counts_twice_all_entries(tmp_path):
     done = []
     select(quota, progress=done.append)
     assert sum(done) == 2 * sum(quota.sizes.values())
+
+
+def test_a_mask_is_widened_to_the_units_that_it_touches():
+    flags = {"a": torch.zeros(40, 50, dtype=torch.bool), "b": torch.zeros(4, dtype=torch.bool)}
+    flags["a"][17, 3] = flags["a"][39, 49] = flags["b"][1] = True
+    mask = Mask.from_dense(flags, {"score": "task_vector"})
+    assert widened(mask, {}) is mask
+    wide = widened(mask, {"a": Units(1, 40, 50, 16, 16)})
+    expected = torch.zeros(40, 50, dtype=torch.bool)
+    expected[16:32, :16] = expected[32:, 48:] = True
+    assert torch.equal(wide.dense("a"), expected) and torch.equal(wide.dense("b"), flags["b"])
+    assert wide.meta["score"] == "task_vector"
+    assert units_of_scope({"a": ScopedTensor((40, 50), "mlp", 0, "Linear")}, "element", 16) == {}
+
+
+def test_the_default_side_of_a_block_is_one_everywhere():
+    assert Rule().block == DEFAULT_BLOCK == Config().snip_block == LottoConfig().block == 64
