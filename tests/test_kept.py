@@ -133,6 +133,8 @@ def test_state_by_positions_of_earlier_releases_is_continued(architecture, granu
     for one, two in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert one.keys() == two.keys()
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
+    for p, state in other.state.items():  # the addresses are held once
+        assert all(state[key] is value for key, value in other.kept[p].state.items())
     entry = next(entry for entry in saved["state"].values() if "positions" in entry)
     entry["positions"] += 1
     with pytest.raises(ValueError, match="optimizer state of"):
