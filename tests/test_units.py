@@ -159,6 +159,8 @@ def test_vectors_have_no_rows(tmp_path):
         units_of("conv1d.weight", ScopedTensor((8, 1, 4), "other", 0, "Conv1d"), "row")
     with pytest.raises(ValueError, match=r"granularity='rows'.*mean row"):
         lota.extract(base_path, tuned_path, [0.5], granularity="rows")
+    for block in (16, 256):
+        assert Rule(granularity="block", block=block).block == block
     for block in (15, 257):
         with pytest.raises(ValueError, match=f"block={block}: the side of a block is 16 to 256 entries"):
             lota.extract(base_path, tuned_path, [0.5], granularity="block", block=block)
