@@ -28,6 +28,7 @@ from lota.models.pair import ModelPair, open_pair
 from lota.models.provenance import run_settings
 from lota.models.scope import meta_model, share_sentence
 from lota.places import working_in
+from lota.share.hf_weights import check_writable
 from lota.storage import write_json
 from lota.train.saliency_gradients import SaliencySettings, collect, data_flags, load_saliency_data
 from lota.utils import Problems, aligned, name_problem, with_flags
@@ -105,6 +106,8 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     rule = attempt(Rule, args.score, args.per, args.smallest, args.seed or 0, kept, *kind)
     needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
+    if pair:  # else what the mask trains could not be turned into a folder like the base
+        attempt(check_writable, pair.sources["base"], meta_model(pair.structure))
     quota = attempt(Quota, pair, sparsities, rule) if pair and sparsities and rule else None
     if pair and not name_problem(args.name):
         attempt(check_replaced, args, pair)

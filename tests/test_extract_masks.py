@@ -18,7 +18,7 @@ import extract_masks
 import lota
 from lota.masks import Mask, kept_count
 from lota.models.scope import find_scope
-from tests.hf_models import save_policy
+from tests.hf_models import save_model, save_policy
 from tests.mask_pairs import make_pair, sorted_masks
 from tests.mini_task import TASK
 from tests.runs import MODEL, composed, with_mini_task
@@ -341,3 +341,18 @@ def test_base_and_tuned_in_each_others_place_are_told(pair, tmp_path, caplog):
     assert "swapped" not in caplog.text
     lota.extract(run, base, [0.9])
     assert f"{run} was trained from {base} by its own record: are base and tuned swapped?" in caplog.text
+
+
+def test_a_base_that_cannot_be_written_again_is_refused(tmp_path, monkeypatch):
+    """Experts are stored apart and merged on loading; here that cannot be undone."""
+    save_model("mixtral", tmp_path / "base")
+    line = (
+        f"--base {tmp_path / 'base'} --score magnitude --sparsities 0.9 --name m --out {tmp_path / 'masks'}"
+    )
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr("lota.models.key_mapping.Conversion.undo", lambda self, values: dict(values))
+        extract_masks.main(line.split())
+    assert "cannot be written as it was read: MixtralForCausalLM converts it" in str(stopped.value)
+    assert not list(tmp_path.rglob("*_mask.pt"))
+    extract_masks.main(line.split())
+    assert list(tmp_path.rglob("*_mask.pt"))
