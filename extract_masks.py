@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from lota.masks import Mask
 from lota.masks.extract.saliency import DATA_DRIVEN, SALIENCIES
@@ -80,7 +81,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"name={name:.60}: {problem}; masks are written into --out/--name")
 
 
-def check_replaced(args: argparse.Namespace, pair: ModelPair) -> None:
+def check_replaced(args: argparse.Namespace, structure: PreTrainedModel) -> None:
     """Raise ValueError if a file that will be written exists and is no mask, or one of another base."""
     own = None
     for typed in dict.fromkeys(args.sparsities):
@@ -89,7 +90,7 @@ def check_replaced(args: argparse.Namespace, pair: ModelPair) -> None:
         made_of = read(file, mapped=True).meta.get("base_hash") if file.exists() else None
         if made_of is None:
             continue
-        own = own or remembered_hash(args.base, meta_model(pair.structure))
+        own = own or remembered_hash(args.base, structure)
         if made_of != own:
             raise ValueError(f"name={args.name}: {file} is a mask of another base: give another name")
 
@@ -106,11 +107,13 @@ def make_masks(args: argparse.Namespace) -> tuple[ModelPair, dict[float, Mask]]:
     rule = attempt(Rule, args.score, args.per, args.smallest, args.seed or 0, kept, *kind)
     needs = SALIENCIES[args.score].needs if args.score in SALIENCIES else ("base",)
     pair = attempt(open_pair, args.base, args.tuned, scope=args.scope, model=args.model, needs=needs)
-    if pair:  # else what the mask trains could not be turned into a folder like the base
-        attempt(check_writable, pair.sources["base"], meta_model(pair.structure))
     quota = attempt(Quota, pair, sparsities, rule) if pair and sparsities and rule else None
-    if pair and not name_problem(args.name):
-        attempt(check_replaced, args, pair)
+    if pair:
+        structure = meta_model(pair.structure)
+        # else what the mask trains could not be turned into a folder like the base
+        attempt(check_writable, pair.sources["base"], structure)
+        if not name_problem(args.name):
+            attempt(check_replaced, args, structure)
     data, collected = None, None
     if pair and args.score in DATA_DRIVEN:
         given = {flag: getattr(args, flag) for flag, *_ in data_flags() if getattr(args, flag) is not None}
