@@ -43,6 +43,17 @@ _PHI = {
 _TEXT = {**_PHI, "head_dim": 8}
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _VISION = {**_SMALL, "intermediate_size": 24, "image_size": 16, "patch_size": 8}
+_QWEN: dict[str, Any] = {
+    "text_config": {**_TEXT, "layer_types": ["linear_attention", "full_attention"]}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    | {"out_hidden_size": 32, "num_position_embeddings": 16, "patch_size": 8},
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": _TEXT,
@@ -60,17 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "video_token_id": 61,
         "audio_token_id": 62,
     },
-    "qwen3_5": {
-        "text_config": {**_TEXT, "layer_types": ["linear_attention", "full_attention"]}
-        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-        "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
-        | {"out_hidden_size": 32, "num_position_embeddings": 16, "patch_size": 8},
-        "image_token_id": 60,
-        "video_token_id": 61,
-        "vision_start_token_id": 62,
-        "vision_end_token_id": 63,
-    },
+    "qwen3_5": _QWEN,
     "llama4": {
         "text_config": {**_TEXT, "intermediate_size_mlp": 48, "num_local_experts": 4, "moe_layers": [1]},
         "vision_config": {**_VISION, "intermediate_size": 64, "vision_output_dim": 16}
@@ -92,16 +93,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         | {"nemo_conv_channels": 8, "audio_token_id": 61},
     },
     "qwen3_5_moe": {  # experts apart on disk, below `language_model.`
-        "text_config": {**_TEXT, "layer_types": ["linear_attention", "full_attention"]}
-        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
-        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 16}
-        | {"shared_expert_intermediate_size": 16},
-        "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
-        | {"out_hidden_size": 32, "num_position_embeddings": 16, "patch_size": 8},
-        "image_token_id": 60,
-        "video_token_id": 61,
-        "vision_start_token_id": 62,
-        "vision_end_token_id": 63,
+        **_QWEN,
+        "text_config": {**_QWEN["text_config"], "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     },
     "llava": {  # of which transformers makes no causal LM
         "text_config": {**_TEXT, "model_type": "llama"},
