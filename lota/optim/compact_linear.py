@@ -156,9 +156,9 @@ class _Tiled:
 
     def _of(self, part: Part, lines: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if part.wide == self.shape[1]:  # whole rows: (tiles x tall, width)
-            return torch.mm(a.index_select(1, _stretches(lines, part.tall)).t(), b).view(-1)
+            return torch.mm(_columns_of(a, lines, part.tall).t(), b).view(-1)
         if part.tall == self.shape[0]:  # whole columns: (tiles x wide, height)
-            across = torch.mm(b.index_select(1, _stretches(columns, part.wide)).t(), a)
+            across = torch.mm(_columns_of(b, columns, part.wide).t(), a)
             return across.view(-1, part.wide, part.tall).transpose(1, 2).reshape(-1)
         at_once = a.device.type != "cpu"
         return _blocks(a, b, lines, columns, part.tall, part.wide, at_once).view(-1)
@@ -167,6 +167,13 @@ class _Tiled:
 def _stretches(starts: Tensor, length: int) -> Tensor:
     """start, ..., start + length - 1 of every start, 1-D."""
     return (starts[:, None] + torch.arange(length, device=starts.device)).view(-1)
+
+
+def _columns_of(x: Tensor, starts: Tensor, length: int) -> Tensor:
+    """The columns of the ascending stretches; x itself if they are all it has, as where few were saved."""
+    if starts.numel() * length == x.shape[1]:
+        return x
+    return x.index_select(1, _stretches(starts, length))
 
 
 def _blocks(
