@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lota.masks import Mask
-from lota.optim.kept import Everything, Kept, Tiles, kept_entries
+from lota.optim.kept import Everything, Kept, kept_entries
+from lota.optim.stored_state import OwnState, matching_states
 
 GRAD_NORM_STRATEGIES = ("even", "proportional", "global", "none")
 _CLIP_EPS = 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
@@ -295,62 +296,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
     # Checkpoints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore positions and fp32 state unchanged (torch's default casts state to the parameter's dtype).
+        """Restore positions and state in the dtypes they were saved in (torch's default casts state to the
+        parameter's dtype).
 
         Raises ValueError if the state belongs to another mask, another set of parameters or another rule.
         """
-        groups = state_dict["param_groups"]
-        loaded = [index for group in groups for index in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
-        if len(loaded) != len(own):
-            raise ValueError(f"optimizer state of {len(loaded)} parameters, but {len(own)} train here")
-        restored = {}
-        for index, p in zip(loaded, own, strict=True):
-            restored[p] = self._matching_state(p, state_dict["state"].get(index))
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        for p, state in restored.items():
+        restored = matching_states(
+            state_dict, [OwnState(self.names[p], self.state[p], self.kept[p], p.device) for p in own]
+        )
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for p, state in zip(own, restored, strict=True):
             self.state[p] = state
-
-    def _matching_state(self, p: nn.Parameter, saved: dict[str, Any] | None) -> dict[str, Any]:
-        current, name = self.state[p], self.names[p]
-        if saved is not None and isinstance(kept := self.kept[p], Tiles):
-            saved = _as_tiles(saved, kept)
-        if saved is None or set(saved) != set(current):
-            found = sorted(saved) if saved else "nothing"
-            raise ValueError(f"optimizer state of {name}: expected {sorted(current)}, found {found}")
-        state = {k: v.to(p.device).clone() if torch.is_tensor(v) else v for k, v in saved.items()}
-        for key, value in current.items():
-            if torch.is_tensor(value) and (state[key].shape, state[key].dtype) != (value.shape, value.dtype):
-                raise ValueError(
-                    f"optimizer state of {name}: {key} is {tuple(state[key].shape)} {state[key].dtype}, "
-                    f"expected {tuple(value.shape)} {value.dtype}: it belongs to another mask"
-                )
-        for key, value in self.kept[p].state.items():
-            same = torch.equal(state[key], value) if torch.is_tensor(value) else tuple(state[key]) == value
-            if not same:
-                raise ValueError(f"optimizer state of {name} belongs to another mask: the kept {key} differ")
-            state[key] = value  # one copy
-        return state
-
-
-def _as_tiles(saved: dict[str, Any], kept: Tiles) -> dict[str, Any]:
-    """State by positions, as earlier releases saved it for every mask, in the order of tiles.
-
-    What belongs to other positions is returned as it is.
-    """
-    if "positions" not in saved:
-        return saved
-    ascending, order = kept.positions().sort()
-    before = saved["positions"].to(ascending.device)
-    if not torch.equal(before.long(), ascending):
-        return saved
-    state = {**kept.state}
-    for key, value in saved.items():
-        if torch.is_tensor(value) and key != "positions":
-            state[key] = torch.empty_like(value).scatter_(0, order.to(value.device), value)
-        elif key != "positions":
-            state[key] = value
-    return state
 
 
 # parameter -> the optimizers that train it
