@@ -305,7 +305,7 @@ def test_a_forward_pass_of_training_fills_no_cache():
             return type("Output", (), {"logits": torch.zeros(1, 3, 5)})
 
     ids = torch.tensor([[1, 2, 3]])
-    batch = type("Ids", (), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    batch = Batch(ids, torch.ones_like(ids), ids, n_tokens=3)
     logps, n = response_logps(Model(), batch, contextlib.nullcontext())
     assert asked["use_cache"] is False and asked["input_ids"] is ids
     assert n.tolist() == [2.0] and logps.item() == pytest.approx(-2 * math.log(5))

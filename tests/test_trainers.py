@@ -137,17 +137,17 @@ def test_bf16_under_a_mask_saves_the_base_exactly_and_kept_entries_in_fp32(mask,
 def seen(monkeypatch):
     """What the trainer computes with: dtypes of logits, lengths of the rows of each batch."""
     record = {"dtypes": [], "lengths": []}
-    logps, gather = losses.sequence_logps, objectives.collate
+    logps, gather = losses.target_logps, objectives.collate
 
-    def watched_logps(logits, labels):
+    def watched_logps(logits, targets):
         record["dtypes"].append(logits.dtype)
-        return logps(logits, labels)
+        return logps(logits, targets)
 
     def watched_collate(rows, pad_token_id):
         record["lengths"].append([len(row) for row in rows])
         return gather(rows, pad_token_id)
 
-    monkeypatch.setattr(losses, "sequence_logps", watched_logps)
+    monkeypatch.setattr(losses, "target_logps", watched_logps)
     monkeypatch.setattr(objectives, "collate", watched_collate)
     return record
 

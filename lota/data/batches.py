@@ -7,8 +7,8 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple, TypeVar
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -185,9 +185,33 @@ class Batch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward pass."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The token that is to be predicted at each position, else IGNORED: (rows, longest row)."""
+        return next_tokens(self.labels)
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Sums over the tokens of each row, (rows,), of values (rows, longest row)."""
+        return values.sum(dim=1)
+
     def to(self, device: torch.device) -> Batch:
         ids, attended, labels = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
         return Batch(ids, attended, labels, self.n_tokens, self.examples)
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """Labels shifted to where they are predicted: at position t the label of t + 1; IGNORED at the end.
+
+    labels: (rows, length). Shifting labels copies ids; shifting logits would copy logits.
+    """
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    return targets
 
 
 def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:

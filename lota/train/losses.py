@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lota.data.batches import IGNORED, Batch
+from lota.data.batches import IGNORED, Batch, next_tokens
 
 CHUNK_ENTRIES = 1 << 24  # logits handled at a time: 64 MiB in fp32
 # Gives the context that a model's forward pass runs in: autocast, or nothing.
@@ -71,6 +71,14 @@ def _chunks(spans: list[tuple[int, int]], vocabulary: int) -> Iterator[slice]:
             yield slice(first, min(first + size, stop))
 
 
+def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability in nats of each target, (rows, length) fp32; 0 where it is -100.
+
+    logits: (rows, length, vocabulary); targets: (rows, length), the token predicted AT a position.
+    """
+    return TokenLogProbs.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
+
+
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's labelled tokens.
 
@@ -78,10 +86,17 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns (sum of log-probabilities in nats, number of counted tokens), both (batch,) and fp32.
     The logits at position t predict the label at t + 1.
     """
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]  # shifting the labels copies ids, shifting the logits would copy logits
-    logps = TokenLogProbs.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
-    return logps.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
+    targets = next_tokens(labels)
+    return target_logps(logits, targets).sum(dim=1), (targets != IGNORED).sum(dim=1).float()
+
+
+def token_logps(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
+    """Log-probability in nats that `model` gives each target, (rows, length) fp32; 0 where it is -100.
+
+    inputs: keyword arguments of the model, of rows of `length` tokens; targets: (rows, length), the token
+    predicted AT a position.
+    """
+    return target_logps(model(**inputs).logits, targets)
 
 
 def response_logps(
@@ -92,8 +107,8 @@ def response_logps(
     precision: context of the forward pass (autocast or nothing).
     """
     with precision:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return sequence_logps(logits, batch.labels)
+        logps = token_logps(model, batch.inputs, batch.targets)
+    return batch.row_sums(logps), batch.row_sums((batch.targets != IGNORED).float())
 
 
 def sft_loss(logps: Tensor, n_tokens: Tensor, average_log_prob: bool = False) -> Tensor:
