@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 import lota
 from lota.masks import Mask
 from lota.models.loading import enable_activation_checkpointing
-from lota.optim.compact_linear import _blocks, _CompactLinear, _products, _Tiled
+from lota.optim.compact_linear import _CompactLinear
 from lota.optim.kept import Entries, Tiles, kept_entries
+from lota.optim.products import Tiled, _blocks, products
 
 
 def run(model, mask, *, compact, accumulation=1, strategy="even", checkpointing=False):
@@ -62,7 +63,7 @@ def test_whole_tiles_equal_autograd(architecture, granularity, monkeypatch):
     model = tiny.make(architecture)
     mask = tiny.line_mask(model, granularity)
     expected, _, norm = run(model, mask, compact=False)
-    monkeypatch.setattr("lota.optim.compact_linear._Gathered.__init__", None)  # no other product is made
+    monkeypatch.setattr("lota.optim.products.Gathered.__init__", None)  # no other product is made
     for options in ({}, {"checkpointing": True}):
         got, layers, compact_norm = run(model, mask, compact=True, **options)
         assert layers >= (4 if granularity == "block" else 8)  # of few blocks a coin can choose all or none
@@ -111,7 +112,7 @@ def test_products_of_tiles(shape, tile, transposed, monkeypatch):
     a = torch.randn(50, shape[0], generator=generator, dtype=torch.float64)
     b = torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
     want = (a.t() @ b).flatten()[tiles.positions()]
-    product = _Tiled(tiles)
+    product = Tiled(tiles)
     assert_same(product(a, b), want.float(), terms=50)
     starts = {"lines": torch.tensor([0, 16, 48]), "columns": torch.tensor([32, 0, 16])}
     for at_once in (True, False):
@@ -152,7 +153,7 @@ def test_on_a_cpu_blocks_are_not_copied(monkeypatch):
     tiles = kept_entries(Mask.from_dense({"w": flags}), "w", torch.device("cpu"))
     a, b = torch.randn(50, 64, dtype=torch.float64), torch.randn(50, 32, dtype=torch.float64)
     monkeypatch.setattr(torch, "bmm", None)
-    assert_same(_Tiled(tiles)(a, b), (a.t() @ b).flatten()[tiles.positions()].float(), terms=50)
+    assert_same(Tiled(tiles)(a, b), (a.t() @ b).flatten()[tiles.positions()].float(), terms=50)
 
 
 class Saved:
@@ -209,17 +210,17 @@ def test_gradients_of_inputs_are_exact(transposed):
 def test_few_kept_entries_are_sampled_and_many_gathered():
     model = tiny.make("llama")
     weight = model.model.layers[0].mlp.up_proj.weight
-    for density, kind in ((0.01, "_Sampled"), (0.3, "_Gathered")):
+    for density, kind in ((0.01, "Sampled"), (0.3, "Gathered")):
         optimizer = lota.MaskedRMSprop(model, tiny.random_mask(model, density))
-        product = _products({weight: optimizer.kept[weight]})[weight]
+        product = products({weight: optimizer.kept[weight]})[weight]
         assert type(product).__name__ == kind
 
 
-@pytest.mark.parametrize(("n", "kind"), [(40, "_Sampled"), (41, "_Gathered")])
+@pytest.mark.parametrize(("n", "kind"), [(40, "Sampled"), (41, "Gathered")])
 def test_up_to_two_per_cent_are_sampled(n, kind):
     weight = torch.nn.Parameter(torch.zeros(40, 50))
     positions = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:n].sort().values
-    product = _products({weight: Entries(positions, weight.numel(), weight.device)})
+    product = products({weight: Entries(positions, weight.numel(), weight.device)})
     assert type(product[weight]).__name__ == kind
 
 

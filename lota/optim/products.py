@@ -1,0 +1,161 @@
+"""Products that compute the gradient a^T b of a weight at its kept entries only.
+
+If a mask keeps whole rows, columns or blocks, only their gradient is computed, on any device, by smaller
+products of the same kind. For other masks, on a CPU, the product goes to one scratch buffer that all layers
+share; if very few entries are kept, only those are computed (`torch.sparse.sampled_addmm`: at 1 % kept
+3 times faster than the dense product, no faster from about 5 % on).
+
+    product    for                                         on          computes
+    Tiled      whole rows, columns or blocks               any device  the kept entries, tile by tile
+    Sampled    fp32, at most SAMPLED_DENSITY of a weight   CPU         the kept entries, (kept,)
+    Gathered   other masks                                 CPU         (height, width) in a shared buffer
+    autograd   all other weights                           any device  (height, width) in memory of its own
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from lota.optim.kept import Entries, Kept, Part, Tiles
+
+SAMPLED_DENSITY = 0.02  # kept share of a weight up to which the sampled product is clearly faster
+
+# What computes a^T b at the kept positions of a weight (height, width), in their order:
+# (tokens, height), (tokens, width) -> (kept,) in fp32.
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Tiled:
+    """The product of whole rows, columns or blocks only, in the order of lota/optim/kept.py."""
+
+    def __init__(self, tiles: Tiles):
+        self.shape = tiles.shape[1:]  # of the weight
+        self.parts = [(part, part.first_lines, part.first_columns) for part in tiles.parts]
+
+    def needed(self, axis: int) -> Tensor:
+        """The lines (axis 0) or columns (axis 1) of the weight that a tile covers, ascending."""
+        sides = ((part.wide, columns) if axis else (part.tall, lines) for part, lines, columns in self.parts)
+        return torch.cat([_stretches(starts, side) for side, starts in sides]).unique()
+
+    def narrowed(self, axis: int, needed: Tensor) -> Tiled:
+        """The same product of a, or b, without the columns that are not needed."""
+        made = copy(self)
+        made.parts = []
+        for part, lines, columns in self.parts:
+            if axis == 0:
+                made.parts.append((part, torch.searchsorted(needed, lines), columns))
+            else:
+                made.parts.append((part, lines, torch.searchsorted(needed, columns)))
+        return made
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        first, *more = [self._of(part, lines, columns, a, b) for part, lines, columns in self.parts]
+        return (torch.cat([first, *more]) if more else first).float()
+
+    def _of(self, part: Part, lines: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if part.wide == self.shape[1]:  # whole rows: (tiles x tall, width)
+            return torch.mm(_columns_of(a, lines, part.tall).t(), b).view(-1)
+        if part.tall == self.shape[0]:  # whole columns: (tiles x wide, height)
+            across = torch.mm(_columns_of(b, columns, part.wide).t(), a)
+            return across.view(-1, part.wide, part.tall).transpose(1, 2).reshape(-1)
+        at_once = a.device.type != "cpu"
+        return _blocks(a, b, lines, columns, part.tall, part.wide, at_once).view(-1)
+
+
+def _stretches(starts: Tensor, length: int) -> Tensor:
+    """start, ..., start + length - 1 of every start, 1-D."""
+    return (starts[:, None] + torch.arange(length, device=starts.device)).view(-1)
+
+
+def _columns_of(x: Tensor, starts: Tensor, length: int) -> Tensor:
+    """The columns of the ascending stretches; x itself if they are all it has, as where few were saved."""
+    if starts.numel() * length == x.shape[1]:
+        return x
+    return x.index_select(1, _stretches(starts, length))
+
+
+def _blocks(
+    a: Tensor, b: Tensor, lines: Tensor, columns: Tensor, tall: int, wide: int, at_once: bool
+) -> Tensor:
+    """(blocks, tall, wide): for each, the columns of `a` from its line on, transposed, times those of `b`.
+
+    at_once: as many together as copies of their columns take no more memory than `a` or `b`; else one after
+    the other, which copies nothing and is as fast on a CPU.
+    """
+    out = a.new_empty(len(lines), tall, wide)
+    if not at_once:
+        for block, line, column in zip(out, lines.tolist(), columns.tolist(), strict=True):
+            torch.mm(a[:, line : line + tall].t(), b[:, column : column + wide], out=block)
+        return out
+    size = min(a.shape[1] // tall, b.shape[1] // wide)
+    for many, line, column in zip(out.split(size), lines.split(size), columns.split(size), strict=True):
+        of_a = a.index_select(1, _stretches(line, tall)).view(-1, len(line), tall)
+        of_b = b.index_select(1, _stretches(column, wide)).view(-1, len(column), wide)
+        torch.bmm(of_a.permute(1, 2, 0), of_b.transpose(0, 1), out=many)
+    return out
+
+
+class Sampled:
+    """The product computed at the kept positions only, given as a sparse CSR pattern."""
+
+    def __init__(self, positions: Tensor, shape: torch.Size, zeros: Tensor):
+        # CSR: entries of row r are those from ends[r - 1] to ends[r]; positions ascend, so rows do too
+        rows = torch.div(positions, shape[1], rounding_mode="floor")
+        ends = torch.bincount(rows, minlength=shape[0]).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+        columns = torch.remainder(positions, shape[1]).to(torch.int32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Sparse CSR tensor support is in beta", category=UserWarning
+            )
+            self.csr = torch.sparse_csr_tensor(
+                starts, columns, zeros[: len(columns)], size=tuple(shape), check_invariants=True
+            )
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.sparse.sampled_addmm(self.csr, a.t(), b, beta=0.0).values()
+
+
+class Gathered:
+    """The dense product in a scratch buffer, gathered at the kept positions."""
+
+    def __init__(self, positions: Tensor, shape: torch.Size, scratch: Tensor):
+        self.positions, self.shape, self.scratch = positions, shape, scratch[: shape.numel()]
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        torch.mm(a.t(), b, out=self.scratch.view(self.shape))
+        return self.scratch.index_select(0, self.positions).float()
+
+
+def products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Product]:
+    """How each weight's kept gradient is computed, if that beats autograd.
+
+    Scratch buffers are as large as the largest weight needs, one per dtype.
+    """
+    chosen: dict[nn.Parameter, Product] = {
+        w: Tiled(entries) for w, entries in kept.items() if isinstance(entries, Tiles)
+    }
+    scattered = {
+        w: entries.positions()
+        for w, entries in kept.items()
+        if isinstance(entries, Entries) and w.device.type == "cpu"
+    }
+    sampled = {
+        w: p
+        for w, p in scattered.items()
+        if w.dtype == torch.float32 and p.numel() / w.numel() <= SAMPLED_DENSITY
+    }
+    gathered = {w: p for w, p in scattered.items() if w not in sampled}
+    zeros = torch.zeros(max((p.numel() for p in sampled.values()), default=0))
+    scratch = {
+        dtype: torch.empty(max(w.numel() for w in gathered if w.dtype == dtype), dtype=dtype)
+        for dtype in {w.dtype for w in gathered}
+    }
+    chosen |= {w: Sampled(p, w.shape, zeros) for w, p in sampled.items()}
+    chosen |= {w: Gathered(p, w.shape, scratch[w.dtype]) for w, p in gathered.items()}
+    return chosen
