@@ -89,7 +89,7 @@ def _as_stored(base: WeightSource, state: dict[str, Tensor]) -> dict[str, Tensor
     for unit in base.units():
         if all(name in state for name in unit.parameters):
             values = {name: state[name] for name in unit.parameters}
-            written = _on_disk(values, unit)
+            written = on_disk(values, unit)
             if sorted(written) == sorted(unit.stored):
                 found |= written
                 for name in unit.parameters:
@@ -144,7 +144,7 @@ def write_like(
     with _new_shards(folder, {name: source.stored[name] for name in order}, max_shard_size) as put:
         for unit in units:
             values = {name: value_of(name) for name in unit.parameters}
-            for name, value in _on_disk(values, unit).items():
+            for name, value in on_disk(values, unit).items():
                 put(name, value)
         for name in copied:
             put(name, source.read_stored(name))
@@ -159,7 +159,7 @@ def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
             for name in unit.parameters
         }
         try:
-            written = {name: tuple(value.shape) for name, value in _on_disk(empty, unit).items()}
+            written = {name: tuple(value.shape) for name, value in on_disk(empty, unit).items()}
         except ValueError:
             written = {}
         if written != {name: tuple(source.stored[name].shape) for name in unit.stored}:
@@ -169,7 +169,7 @@ def check_writable(source: WeightSource, model: PreTrainedModel) -> None:
             )
 
 
-def _on_disk(values: Mapping[str, Tensor], unit: ReadUnit) -> dict[str, Tensor]:
+def on_disk(values: Mapping[str, Tensor], unit: ReadUnit) -> dict[str, Tensor]:
     """Parameters of a unit -> stored name -> tensor."""
     if unit.conversion is not None:
         return unit.conversion.undo(values)

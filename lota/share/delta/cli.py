@@ -1,4 +1,4 @@
-"""Sparse task vector files on the command line: python -m lota.delta extract|apply|revert|show|verify ..."""
+"""Sparse task vector files on the command line: python -m lota.delta extract|apply|export|..."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 
 from lota.share.delta.apply import apply, revert, verify
 from lota.share.delta.extract import extract
+from lota.share.delta.indices import export_indices, import_indices
+from lota.share.delta.peft_adapter import UNEVEN, export_peft, import_peft
 from lota.share.delta.reader import Delta
 from lota.utils import with_flags
 
+FORMATS = ("indices", "peft")
 SHOWN = ("task", "base", "base_hash", "tuned", "tuned_hash", "dtype", "sparsity", "kept", "chat_template")
 Command = Callable[[argparse.Namespace], str]
 
@@ -47,6 +50,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add("--out", required=True, help="folder to write")
         add("--max_shard_size", default="2GB", help="largest weight file (2GB)")
 
+    add = command("export", run_export, "delta file -> what other tools read")
+    add("--format", choices=FORMATS, required=True, help="safetensors of positions and values; or an adapter")
+    add("--base", required=True, help="Hugging Face folder or hub id: the very one it was taken of")
+    add("--delta", required=True, help="delta file")
+    add("--out", required=True, help="file (indices) or new folder (peft) to write")
+    add(
+        "--uneven",
+        choices=UNEVEN,
+        default="pad",
+        help="peft, if layers differ in their share of changes (pad)",
+    )
+
+    add = command("import", run_import, "what other tools write -> delta file")
+    add(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="what --source is; peft: any adapter that peft merges",
+    )
+    add("--base", required=True, help="Hugging Face folder or hub id of the model that it changes")
+    add("--source", required=True, help="file (indices) or folder (peft)")
+    add("--out", required=True, help="delta file to write")
+
     add = command("show", run_show, "what a file holds")
     add("delta", help="delta file")
 
@@ -63,6 +89,25 @@ def run_extract(args: argparse.Namespace) -> str:
 
 def run_write(args: argparse.Namespace) -> str:
     return f"wrote {args.write(args.model, args.delta, args.out, args.max_shard_size)}"
+
+
+def run_export(args: argparse.Namespace) -> str:
+    if args.format == "indices":
+        done = export_indices(args.base, args.delta, args.out)
+        found = f"{done['entries']:,} entries of {done['tensors']} tensors, {done['bytes']:,} bytes"
+        return f"wrote {args.out}: {found}"
+    done = export_peft(args.base, args.delta, args.out, uneven=args.uneven)
+    return (
+        f"wrote {args.out}: {done['entries']:,} entries of {done['tensors']} layers, {done['padding']:,} of "
+        f"padding, {done['bytes']:,} bytes\n"
+        f"  entries that differ from the tuned model: {done['differing']:,} if merged in the file's dtype, "
+        f"{done['differing_in_float32']:,} if merged in float32 and cast"
+    )
+
+
+def run_import(args: argparse.Namespace) -> str:
+    {"indices": import_indices, "peft": import_peft}[args.format](args.base, args.source, args.out)
+    return describe(Delta.open(args.out))
 
 
 def run_show(args: argparse.Namespace) -> str:

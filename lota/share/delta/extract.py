@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,16 @@ from lota.share.hf_weights import check_writable
 from lota.storage import naming
 
 
+class Tuned(Protocol):
+    """What a tuned model is read from: `WeightSource`, a model on disk, or `Overlay`, a base with changes."""
+
+    id: str
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
 def extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
@@ -64,7 +75,29 @@ def extract(
     before, after = open_whole(base, tuned, model)
     if folder := config_folder(base):
         check_writable(before, meta_model(folder))  # else nothing could apply the file
-    comparison = _Comparison(before, after, mask)
+    run = {
+        "tuned": tuned_id or after.id,
+        "task": task or ",".join(run_settings(Path(tuned)).datasets) or None,
+        **trained_prompts(tuned),
+    }
+    return write_changes(before, after, out, run, mask)
+
+
+def write_changes(
+    base: WeightSource,
+    tuned: Tuned,
+    out: Path,
+    meta: Mapping[str, Any],
+    mask: Mask | None = None,
+    tuned_hash: str | None = None,
+) -> dict[str, Any]:
+    """Write what differs between two models of the same names and shapes; returns the file's metadata.
+
+    meta: what the metadata say besides what is counted here. tuned_hash: which content hash the tuned model
+    must have. Errors: as `extract`.
+    """
+    check_target(out)
+    comparison = _Comparison(base, tuned, mask)
     with holding(out), naming(out), TemporaryFile(dir=out.parent) as data:
         check_target(out)
         codings = []
@@ -72,21 +105,19 @@ def extract(
             codings.append(coding)
             data.write(code)
         comparison.check_mask()
-        meta = {
-            "base": before.id,
-            "tuned": tuned_id or after.id,
-            "task": task or ",".join(run_settings(Path(tuned)).datasets) or None,
-            **trained_prompts(tuned),
-            **comparison.metadata(),
-        }
         parameters = [replace(p, changed=comparison.changed[p.name]) for p in comparison.parameters]
-        return write_delta(out, parameters, codings, data, meta)
+        whole = {"base": base.id, **meta, **comparison.metadata()}
+        if tuned_hash is not None and whole["tuned_hash"] != tuned_hash:
+            raise ValueError(
+                f"{tuned.id} does not give the model that it names: it is damaged; copy it again"
+            )
+        return write_delta(out, parameters, codings, data, whole)
 
 
 class _Comparison:
     """Base and tuned model, compared segment by segment from several threads, and what was counted."""
 
-    def __init__(self, base: WeightSource, tuned: WeightSource, mask: Mask | None):
+    def __init__(self, base: WeightSource, tuned: Tuned, mask: Mask | None):
         self.base, self.tuned, self.mask = base, tuned, mask
         names = sorted(base.names())
         if mask is not None:
