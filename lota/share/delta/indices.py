@@ -38,7 +38,8 @@ class Patch(NamedTuple):
 
     name: str  # in the files
     positions: Tensor  # int64 (c,), ascending, flat
-    values: Tensor  # (c,), of the tuned model in the file's dtype
+    base: Tensor  # (c,), their values in the base, in the file's dtype
+    tuned: Tensor  # (c,), their values in the tuned model
 
 
 def export_indices(base: Place, delta: Place, out: Place) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def export_indices(base: Place, delta: Place, out: Place) -> dict[str, Any]:
     refuse_foreign("out", out, "file of indices", _is_indices)
     source, _ = open_folder(base)
     check_model(source, opened, "base")
-    counts = {patch.name: len(patch.positions) for patch in _patches(source, opened)}
+    counts = {patch.name: len(patch.positions) for patch in checkpoint_patches(source, opened)}
     forms: dict[str, Tensor] = {}
     for name, count in counts.items():
         stored = source.stored[name]
@@ -63,9 +64,9 @@ def export_indices(base: Place, delta: Place, out: Place) -> dict[str, Any]:
     with holding(out):
         refuse_foreign("out", out, "file of indices", _is_indices)
         with atomic_path(out) as temporary, new_safetensors(temporary, forms, meta) as put:
-            for patch in _patches(source, opened):
+            for patch in checkpoint_patches(source, opened):
                 put(f"{patch.name}.indices", patch.positions)
-                put(f"{patch.name}.values", patch.values)
+                put(f"{patch.name}.values", patch.tuned)
     return {"tensors": len(counts), "entries": sum(counts.values()), "bytes": out.stat().st_size}
 
 
@@ -76,7 +77,7 @@ def _is_indices(path: Path) -> bool:
         return False
 
 
-def _patches(source: WeightSource, delta: Delta) -> Iterator[Patch]:
+def checkpoint_patches(source: WeightSource, delta: Delta) -> Iterator[Patch]:
     """The changes of every tensor that has some, in the order of the base's parameters."""
     for unit in source.units():
         if not any(delta.changed(name) for name in unit.parameters):
@@ -84,9 +85,10 @@ def _patches(source: WeightSource, delta: Delta) -> Iterator[Patch]:
         tuned = {name: delta.tuned(name, source.read(name)) for name in unit.parameters}
         for name, value in on_disk(tuned, unit).items():
             value = value.contiguous()
-            changed = as_integers(value) != as_integers(source.read_stored(name))
-            if len(positions := changed.nonzero().view(-1)):
-                yield Patch(name, positions, value.view(-1)[positions])
+            before = source.read_stored(name)
+            positions = (as_integers(value) != as_integers(before)).nonzero().view(-1)
+            if len(positions):
+                yield Patch(name, positions, before.view(-1)[positions], value.view(-1)[positions])
 
 
 class Overlay:

@@ -1,0 +1,151 @@
+"""Deltas on models as vLLM holds them: every weight is what vLLM would have loaded of the tuned folder."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm_stand_in
+from delta_models import bits, change, disjoint_deltas, save_model
+
+from examples import vllm_switch
+from lota.delta import extract
+from lota.share.vllm import DeltaWorker
+
+WAYS = [{}, {"rank": 0, "size": 2}, {"rank": 1, "size": 2}, {"dtype": torch.float32}]
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))  # of remembered hashes
+    vllm_stand_in.install(monkeypatch)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A folder with base/, t0/ to t2/ and the deltas between them."""
+    disjoint_deltas(tmp_path)
+    return tmp_path
+
+
+def make(folder, **sizes):
+    return vllm_stand_in.worker_class(DeltaWorker)(folder, **sizes)
+
+
+def same(worker, folder, **sizes) -> bool:
+    loaded = dict(vllm_stand_in.PackedModel(folder, **sizes).named_parameters())
+    return all(torch.equal(bits(p), bits(loaded[name])) for name, p in worker.model.named_parameters())
+
+
+@pytest.mark.parametrize("sizes", WAYS, ids=str)
+def test_the_weights_are_those_of_the_tuned_folder(three, sizes):
+    worker = make(three / "base", **sizes)
+    files = [str(three / f"{i}.safetensors") for i in range(3)]
+    assert worker.attach_delta(files[0]) == files[:1] and same(worker, three / "t0", **sizes)
+    assert not same(worker, three / "base", **sizes)
+    assert worker.switch_delta(files[1]) == files[1:2] and same(worker, three / "t1", **sizes)
+    assert worker.attach_delta(files[2]) == files[1:] == worker.attached_deltas()
+    assert worker.detach_delta(files[1]) == files[2:] and same(worker, three / "t2", **sizes)
+    assert worker.detach_delta() == [] and same(worker, three / "base", **sizes)
+
+
+def test_several_deltas_add_up(three):
+    worker = make(three / "base")
+    for i in range(2):
+        worker.attach_delta(str(three / f"{i}.safetensors"))
+    base, state = (vllm_stand_in.tensors_of(three / "base") for _ in range(2))
+    for i in range(2):
+        for name, value in vllm_stand_in.tensors_of(three / f"t{i}").items():
+            changed = value.view(torch.int16) != base[name].view(torch.int16)
+            state[name][changed] = value[changed]
+    both = make(three / "base")
+    both.model.load_weights(state.items())
+    for a, b in zip(worker.model.parameters(), both.model.parameters(), strict=True):
+        assert torch.equal(bits(a), bits(b))
+
+
+def test_a_wrong_base_an_overlap_and_a_damaged_file_change_nothing(three, tmp_path):
+    change(save_model(tmp_path / "base2"), seed=9).save_pretrained(tmp_path / "base2")
+    extract(tmp_path / "base2", three / "t0", tmp_path / "other.safetensors")
+    extract(three / "base", three / "t0", tmp_path / "same.safetensors", mask=None, task="again")
+    (tmp_path / "cut.safetensors").write_bytes((three / "0.safetensors").read_bytes()[:-1])
+    worker = make(three / "base")
+    worker.attach_delta(str(three / "0.safetensors"))
+    for call, file, message in (
+        ("attach_delta", "other", r"is of another base than .*base: that has the hash"),
+        ("switch_delta", "other", "is of another base"),
+        ("attach_delta", "same", r"same.safetensors changes [\d,]+ entries of .*0.safetensors"),
+        ("attach_delta", "0", "is attached already"),
+        ("attach_delta", "cut", "truncated or changed"),
+        ("attach_delta", "nowhere", "does not exist"),
+        ("detach_delta", "1", "is not attached; attached: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            getattr(worker, call)(str(tmp_path / f"{file}.safetensors"))
+        assert same(worker, three / "t0") and worker.execute_model("a request") == "answered a request"
+
+
+def test_a_failure_halfway_stops_the_worker_until_it_is_restored(three):
+    worker = make(three / "base")
+    worker.attach_delta(str(three / "0.safetensors"))
+    worker.model.failing = "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(RuntimeError, match=r"failed halfway .*the device was lost.*restore_base"):
+        worker.switch_delta(str(three / "1.safetensors"))
+    assert not same(worker, three / "t0") and not same(worker, three / "t1")
+    for call in (
+        lambda: worker.execute_model("a request"),
+        lambda: worker.attach_delta(str(three / "1.safetensors")),
+        worker.attached_deltas,
+        lambda: worker.detach_delta(str(three / "0.safetensors")),
+    ):
+        with pytest.raises(RuntimeError, match="failed halfway"):
+            call()
+    with pytest.raises(RuntimeError, match="start the server again"):
+        worker.restore_base()  # still failing
+    worker.model.failing = None
+    worker.restore_base()
+    assert same(worker, three / "base") and worker.attached_deltas() == []
+    assert worker.execute_model("a request") == "answered a request"
+    worker.attach_delta(str(three / "1.safetensors"))
+    assert same(worker, three / "t1")
+
+
+def test_weights_that_were_replaced_on_disk_are_another_base(three):
+    worker = make(three / "base")
+    model = save_model(three / "base")
+    change(model, seed=4).save_pretrained(three / "base")
+    with pytest.raises(ValueError, match="is of another base"):
+        worker.attach_delta(str(three / "0.safetensors"))
+
+
+def test_the_example_asks_under_each_delta(three, monkeypatch, capsys):
+    worker = make(three / "base")
+
+    class LLM:
+        """Answers with the number of a model whose weights it has."""
+
+        def __init__(self, model, worker_extension_cls):
+            assert model == str(three / "base")
+            assert worker_extension_cls == f"{DeltaWorker.__module__}.{DeltaWorker.__name__}"
+            self.fresh = True
+
+        def collective_rpc(self, method, args=()):
+            self.fresh = False
+            return [getattr(worker, method)(*args)]
+
+        def reset_prefix_cache(self):
+            self.fresh = True
+
+        def generate(self, prompts, sampling):
+            assert self.fresh and sampling == {"temperature": 0.0, "max_tokens": 64}
+            name = next(name for name in ("base", "t0", "t1", "t2") if same(worker, three / name))
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {name} ")])]
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", LLM, raising=False)
+    monkeypatch.setattr(sys.modules["vllm"], "SamplingParams", dict, raising=False)
+    deltas = [str(three / f"{i}.safetensors") for i in (1, 2)]
+    answers = vllm_switch.main([str(three / "base"), *deltas])
+    assert [text.strip() for text in answers.values()] == ["base", "t1", "t2", "base"]
+    assert "switched to" in capsys.readouterr().out
