@@ -73,16 +73,20 @@ class _CompactLinear(torch.autograd.Function):
         if need_weight:
             columns = x.reshape(-1, x.shape[-1])  # (tokens, in)
             a, b = (columns, rows) if ctx.transposed else (rows, columns)
-            grad_weight = _weight_gradient(ctx, a, b, weight.shape)
+            grad_weight = weight_gradient(
+                ctx, weight, lambda: ctx.put_aside(a, b), lambda: _whole_gradient(ctx, a, b, weight.shape)
+            )
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _weight_gradient(ctx: Any, a: Tensor, b: Tensor, shape: torch.Size) -> Tensor | None:
-    """What the backward of `_CompactLinear` returns for the weight, (height, width).
+def weight_gradient(
+    ctx: Any, weight: Tensor, put_aside: Callable[[], None], whole: Callable[[], Tensor]
+) -> Tensor | None:
+    """What the backward of a compact function returns for the weight, which is its second argument.
 
     A pass that accumulates into the weight gets an empty sparse tensor; the compact gradient is put aside. A
     pass that asks for the gradient itself (`torch.autograd.grad`), or one whose gradients are to be
-    differentiated again (`create_graph=True`), gets the dense product. Other passes get None.
+    differentiated again (`create_graph=True`), gets the whole gradient. Other passes get None.
     """
     accumulates: bool | None
     try:
@@ -92,10 +96,10 @@ def _weight_gradient(ctx: Any, a: Tensor, b: Tensor, shape: torch.Size) -> Tenso
     if accumulates is False:
         return None
     if accumulates is None or torch.is_grad_enabled():
-        return _whole_gradient(ctx, a, b, shape)
-    ctx.put_aside(a, b)
+        return whole()
+    put_aside()
     return torch.sparse_coo_tensor(  # type: ignore[call-arg]  # torch's stub wants indices and values
-        size=shape, dtype=a.dtype, device=a.device, check_invariants=False
+        size=weight.shape, dtype=weight.dtype, device=weight.device, check_invariants=False
     )
 
 
@@ -103,20 +107,24 @@ def _whole_gradient(ctx: Any, a: Tensor, b: Tensor, shape: torch.Size) -> Tensor
     """a^T b, (height, width); zeros for the features that were not saved, where all entries are frozen."""
     if ctx.needed is None:
         return a.t() @ b
+    refuse_second_derivative()
+    return a.new_zeros(shape).index_copy_(0 if ctx.transposed else 1, ctx.needed, a.t() @ b)
+
+
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError if the gradient in the making, of a part of the input, is to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True differentiates a gradient for which this layer has saved part of its input "
             "only: make the optimizer without lota.fuse_in_backward for that"
         )
-    return a.new_zeros(shape).index_copy_(0 if ctx.transposed else 1, ctx.needed, a.t() @ b)
 
 
 def use_compact_gradients(model: nn.Module, optimizer: MaskedOptimizer) -> Callable[[], None]:
     """Let every suitable linear layer of `model` compute its kept gradient only.
 
     Suitable: a plain `nn.Linear` or Conv1D that keeps some, not all, of its weight; on another device than
-    the CPU only if whole rows, columns or blocks are kept. Other parameters, such as stacks of experts, stay
-    autograd's. Returns a function that undoes it.
+    the CPU only if whole rows, columns or blocks are kept. Returns a function that undoes it.
     """
     weights: dict[nn.Module, nn.Parameter] = {}  # of plain linear layers
     for module in model.modules():
@@ -158,7 +166,7 @@ def _forward(
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         same = self.weight is weight and weight.device == device and weight.dtype == dtype == input.dtype
-        if not same or _is_transformed(input):
+        if not same or is_transformed(input):
             return type(self).forward(self, input)
         saved = needed if torch.is_grad_enabled() else None
         return _CompactLinear.apply(input, weight, self.bias, put_aside, transposed, saved)
@@ -166,7 +174,7 @@ def _forward(
     return MethodType(forward, module)
 
 
-def _is_transformed(x: Tensor) -> bool:
+def is_transformed(x: Tensor) -> bool:
     """Whether autocast, functorch (vmap, torch.func.grad) or forward-mode autograd is at work."""
     functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return functorch or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lota.optim.compact_experts import use_compact_experts
 from lota.optim.compact_linear import use_compact_gradients
 from lota.optim.masked import MaskedOptimizer
 
@@ -19,8 +20,8 @@ def fuse_in_backward(
     gradient_accumulation_steps: backward passes per update; their compact gradients are *summed*, as `p.grad`
     would be, so divide the loss as in any PyTorch loop. Call `optimizer.step()` once per update all the
     same (a scheduler or a Hugging Face trainer does): it finishes `global` clipping and sets `grad_norm`.
-    compact_linear: linear layers compute the gradient of their kept entries only, on a CPU, or if whole
-    rows or columns are kept (lota/optim/compact_linear.py).
+    compact_linear: linear layers and stacks of experts compute the gradient of their kept entries only, on a
+    CPU, or if whole rows, columns or blocks are kept (compact_linear.py, compact_experts.py).
 
     The step is that of a dense optimizer on the same loss with the frozen entries' gradient set to zero,
     whatever else uses the weights; `torch.autograd.grad`, and `backward(inputs=...)` without a weight, do not
@@ -39,17 +40,18 @@ def fuse_in_backward(
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: must be at least 1")
 
     handles = [p.register_post_accumulate_grad_hook(optimizer.receive) for p in optimizer.names]
-    undo = None
+    undo: list[Callable[[], None]] = []
     if optimizer.model is not None:
         handles.append(optimizer.model.register_forward_pre_hook(_refuse_data_parallel))
-        undo = use_compact_gradients(optimizer.model, optimizer) if compact_linear else None
+        if compact_linear:
+            undo = [use(optimizer.model, optimizer) for use in (use_compact_gradients, use_compact_experts)]
     optimizer.fused, optimizer._accumulation = True, gradient_accumulation_steps
 
     def unfuse() -> None:
         for handle in handles:
             handle.remove()
-        if undo is not None:
-            undo()
+        for each in undo:
+            each()
         optimizer.fused, optimizer._accumulation = False, 1
         optimizer.forget_gradients()
 

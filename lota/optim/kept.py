@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,6 +152,21 @@ class Tiles(Kept):
 
     def positions(self) -> Tensor:
         return self.gather(torch.arange(math.prod(self.shape), device=self.device))
+
+    def matrices(self) -> Iterator[tuple[int, list[Part], list[slice]]]:
+        """Each matrix that has tiles: its number, its parts, where the values of these stand among all."""
+        numbers = [part.matrix.cpu() for part in self.parts]  # each ascends
+        for number in torch.cat(numbers).unique().tolist():
+            parts, spans, start = [], [], 0
+            for part, found in zip(self.parts, numbers, strict=True):
+                first, last = torch.searchsorted(found, torch.tensor([number, number + 1])).tolist()
+                size = part.tall * part.wide
+                if last > first:
+                    matrix, row, column = (x[first:last] for x in (part.matrix, part.row, part.column))
+                    parts.append(replace(part, matrix=matrix, row=row, column=column))
+                    spans.append(slice(start + first * size, start + last * size))
+                start += len(found) * size
+            yield number, parts, spans
 
 
 def _ranges(length: int, side: int) -> list[tuple[slice, int]]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import copy
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ from torch import Tensor, nn
 from lota.optim.kept import Entries, Kept, Part, Tiles
 
 SAMPLED_DENSITY = 0.02  # kept share of a weight up to which the sampled product is clearly faster
+# Share of a stack's input features up to which a copy of them is saved instead of the input, which no other
+# layer saves.
+FEW_OF_STACK = 0.5
 
 # What computes a^T b at the kept positions of a weight (height, width), in their order:
 # (tokens, height), (tokens, width) -> (kept,) in fp32.
@@ -33,9 +38,11 @@ Product = Callable[[Tensor, Tensor], Tensor]
 class Tiled:
     """The product of whole rows, columns or blocks only, in the order of lota/optim/kept.py."""
 
-    def __init__(self, tiles: Tiles):
-        self.shape = tiles.shape[1:]  # of the weight
-        self.parts = [(part, part.first_lines, part.first_columns) for part in tiles.parts]
+    def __init__(self, tiles: Tiles, parts: list[Part] | None = None):
+        """parts: those of one matrix, if the weight is a stack; None: all, of the only matrix."""
+        self.shape = tiles.shape[1:]  # of the matrix
+        parts = tiles.parts if parts is None else parts
+        self.parts = [(part, part.first_lines, part.first_columns) for part in parts]
 
     def needed(self, axis: int) -> Tensor:
         """The lines (axis 0) or columns (axis 1) of the weight that a tile covers, ascending."""
@@ -122,14 +129,16 @@ class Sampled:
 
 
 class Gathered:
-    """The dense product in a scratch buffer, gathered at the kept positions."""
+    """The dense product in a scratch buffer, gathered at the kept positions, which count from `start`."""
 
-    def __init__(self, positions: Tensor, shape: torch.Size, scratch: Tensor):
-        self.positions, self.shape, self.scratch = positions, shape, scratch[: shape.numel()]
+    def __init__(self, positions: Tensor, shape: torch.Size, scratch: Tensor, start: int = 0):
+        self.positions, self.start = positions, start
+        self.shape, self.scratch = shape, scratch[: shape.numel()]
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         torch.mm(a.t(), b, out=self.scratch.view(self.shape))
-        return self.scratch.index_select(0, self.positions).float()
+        positions = self.positions - self.start if self.start else self.positions
+        return self.scratch.index_select(0, positions).float()
 
 
 def products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Product]:
@@ -159,3 +168,91 @@ def products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Product]:
     chosen |= {w: Sampled(p, w.shape, zeros) for w, p in sampled.items()}
     chosen |= {w: Gathered(p, w.shape, scratch[w.dtype]) for w, p in gathered.items()}
     return chosen
+
+
+_Placed = tuple[Product, list[slice]]  # of a matrix: its product, and where the values stand in the stack's
+
+
+class Stacked:
+    """The product of a stack's kept entries, matrix by matrix.
+
+    matrices: the product of each matrix that keeps some, and where its values stand among all `count`.
+    needed: of each of these matrices, the features of its input that its kept entries are multiplied with, if
+    the input is saved without the others; None: it is saved whole.
+    """
+
+    def __init__(self, count: int, matrices: dict[int, _Placed]):
+        self.count, self.matrices = count, matrices
+        self.needed: dict[int, Tensor] | None = None
+
+    def narrow(self, axis: int) -> None:
+        """Need only some features, if they are few. axis: of the matrices, along which the features lie."""
+        tiled = {n: made for n, (made, _) in self.matrices.items() if isinstance(made, Tiled)}
+        needed = {number: product.needed(axis) for number, product in tiled.items()}
+        if any(len(needed[n]) > FEW_OF_STACK * product.shape[axis] for n, product in tiled.items()):
+            return
+        for number, product in tiled.items():
+            narrow = partial(first_columns, product.narrowed(axis, needed[number]), axis, len(needed[number]))
+            self.matrices[number] = (narrow, self.matrices[number][1])
+        self.needed = needed or None
+
+    def few_features(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """Of each row of x (rows, in) the features that its expert needs, (rows, most that any needs)."""
+        assert self.needed is not None
+        few = x.new_empty(len(x), max(map(len, self.needed.values())))
+        before, after = x.split(sizes), few.split(sizes)
+        for number, features in self.needed.items():
+            after[number][:, : len(features)] = before[number].index_select(1, features)
+        return few
+
+    def __call__(self, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+        """(rows, height), (rows, width) -> (kept,) in fp32."""
+        out = torch.zeros(self.count, device=a.device)
+        rows_of_a, rows_of_b = a.split(sizes), b.split(sizes)
+        for number, (product, spans) in self.matrices.items():
+            if sizes[number]:
+                values = product(rows_of_a[number], rows_of_b[number])
+                for span, piece in zip(spans, values.split([s.stop - s.start for s in spans]), strict=True):
+                    out[span] = piece
+        return out
+
+
+def first_columns(product: Product, axis: int, n: int, a: Tensor, b: Tensor) -> Tensor:
+    """The product of the first n columns of a (axis 0) or b (axis 1), where few features were saved."""
+    return product(a[:, :n], b) if axis == 0 else product(a, b[:, :n])
+
+
+def stack_products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Stacked]:
+    """How each stack's kept gradient is computed, if that beats autograd. One scratch buffer per dtype."""
+    products: dict[nn.Parameter, Stacked] = {}
+    scattered: dict[nn.Parameter, list[tuple[int, Tensor, slice]]] = {}  # number, positions, where they stand
+    for w, entries in kept.items():
+        if isinstance(entries, Tiles):
+            products[w] = Stacked(
+                entries.count, {n: (Tiled(entries, parts), spans) for n, parts, spans in entries.matrices()}
+            )
+        elif isinstance(entries, Entries) and w.device.type == "cpu":
+            scattered[w] = _of_matrices(entries.positions(), w)
+    zeros = torch.zeros(max((len(p) for found in scattered.values() for _, p, _ in found), default=0))
+    scratch = {
+        dtype: torch.empty(max(w[0].numel() for w in scattered if w.dtype == dtype), dtype=dtype)
+        for dtype in {w.dtype for w in scattered}
+    }
+    for w, found in scattered.items():
+        made: dict[int, _Placed] = {}
+        for number, positions, span in found:
+            start, shape = number * w[0].numel(), w.shape[1:]
+            if w.dtype == torch.float32 and len(positions) <= SAMPLED_DENSITY * shape.numel():
+                made[number] = (Sampled(positions - start, shape, zeros), [span])
+            else:
+                made[number] = (Gathered(positions, shape, scratch[w.dtype], start), [span])
+        products[w] = Stacked(kept[w].count, made)
+    return products
+
+
+def _of_matrices(positions: Tensor, stack: Tensor) -> list[tuple[int, Tensor, slice]]:
+    """(number, flat positions in the stack, where they stand among all) of each matrix that keeps some."""
+    ends = torch.arange(1, len(stack) + 1) * stack[0].numel()
+    stops = [0, *torch.searchsorted(positions, ends.to(positions.dtype)).tolist()]
+    spans = [slice(start, stop) for start, stop in pairwise(stops)]
+    return [(n, positions[span], span) for n, span in enumerate(spans) if span.stop > span.start]
