@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; _HOMES is what happens
     from lota.optim.fused import apply_mask_in_backward as apply_mask_in_backward
     from lota.optim.fused import fuse_in_backward as fuse_in_backward
     from lota.optim.hf_callback import FusedCallback as FusedCallback
+    from lota.optim.low_precision import SwallowedUpdatesWarning as SwallowedUpdatesWarning
     from lota.optim.optimizers import MaskedAdamW as MaskedAdamW
     from lota.optim.optimizers import MaskedRMSprop as MaskedRMSprop
     from lota.optim.optimizers import MaskedSGD as MaskedSGD
@@ -33,6 +34,7 @@ _HOMES = {
     "MaskedAdamW": "lota.optim.optimizers",
     "MaskedRMSprop": "lota.optim.optimizers",
     "MaskedSGD": "lota.optim.optimizers",
+    "SwallowedUpdatesWarning": "lota.optim.low_precision",
     "Delta": "lota.share.delta.reader",
     "apply_mask_in_backward": "lota.optim.fused",
     "collect_gradients": "lota.masks.extract.gradients",

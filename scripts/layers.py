@@ -16,7 +16,7 @@ from pathlib import Path
 
 # A package may import every package of the layers above its own line, and in its own line those before it.
 LAYERS = (
-    ("utils", "places", "storage", "system", "settings", "config", "config_checks"),
+    ("utils", "places", "storage", "system", "rounding", "settings", "config", "config_checks"),
     ("models", "plots"),
     ("masks", "data"),
     ("optim", "share"),

@@ -48,7 +48,7 @@ class Everything(Kept):
     """All entries of a parameter."""
 
     def __init__(self, shape: torch.Size):
-        self.count, self.state = shape.numel(), {}
+        self.shape, self.count, self.state = shape, shape.numel(), {}
 
     def gather(self, whole: Tensor) -> Tensor:
         return whole.reshape(-1)

@@ -4,14 +4,16 @@ What a parameter's state holds, by key:
 
     positions      int32 (kept,), ascending, in the flattened parameter, if single entries are kept
     tiles          int32, numbers of the tiles of `tile_shape` if whole rows, columns or blocks are kept
-    master         fp32 (kept,), the exact values; absent if the parameter itself is fp32
-    square_avg...  fp32 (kept,), the buffers of the update rule
+    master         fp32 (kept,), the exact values; absent if the parameter itself is fp32, and without masters
+    square_avg...  fp32 or bf16 (kept,), the buffers of the update rule; of a factored one its
+                   ..._rows, ..._columns in fp32 (lota/optim/low_precision.py)
     step           updates made so far
 
 Values, gradients and buffers (kept,) are in the order of lota/optim/kept.py.
 
 An update of a parameter goes: gather its gradient's kept entries into an fp32 tensor (kept,), sum over the
-passes of an accumulation, clip, update the values (kept,), write them back into the parameter.
+passes of an accumulation, clip, update the values (kept,), write them back into the parameter. Where state or
+values are not fp32, the gradient of a whole parameter stays as it is and an update goes piece by piece.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lota.masks import Mask
+from lota.optim.frozen_gradients import clear_frozen_gradients
 from lota.optim.kept import Everything, Kept, kept_entries
+from lota.optim.low_precision import Precision, norm_of, update_in_pieces
 from lota.optim.stored_state import OwnState, matching_states
 
 GRAD_NORM_STRATEGIES = ("even", "proportional", "global", "none")
@@ -42,11 +44,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
     grad_norm_strategy: `even` clips each tensor's kept gradient to max_grad_norm, `proportional` to
     max_grad_norm / sqrt(number of trained tensors), `global` clips the norm over all of them, `none` does
     not clip.
+    masters: hold fp32 copies of kept entries whose parameter is narrower. Without them updates are rounded to
+    the parameter's dtype, and a `SwallowedUpdatesWarning` tells the share that this undoes.
+    stochastic_rounding: bf16 parameters without masters, updates rounded up or down by lot, so that they add
+    up on average. optimizer_state: of buffers, `float32`, `bfloat16` (rounded by lot) or `factored` (square
+    averages of matrices as means of rows and columns, other buffers in bf16; for whole matrices only).
+    seed: of the lots, which are a function of seed, parameter name, step and position.
 
     Sets `requires_grad` to False on every parameter without kept entries. One learning rate per group,
     read from `param_groups` when an update is made. Raises ValueError for a mask of another model, an
-    unknown strategy or when nothing would train.
+    unknown strategy, a precision that cannot be had, or when nothing would train.
     """
+
+    square_average: str | None = None  # key of the buffer that is a running mean of squared gradients
 
     def __init__(
         self,
@@ -55,6 +65,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         *,
         grad_norm_strategy: str = "none",
         max_grad_norm: float | None = None,
+        masters: bool = True,
+        stochastic_rounding: bool = False,
+        optimizer_state: str = "float32",
+        seed: int = 0,
         **settings: Any,
     ):
         _check_settings(grad_norm_strategy, max_grad_norm, settings)
@@ -81,19 +95,23 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 self.names[p] = name
         if not self.names:
             raise ValueError("nothing would train: the mask keeps no entry of any parameter")
+        self.dtypes = {p: p.dtype for p in self.names}
+        self.precision = Precision(masters, stochastic_rounding, optimizer_state, seed)
+        self.precision.check(type(self).__name__, self.square_average, set(self.dtypes.values()))
         super().__init__(list(self.names), settings)
         for p, name in self.names.items():
             self.kept[p] = Everything(p.shape) if mask is None else kept_entries(mask, name, p.device)
             self._init_state(p)
-            _clear_frozen_gradients(p, self)
+            clear_frozen_gradients(p, self)
 
     def _init_state(self, p: nn.Parameter) -> None:
         state, kept = self.state[p], self.kept[p]
         state.update(kept.state)
-        if p.dtype != torch.float32:
+        if self.precision.has_master(p.dtype):
             state["master"] = self.working_values(p).float()
-        for name in self._buffer_names(self._group_of(p)):
-            state[name] = torch.zeros(kept.count, dtype=torch.float32, device=p.device)
+        for key in self._buffer_names(self._group_of(p)):
+            square = key == self.square_average
+            state.update(self.precision.buffer(key, kept, self.names[p], square, p.device))
         state["step"] = 0
 
     # What a rule defines
@@ -103,7 +121,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Change values (kept,) and the state's buffers in place."""
+        """Change values (kept,) and the state's buffers in place; all are fp32."""
+        raise NotImplementedError
+
+    def _squared(self, values: Tensor, grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        """What the square average is of, and its decay; of rules that have one."""
+        raise NotImplementedError
+
+    def _step_by(
+        self, values: Tensor, grad: Tensor, square: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        """`_update` by a square average that holds this gradient already."""
         raise NotImplementedError
 
     # Reading
@@ -129,12 +157,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return None if isinstance(kept, Everything) else kept.positions()
 
     def kept_values(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-        """(name, flat positions or None if all are kept, fp32 values) of every trained parameter."""
+        """(name, flat positions or None if all are kept, `exact_values`) of every trained parameter."""
         for p, name in self.names.items():
             yield name, self.positions(p), self.exact_values(p)
 
     def exact_values(self, p: nn.Parameter) -> Tensor:
-        """Values of a parameter's kept entries in fp32, (kept,): masters if there are any."""
+        """Values of a parameter's kept entries, (kept,): fp32 masters if there are any, else its own."""
         return self.state[p]["master"] if "master" in self.state[p] else self.working_values(p)
 
     def state_bytes(self) -> int:
@@ -175,11 +203,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         scale = self._global_scale()
         for p in list(self._pending):
             grad, _ = self._pending.pop(p)
-            self._apply(p, grad if scale is None else grad.mul_(scale))
+            self._apply(p, grad, scale)
         if self._square_norms:
             device = self._square_norms[0].device
             self._grad_norm = torch.stack([n.to(device) for n in self._square_norms]).sum().sqrt()
         self._square_norms = []
+        first = next(iter(self.names))
+        self.precision.swallowed.warn(self.state[first]["step"], first.dtype, self.param_groups[0]["lr"])
         return loss
 
     def put_aside(self, p: nn.Parameter, grad: Tensor) -> None:
@@ -208,9 +238,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self.accumulate(p, grad)
 
     def _gathered(self, p: nn.Parameter, whole: Tensor) -> Tensor:
-        """The kept entries of a whole gradient in fp32, (kept,); unless fused, in memory of their own."""
+        """The kept entries of a whole gradient in fp32, (kept,); unless fused, in memory of their own.
+
+        If a whole parameter is updated in pieces and nothing is added up, in the gradient's dtype and memory.
+        """
         kept = self.kept[p]
         found = kept.gather(whole.to_dense() if whole.is_sparse else whole)
+        whole_in_pieces = isinstance(kept, Everything) and self.precision.in_pieces(p.dtype)
+        if whole_in_pieces and self._accumulation == 1 and found.dtype != torch.float32:
+            return found
         shared = isinstance(kept, Everything) and found.dtype == torch.float32 and not self.fused
         return found.clone() if shared else found.float()
 
@@ -222,25 +258,34 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def accumulate(self, p: nn.Parameter, grad: Tensor) -> None:
         """Add a pass's compact fp32 gradient (kept,); update if it is complete and needs no other's norm."""
         before, count = self._pending.pop(p, (None, 0))
-        total = grad if before is None else before.add_(grad)
+        total = grad if before is None else before.float().add_(grad)  # itself if it is fp32
         if count + 1 < self._accumulation or self.grad_norm_strategy == "global":
             self._pending[p] = (total, count + 1)
         else:
             self._apply(p, total)
 
-    def _apply(self, p: nn.Parameter, grad: Tensor) -> None:
-        """Clip the complete gradient (kept,), update the kept values, write them back."""
-        if self.grad_norm_strategy != "global":  # `step` has measured and clipped those
-            norm = torch.linalg.vector_norm(grad)
+    def _apply(self, p: nn.Parameter, grad: Tensor, scale: Tensor | None = None) -> None:
+        """Clip the complete gradient (kept,), update the kept values, write them back.
+
+        scale: what `global` clipping multiplies the gradient with.
+        """
+        if self.grad_norm_strategy != "global":  # `step` has measured those
+            norm = norm_of(grad)
             self._square_norms.append(norm.square())
             limit = self._tensor_limit()
             if limit is not None:
-                grad.mul_((limit / (norm + _CLIP_EPS)).clamp(max=1.0))
-        state = self.state[p]
+                scale = (limit / (norm + _CLIP_EPS)).clamp(max=1.0)
+        state, kept, group = self.state[p], self.kept[p], self._group_of(p)
         state["step"] += 1
         values = self._current_values(p)
-        self._update(values, grad, state, self._group_of(p))
-        if not isinstance(self.kept[p], Everything) or p.dtype != torch.float32:  # else the parameter itself
+        if self.precision.in_pieces(p.dtype):
+            update_in_pieces(
+                self, values, grad, state, group,
+                precision=self.precision, name=self.names[p], kept=kept, scale=scale,
+            )  # fmt: skip
+        else:
+            self._update(values, grad if scale is None else grad.mul_(scale), state, group)
+        if not isinstance(kept, Everything) or "master" in state:  # else the parameter itself
             self.write(p, values)
 
     def _tensor_limit(self) -> float | None:
@@ -256,7 +301,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return None
         device = next(iter(self._pending)).device
         in_order = (self._pending[p][0] for p in self.names if p in self._pending)  # one sum in either mode
-        norms = [torch.linalg.vector_norm(grad).to(device) for grad in in_order]
+        norms = [norm_of(grad).to(device) for grad in in_order]
         self._square_norms = [norm.square() for norm in norms]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         return (self.max_grad_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
@@ -268,13 +313,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return self.kept[p].gather(p.detach())
 
     def _current_values(self, p: nn.Parameter) -> Tensor:
-        """The values to update, (kept,) in fp32: masters if there are any.
+        """The values to update, (kept,): fp32 masters if there are any.
 
         An entry that somebody else has changed since the last update (a moving average, a merge,
         `load_state_dict`) no longer is its master rounded; its master becomes the new value.
         """
         values = self.working_values(p)
-        if ("master" in self.state[p]) != (p.dtype != torch.float32):
+        if p.dtype != self.dtypes[p]:
             raise RuntimeError(
                 f"{self.names[p]} has become {p.dtype} since the optimizer was made: cast the model first"
             )
@@ -308,37 +353,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for p, state in zip(own, restored, strict=True):
             self.state[p] = state
-
-
-# parameter -> the optimizers that train it
-_OPTIMIZERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _clear_frozen_gradients(p: nn.Parameter, optimizer: MaskedOptimizer) -> None:
-    """Set p.grad's frozen entries to zero after each backward pass, unless an optimizer is fused into it.
-
-    So that whatever reads p.grad in an ordinary loop, such as a trainer's clipping, sees the gradient that
-    trains. If several optimizers share a parameter, entries that any of them keeps stay.
-    """
-    if p in _OPTIMIZERS:
-        _OPTIMIZERS[p].add(optimizer)
-        return
-    optimizers = _OPTIMIZERS[p] = WeakSet([optimizer])
-
-    @torch.no_grad()
-    def hook(p: nn.Parameter) -> None:
-        alive = list(optimizers)
-        if not alive or any(other.fused for other in alive) or p.grad is None or p.grad.is_sparse:
-            return
-        kept = [other.kept[p] for other in alive]
-        if any(isinstance(entries, Everything) for entries in kept):
-            return
-        values = [entries.gather(p.grad) for entries in kept]
-        p.grad.zero_()
-        for entries, gradient in zip(kept, values, strict=True):
-            entries.write(p.grad, gradient)
-
-    p.register_post_accumulate_grad_hook(hook)
 
 
 def _check_settings(strategy: str, max_grad_norm: float | None, settings: dict[str, Any]) -> None:

@@ -42,6 +42,20 @@ def rmsprop_update_(
     if weight_decay:
         grad = grad.add(values, alpha=weight_decay)
     square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+    rmsprop_step_(values, grad, square_avg, momentum_buffer, lr=lr, eps=eps, momentum=momentum)
+
+
+def rmsprop_step_(
+    values: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float,
+    eps: float,
+    momentum: float,
+) -> None:
+    """The second half of `rmsprop_update_`: grad has its decay, square_avg holds it and stays."""
     denominator = square_avg.sqrt().add_(eps)
     if momentum_buffer is None:
         values.addcdiv_(grad, denominator, value=-lr)
@@ -65,10 +79,29 @@ def adamw_update_(
     """AdamW with decoupled weight decay; `step` counts from 1. Source: Loshchilov & Hutter, arXiv
     1711.05101.
     """
+    beta2 = betas[1]
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    adamw_step_(
+        values, grad, exp_avg, exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+    )
+
+
+def adamw_step_(
+    values: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The second half of `adamw_update_`: exp_avg_sq holds the gradient already and stays."""
     beta1, beta2 = betas
     values.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     denominator = (exp_avg_sq.sqrt() / correction2**0.5).add_(eps)
     values.addcdiv_(exp_avg, denominator, value=-lr / correction1)
@@ -113,6 +146,8 @@ def learning_rate(step: int, *, peak: float, scheduler: str, warmup_steps: int, 
 class MaskedRMSprop(MaskedOptimizer):
     """RMSprop on the kept entries; the method's default optimizer. Arguments as in `torch.optim.RMSprop`."""
 
+    square_average = "square_avg"
+
     def __init__(
         self,
         model: Parameters,
@@ -135,9 +170,22 @@ class MaskedRMSprop(MaskedOptimizer):
         settings = {key: group[key] for key in ("lr", "alpha", "eps", "weight_decay", "momentum")}
         rmsprop_update_(values, grad, state["square_avg"], state.get("momentum_buffer"), **settings)
 
+    def _squared(self, values: Tensor, grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        decay = group["weight_decay"]
+        return grad.add(values, alpha=decay) if decay else grad, group["alpha"]
+
+    def _step_by(
+        self, values: Tensor, grad: Tensor, square: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        decayed, _ = self._squared(values, grad, group)
+        settings = {key: group[key] for key in ("lr", "eps", "momentum")}
+        rmsprop_step_(values, decayed, square, state.get("momentum_buffer"), **settings)
+
 
 class MaskedAdamW(MaskedOptimizer):
     """AdamW on the kept entries. Arguments as in `torch.optim.AdamW`, with weight decay 0 by default."""
+
+    square_average = "exp_avg_sq"
 
     def __init__(
         self,
@@ -159,6 +207,15 @@ class MaskedAdamW(MaskedOptimizer):
     def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         adamw_update_(values, grad, state["exp_avg"], state["exp_avg_sq"], step=state["step"], **settings)
+
+    def _squared(self, values: Tensor, grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        return grad, group["betas"][1]
+
+    def _step_by(
+        self, values: Tensor, grad: Tensor, square: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        adamw_step_(values, grad, state["exp_avg"], square, step=state["step"], **settings)
 
 
 class MaskedSGD(MaskedOptimizer):

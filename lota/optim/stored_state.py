@@ -41,9 +41,10 @@ def _matching(saved: dict[str, Any] | None, own: OwnState) -> dict[str, Any]:
     state = {k: v.to(own.device).clone() if torch.is_tensor(v) else v for k, v in saved.items()}
     for key, value in current.items():
         if torch.is_tensor(value) and (state[key].shape, state[key].dtype) != (value.shape, value.dtype):
+            other = "mask" if state[key].shape != value.shape else "optimizer_state"
             raise ValueError(
                 f"optimizer state of {name}: {key} is {tuple(state[key].shape)} {state[key].dtype}, "
-                f"expected {tuple(value.shape)} {value.dtype}: it belongs to another mask"
+                f"expected {tuple(value.shape)} {value.dtype}: it belongs to another {other}"
             )
     for key, value in own.kept.state.items():
         same = torch.equal(state[key], value) if torch.is_tensor(value) else tuple(state[key]) == value
