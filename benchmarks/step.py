@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lota
 from lota.masks import Mask
-from lota.masks.extract.units import units_of
+from lota.masks.extract.units import DEFAULT_BLOCK, units_of
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
 from lota.models.scope import find_scope
 from lota.system import peak_memory_bytes
@@ -74,12 +74,12 @@ def random_mask(model: torch.nn.Module, sparsity: float) -> Mask:
     )
 
 
-def line_mask(model: torch.nn.Module, sparsity: float, granularity: str) -> Mask:
-    """Whole rows, columns or 64-blocks at random, the same share of every weight."""
+def line_mask(model: torch.nn.Module, sparsity: float, granularity: str, block: int = DEFAULT_BLOCK) -> Mask:
+    """Whole rows, columns or blocks at random, the same share of every weight."""
     rng = np.random.default_rng(0)
     kept = {}
     for name, tensor in find_scope(model).items():
-        units = units_of(name, tensor, granularity)
+        units = units_of(name, tensor, granularity, block)
         chosen = np.zeros(units.count, np.bool_)
         chosen[rng.permutation(units.count)[: round((1 - sparsity) * units.count)]] = True
         flags = np.unpackbits(units.packed(chosen), count=units.size)
@@ -92,13 +92,13 @@ def backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
     (-logps.mean()).backward()
 
 
-def ours(args: argparse.Namespace, granularity: str = "element") -> Step:
+def ours(args: argparse.Namespace, granularity: str = "element", block: int = DEFAULT_BLOCK) -> Step:
     """LoTA: compact state, fused into the backward pass."""
     model = build_model(args)
     if granularity == "element":
         mask = random_mask(model, args.sparsity)
     else:
-        mask = line_mask(model, args.sparsity, granularity)
+        mask = line_mask(model, args.sparsity, granularity, block)
     optimizer = lota.MaskedRMSprop(model, mask, lr=1e-5, grad_norm_strategy="even", max_grad_norm=10.0)
     lota.fuse_in_backward(optimizer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from lota.config import Config
 from lota.lotto.config import LottoConfig
 from lota.masks import Mask, kept_count
 from lota.masks.extract.select import Quota, Rule, select
-from lota.masks.extract.units import DEFAULT_BLOCK, Units, choose, units_of, units_of_scope, widened
+from lota.masks.extract.units import (
+    AGGREGATES,
+    DEFAULT_BLOCK,
+    Units,
+    choose,
+    units_of,
+    units_of_scope,
+    widened,
+)
 from lota.models.pair import open_pair
 from lota.models.scope import ScopedTensor, find_scope
 from tests.hf_models import save_policy
@@ -48,13 +57,26 @@ def unit_sums(score: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     )
 
 
-def expected_mask(scores, axis, granularity, k, smallest=False):
-    """A loop over all units in the order of their sums, each taken while it fits."""
+def unit_saliencies(score: torch.Tensor, numbers: torch.Tensor, aggregate: str) -> torch.Tensor:
+    """Of each unit by sorting its entries together, fp64 (units,)."""
+    order = numbers.flatten().argsort(stable=True)
+    parts = score.flatten().double()[order].split(numbers.flatten().bincount().tolist())
+    how = {
+        "sum_squares": lambda part: part.square().sum(),
+        "mean_squares": lambda part: part.square().mean(),
+        "sum": lambda part: part.sum(),
+        "max": lambda part: part.max(),
+    }[aggregate]
+    return torch.stack([how(part) for part in parts])
+
+
+def expected_mask(scores, axis, granularity, k, smallest=False, saliencies=unit_sums):
+    """A loop over all units in the order of their saliencies, each taken while it fits."""
     numbers = {n: unit_numbers(value.shape, axis[n], granularity) for n, value in scores.items()}
     ranked = [
         (total if smallest else -total, position, index, name)
         for position, name in enumerate(scores)
-        for index, total in enumerate(unit_sums(scores[name], numbers[name]).tolist())
+        for index, total in enumerate(saliencies(scores[name], numbers[name]).tolist())
         if total > 0
     ]
     kept: dict[str, list[int]] = {name: [] for name in scores}
@@ -91,6 +113,22 @@ def test_whole_units_of_every_architecture(kind, granularity, tmp_path):
         sums = {n: unit_sums(v, numbers[n])[numbers[n]] for n, v in scores.items()}
         kept = torch.cat([sums[n][mask.dense(n)] for n in scores])
         assert mask.meta["threshold"] == pytest.approx(kept.min().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_aggregates(aggregate, granularity, tmp_path):
+    """Of units of several sizes, read in pieces that end within them."""
+    base_path, tuned_path, base, changed = make_pair(tmp_path, "gpt2", ties=False)
+    scores, axis = saliencies_of(base, changed), axes_of(base)
+    rule = Rule(granularity=granularity, block=BLOCK, aggregate=aggregate)
+    mask = select(Quota(open_pair(base_path, tuned_path), [0.8], rule))[0.8]
+    how = partial(unit_saliencies, aggregate=aggregate)
+    expected, left = expected_mask(scores, axis, granularity, kept_count(0.8, mask.n_total), saliencies=how)
+    assert all(torch.equal(mask.dense(name), flags) for name, flags in expected.items())
+    assert mask.meta["shortfall"] == left
+    with pytest.raises(ValueError, match=r"aggregate='median'.* choose one of sum_squares, mean_squares"):
+        Rule(aggregate="median")
 
 
 @pytest.mark.parametrize("per", ["tensor", "layer"])
@@ -201,6 +239,15 @@ def test_outputs_of_expert_matrices(config, transposed):
         assert tensor.transposed is transposed
         outputs = 48 if "gate_up" in name else 32
         assert tensor.shape[1 if not transposed else 2] == outputs
+        # the fifth row of the third expert is its fifth output, the fifth column its fifth input
+        for granularity, axis in (("row", 1 + transposed), ("column", 2 - transposed)):
+            units, n = units_of(name, tensor, granularity), tensor.shape[axis]
+            assert units.count == 4 * n
+            chosen = np.arange(units.count) == 2 * n + 4
+            flags = np.unpackbits(units.packed(chosen), count=units.size).reshape(tensor.shape)
+            expected = np.zeros(tensor.shape, np.uint8)
+            np.moveaxis(expected, axis, 1)[2, 4] = 1
+            assert np.array_equal(flags, expected)
     assert not any(t.transposed for t in find_scope(model).values() if len(t.shape) == 2)
 
 
@@ -253,11 +300,16 @@ def test_sums_of_every_stretch(shape, tall, wide):
     unit_of = ((matrix * down + line // tall) * across + column // wide).reshape(-1)
     for start in range(n):
         for stop in range(start + 1, n + 1):
-            first, found = units.sums(start, values[start:stop])
+            first, found = units.joined(start, values[start:stop])
             expected = np.bincount(unit_of[start:stop], values[start:stop], minlength=units.count)
             assert found.dtype == np.float64 and first + len(found) <= units.count
             assert np.array_equal(expected[first : first + len(found)], found)
             assert expected.sum() == found.sum()
+            largest = np.zeros(units.count)
+            np.maximum.at(largest, unit_of[start:stop], values[start:stop])
+            first, found = units.joined(start, values[start:stop], np.maximum)
+            assert np.array_equal(largest[first : first + len(found)], found)
+            assert largest.max() == found.max()
     assert units.count == stacks * down * across == unit_of[-1] + 1
     assert units.size == n
     assert units.lengths.tolist() == np.bincount(unit_of).tolist()
@@ -279,7 +331,7 @@ def test_sums_of_many_are_exact():
         Units(1, 40_000, 3, 40_000, 1),
         Units(1, 400, 300, 400, 300),
     ):
-        first, found = units.sums(0, values)
+        first, found = units.joined(0, values)
         assert first == 0 and found[0] == 2.0**24 + (units.lengths[0] - 1) * float(np.float32(1) / 3)
 
 

@@ -23,7 +23,15 @@ from lota.masks import Mask, kept_count
 from lota.masks.extract import topk, units
 from lota.masks.extract.gradients import Collected
 from lota.masks.extract.saliency import SALIENCIES, SaliencyStream, Source
-from lota.masks.extract.units import BLOCK_SIZES, DEFAULT_BLOCK, GRANULARITIES, Cutoff, Units
+from lota.masks.extract.units import (
+    AGGREGATES,
+    BLOCK_SIZES,
+    DEFAULT_AGGREGATE,
+    DEFAULT_BLOCK,
+    GRANULARITIES,
+    Cutoff,
+    Units,
+)
 from lota.models import chunks
 from lota.models.hashing import StreamingHash
 from lota.models.pair import ModelPair, open_pair
@@ -47,6 +55,7 @@ class Rule:
         "element"  # single entries, or whole output neurons (`row`), inputs (`column`), `block`s
     )
     block: int = DEFAULT_BLOCK  # side of a block
+    aggregate: str = DEFAULT_AGGREGATE  # of a unit's saliencies, a name of AGGREGATES
 
     def __post_init__(self) -> None:
         problems = []
@@ -54,6 +63,7 @@ class Rule:
             ("score", self.saliency, SALIENCIES),
             ("per", self.per, PER),
             ("granularity", self.granularity, GRANULARITIES),
+            ("aggregate", self.aggregate, AGGREGATES),
         ):
             if value not in choices:
                 near = difflib.get_close_matches(str(value), choices, 1, 0)
@@ -226,7 +236,7 @@ def _choose(
     counts, read_order = quota.counts(names), sorted(names)  # sorted: the order in which the base is hashed
     if quota.units:
         chosen = {name: quota.units[name] for name in names}
-        return units.top_units(stream, chosen, counts, read_order, progress)
+        return units.top_units(stream, chosen, counts, read_order, progress, quota.rule.aggregate)
     sizes = {name: quota.sizes[name] for name in names}
     bits, cuts = topk.top_bits(stream.keys, sizes, counts, read_order, progress)
     cutoffs = [Cutoff(stream.saliency_of(cut.threshold), cut.shortfall) for cut in cuts]

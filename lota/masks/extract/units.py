@@ -3,7 +3,8 @@
 A row is one output neuron and a column one input neuron, whatever the storage: `nn.Linear` stores (out, in),
 GPT-2's `Conv1D` (in, out), stacks of expert matrices (experts, out, in), or (experts, in, out) if they are
 transposed; there a row is one pair of expert and output. Blocks are squares of the matrices as they are
-stored, cut off at their edges. A unit's saliency is the sum of the squares of its entries' saliencies.
+stored, cut off at their edges. A unit's saliency is the sum of the squares of its entries' saliencies; other
+aggregates are there to be compared with it (docs/RESULTS.md), and no command offers them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,24 @@ from lota.models.scope import ScopedTensor
 
 BLOCK_SIZES = (16, 256)  # smallest and largest side of a block
 DEFAULT_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What makes one saliency of those of a unit's entries."""
+
+    of_entry: np.ufunc  # of a saliency, in fp64: what is joined
+    join: np.ufunc  # of two values; 0 changes nothing
+    per_entry: bool = False  # divided by the number of entries in the end
+
+
+AGGREGATES = {
+    "sum_squares": Aggregate(np.square, np.add),
+    "mean_squares": Aggregate(np.square, np.add, per_entry=True),
+    "sum": Aggregate(np.positive, np.add),
+    "max": Aggregate(np.positive, np.maximum),
+}
+DEFAULT_AGGREGATE = "sum_squares"
 
 
 @dataclass(frozen=True)
@@ -63,22 +82,23 @@ class Units:
         entries = np.minimum(self.wide, self.width - self.wide * np.arange(across))
         return np.tile(np.outer(lines, entries).reshape(-1), stacks)
 
-    def sums(self, start: int, values: np.ndarray) -> tuple[int, np.ndarray]:
+    def joined(self, start: int, values: np.ndarray, join: np.ufunc = np.add) -> tuple[int, np.ndarray]:
         """Returns (first unit, fp64 sums (units,) from it on) of the entries (n,) from `start` on.
 
-        They are whole rows of units; what they hold outside of these entries is not in their sums.
+        They are whole rows of units; what they hold outside of these entries counts as 0.
+        join: np.add, or np.maximum for the largest of entries that are not negative.
         """
         first, stop = start // self.width, (start + len(values) - 1) // self.width + 1
         flat = np.zeros((stop - first) * self.width)  # zeros for what the first and the last line lack
         flat[start - first * self.width :][: len(values)] = values
         lines = flat.reshape(-1, self.width)
         if self.wide > 1:
-            lines = np.add.reduceat(lines, np.arange(0, self.width, self.wide), axis=1)
+            lines = join.reduceat(lines, np.arange(0, self.width, self.wide), axis=1)
         down, across = self.grid[1:]
         matrix, line = np.divmod(np.arange(first, stop), self.height)
         row = matrix * down + line // self.tall  # of units, that each line belongs to
         edges = np.flatnonzero(np.diff(row, prepend=-1))
-        return int(row[0]) * across, np.add.reduceat(lines, edges, axis=0).reshape(-1)
+        return int(row[0]) * across, join.reduceat(lines, edges, axis=0).reshape(-1)
 
     def packed(self, chosen: np.ndarray) -> np.ndarray:
         """Returns the packed bits of the parameter's entries, set for the chosen units: bool (count,)."""
@@ -174,24 +194,26 @@ def top_units(
     counts: Sequence[int],
     read_order: Sequence[str],
     progress: Progress | None = None,
+    aggregate: str = DEFAULT_AGGREGATE,
 ) -> list[tuple[dict[str, np.ndarray], Cutoff]]:
     """Returns, for each budget of entries, name -> packed bits of the best units, and where the cut lies.
 
-    units: in the order that decides ties. One pass over the entries; memory: 8 bytes per unit, and a byte per
-    entry of one parameter at a time. Under `random` each unit has one number (a sum would prefer long units).
+    units: in the order that decides ties. aggregate: a name of AGGREGATES. One pass over the entries; memory:
+    8 bytes per unit, and a byte per entry of one parameter at a time. Under `random` each unit has one number
+    (a sum would prefer long units).
     """
-    sums = {name: np.zeros(each.count) for name, each in units.items()}  # fp64 (units,)
+    found = {name: np.zeros(each.count) for name, each in units.items()}  # fp64 (units,)
     if stream.saliency == "random":
         for name, each in units.items():
-            sums[name][:] = uniform(Span(name, 0, each.count), stream.seed)
+            found[name][:] = uniform(Span(name, 0, each.count), stream.seed)
             if name in stream.taken:
-                sums[name][each.touched(stream.taken[name])] = 0
+                found[name][each.touched(stream.taken[name])] = 0
     else:
-        _sum_squares(stream, units, sums, read_order)
+        _aggregate(stream, units, found, read_order, AGGREGATES[aggregate])
     if progress:
         progress(2 * sum(each.size for each in units.values()))
     # All units in one line, (units of all parameters,), to be ranked together and split again.
-    saliencies = np.concatenate(list(sums.values()))
+    saliencies = np.concatenate(list(found.values()))
     lengths = np.concatenate([each.lengths for each in units.values()])
     ends = np.cumsum([each.count for each in units.values()])[:-1]
     results = []
@@ -202,13 +224,23 @@ def top_units(
     return results
 
 
-def _sum_squares(
-    stream: SaliencyStream, units: Mapping[str, Units], sums: Mapping[str, np.ndarray], order: Sequence[str]
+def _aggregate(
+    stream: SaliencyStream,
+    units: Mapping[str, Units],
+    found: Mapping[str, np.ndarray],
+    order: Sequence[str],
+    how: Aggregate,
 ) -> None:
+    """Write each unit's saliency into `found`: name -> fp64 zeros (units,)."""
+
     def part(span: Span) -> tuple[int, np.ndarray]:
-        squares = np.square(stream.saliencies(span), dtype=np.float64)
-        return units[span.name].sums(span.start, squares)
+        values = how.of_entry(stream.saliencies(span), dtype=np.float64)
+        return units[span.name].joined(span.start, values, how.join)
 
     sizes = {name: each.size for name, each in units.items()}
-    for span, (first, found) in in_order(part, spans(sizes, order)):  # in order: the same sums at every run
-        sums[span.name][first : first + len(found)] += found
+    for span, (first, values) in in_order(part, spans(sizes, order)):  # in order: the same sums at every run
+        stretch = found[span.name][first : first + len(values)]
+        how.join(stretch, values, out=stretch)
+    if how.per_entry:
+        for name, each in units.items():
+            found[name][:] /= each.lengths
