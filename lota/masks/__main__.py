@@ -6,15 +6,17 @@
     python -m lota.masks flip FILE --out NEW.pt
     python -m lota.masks random-like FILE --seed 0 --out NEW.pt
 
-show: kept entries by layer and module. compare: entries that two masks share, and how many random masks with
-the same count in each tensor would share. random-like: such a random mask.
+show: kept entries by layer and module; of masks of whole rows, columns or blocks also where these lie.
+compare: entries that two masks share, and how many random masks with the same count in each tensor would
+share. random-like: such a random mask.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from lota.masks import Mask
 from lota.masks.combine import TOOLS, combine
 from lota.masks.extract.select import DEFAULT_SCOPE
 from lota.masks.files import check_target
+from lota.masks.unit_views import draw as draw_units
+from lota.masks.unit_views import kept_units, unit_counts
 from lota.masks.views import density, draw_overlap, overlap, overlap_table
 from lota.models.scope import find_scope, meta_model, scope_share, share_sentence
 from lota.plots import is_drawn_here
@@ -96,11 +100,34 @@ def show(args: argparse.Namespace, model: nn.Module | None) -> None:
         found = density(mask)
         print("\n".join([f"{path}: {_counts(mask)}", *_origin(mask.meta), *_share(mask, model)]))
         print("kept entries (%) by layer and module:", *aligned(found.table()), sep="\n", end="\n\n")
+        stem = name.removesuffix(".pt").replace("/", "_")
         if args.png:
-            picture = Path(args.png) / f"density_{name.removesuffix('.pt').replace('/', '_')}.png"
-            refuse_foreign("png", picture, "picture of masks", is_drawn_here)
-            found.draw(picture, f"Density of {name}")
-            print(f"picture: {picture}\n")
+            _picture(args.png, f"density_{stem}.png", partial(found.draw, title=f"Density of {name}"))
+        _show_units(mask, args.png, name, stem)
+
+
+def _show_units(mask: Mask, folder: str | None, name: str, stem: str) -> None:
+    """Kept rows, columns or blocks by layer and module, and a picture of where they lie."""
+    try:
+        found = kept_units(mask)
+    except ValueError as error:
+        print(f"{error}\n")
+        return
+    if not found:
+        return
+    kind, side = mask.meta["granularity"], mask.meta["block"]
+    kinds = f"blocks of {side} x {side}" if kind == "block" else f"{kind}s"
+    print(f"kept {kinds} by layer and module:", *aligned(unit_counts(found).counts()), sep="\n", end="\n\n")
+    if folder:
+        title = f"Kept {kinds} of {name}, matrices as they are stored"
+        _picture(folder, f"{kind}s_{stem}.png", partial(draw_units, found, title=title))
+
+
+def _picture(folder: str, name: str, draw: Callable[[Path], object]) -> None:
+    path = Path(folder) / name
+    refuse_foreign("png", path, "picture of masks", is_drawn_here)
+    draw(path)
+    print(f"picture: {path}\n")
 
 
 def _counts(mask: Mask) -> str:

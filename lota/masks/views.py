@@ -47,6 +47,14 @@ class Density:
             lines.append([layer, *("-" if np.isnan(share) else f"{100 * share:.2f}" for share in shares)])
         return lines
 
+    def counts(self) -> list[list[str]]:
+        """Returns what is kept "of" how many, a line per layer; the header first."""
+        lines = [["layer", *self.modules]]
+        for layer, kept, entries in zip(self.layers, self.kept, self.entries, strict=True):
+            cells = zip(kept.tolist(), entries.tolist(), strict=True)
+            lines.append([layer, *(f"{part:,} of {whole:,}" if whole else "-" for part, whole in cells)])
+        return lines
+
     def draw(self, path: plots.Target, title: str) -> Figure:
         """Heat map of the density in per cent, written to `path` if there is one."""
         return plots.heatmap(
@@ -63,29 +71,43 @@ class Density:
 
 
 def density(mask: Mask) -> Density:
-    """Returns the density by layer and module type, read from the parameters' names.
+    """Returns the density by layer and module type, read from the parameters' names."""
+    return arranged({name: (mask.kept(name), mask.numel(name)) for name in mask.names})
+
+
+def arranged(counts: Mapping[str, tuple[int, int]]) -> Density:
+    """Parameter name -> what is kept and all of it, by layer and module type."""
+    layers, modules, cells = layout(list(counts))
+    kept = np.zeros((len(layers), len(modules)), np.int64)
+    entries = np.zeros_like(kept)
+    for name, (of_kept, of_all) in counts.items():
+        kept[cells[name]] += of_kept
+        entries[cells[name]] += of_all
+    return Density(layers, modules, kept, entries)
+
+
+def layout(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+    """Returns layers, modules, and parameter name -> number of its layer and of its module.
 
     The layer is the first number in a name, the module what follows it (its last part only, if that is
     enough to tell the modules apart). Rows are in the order of the layers, columns in that of the names;
     what lies outside of the layers comes last.
     """
-    places = {name: _place(name) for name in mask.names}
+    places = {name: _place(name) for name in names}
     stacks = {stack for stack, number, _ in places.values() if number is not None}
     rows = sorted({place[:2] for place in places.values()}, key=lambda row: (row[1] is None, row[0], row[1]))
     inside_first = sorted(places.values(), key=lambda place: place[1] is None)
     columns = list(dict.fromkeys(module for *_, module in inside_first))
-    kept = np.zeros((len(rows), len(columns)), np.int64)
-    entries = np.zeros_like(kept)
-    for name, (stack, number, module) in places.items():
-        cell = rows.index((stack, number)), columns.index(module)
-        kept[cell] += mask.kept(name)
-        entries[cell] += mask.numel(name)
+    cells = {
+        name: (rows.index((stack, number)), columns.index(module))
+        for name, (stack, number, module) in places.items()
+    }
     layers = [
         OUTSIDE if number is None else f"{stack}.{number}" if len(stacks) > 1 else str(number)
         for stack, number in rows
     ]
     last_parts = [module.rpartition(".")[2] for module in columns]
-    return Density(layers, last_parts if len(set(last_parts)) == len(columns) else columns, kept, entries)
+    return layers, last_parts if len(set(last_parts)) == len(columns) else columns, cells
 
 
 def _place(name: str) -> tuple[str, int | None, str]:
