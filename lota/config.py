@@ -20,6 +20,7 @@ CHAT_TEMPLATES = ("auto", "never", "always")
 LOSSES = ("sft", "dpo")
 DTYPES = ("float32", "bfloat16", "float16")
 GRANULARITIES = ("element", "row", "column", "block")
+OPTIMIZER_STATES = ("float32", "bfloat16", "factored")
 
 # Settings that something else switches on
 _reference = partial(setting, None, needs=("loss.name=dpo", "loss.reference_free=false"))
@@ -253,10 +254,22 @@ class Config:
     )
     momentum: float = setting(
         0.0,
-        "momentum factor; above 0 costs 4 bytes per trained entry",
+        "momentum factor; above 0 costs 4 bytes per trained entry (2 with optimizer_state=bfloat16)",
         at_least=0,
         below=1,
         needs=(_RMSPROP, _SGD),
+    )
+    optimizer_state: str = setting(
+        "float32",
+        "of the averages that the optimizer holds: float32 (4 bytes per trained entry), bfloat16 (2, rounded "
+        "up or down by lot) or factored (the squared-gradient average of a matrix as means of its rows and "
+        "columns, others in bfloat16; for whole matrices)",
+        choices=OPTIMIZER_STATES,
+    )
+    stochastic_rounding: bool = setting(
+        False,
+        "hold trained weights in bfloat16 alone, without float32 copies: updates are rounded up or down by "
+        "lot, so that they add up on average; with model.policy_dtype=bfloat16",
     )
     grad_norm_strategy: str = setting(
         "even",
@@ -386,7 +399,10 @@ class Config:
         own = {
             key.name: key.value for key in keys_of(self) if f"optimizer={self.optimizer}" in key.about.needs
         }
-        keys = ("lr", "weight_decay", "grad_norm_strategy", "max_grad_norm")
+        keys = (
+            "lr", "weight_decay", "grad_norm_strategy", "max_grad_norm", "optimizer_state",
+            "stochastic_rounding", "seed",
+        )  # fmt: skip
         return {**own, **{key: getattr(self, key) for key in keys}}
 
 

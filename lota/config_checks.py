@@ -36,6 +36,7 @@ def problems_of(c: Config) -> Iterator[str]:
     yield from value_problems(c)
     yield from _data_and_length_problems(c)
     yield from _optimizer_problems(c)
+    yield from _precision_problems(c)
     yield from _trained_entries_problems(c)
     yield from _loss_problems(c)
     yield from _reference_problems(c)
@@ -95,6 +96,26 @@ def _optimizer_problems(c: Config) -> Iterator[str]:
         yield f"model.pad_token={c.model.pad_token!r}: give a token, such as <PAD>, or null to add none"
     if c.model.fsdp_policy_mp == "bfloat16" and c.model.policy_dtype == "float16":
         yield "model.fsdp_policy_mp=bfloat16 with model.policy_dtype=float16: choose float32 or bfloat16"
+
+
+def _precision_problems(c: Config) -> Iterator[str]:
+    """Of weights and optimizer state; that a mask file keeps whole matrices, preflight checks."""
+    if c.stochastic_rounding and c.model.policy_dtype != "bfloat16":
+        yield (
+            f"stochastic_rounding=true with model.policy_dtype={c.model.policy_dtype}: it is for weights "
+            "that are held in bfloat16 alone; set model.policy_dtype=bfloat16"
+        )
+    if c.stochastic_rounding and c.adapter.name == "lora":
+        yield "stochastic_rounding=true with adapter=lora: A and B are held in float32; drop one of them"
+    if c.optimizer_state != "factored":
+        return
+    if c.optimizer == "SGD":
+        yield "optimizer_state=factored with optimizer=SGD: it has no squared-gradient average; drop it"
+    if c.snip:
+        yield (
+            "optimizer_state=factored with snip=true: a mask keeps single entries, and means of rows and "
+            "columns are of whole matrices; choose optimizer_state=bfloat16"
+        )
 
 
 def _trained_entries_problems(c: Config) -> Iterator[str]:
@@ -175,6 +196,8 @@ def _unused_keys(c: Config) -> dict[str, str]:
     reasons = {"fsdp_port": "one process"}
     if not (c.flip_mask or c.snip) and c.adapter.name == "none":
         reasons["model.scope"] = "flip_mask=false, snip=false, adapter=none; a mask file has its own scope"
+    if c.optimizer == "SGD" and not c.momentum:
+        reasons["optimizer_state"] = "optimizer=SGD, momentum=0: there is none"
     if c.model.reference_archive is None and c.model.reference in ("swap", "precomputed"):
         reasons["model.reference_dtype"] = f"model.reference={c.model.reference} computes with the policy"
     for key in keys:

@@ -191,6 +191,8 @@ def test_all_problems_in_one_error():
         ("loss=dpo loss.reference_free=true loss.importance_correction=true", "correction needs a reference"),
         ("loss=dpo model.reference=swapped", "model.reference=swapped: choose one of null, swap"),
         ("loss=dpo model.reference=swap model.reference_archive=a", "model.reference=model or precomputed"),
+        ("optimizer_state=factor", "choose one of float32, bfloat16, factored; did you mean factored?"),
+        ("stochastic_rounding=true model.policy_dtype=float16", "set model.policy_dtype=bfloat16"),
     ],
 )  # fmt: skip
 def test_each_bad_setting_is_named_with_its_remedy(overrides, words):
@@ -217,6 +219,9 @@ def test_each_bad_setting_is_named_with_its_remedy(overrides, words):
         "snip=true model.reference_archive=a",
         "snip=true loss=dpo", "snip=true loss=dpo loss.reference_free=true model.reference_archive=a",
         "exp_name=a/epoch-x/step-", "exp_name=step-1b",
+        "stochastic_rounding=true model.policy_dtype=bfloat16 mask_path=a",
+        "optimizer_state=factored optimizer=AdamW freeze_odd_layers=true",
+        "optimizer_state=bfloat16 snip=true", "optimizer_state=bfloat16 adapter=lora",
     ],
 )  # fmt: skip
 def test_what_is_just_not_bad_is_taken(overrides):
@@ -240,6 +245,13 @@ def test_what_is_just_not_bad_is_taken(overrides):
         ("save_every=0", ["save_every=0: give epoch_N (N epochs) or N (examples), N at least 1"]),
         ("loss=sft loss.ipo=false", ["loss.ipo=False: a setting of loss=dpo, and this run has loss=sft"]),
         ("gradient_accumulation_steps=0", ["gradient_accumulation_steps=0: must be at least 1"]),
+        ("stochastic_rounding=true model.fsdp_policy_mp=bfloat16",
+         ["stochastic_rounding=true with model.policy_dtype=float32: it is for weights that are held in b"]),
+        ("stochastic_rounding=true model.policy_dtype=bfloat16 adapter=lora",
+         ["stochastic_rounding=true with adapter=lora: A and B are held in float32; drop one of them"]),
+        ("optimizer_state=factored snip=true", ["optimizer_state=factored with snip=true: a mask keeps"]),
+        ("optimizer_state=factored optimizer=SGD momentum=0.9",
+         ["optimizer_state=factored with optimizer=SGD: it has no squared-gradient average; drop it"]),
     ],
 )  # fmt: skip
 def test_each_problem_is_told_alone_and_once(overrides, told):
@@ -442,7 +454,7 @@ def test_optimizer_settings_reach_the_class():
     config = composed("optimizer=AdamW", "betas=[0.8,0.9]", "eps=1e-6", "weight_decay=0.1", "max_grad_norm=3")
     assert config.optimizer_settings == {
         "lr": 1e-5, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1, "grad_norm_strategy": "even",
-        "max_grad_norm": 3.0,
+        "max_grad_norm": 3.0, "optimizer_state": "float32", "stochastic_rounding": False, "seed": 0,
     }  # fmt: skip
 
 

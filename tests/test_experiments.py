@@ -50,7 +50,7 @@ def test_every_experiment_trains(tmp_path, monkeypatch, name):
     assert trainer.progress.finished
     n_trained = metrics(trainer)[-1]["trained_entries"]
     assert n_trained == trainer.optimizer.n_trained
-    assert (n_trained == 795_776) == (name == "fft")
+    assert (n_trained == 795_776) == (name in ("fft", "calibrate_low_memory"))
     if "seed" in config.exp_name:
         assert config.exp_name == f"{name}/seed-4"
 
@@ -59,7 +59,13 @@ def test_rates_differ_by_method_and_the_rest_is_the_same():
     """A fair comparison: nothing but the method and its learning rate differs."""
     method = {"exp_name", "lr", "mask_path", "adapter", "lora_rank", "lora_alpha", "freeze_odd_layers"}
     base = asdict(composed("+experiment=fft"))
-    for name in NAMES:
+    precision = {"stochastic_rounding", "optimizer_state", "model"}
+    low = asdict(composed("+experiment=calibrate_low_memory"))
+    assert {key for key in low if low[key] != base[key]} == {"exp_name"} | precision
+    assert {key for key in low["model"] if low["model"][key] != base["model"][key]} == {
+        "policy_dtype", "fsdp_policy_mp"
+    }  # fmt: skip
+    for name in set(NAMES) - {"calibrate_low_memory"}:
         other = asdict(composed(f"+experiment={name}"))
         assert {key for key in other if other[key] != base[key]} <= method, name
 

@@ -79,11 +79,22 @@ def test_full_disk_keeps_the_last_good_checkpoint(options, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "factored"])
 @pytest.mark.parametrize("precision", ["null", "bfloat16"])
-def test_every_kind_of_weights_resumes(workplace, precision):
-    """Stopped between steps in the middle of an epoch, dense and masked bf16."""
+def test_every_kind_of_weights_resumes(workplace, precision, state):
+    """Stopped between steps in the middle of an epoch: dense and masked bf16, and without masters."""
     mask = f"mask_path={workplace}/0.9_mask.pt" if precision == "bfloat16" else "mask_path=null"
     options = (*RUN, mask, f"model.fsdp_policy_mp={precision}", "save_every=epoch_1", "optimizer=AdamW")
+    if state == "factored":
+        mask = "freeze_odd_layers=true" if precision == "bfloat16" else "freeze_odd_layers=false"
+        options = (*options, "mask_path=null", mask)
+    if state != "float32":
+        options = (
+            *options,
+            f"optimizer_state={state}",
+            "stochastic_rounding=true",
+            "model.policy_dtype=bfloat16",
+        )
     with stopped_after(7):
         train("exp_name=stopped", *options)
     trainer, folder = train("exp_name=stopped", *options)
@@ -134,10 +145,12 @@ def test_what_may_not_be_continued(options, workplace):
     for change, message in (
         ("lr=1e-2", r"lr: 0.001 -> 0.01.*overwrite=true"),
         ("model.policy_dtype=bfloat16", "model.policy_dtype: float32 -> bfloat16"),
+        ("optimizer_state=bfloat16", "optimizer_state: float32 -> bfloat16"),
+        ("stochastic_rounding=true model.policy_dtype=bfloat16", "stochastic_rounding: False -> True"),
         ("resume=never", "resume=never"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(*options, change)
+            train(*options, *change.split())
     refused = pytest.raises(ValueError, match=f"another process .pid {os.getpid()}. is at work in")
     with RunFolder(settings(*options, "exp_name=held")), refused:
         train(*options, "exp_name=held")

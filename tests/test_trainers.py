@@ -212,6 +212,37 @@ def test_policy_dtype(mask):
     assert torch.equal(policy(folder)[name][mask.dense(name)], masters[name].bfloat16())
 
 
+@pytest.mark.parametrize("state", ["bfloat16", "factored"])
+def test_dense_calibration_in_a_quarter_of_the_bytes(state):
+    """Weights in bf16 alone and two bytes, or next to none, of state; it learns what the fp32 run learns."""
+    options = ("n_epochs=3", "eval_every=120", "lr=3e-4")
+    usual, _ = train("exp_name=usual", *options)
+    low = ("model.policy_dtype=bfloat16", "stochastic_rounding=true", f"optimizer_state={state}")
+    trainer, folder = train(*low, *options)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in policy(folder).values()} == {torch.bfloat16}
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in policy(folder).items())
+    stored = torch.load(folder / "resume.pt", weights_only=True)["optimizer"]["state"]
+    held = sum(v.nbytes for entry in stored.values() for v in entry.values() if torch.is_tensor(v))
+    assert held == trainer.optimizer.state_bytes()
+    assert held == 2 * 795_776 if state == "bfloat16" else held < 0.1 * 795_776
+    loss, wanted = trainer.metrics["loss/eval"], usual.metrics["loss/eval"]
+    assert max(loss, wanted) < 1.2 * min(loss, wanted) < 0.4 * metrics(usual)[0]["loss/train"]
+    assert trainer.optimizer.precision.seed == 0
+
+
+def test_stochastic_rounding_under_a_mask(mask):
+    """The seed of the run decides the lots."""
+    options = (MASKED, "model.policy_dtype=bfloat16", "stochastic_rounding=true", "optimizer_state=bfloat16")
+    trainer, folder = train(*options, "lr=1e-4", "exp_name=one")
+    start = {name: value.bfloat16() for name, value in base().state_dict().items()}
+    assert 0.2 < assert_frozen(mask, policy(folder), start) < 0.9
+    assert trainer.optimizer.state_bytes() <= (4 + 2) * mask.n_kept
+    _, again = train(*options, "lr=1e-4", "exp_name=again")
+    assert same(policy(folder), policy(again))
+
+
 @pytest.mark.slow
 def test_what_flip_protect_and_layer_freezing_leave_trainable(mask):
     other, start = write_mask(Path("other.pt"), density=0.5, seed=1), base().state_dict()
@@ -318,6 +349,7 @@ def test_samples_with_activation_checkpointing_are_those_of_the_saved_model():
         (["datasets=[gsm8k]", "data_dir=/nowhere"], "gsm8k: no data for split 'train'"),
         (["datasets=[alpaca_eval]"], "alpaca_eval has no split 'train'"),
         (["mask_path=absent_mask.pt"], "absent_mask.pt does not exist"),
+        ([MASKED, "optimizer_state=factored"], "optimizer_state=factored needs whole matrices, and "),
         (["mask_path=0.90_mask.pt"], "0.90_mask.pt does not exist"),
         (["model.name_or_path=/nowhere"], "/nowhere"),
         (["model.archive=/nowhere/policy.pt"], "model.archive=/nowhere/policy.pt"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from lota.config import GRANULARITIES, Config, absolute
+from lota.config import GRANULARITIES, OPTIMIZER_STATES, Config, absolute
 from lota.config_checks import problems_of, unused_settings
 from lota.settings import did_you_mean, setting, value_problems
 
@@ -68,6 +68,10 @@ class CalibrateConfig:
     warmup_steps: int | None = _calibrated(
         "of linear warm-up from 0 to lr; null = the task's", "optimizer steps"
     )
+    optimizer_state: str | None = _calibrated(
+        "of the averages that the optimizer holds; null = the task's", choices=(None, *OPTIMIZER_STATES)
+    )
+    stochastic_rounding: bool | None = _calibrated("hold the weights in bfloat16 alone; null = the task's")
 
 
 @dataclass
@@ -174,6 +178,11 @@ def sequence_problems(c: LottoConfig) -> Iterator[str]:
             yield f"{key}={getattr(c, key)}: not with a sequence of tasks; {remedy}"
     if c.adapter.name not in ("none", "lora" if c.method == "lora" else "none"):
         yield f"adapter={c.adapter.name} with method={c.method}: choose method=lora or adapter=none"
+    if c.optimizer_state == "factored" and c.method in METHODS and c.learning.saliency is not None:
+        yield (
+            f"optimizer_state=factored with method={c.method}: its masks keep single entries; give "
+            "calibrate.optimizer_state=factored, which is for the dense runs"
+        )
     if c.method == "random" and c.freeze_layers:
         yield f"method=random with freeze_{c.freeze_layers}_layers=true: its masks span all layers"
     yield from value_problems(c)

@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lota.config import OPTIMIZER_STATES
 from lota.optim.kept import Everything, Kept
 from lota.rounding import Lots, piece_size, pieces
 
-OPTIMIZER_STATES = ("float32", "bfloat16", "factored")
 Rows = tuple[int, slice]  # some rows of a matrix of a stack, and which matrix
 ROWS, COLUMNS = "_rows", "_columns"  # what is appended to the key of a factored square average
 _WATCHED = 10  # first updates of each parameter in which swallowed ones are counted

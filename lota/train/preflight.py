@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -236,11 +237,23 @@ def _checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> 
         )
         if mask is not None and mask.n_kept == 0:
             raise ValueError("nothing would train: no kept entry is left")
+        if mask is not None and config.optimizer_state == "factored":
+            _refuse_single_entries(mask)
         return mask
     except ValueError as error:
         raise ValueError(
             f"mask_path={config.mask_path}, protect_masks={config.protect_masks}: {error}"
         ) from error
+
+
+def _refuse_single_entries(mask: Mask) -> None:
+    """Raise ValueError for a mask under which a square average cannot be factored."""
+    for name in mask.names:
+        if 0 < mask.kept(name) < math.prod(mask.shapes[name]):
+            raise ValueError(
+                f"optimizer_state=factored needs whole matrices, and {mask.kept(name):,} entries of {name} "
+                "train: choose optimizer_state=bfloat16"
+            )
 
 
 # Delta and reference
