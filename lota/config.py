@@ -182,6 +182,10 @@ class Config:
     group_by_length: bool = setting(
         False, "put examples of similar length into one batch (less padding, another order)"
     )
+    packing: bool = setting(
+        False,
+        "lay the examples of a batch end to end, without padding; attention stays inside each example",
+    )
 
     # which entries train
     mask_path: str | None = setting(

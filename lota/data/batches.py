@@ -6,9 +6,9 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -199,9 +199,10 @@ class Batch:
         """Sums over the tokens of each row, (rows,), of values (rows, longest row)."""
         return values.sum(dim=1)
 
-    def to(self, device: torch.device) -> Batch:
-        ids, attended, labels = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
-        return Batch(ids, attended, labels, self.n_tokens, self.examples)
+    def to(self, device: torch.device) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if torch.is_tensor(v)}
+        return replace(self, **moved)
 
 
 def next_tokens(labels: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def refuse_not_causal(model: PreTrainedModel, source: str | Path) -> None:
     before another one, and before padding. All positions have to differ, by more than rounding does: an
     expert that is chosen by a hair may change at some.
     """
-    ids = torch.tensor([list(islice(cycle(_plain_ids(model)), _TOKENS))], device=model.device)
+    ids = torch.tensor([list(islice(cycle(plain_ids(model)), _TOKENS))], device=model.device)
     batch = ids.repeat(2, 1)
     real = torch.ones_like(batch)
     real[1, -1] = 0
@@ -52,7 +52,7 @@ def refuse_not_causal(model: PreTrainedModel, source: str | Path) -> None:
         )
 
 
-def _plain_ids(model: PreTrainedModel) -> list[int]:
+def plain_ids(model: PreTrainedModel) -> list[int]:
     """Ids of tokens to which the config gives no meaning such as that of an image; 0 to 3 often have one."""
     rows = min(embedding_rows(model), 1000)
     special = set(_token_ids(model.config.to_dict()))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Batch, Example, collate, encoder
+from lota.data.packed import pack
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate
 from lota.models.loading import choose_pad_token_id
@@ -52,7 +53,8 @@ class Objective:
     def batch(self, examples: Sequence[Example]) -> Batch:
         """The examples as tensors on the model's device: the first row of each, then the second of each."""
         rows = [row for rank in zip(*map(self.rows, examples), strict=True) for row in rank]
-        return replace(collate(rows, self.pad_token_id).to(self.model.device), examples=examples)
+        batch = pack(rows) if self.config.packing else collate(rows, self.pad_token_id)
+        return replace(batch.to(self.model.device), examples=examples)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Sums]:
         """(loss per example, (examples,), with its gradient; what the meter adds up)."""

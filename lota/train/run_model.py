@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lota.config import Config
 from lota.models.loading import add_pad_token, load_model, load_tokenizer
 from lota.models.opening import check_tokenizer, embedding_rows, open_model, refuse_growth
+from lota.models.packed import pack_attention
 from lota.models.scope import frozen_towers
 
 
@@ -32,7 +33,8 @@ def load_run_model(
 ) -> PreTrainedModel:
     """The model with the weights of `archive`, or of model.name_or_path, and the vocabulary of the run.
 
-    Its towers for images and sound require no gradient, unless model.scope names them.
+    Its towers for images and sound require no gradient, unless model.scope names them. Raises ValueError for
+    one that cannot do packing=true.
     """
     model = load_model(
         config.model.name_or_path,
@@ -42,6 +44,8 @@ def load_run_model(
         pad_token=config.model.pad_token,
         tokenizer=tokenizer,
     )
+    if config.packing:
+        pack_attention(model, archive or config.model.name_or_path)
     for name in frozen_towers(model, config.model.scope):
         model.get_parameter(name).requires_grad_(False)
     return model
