@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from lota.models.loading import enable_activation_checkpointing, turn_dropout_of
 from lota.models.scope import find_scope
 from lota.system import peak_memory_bytes
 from lota.train.losses import sequence_logps
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[torch.Tensor], None]  # one training step on a batch of token ids
@@ -127,6 +131,7 @@ def dense_masked(args: argparse.Namespace, scope_only: bool = False) -> Step:
 
     def hook(p: torch.nn.Parameter) -> None:
         with torch.no_grad():
+            assert p.grad is not None
             grad = p.grad.float() * kept[p]
             grad.mul_((10.0 / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0))
             square_avg[p].mul_(0.99).addcmul_(grad, grad, value=0.01)
@@ -138,7 +143,7 @@ def dense_masked(args: argparse.Namespace, scope_only: bool = False) -> Step:
     return lambda ids: backward(model, ids)
 
 
-def adapter_step(model: torch.nn.Module, config: object) -> Step:
+def adapter_step(model: torch.nn.Module, config: PeftConfig) -> Step:
     """A PEFT adapter on all linear layers of `model`, trained with torch's RMSprop."""
     from peft import get_peft_model
 
@@ -155,17 +160,17 @@ def adapter_step(model: torch.nn.Module, config: object) -> Step:
     return step
 
 
-def adapter(config_of: Callable[[], object]) -> Callable[[argparse.Namespace], Step]:
+def adapter(config_of: Callable[[], PeftConfig]) -> Callable[[argparse.Namespace], Step]:
     return lambda args: adapter_step(build_model(args), config_of())
 
 
-def lora_config() -> object:
+def lora_config() -> PeftConfig:
     from peft import LoraConfig
 
     return LoraConfig(r=64, lora_alpha=64, target_modules=LINEAR, task_type="CAUSAL_LM")
 
 
-def shira_config() -> object:
+def shira_config() -> PeftConfig:
     from peft import ShiraConfig
 
     return ShiraConfig(r=64, target_modules=LINEAR, task_type="CAUSAL_LM")

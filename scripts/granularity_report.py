@@ -1,0 +1,209 @@
+"""Tables and figure of what `python -m scripts.granularity_study` has found so far.
+
+    python -m scripts.granularity_report study/granularity
+
+Writes table.md (granularities: step time, test loss and score; then ways to choose units) and granularity.png
+(score and loss against step time) into the folder. Means over seeds ± standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lota.evaluate.estimates import mean_and_stderr
+from lota.plots import MARKERS, PALETTE, ValueAndError, figure_at
+from lota.storage import whole_lines
+from scripts.granularity_study import (
+    CHOICES,
+    CHOSEN_KINDS,
+    CHOSEN_SPARSITIES,
+    DENSE,
+    KINDS,
+    RATE_SEED,
+    SPARSITIES,
+    USUAL,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is reported of a task's runs: a number of their records."""
+
+    task: str
+    key: str  # `nats`, or a name of the record's scores
+    label: str
+    factor: float = 1.0
+    digits: int = 2
+
+    def of(self, record: Record) -> float | None:
+        """None for a run that diverged, or was not scored."""
+        value = record["nats"] if self.key == "nats" else record.get("scores", {}).get(self.key)
+        return None if value is None else self.factor * float(value)
+
+
+MEASURES = (
+    Measure("toy_sort", "exact_match", "toy_sort, exact match (%)", 100, 1),
+    Measure("toy_sort", "nats", "toy_sort, nats per token", digits=3),
+    Measure("sql", "nats", "sql, nats per token", digits=3),
+    Measure("sql", "rouge1", "sql, ROUGE-1 (%)", 100, 1),
+    Measure("gsm8k", "nats", "gsm8k, nats per token", digits=3),
+)
+
+
+class Found:
+    """The records of a study."""
+
+    def __init__(self, records: Iterable[Record]):
+        self.records = list(records)
+
+    @classmethod
+    def read(cls, path: Path) -> Found:
+        return cls(json.loads(line) for _, line in whole_lines(path))
+
+    def runs(self, task: str, kind: str, sparsity: float | None, choice: str | None) -> list[Record]:
+        """The records of the seeds that are reported."""
+        wanted = {"part": "main", "task": task, "kind": kind, "sparsity": sparsity, "choice": choice}
+        return [
+            record
+            for record in self.records
+            if record["cell"] == {**wanted, "seed": record["cell"].get("seed")}
+            and record["cell"]["seed"] != RATE_SEED
+        ]
+
+    def base(self, task: str) -> list[Record]:
+        return [r for r in self.records if r["cell"] == {"part": "main", "task": task, "kind": "base"}]
+
+    def time(self, kind: str, sparsity: float) -> float | None:
+        """Median step time as a multiple of the dense baseline's in the same minutes."""
+        for record in self.records:
+            if record["cell"]["part"] == "time" and record["cell"]["sparsity"] == sparsity:
+                return float(record["seconds"][kind] / record["seconds"][DENSE])
+        return None
+
+
+def estimate(measure: Measure, runs: Sequence[Record]) -> ValueAndError | None:
+    """Mean and standard error over seeds; a run that diverged counts as infinite loss."""
+    values = [measure.of(run) for run in runs]
+    if measure.key == "nats":
+        values = [math.inf if value is None else value for value in values]
+    known = [value for value in values if value is not None]
+    return mean_and_stderr(known) if known else None
+
+
+def shown(measure: Measure, runs: Sequence[Record]) -> str:
+    found = estimate(measure, runs)
+    if found is None:
+        return "-"
+    mean, error = found
+    text = f"{mean:.{measure.digits}f}"
+    return text if error is None else f"{text} ± {error:.{measure.digits}f}"
+
+
+def _line(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def granularity_table(found: Found) -> str:
+    """Markdown: a line per kind of mask and sparsity, with the dense run and the base."""
+    tasks = list(dict.fromkeys(measure.task for measure in MEASURES))
+    seeds = {t: len({r["cell"]["seed"] for r in found.runs(t, "element", 0.9, USUAL)}) for t in tasks}
+    header = ["mask", "s", "step time, dense = 1", *(measure.label for measure in MEASURES)]
+    header += ["share of the squared change kept (%)", "learning rates"]
+    lines = [_line(header), "|---" * len(header) + "|"]
+
+    def add(name: str, sparsity: object, time: float | None, runs: dict[str, list[Record]]) -> None:
+        cells: list[object] = [name, sparsity, "-" if time is None else f"{time:.2f}"]
+        cells += [shown(measure, runs[measure.task]) for measure in MEASURES]
+        energies = [[r["energy"] for r in runs[t] if "energy" in r] for t in tasks]
+        rates = [f"{runs[t][0]['lr']:g}" if runs[t] and name != "base" else "-" for t in tasks]
+        means = (f"{100 * sum(part) / len(part):.0f}" if part else "-" for part in energies)
+        lines.append(_line([*cells, ", ".join(means), ", ".join(rates)]))
+
+    for kind in KINDS:
+        for sparsity in SPARSITIES:
+            runs = {task: found.runs(task, kind, sparsity, USUAL) for task in tasks}
+            add(kind, sparsity, found.time(kind, sparsity), runs)
+    add(DENSE, "-", 1.0, {task: found.runs(task, DENSE, None, None) for task in tasks})
+    add("base", "-", None, {task: found.base(task) for task in tasks})
+    said = ", ".join(f"{task} {n}" for task, n in seeds.items())
+    return "\n".join([*lines, "", f"Seeds: {said}. Lists in the last two columns: {', '.join(tasks)}."])
+
+
+def choice_table(found: Found) -> str:
+    """Markdown: a line per kind of units, sparsity and way to choose them."""
+    measures = [measure for measure in MEASURES if measure.task in ("toy_sort", "sql")]
+    header = ["mask", "s", "units chosen by", *(measure.label for measure in measures)]
+    header += ["share of the squared change kept (%)", "entries that the sum of squares keeps too (%)"]
+    lines = [_line(header), "|---" * len(header) + "|"]
+    for kind in CHOSEN_KINDS:
+        for sparsity in CHOSEN_SPARSITIES:
+            for choice in CHOICES:
+                runs = {m.task: found.runs(m.task, kind, sparsity, choice) for m in measures}
+                toy = runs["toy_sort"]
+                if not toy:
+                    continue
+                cells = [shown(measure, runs[measure.task]) for measure in measures]
+                means = (f"{100 * fmean(run[key] for run in toy):.0f}" for key in ("energy", "shared"))
+                lines.append(_line([kind, sparsity, choice, *cells, *means]))
+    return "\n".join(lines)
+
+
+def draw(found: Found, path: Path) -> None:
+    """Score or loss of each task against step time: a line per kind of mask, a marker per sparsity."""
+    panels = [m for m in MEASURES if (m.task == "toy_sort") == (m.key != "nats") and m.key != "rouge1"]
+    with figure_at(path, 4.0 * len(panels), 3.6, "") as figure:
+        for axes, measure in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            _panel(axes, found, measure)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def _panel(axes: Axes, found: Found, measure: Measure) -> None:
+    for kind, colour in zip(KINDS, PALETTE, strict=False):
+        points = []
+        for sparsity, marker in zip(SPARSITIES, MARKERS, strict=False):
+            value = estimate(measure, found.runs(measure.task, kind, sparsity, USUAL))
+            time = found.time(kind, sparsity)
+            if value is None or time is None or not math.isfinite(value[0]):
+                continue
+            points.append((time, value[0]))
+            axes.errorbar(time, value[0], value[1] or 0.0, color=colour, marker=marker, capsize=3)
+        axes.plot(*zip(*points, strict=True), color=colour, label=kind) if points else None
+    dense = estimate(measure, found.runs(measure.task, DENSE, None, None))
+    if dense is not None:
+        axes.errorbar(1.0, dense[0], dense[1] or 0.0, color=PALETTE[6], marker="*", capsize=3)
+        axes.plot([], [], color=PALETTE[6], marker="*", linestyle="", label="dense")
+    for sparsity, marker in zip(SPARSITIES, MARKERS, strict=False):
+        axes.plot([], [], color="#888888", marker=marker, linestyle="", label=f"s = {sparsity:g}")
+    better = "higher" if measure.key != "nats" else "lower"
+    axes.set(xlabel="step time of a 124M model, dense = 1", ylabel=f"{measure.label}, {better} is better")
+    axes.grid(alpha=0.3)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of the study")
+    args = parser.parse_args(arguments)
+    found = Found.read(args.folder / "cells.jsonl")
+    text = f"{granularity_table(found)}\n\n{choice_table(found)}\n"
+    (args.folder / "table.md").write_text(text, encoding="utf-8")
+    draw(found, args.folder / "granularity.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
