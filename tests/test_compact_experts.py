@@ -15,6 +15,7 @@ import lota
 from lota.masks import Mask
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
 from lota.models.scope import find_scope
+from lota.optim.products import SAMPLED_TOKENS
 from scripts.family_models import tiny_model
 
 # gpt_oss: stored transposed, with biases and a gate of its own; nemotron_h: no gate; llama4_text, jetmoe and
@@ -213,7 +214,10 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_no_tensor_as_large_as_a_stack_is_allocated(family, kind):
-    """Not even as large as one of its eight matrices, of which the scratch buffer is there before."""
+    """Not even as large as one of its eight matrices, of which the scratch buffer is there before.
+
+    That of sampled products holds 64 tokens, however small the matrices are.
+    """
     model = nn.ModuleList([wide_experts(family)])[0]
     x, chosen, weights = routed(model, without=99)
     largest = {}
@@ -225,7 +229,8 @@ def test_no_tensor_as_large_as_a_stack_is_allocated(family, kind):
             module(x, chosen, weights).sum().backward()
         largest[compact] = mode.numel
     assert largest[False] >= model.gate_up_proj.numel()
-    assert largest[True] <= model.gate_up_proj[0].numel()
+    matrix = model.gate_up_proj[0]
+    assert largest[True] <= max(matrix.numel(), SAMPLED_TOKENS * sum(matrix.shape))
 
 
 def wide_experts(family: str) -> nn.Module:

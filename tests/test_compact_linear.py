@@ -216,12 +216,30 @@ def test_few_kept_entries_are_sampled_and_many_gathered():
         assert type(product).__name__ == kind
 
 
-@pytest.mark.parametrize(("n", "kind"), [(40, "Sampled"), (41, "Gathered")])
-def test_up_to_two_per_cent_are_sampled(n, kind):
+@pytest.mark.parametrize(("n", "kind"), [(300, "Sampled"), (301, "Gathered")])
+def test_up_to_fifteen_per_cent_are_sampled(n, kind):
     weight = torch.nn.Parameter(torch.zeros(40, 50))
     positions = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:n].sort().values
     product = products({weight: Entries(positions, weight.numel(), weight.device)})
     assert type(product[weight]).__name__ == kind
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+def test_the_sampled_product_of_any_number_of_tokens(tokens):
+    """Some lines without kept entries, one layer after the other in the same scratch memory."""
+    generator = torch.manual_seed(tokens)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((30, 50), (50, 20))]
+    kept = {}
+    for weight in weights:
+        flags = torch.rand(weight.shape, generator=generator) < 0.1
+        flags[[0, 7, -1]] = False
+        kept[weight] = Entries(flags.flatten().nonzero().view(-1), weight.numel(), weight.device)
+    for weight, product in products(kept).items():
+        assert type(product).__name__ == "Sampled"
+        a, b = (torch.randn(tokens, side, generator=generator) for side in weight.shape)
+        for _ in range(2):  # nothing is left of the first product
+            want = (a.double().t() @ b.double()).flatten()[kept[weight].positions().long()]
+            assert_same(product(a, b), want.float(), terms=tokens)
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -2,8 +2,8 @@
 
 If a mask keeps whole rows, columns or blocks, only their gradient is computed, on any device, by smaller
 products of the same kind. For other masks, on a CPU, the product goes to one scratch buffer that all layers
-share; if very few entries are kept, only those are computed (`torch.sparse.sampled_addmm`: at 1 % kept
-3 times faster than the dense product, no faster from about 5 % on).
+share; if few entries are kept, only those are computed (`torch.sparse.sampled_addmm`; the table in
+docs/BENCHMARKS.md: at 10 % kept twice as fast as the dense product, at 20 % as fast).
 
     product    for                                         on          computes
     Tiled      whole rows, columns or blocks               any device  the kept entries, tile by tile
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from lota.optim.kept import Entries, Kept, Part, Tiles
 
-SAMPLED_DENSITY = 0.02  # kept share of a weight up to which the sampled product is clearly faster
+SAMPLED_DENSITY = 0.15  # kept share of a weight up to which the sampled product is clearly faster
+SAMPLED_TOKENS = 64  # that it multiplies at a time: 256 bytes of each column
 # Share of a stack's input features up to which a copy of them is saved instead of the input, which no other
 # layer saves.
 FEW_OF_STACK = 0.5
@@ -108,24 +109,52 @@ def _blocks(
 
 
 class Sampled:
-    """The product computed at the kept positions only, given as a sparse CSR pattern."""
+    """The product computed at the kept positions only, which count from `start`, as a sparse CSR pattern.
 
-    def __init__(self, positions: Tensor, shape: torch.Size, zeros: Tensor):
-        # CSR: entries of row r are those from ends[r - 1] to ends[r]; positions ascend, so rows do too
-        rows = torch.div(positions, shape[1], rounding_mode="floor")
-        ends = torch.bincount(rows, minlength=shape[0]).cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-        columns = torch.remainder(positions, shape[1]).to(torch.int32)
+    `sampled_addmm` takes one dot product over the tokens per kept entry, from the columns of `a` and `b` laid
+    out as lines. It gets SAMPLED_TOKENS at a time: then the lines of `b` fit into a core's cache, and the
+    processor works on several of the short sums at once.
+    """
+
+    def __init__(self, positions: Tensor, shape: torch.Size, scratch: Tensor, start: int = 0):
+        # CSR: entries of line i are those from starts[i] to starts[i + 1]; positions ascend, so lines do too
+        lines = torch.div(positions - start, shape[1], rounding_mode="floor")
+        ends = torch.bincount(lines, minlength=shape[0]).cumsum(0)
+        self.starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+        self.positions, self.start, self.shape = positions, start, shape
+        self.scratch = scratch  # SAMPLED_TOKENS x (height + width) at least
+        self._pattern(torch.zeros(len(positions)), check=True)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        values = torch.zeros(len(self.positions))
+        pattern = self._pattern(values)
+        for some_a, some_b in zip(a.split(SAMPLED_TOKENS), b.split(SAMPLED_TOKENS), strict=True):
+            left, right = self._laid_out(some_a, some_b)
+            torch.sparse.sampled_addmm(pattern, left, right.t(), out=pattern)  # adds to `values`
+        return values
+
+    def _laid_out(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of a^T (height, tokens) and b^T (width, tokens) in the scratch buffer."""
+        (height, width), tokens = self.shape, len(a)
+        left, right = self.scratch[: tokens * (height + width)].split([tokens * height, tokens * width])
+        return left.view(height, tokens).copy_(a.t()), right.view(width, tokens).copy_(b.t())
+
+    def _pattern(self, values: Tensor, check: bool = False) -> Tensor:
+        """The kept positions as a sparse matrix with its values (kept,) in that memory.
+
+        Its columns are made anew each time: that takes a hundredth of the product's time, and kept they would
+        take 4 bytes per kept entry.
+        """
+        height, width = self.shape
+        firsts = torch.arange(height, dtype=self.positions.dtype) * width + self.start  # position, per line
+        columns = (self.positions - firsts.repeat_interleave(self.starts.diff())).to(torch.int32)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="Sparse CSR tensor support is in beta", category=UserWarning
             )
-            self.csr = torch.sparse_csr_tensor(
-                starts, columns, zeros[: len(columns)], size=tuple(shape), check_invariants=True
+            return torch.sparse_csr_tensor(
+                self.starts, columns, values, size=tuple(self.shape), check_invariants=check
             )
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.sparse.sampled_addmm(self.csr, a.t(), b, beta=0.0).values()
 
 
 class Gathered:
@@ -160,12 +189,12 @@ def products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Product]:
         if w.dtype == torch.float32 and p.numel() / w.numel() <= SAMPLED_DENSITY
     }
     gathered = {w: p for w, p in scattered.items() if w not in sampled}
-    zeros = torch.zeros(max((p.numel() for p in sampled.values()), default=0))
+    lines = torch.empty(SAMPLED_TOKENS * max((sum(w.shape) for w in sampled), default=0))
     scratch = {
         dtype: torch.empty(max(w.numel() for w in gathered if w.dtype == dtype), dtype=dtype)
         for dtype in {w.dtype for w in gathered}
     }
-    chosen |= {w: Sampled(p, w.shape, zeros) for w, p in sampled.items()}
+    chosen |= {w: Sampled(p, w.shape, lines) for w, p in sampled.items()}
     chosen |= {w: Gathered(p, w.shape, scratch[w.dtype]) for w, p in gathered.items()}
     return chosen
 
@@ -233,7 +262,7 @@ def stack_products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Stacked
             )
         elif isinstance(entries, Entries) and w.device.type == "cpu":
             scattered[w] = _of_matrices(entries.positions(), w)
-    zeros = torch.zeros(max((len(p) for found in scattered.values() for _, p, _ in found), default=0))
+    lines = torch.empty(SAMPLED_TOKENS * max((sum(w.shape[1:]) for w in scattered), default=0))
     scratch = {
         dtype: torch.empty(max(w[0].numel() for w in scattered if w.dtype == dtype), dtype=dtype)
         for dtype in {w.dtype for w in scattered}
@@ -243,7 +272,7 @@ def stack_products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Stacked
         for number, positions, span in found:
             start, shape = number * w[0].numel(), w.shape[1:]
             if w.dtype == torch.float32 and len(positions) <= SAMPLED_DENSITY * shape.numel():
-                made[number] = (Sampled(positions - start, shape, zeros), [span])
+                made[number] = (Sampled(positions, shape, lines, start), [span])
             else:
                 made[number] = (Gathered(positions, shape, scratch[w.dtype], start), [span])
         products[w] = Stacked(kept[w].count, made)
