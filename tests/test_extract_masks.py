@@ -277,7 +277,7 @@ def test_rows_by_data(folder):
         ("--score snip --datasets mini --batch_size 0", ["--batch_size 0: must be at least 1"]),
         (
             "--score snip --datasets mini --score_dtype float16",
-            ["--score_dtype float16: choose one of float32"],
+            ["--score_dtype float16: choose one of auto, float32"],
         ),
         ("--score snip --datasets mini --dtype half", ["--dtype half: choose one of float32"]),
         ("--score snip --datasets mini --max_prompt_length 600", ["--max_prompt_length 600 leaves no room"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -80,6 +82,22 @@ def test_coarser_numbers(weights, sums, kind):
         wanted = expected.values[name]
         error = (value.float() - wanted).norm() / wanted.norm()
         assert error < (0.01 if weights == "float32" else 0.1), name
+
+
+@pytest.mark.parametrize("kind", ["sum", "squares"])
+def test_bf16_sums_of_many_small_gradients(kind):
+    """300 batches of one gradient: rounded to the nearest value, sums stop at about 256 times of it."""
+    model, (ids,) = tiny.make("llama"), tiny.batches(1)
+    expected = collect_gradients(model, loss_of(model), [ids], kind=kind)
+    got = collect_gradients(model, loss_of(model), [ids] * 300, kind=kind, dtype=torch.bfloat16)
+    again = collect_gradients(model, loss_of(model), [ids] * 300, kind=kind, dtype=torch.bfloat16)
+    for name, once in expected.values.items():
+        large = once.abs() > 1e-3 * once.abs().max()
+        ratio = got.values[name].double()[large] / once.double()[large]
+        # a sum S of steps g: of each, a variance below g times bf16's last place, 2^-7 S; of all, 2^-8 S^2
+        sigma = 300 * 2**-4 / math.sqrt(2)
+        assert abs(ratio.mean().item() - 300) < 5 * sigma / math.sqrt(large.sum().item()), name
+        assert torch.equal(got.values[name], again.values[name])
 
 
 def test_only_the_scope_has_gradients_and_one_at_a_time():

@@ -48,9 +48,10 @@ class SaliencySettings:
     tokenizer_path: str | None = setting(None, "where the tokenizer is, if not with the model")
     dtype: str = setting("float32", "of weights and gradients: float32, bfloat16 or float16")
     score_dtype: str = setting(
-        "float32",
-        "of the sums: float32 (4 bytes per entry) or bfloat16 (2, coarse)",
-        choices=("float32", "bfloat16"),
+        "auto",
+        "of the sums: float32 (4 bytes per entry), bfloat16 (2, rounded up or down by lot), or auto: "
+        "bfloat16 if dtype is, else float32",
+        choices=("auto", "float32", "bfloat16"),
     )
     device: str | None = setting(None, "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     activation_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
@@ -96,8 +97,15 @@ class SaliencyData:
     tokenizer: PreTrainedTokenizerBase
     batches: list[list[Example]]
     dtype: str = "float32"  # of weights and gradients
-    score_dtype: str = "float32"  # of the sums of gradients
+    sums: str = "auto"  # dtype of the sums of gradients; auto: see `score_dtype`
     device: str | None = None  # of both; None: a GPU if there is one
+
+    @property
+    def score_dtype(self) -> str:
+        """Of the sums: bf16 weights are there to save memory, and fp32 sums would take twice their size."""
+        if self.sums != "auto":
+            return self.sums
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -151,7 +159,7 @@ def load_saliency_data(
     prompter = Prompter(tokenizer, config.chat_template)
     examples = load_examples([task for task in tasks if task], "train", config, prompter)
     data = first_batches(config, tokenizer, examples, settings.score_batches, config.batch_size)
-    data.dtype, data.score_dtype, data.device = settings.dtype, settings.score_dtype, settings.device
+    data.dtype, data.sums, data.device = settings.dtype, settings.score_dtype, settings.device
     return data
 
 

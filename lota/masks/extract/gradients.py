@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lota.models.scope import find_scope
+from lota.rounding import add_by_lot_
 
 Batch = TypeVar("Batch")
 KINDS = ("sum", "squares")
@@ -74,7 +75,8 @@ def collect_gradients(
     names: parameters to sum for, by default the attention and MLP weights; no other requires a gradient
     meanwhile. kind: `sum` adds gradients, `squares` the squares of each batch's gradient (with one example
     per batch: the diagonal of the empirical Fisher information). dtype: of the sums; in bfloat16 (2 bytes
-    per entry) what is added to a sum more than about 256 times as large is lost.
+    per entry) each sum is rounded up or down by lot, a function of parameter name, batch and position, so
+    that small gradients add up on average.
     Activation checkpointing must be the non-reentrant kind. Raises ValueError for unknown names or kinds, no
     batches, a loss that is not finite, or a model whose parameters hold gradients already.
     """
@@ -116,20 +118,29 @@ def _hooked(parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], 
     No other parameter requires a gradient meanwhile; all is undone afterwards.
     """
 
-    def add_to(total: Tensor) -> Callable[[nn.Parameter], None]:
+    def add_to(name: str, total: Tensor) -> Callable[[nn.Parameter], None]:
+        added = 0  # batches
+
         @torch.no_grad()
         def add(p: nn.Parameter) -> None:
+            nonlocal added
             grad, p.grad = p.grad, None
             assert grad is not None  # the hook runs once it is complete
-            # float() gives an fp32 gradient itself: nobody else needs it, so it is squared in place
-            total.add_(grad.float().square_() if kind == "squares" else grad)
+            if total.dtype == torch.bfloat16:
+                added += 1
+                add_by_lot_(total, grad, f"{name}/{added}", squared=kind == "squares")
+            else:  # float() gives an fp32 gradient itself: nobody else needs it, so it is squared in place
+                total.add_(grad.float().square_() if kind == "squares" else grad)
 
         return add
 
     before = {p: p.requires_grad for p in parameters.values()}
     for name, p in parameters.items():
         p.requires_grad_(name in sums)
-    handles = [parameters[n].register_post_accumulate_grad_hook(add_to(total)) for n, total in sums.items()]
+    handles = [
+        parameters[name].register_post_accumulate_grad_hook(add_to(name, total))
+        for name, total in sums.items()
+    ]
     try:
         yield
     finally:
