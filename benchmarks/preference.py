@@ -85,4 +85,11 @@ CONTESTANTS: steps.Contestants = {
 
 
 if __name__ == "__main__":
-    steps.main(CONTESTANTS, list(CONTESTANTS), batch=8, description=__doc__, module="benchmarks.preference")
+    steps.main(
+        CONTESTANTS,
+        list(CONTESTANTS),
+        batch=8,
+        description=__doc__,
+        module="benchmarks.preference",
+        references=["sft"],
+    )

@@ -1,13 +1,14 @@
-"""Step time and peak memory of one optimizer step: LoTA against a dense masked RMSprop, PEFT LoRA and PEFT
-SHiRA.
+"""Step time and peak memory of one optimizer step: LoTA with scattered entries, rows, columns and blocks
+against dense masked RMSprop, PEFT LoRA and PEFT SHiRA.
 
-    python -m benchmarks.step                         # CPU, 124M-parameter Llama shape, 4 x 128 tokens
-    python -m benchmarks.step --contestants lota lota_rows lota_columns lota_blocks   # against entries
+    OMP_NUM_THREADS=1 python -m benchmarks.step       # CPU, 124M-parameter Llama shape, 4 x 128 tokens
+    python -m benchmarks.step --sparsity 0.99 --contestants lota peft_lora_r64
     python -m benchmarks.step --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
 
 Contestants take turns within one process, so that drift of the machine hits all alike; a line of JSON per
-contestant, then a table with ratios of medians. Peak memory is measured in a process of its own per
-contestant.
+contestant, then a table with ratios of medians, then which of the wanted ratios are reached. Peak memory is
+measured in a process of its own per contestant. The dense baseline to compare with is `dense_masked_scope`:
+`dense_masked_rmsprop` also computes gradients that it multiplies by zero.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lota
+from benchmarks.step_report import FAIR_DENSE, LORA, SHIRA, STRUCTURED, Measured, reached, table
 from lota.masks import Mask
 from lota.masks.extract.units import DEFAULT_BLOCK, units_of
+from lota.masks.files import pack
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
 from lota.models.scope import find_scope
 from lota.system import peak_memory_bytes
@@ -73,22 +76,20 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
 def random_mask(model: torch.nn.Module, sparsity: float) -> Mask:
     generator = torch.Generator().manual_seed(0)
     scope = find_scope(model)
-    return Mask.from_dense(
-        {name: torch.rand(t.shape, generator=generator) >= sparsity for name, t in scope.items()}
-    )
+    bits = {name: pack(torch.rand(t.shape, generator=generator) >= sparsity) for name, t in scope.items()}
+    return Mask(bits, {name: tensor.shape for name, tensor in scope.items()})
 
 
 def line_mask(model: torch.nn.Module, sparsity: float, granularity: str, block: int = DEFAULT_BLOCK) -> Mask:
     """Whole rows, columns or blocks at random, the same share of every weight."""
     rng = np.random.default_rng(0)
-    kept = {}
-    for name, tensor in find_scope(model).items():
+    bits, scope = {}, find_scope(model)
+    for name, tensor in scope.items():
         units = units_of(name, tensor, granularity, block)
         chosen = np.zeros(units.count, np.bool_)
         chosen[rng.permutation(units.count)[: round((1 - sparsity) * units.count)]] = True
-        flags = np.unpackbits(units.packed(chosen), count=units.size)
-        kept[name] = torch.from_numpy(flags).bool().reshape(tensor.shape)
-    return Mask.from_dense(kept)
+        bits[name] = torch.from_numpy(units.packed(chosen))
+    return Mask(bits, {name: tensor.shape for name, tensor in scope.items()})
 
 
 def backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
@@ -187,7 +188,8 @@ CONTESTANTS: Contestants = {
     "lota_columns": partial(ours, granularity="column"),
     "lota_blocks": partial(ours, granularity="block"),
 }
-DEFAULT = ["lota", "dense_masked_rmsprop", "peft_lora_r64", "peft_shira_r64"]
+DEFAULT = ["lota", *STRUCTURED, FAIR_DENSE, "dense_masked_rmsprop", LORA, SHIRA]
+REFERENCES = (LORA, FAIR_DENSE, SHIRA)
 
 
 def token_batch(args: argparse.Namespace) -> torch.Tensor:
@@ -247,8 +249,12 @@ def main(
     batch: int = 4,
     description: str = __doc__,
     module: str = "benchmarks.step",
+    references: Sequence[str] = REFERENCES,
 ) -> None:
-    """Compare contestants; ratios are those of the first one. module: the one that has them all."""
+    """Compare contestants with each reference that takes part; with the first contestant if none does.
+
+    module: the one that has all contestants.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -275,18 +281,14 @@ def main(
     }
     rows = []
     for name in args.contestants:
-        peak = own_process_peak(args, name, module)
-        rows.append((name, statistics.median(seconds[name]), peak))
-        print(
-            json.dumps(
-                {"contestant": name, **setting, **machine, "seconds": seconds[name], "peak_bytes": peak}
-            )
-        )
-    ratio = f"{rows[0][0][:5]} / it"
-    print(f"\n{'contestant':22} {'median s':>9} {ratio:>10} {'peak MiB':>9} {ratio:>10}")
-    for name, median, peak in rows:
-        ratios = rows[0][1] / median, rows[0][2] / peak
-        print(f"{name:22} {median:9.3f} {ratios[0]:10.2f} {peak / 2**20:9.0f} {ratios[1]:10.2f}")
+        row = Measured(name, statistics.median(seconds[name]), own_process_peak(args, name, module))
+        rows.append(row)
+        measured = {"seconds": seconds[name], "peak_bytes": row.peak}
+        print(json.dumps({"contestant": name, **setting, **machine, **measured}), flush=True)
+    print(f"\n{table(rows, references)}")
+    wanted_at = {"shape": "124m", "batch": 4, "length": 128, "dtype": "float32", "device": "cpu"}
+    if all(setting[key] == value for key, value in wanted_at.items()):
+        print("\n" + "\n".join(reached(rows, args.sparsity)))
 
 
 if __name__ == "__main__":
