@@ -31,13 +31,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lota
 from benchmarks.step_report import FAIR_DENSE, LORA, SHIRA, STRUCTURED, Measured, reached, table
+from lota.data.batches import next_tokens
 from lota.masks import Mask
 from lota.masks.extract.units import DEFAULT_BLOCK, units_of
 from lota.masks.files import pack
+from lota.models.head import token_logps
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
 from lota.models.scope import find_scope
 from lota.system import peak_memory_bytes
-from lota.train.losses import sequence_logps
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -93,8 +94,8 @@ def line_mask(model: torch.nn.Module, sparsity: float, granularity: str, block: 
 
 
 def backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
-    logps, _ = sequence_logps(model(input_ids=ids).logits, ids)
-    (-logps.mean()).backward()
+    logps = token_logps(model, {"input_ids": ids}, next_tokens(ids))
+    (-logps.sum(dim=1).mean()).backward()
 
 
 def ours(args: argparse.Namespace, granularity: str = "element", block: int = DEFAULT_BLOCK) -> Step:

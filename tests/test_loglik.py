@@ -22,11 +22,11 @@ def test_running_out_of_memory_within_a_batch_changes_no_value(monkeypatch):
     expected = logliks(model, requests, batch_size=8)
     reported, calls, sum_of = [], [], lota.evaluate.loglik._sum_of
 
-    def failing_once(logits, continuation):
+    def failing_once(logps):
         calls.append(1)
         if len(calls) == 5:
             raise torch.OutOfMemoryError("no memory left")
-        return sum_of(logits, continuation)
+        return sum_of(logps)
 
     monkeypatch.setattr(lota.evaluate.loglik, "_sum_of", failing_once)
     again = logliks(model, requests, batch_size=8, on_done=lambda i, value: reported.append(i))

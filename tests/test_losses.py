@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from chars import char_model, char_tokenizer
 from tolerance import assert_same, chain, rounding
 
 from lota.data.batches import IGNORED, Batch
-from lota.train import losses
 from lota.train.losses import (
     ChosenRejected,
     dpo_loss,
@@ -23,7 +23,6 @@ from lota.train.losses import (
     preference_loss,
     response_logps,
     reward_sums,
-    sequence_logps,
     sft_loss,
 )
 
@@ -38,14 +37,31 @@ ROWS = [
 ]
 
 
-def test_sequence_logps_against_a_loop():
+class Fixed(torch.nn.Module):
+    """A model whose logits are given: it has no head."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.asked = logits, {}
+
+    def forward(self, **arguments):
+        self.asked.update(arguments)
+        return SimpleNamespace(logits=self.logits)
+
+
+def response_logps_of(logits, labels):
+    batch = Batch(labels.clamp(min=0), torch.ones_like(labels), labels, n_tokens=labels.numel())
+    return response_logps(Fixed(logits), batch, contextlib.nullcontext())
+
+
+def test_response_logps_against_a_loop():
     torch.manual_seed(0)
     logits = torch.randn(3, 6, 11)
     labels = torch.randint(0, 11, (3, 6))
     labels[0, :3] = IGNORED
     labels[1, 4:] = IGNORED
     labels[2, :] = IGNORED
-    logps, counts = sequence_logps(logits, labels)
+    logps, counts = response_logps_of(logits, labels)
     for row in range(3):
         total, n = 0.0, 0
         for t in range(5):
@@ -59,78 +75,15 @@ def test_sequence_logps_against_a_loop():
 def test_bf16_logits_are_summed_in_fp32():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 300, 50), torch.randint(0, 50, (2, 300))
-    narrow = sequence_logps(logits.bfloat16(), labels)[0]
+    narrow = response_logps_of(logits.bfloat16(), labels)[0]
     assert narrow.dtype == torch.float32
-    torch.testing.assert_close(narrow, sequence_logps(logits.bfloat16().float(), labels)[0])
+    torch.testing.assert_close(narrow, response_logps_of(logits.bfloat16().float(), labels)[0])
 
 
 def test_sft_loss_is_the_sum_unless_averaged():
     logps, counts = torch.tensor([-6.0, -4.0, 0.0]), torch.tensor([3.0, 1.0, 0.0])
     assert sft_loss(logps, counts).tolist() == [6.0, 4.0, 0.0]
     assert sft_loss(logps, counts, average_log_prob=True).tolist() == [2.0, 4.0, 0.0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1, 40, 1 << 24])
-def test_gradient_of_the_chunked_loss(monkeypatch, dtype, chunk):
-    """Against autograd through cross_entropy in fp64, with chunks of one row, of a few, and of all."""
-    monkeypatch.setattr(losses, "CHUNK_ENTRIES", chunk)
-    torch.manual_seed(0)
-    logits = torch.randn(3, 7, 13).to(dtype).requires_grad_()
-    labels = torch.randint(0, 13, (3, 7))
-    labels[0, :4] = IGNORED
-    weights = torch.tensor([0.5, -2.0, 3.0])
-    (sequence_logps(logits, labels)[0] * weights).sum().backward()
-    exact = logits.detach().double().requires_grad_()
-    nll = F.cross_entropy(
-        exact[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    (-nll.view(3, 6).sum(1) * weights).sum().backward()
-    assert logits.grad.dtype == dtype
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
-    torch.testing.assert_close(logits.grad.double(), exact.grad, **tolerance)
-    assert logits.grad[0, :3].abs().max() == 0
-
-
-def test_tokens_between_those_that_count_have_no_gradient(monkeypatch):
-    """The gradient is written over memory that holds anything: here not-a-number, in every entry."""
-    monkeypatch.setattr(losses, "CHUNK_ENTRIES", 2 * 13)
-    torch.manual_seed(0)
-    logits, targets = torch.randn(9, 13, requires_grad=True), torch.randint(0, 13, (9,))
-    targets[[0, 3, 4, 8]] = IGNORED
-    asked, real = [], losses._chunks
-    monkeypatch.setattr(losses, "_chunks", lambda spans, n: asked.append(n) or real(spans, n))
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        logps = losses.TokenLogProbs.apply(logits, targets)
-        logps.sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert asked == [13, 13]  # entries of a row
-    assert (logps == 0).tolist() == (targets == IGNORED).tolist()
-    assert (logits.grad == 0).all(dim=1).tolist() == (targets == IGNORED).tolist()
-    exact = torch.eye(13)[targets.clamp(min=0)] - logits.detach().softmax(1)
-    torch.testing.assert_close(logits.grad, exact * (targets != IGNORED)[:, None], rtol=1e-5, atol=1e-6)
-
-
-def test_stretches_that_count_are_cut_into_chunks(monkeypatch):
-    targets = torch.tensor([5, 0, IGNORED, IGNORED, 7, IGNORED, 1, 2, 3, 4, 5])
-    assert losses._counted_spans(targets) == [(0, 2), (4, 5), (6, 11)]
-    assert losses._counted_spans(torch.full((3,), IGNORED)) == []
-    assert losses.CHUNK_ENTRIES * 4 == 64 * 2**20  # bytes in fp32
-    monkeypatch.setattr(losses, "CHUNK_ENTRIES", 23)
-    pieces = [(piece.start, piece.stop) for piece in losses._chunks([(0, 2), (4, 5), (6, 11)], 11)]
-    assert pieces == [(0, 2), (4, 5), (6, 8), (8, 10), (10, 11)]
-    assert [p.start for p in losses._chunks([(6, 9)], 24)] == [6, 7, 8]  # a token at a time at least
-
-
-def test_no_counted_token_gives_zero():
-    logits = torch.randn(2, 4, 5, requires_grad=True)
-    logps, counts = sequence_logps(logits, torch.full((2, 4), IGNORED))
-    logps.sum().backward()
-    assert logps.tolist() == [0.0, 0.0]
-    assert counts.tolist() == [0.0, 0.0]
-    assert logits.grad.abs().max() == 0
 
 
 # On preferences
@@ -297,15 +250,10 @@ def test_defaults_and_ties():
 
 
 def test_a_forward_pass_of_training_fills_no_cache():
-    asked = {}
-
-    class Model(torch.nn.Module):
-        def forward(self, **arguments):
-            asked.update(arguments)
-            return type("Output", (), {"logits": torch.zeros(1, 3, 5)})
-
     ids = torch.tensor([[1, 2, 3]])
-    batch = Batch(ids, torch.ones_like(ids), ids, n_tokens=3)
-    logps, n = response_logps(Model(), batch, contextlib.nullcontext())
-    assert asked["use_cache"] is False and asked["input_ids"] is ids
+    model = Fixed(torch.zeros(1, 3, 5))
+    logps, n = response_logps(
+        model, Batch(ids, torch.ones_like(ids), ids, n_tokens=3), contextlib.nullcontext()
+    )
+    assert model.asked["use_cache"] is False and model.asked["input_ids"] is ids
     assert n.tolist() == [2.0] and logps.item() == pytest.approx(-2 * math.log(5))

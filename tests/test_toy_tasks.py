@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import string
@@ -11,7 +12,7 @@ import torch
 
 from lota.data.batches import Example, Prompt, collate, encode
 from lota.models.loading import load_model, load_tokenizer
-from lota.train.losses import sequence_logps, sft_loss
+from lota.train.losses import response_logps, sft_loss
 from tasks import get_task
 from tests.test_assets import MODEL, greedy
 
@@ -91,8 +92,7 @@ def test_a_few_steps_teach_it(name, examples):
     for start in range(0, len(rows), 16):
         examples = [Example(Prompt(task.prompt(row)), task.target(row)) for row in rows[start : start + 16]]
         batch = collate([encode(tokenizer, e, max_length=64, max_prompt_length=48) for e in examples], 0)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        sft_loss(*sequence_logps(logits, batch.labels)).mean().backward()
+        sft_loss(*response_logps(model, batch, contextlib.nullcontext())).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert accuracy(model, tokenizer, task) >= 0.8

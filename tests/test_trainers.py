@@ -21,9 +21,10 @@ from lota.data.batches import epoch_batches
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.generation import generate
 from lota.masks import Mask
+from lota.models.head_logps import HeadLogProbs
 from lota.models.loading import load_tokenizer
 from lota.optim.optimizers import learning_rate
-from lota.train import losses, objectives, run_model
+from lota.train import objectives, run_model
 from lota.train.preflight import prepare
 from tasks import get_task
 
@@ -135,19 +136,19 @@ def test_bf16_under_a_mask_saves_the_base_exactly_and_kept_entries_in_fp32(mask,
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What the trainer computes with: dtypes of logits, lengths of the rows of each batch."""
+    """What the trainer computes with: dtypes of the head's operands, lengths of the rows of each batch."""
     record = {"dtypes": [], "lengths": []}
-    logps, gather = losses.target_logps, objectives.collate
+    logps, gather = HeadLogProbs.apply, objectives.collate
 
-    def watched_logps(logits, targets):
-        record["dtypes"].append(logits.dtype)
-        return logps(logits, targets)
+    def watched_logps(hidden, weight, bias, targets, after, narrow, keep):
+        record["dtypes"].append(narrow)
+        return logps(hidden, weight, bias, targets, after, narrow, keep)
 
     def watched_collate(rows, pad_token_id):
         record["lengths"].append([len(row) for row in rows])
         return gather(rows, pad_token_id)
 
-    monkeypatch.setattr(losses, "target_logps", watched_logps)
+    monkeypatch.setattr(HeadLogProbs, "apply", watched_logps)
     monkeypatch.setattr(objectives, "collate", watched_collate)
     return record
 
@@ -198,10 +199,10 @@ def test_activation_checkpointing_runs_each_block_twice(monkeypatch):
 
     monkeypatch.setattr(run_model, "load_model", watched)
     train("exp_name=plain")
-    assert len(calls) == 5
+    assert len(calls) == 1 + 5  # the loaded model is asked what it does after its head
     calls.clear()
     train("exp_name=checkpointed", "activation_checkpointing=true")
-    assert len(calls) == 10
+    assert len(calls) == 1 + 10
 
 
 def test_policy_dtype(mask):

@@ -71,15 +71,19 @@ class Forward:
         self.context = context_length(model.config)
 
     def __call__(self, ids: Tensor, mask: Tensor, kept: int, **more: Any) -> Any:
-        """The model's output.
+        """The model's output. kept: positions at the end whose scores are needed; else as for `inputs`."""
+        known = {"logits_to_keep": kept} if "logits_to_keep" in self.accepts else {}
+        return self.model(**self.inputs(ids, mask, **more), **known)
+
+    def inputs(self, ids: Tensor, mask: Tensor, **more: Any) -> dict[str, Any]:
+        """Keyword arguments of the model.
 
         ids: (rows, width), what the cache has not read; mask: (rows, cached tokens + width), 1 for tokens
-        that count; kept: positions at the end whose scores are needed; more: the cache.
+        that count; more: the cache.
         """
         positions = (mask.cumsum(-1) - 1).clamp(0, self.context and self.context - 1)[:, -ids.shape[1] :]
-        known = {"position_ids": positions, "logits_to_keep": kept}
-        known = {name: value for name, value in known.items() if name in self.accepts}
-        return self.model(input_ids=ids, attention_mask=mask, **known, **more)
+        known = {"position_ids": positions} if "position_ids" in self.accepts else {}
+        return {"input_ids": ids, "attention_mask": mask, **known, **more}
 
 
 def context_length(config: PretrainedConfig) -> int | None:

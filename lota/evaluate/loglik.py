@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lota.data.batches import Prompt
+from lota.data.batches import IGNORED, Prompt
 from lota.evaluate.batching import (
     Forward,
     can_drop_rows,
@@ -18,6 +18,7 @@ from lota.evaluate.batching import (
     padded,
     reading_only,
 )
+from lota.models.head import token_logps
 
 UNLIMITED = 2048  # tokens of a window if the model sets no limit
 WORTH_SHARING = 0.2  # share of a batch's tokens that reading contexts once must save; it costs a second pass
@@ -33,17 +34,15 @@ def logliks(
 ) -> list[float]:
     """log p(continuation | context) of each request, in nats, summed over its tokens.
 
-    A long context that several requests of a batch share is read once. The scores are computed in the model's
-    dtype and normalised in fp32. on_done(i, value) is called when the batch of requests[i] is done. Running
-    out of memory halves the batch for the rest.
+    A long context that several requests of a batch share is read once. on_done(i, value) is called when the
+    batch of requests[i] is done. Running out of memory halves the batch for the rest.
     """
     done = [0.0] * len(requests)
     reader = _Reader(model)
 
     def run(numbers: Sequence[int]) -> None:
         batch = [requests[i] for i in numbers]
-        scores = reader.scores(batch)
-        sums = [_sum_of(found, after) for found, (_, after) in zip(scores, batch, strict=True)]
+        sums = [_sum_of(found) for found in reader.logps(batch)]
         for i, value in zip(numbers, sums, strict=True):  # only now: a batch that fails is run again whole
             done[i] = value
             if on_done is not None:
@@ -69,15 +68,15 @@ def _order(requests: Sequence[Request]) -> list[int]:
 
 
 class _Reader:
-    """A model's scores of the tokens of continuations."""
+    """Log-probabilities of the tokens of continuations."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.forward = Forward(model)
         self.device = self.forward.device
         self.can_share = {"past_key_values", "position_ids"} <= self.forward.accepts
 
-    def scores(self, batch: Sequence[Request]) -> list[Tensor]:
-        """Of each request (tokens of the continuation, vocabulary), or more positions in front of those."""
+    def logps(self, batch: Sequence[Request]) -> list[Tensor]:
+        """Of each request, (tokens of the continuation,) in nats, fp32."""
         rows: dict[tuple[int, ...], int] = {}  # of the contexts
         row_of = [rows.setdefault(tuple(context), len(rows)) for context, _ in batch]
         tokens = sum(len(context) + len(after) for context, after in batch)
@@ -87,46 +86,46 @@ class _Reader:
             if found is not None:
                 return found
             self.can_share = False
-        return list(self._whole(batch))
+        return self._whole(batch)
 
-    def _whole(self, batch: Sequence[Request]) -> Tensor:
-        """Scores at the last positions of each row, (rows, longest continuation, vocabulary).
-
-        Rows are padded on the left, so that all continuations end together: the scores of the positions
-        before them, which a large vocabulary makes large, are not computed if the model can leave them out.
-        """
-        kept = max(len(after) for _, after in batch)
+    def _whole(self, batch: Sequence[Request]) -> list[Tensor]:
         ids, mask = padded([(context + after)[:-1] for context, after in batch], self.device, left=True)
-        return self.forward(ids, mask, kept, use_cache=False).logits[:, -kept:]
+        targets = torch.full_like(ids, IGNORED)
+        for row, (_, after) in zip(targets, batch, strict=True):
+            row[-len(after) :] = torch.tensor(after)
+        logps = token_logps(self.forward.model, self.forward.inputs(ids, mask, use_cache=False), targets)
+        return [row[-len(after) :] for row, (_, after) in zip(logps, batch, strict=True)]
 
     def _after_shared(
         self, contexts: Sequence[Sequence[int]], row_of: Sequence[int], continuations: Sequence[list[int]]
     ) -> list[Tensor] | None:
-        """Scores after contexts[row_of[i]], read once each; None if the model's cache cannot be shared."""
+        """The same after contexts[row_of[i]], read once each; None if the model's cache cannot be shared."""
         ids, mask = padded(contexts, self.device, left=True)
         output = self.forward(ids, mask, 1, use_cache=True)
         cache = getattr(output, "past_key_values", None)
         if cache is None or not can_drop_rows(cache):
             return None
-        scores = [output.logits[row, -1:] for row in row_of]
+        first = output.logits[:, -1].float().log_softmax(-1)  # (contexts, vocabulary)
+        found = [first[row, after[:1]] for row, after in zip(row_of, continuations, strict=True)]
         longer = [i for i, after in enumerate(continuations) if len(after) > 1]
         if not longer:
-            return scores
+            return found
         rows = torch.tensor([row_of[i] for i in longer], device=self.device)
         cache.batch_select_indices(rows)
         more, counts = padded([continuations[i][:-1] for i in longer], self.device, left=False)
+        targets, _ = padded([continuations[i][1:] for i in longer], self.device, left=False)
+        targets.masked_fill_(counts == 0, IGNORED)
         mask = torch.cat([mask[rows], counts], 1)
-        logits = self.forward(more, mask, more.shape[1], use_cache=True, past_key_values=cache).logits
-        for at, i in enumerate(longer):
-            scores[i] = torch.cat([scores[i], logits[at, : len(continuations[i]) - 1]])
-        return scores
+        inputs = self.forward.inputs(more, mask, use_cache=True, past_key_values=cache)
+        logps = token_logps(self.forward.model, inputs, targets)
+        for row, i in zip(logps, longer, strict=True):
+            found[i] = torch.cat([found[i], row[: len(continuations[i]) - 1]])
+        return found
 
 
-def _sum_of(logits: Tensor, continuation: list[int]) -> float:
-    """log p of a continuation from the scores of the next token, of which the last belong to it."""
-    scores = logits[-len(continuation) :].float().log_softmax(-1)
-    chosen = torch.tensor(continuation, device=scores.device)[:, None]
-    value = scores.gather(-1, chosen).double().sum().item()
+def _sum_of(logps: Tensor) -> float:
+    """The sum of log-probabilities (tokens,)."""
+    value = logps.double().sum().item()
     if math.isnan(value):
         raise ValueError("the model's scores are not numbers (NaN): its weights or its dtype are broken")
     return value

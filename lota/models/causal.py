@@ -26,7 +26,7 @@ def refuse_not_causal(model: PreTrainedModel, source: str | Path) -> None:
     before another one, and before padding. All positions have to differ, by more than rounding does: an
     expert that is chosen by a hair may change at some.
     """
-    ids = torch.tensor([list(islice(cycle(plain_ids(model)), _TOKENS))], device=model.device)
+    ids = probe_ids(model)
     batch = ids.repeat(2, 1)
     real = torch.ones_like(batch)
     real[1, -1] = 0
@@ -50,6 +50,11 @@ def refuse_not_causal(model: PreTrainedModel, source: str | Path) -> None:
             f"{source}: {type(model).__name__} lets a token depend on what comes after it, which it would"
             f" learn to copy instead of to predict: {remedy}"
         )
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """A few tokens to ask a model with, (1, tokens), on its device."""
+    return torch.tensor([list(islice(cycle(plain_ids(model)), _TOKENS))], device=model.device)
 
 
 def plain_ids(model: PreTrainedModel) -> list[int]:

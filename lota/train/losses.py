@@ -3,100 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lota.data.batches import IGNORED, Batch, next_tokens
+from lota.data.batches import IGNORED, Batch
+from lota.models.head import token_logps
 
-CHUNK_ENTRIES = 1 << 24  # logits handled at a time: 64 MiB in fp32
 # Gives the context that a model's forward pass runs in: autocast, or nothing.
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
-
-
-class TokenLogProbs(torch.autograd.Function):
-    """log softmax(logits)[target] in fp32 from logits of any dtype; 0 if the target is -100.
-
-    logits: (tokens, vocabulary); targets: (tokens,). Beyond the logits and their gradient it needs one
-    chunk of memory; log_softmax and its gradient would each need another copy of all logits in fp32:
-    with 128k words and 4,096 tokens, 2 GiB apiece.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        logps = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
-        normalizers = torch.zeros_like(logps)  # (tokens,): log of the sum of exp(logits), kept for backward
-        spans = _counted_spans(targets)
-        for rows in _chunks(spans, logits.shape[1]):
-            values = logits[rows].float()  # (rows, vocabulary): the only fp32 copy, one chunk at a time
-            normalizers[rows] = values.logsumexp(dim=-1)
-            logps[rows] = values.gather(1, targets[rows, None]).squeeze(1) - normalizers[rows]
-        ctx.save_for_backward(logits, targets, normalizers)
-        ctx.spans = spans
-        return logps
-
-    @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normalizers = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        end = 0
-        for start, stop in [*ctx.spans, (len(targets), len(targets))]:
-            grad[end:start] = 0  # tokens between the spans do not count
-            end = stop
-        for rows in _chunks(ctx.spans, logits.shape[1]):
-            # d logp / d logit = 1[target] - softmax, times the gradient that arrives for each token
-            values = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-grad_logps[rows, None])
-            values.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-            grad[rows] = values
-        return grad, None
-
-
-def _counted_spans(targets: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of every stretch of targets that count."""
-    counted = (targets != IGNORED).int()
-    # +1 where a stretch begins, -1 one behind its end: the nonzero places alternate between start and stop
-    edges = torch.diff(counted, prepend=counted.new_zeros(1), append=counted.new_zeros(1)).nonzero()
-    flat = edges.flatten().tolist()
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _chunks(spans: list[tuple[int, int]], vocabulary: int) -> Iterator[slice]:
-    """The spans, cut so that each piece holds at most CHUNK_ENTRIES logits: slices, which need no copy."""
-    size = max(1, CHUNK_ENTRIES // vocabulary)
-    for start, stop in spans:
-        for first in range(start, stop, size):
-            yield slice(first, min(first + size, stop))
-
-
-def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability in nats of each target, (rows, length) fp32; 0 where it is -100.
-
-    logits: (rows, length, vocabulary); targets: (rows, length), the token predicted AT a position.
-    """
-    return TokenLogProbs.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
-
-
-def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's labelled tokens.
-
-    logits: (batch, length, vocabulary); labels: (batch, length), -100 if a token does not count.
-    Returns (sum of log-probabilities in nats, number of counted tokens), both (batch,) and fp32.
-    The logits at position t predict the label at t + 1.
-    """
-    targets = next_tokens(labels)
-    return target_logps(logits, targets).sum(dim=1), (targets != IGNORED).sum(dim=1).float()
-
-
-def token_logps(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
-    """Log-probability in nats that `model` gives each target, (rows, length) fp32; 0 where it is -100.
-
-    inputs: keyword arguments of the model, of rows of `length` tokens; targets: (rows, length), the token
-    predicted AT a position.
-    """
-    return target_logps(model(**inputs).logits, targets)
 
 
 def response_logps(

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
+from lota.models.head import find_head
 from lota.models.loading import add_pad_token, load_model, load_tokenizer
 from lota.models.opening import check_tokenizer, embedding_rows, open_model, refuse_growth
 from lota.models.packed import pack_attention
@@ -48,6 +49,7 @@ def load_run_model(
         pack_attention(model, archive or config.model.name_or_path)
     for name in frozen_towers(model, config.model.scope):
         model.get_parameter(name).requires_grad_(False)
+    find_head(model)  # asks it now, before anything is wrapped or compiled
     return model
 
 
