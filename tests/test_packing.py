@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lota.data.batches import IGNORED, Encoded, collate, next_tokens
 from lota.data.packed import pack
 from lota.models import packed
+from lota.models.head import find_head
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
 from lota.models.packed import pack_attention
 from lota.train.losses import response_logps
@@ -160,6 +161,7 @@ def test_faults_are_noticed(kind, fault, monkeypatch):
 def test_work_grows_with_the_examples_and_not_with_the_row(monkeypatch):
     model, lengths = make("llama"), []
     pack_attention(model.eval(), "llama")
+    find_head(model)  # asks with a few tokens
     attend = packed.sdpa_attention_forward
 
     def watched(module, query, key, value, mask, **options):
