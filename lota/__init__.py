@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; _HOMES is what happens
     from lota.masks.extract.select import extract as extract
     from lota.models.scope import find_scope as find_scope
     from lota.models.scope import scope_share as scope_share
+    from lota.optim.compiled import compile_blocks as compile_blocks
     from lota.optim.fused import apply_mask_in_backward as apply_mask_in_backward
     from lota.optim.fused import fuse_in_backward as fuse_in_backward
     from lota.optim.hf_callback import FusedCallback as FusedCallback
@@ -37,6 +38,7 @@ _HOMES = {
     "SwallowedUpdatesWarning": "lota.optim.low_precision",
     "Delta": "lota.share.delta.reader",
     "apply_mask_in_backward": "lota.optim.fused",
+    "compile_blocks": "lota.optim.compiled",
     "collect_gradients": "lota.masks.extract.gradients",
     "attach": "lota.share.delta.attach",
     "attached": "lota.share.delta.attach",

@@ -303,6 +303,11 @@ class Config:
     activation_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third more time"
     )
+    compile: bool = setting(
+        False,
+        "compile each transformer block (torch.compile); on a CPU that needs a C++ compiler; where it fails, "
+        "the blocks run as they are and the log says why",
+    )
     seed: int = setting(0, "seed of data order, samples and everything random", at_least=0, at_most=2**63 - 1)
 
     # evaluation during training, on a split that training never sees

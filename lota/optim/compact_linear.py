@@ -16,6 +16,7 @@ under `torch.autograd.grad` or `backward(inputs=...)` without the weight.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -25,12 +26,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lota.models.roles import is_conv1d
+from lota.optim.in_graph import Compact, in_graph, numbered
 from lota.optim.masked import MaskedOptimizer
 from lota.optim.products import Product, Tiled, products
 
 # Share of the input's features up to which a copy of them is saved instead of the input. Three or four layers
 # save one input together: copies of a quarter each are no more.
 FEW_FEATURES = 0.25
+
+
+def compact_of(layer: nn.Module) -> Compact | None:
+    """How a layer computes its kept gradient; None if it does not, or no longer is what that was made for."""
+    compact = getattr(vars(layer).get("forward"), "compact", None)
+    return compact if compact is not None and compact.fits(layer) else None
 
 
 class _CompactLinear(torch.autograd.Function):
@@ -165,16 +173,24 @@ def _forward(
         optimizer.put_aside(weight, product(a, b))
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return in_graph(self, input)
         same = self.weight is weight and weight.device == device and weight.dtype == dtype == input.dtype
         if not same or is_transformed(input):
             return type(self).forward(self, input)
         saved = needed if torch.is_grad_enabled() else None
         return _CompactLinear.apply(input, weight, self.bias, put_aside, transposed, saved)
 
+    kept, aside = optimizer.kept[weight].count, partial(optimizer.put_aside, weight)
+    vars(forward)["compact"] = Compact(weight, device, dtype, product, numbered(product), needed, kept, aside)
     return MethodType(forward, module)
 
 
 def is_transformed(x: Tensor) -> bool:
     """Whether autocast, functorch (vmap, torch.func.grad) or forward-mode autograd is at work."""
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return functorch or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type)
+    return in_transform() or torch.is_autocast_enabled(x.device.type)
+
+
+def in_transform() -> bool:
+    """Whether functorch or forward-mode autograd is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

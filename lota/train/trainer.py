@@ -19,6 +19,7 @@ from lota.data.batches import Batch, Example, ScheduledBatch, batch_order
 from lota.data.task import FindTask
 from lota.models.loading import dtype_of, enable_activation_checkpointing
 from lota.models.weights import WeightSource, open_weights
+from lota.optim.compiled import compile_blocks
 from lota.optim.fused import fuse_in_backward
 from lota.optim.optimizers import OPTIMIZERS, learning_rate
 from lota.storage import write_json
@@ -117,6 +118,19 @@ class Trainer:
         sizes = [len(batch.rows) for batch in order]
         self.total_steps, self.total_examples = len(sizes), sum(sizes)
         self.part_size = config.batch_size // config.gradient_accumulation_steps
+        if config.compile:
+            self.compile_model()
+
+    def compile_model(self) -> None:
+        """Compile the blocks, for the sizes of the run's first batch wherever it continues.
+
+        Whatever the compiler chooses by sizes is then the same in a run that was interrupted.
+        """
+        compile_blocks(self.model)
+        order = batch_order(self.config, len(self.data.train), self.data.lengths)
+        first = [self.data.train[i] for i in next(iter(order)).rows]
+        with torch.random.fork_rng():  # of LoRA's dropout
+            self.objective.losses(next(self.parts(first, self.part_size)))
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
