@@ -106,14 +106,27 @@ def _attend(
     plain = sys.modules[type(module).__module__].eager_attention_forward if eager else sdpa_attention_forward
     if not isinstance(attention_mask, PackedMask):
         return plain(module, query, key, value, attention_mask, **options)
+    return _inside_examples(eager, plain, module, query, key, value, attention_mask, options), None
+
+
+@torch.compiler.disable  # a graph would be one of these lengths only
+def _inside_examples(
+    eager: bool,
+    plain: Any,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PackedMask,
+    options: dict[str, Any],
+) -> Tensor:
     if key.shape[2] != query.shape[2] or options.get("position_bias") is not None:
         raise NotImplementedError("attention of this kind cannot be cut into examples")
-    if not eager and _kernel_fits(module, query, key, value, attention_mask, options):
-        return _by_kernel(query, key, value, attention_mask, options.get("scaling")), None
-    return _one_by_one(plain, module, query, key, value, attention_mask, options), None
+    if not eager and _kernel_fits(module, query, key, value, mask, options):
+        return _by_kernel(query, key, value, mask, options.get("scaling"))
+    return _one_by_one(plain, module, query, key, value, mask, options)
 
 
-@torch.compiler.disable
 def _one_by_one(
     plain: Any,
     module: torch.nn.Module,

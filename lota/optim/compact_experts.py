@@ -276,9 +276,8 @@ def _forward(
 
         return _CompactStack.apply(x, weight, routing, products.get(weight), put_aside, kind.transposed)
 
+    @torch.compiler.disable  # a graph would be one of these numbers of rows only
     def forward(self: Any, hidden_states: Tensor, *more: Any, **named: Any) -> Tensor:
-        if torch.compiler.is_compiling():  # numbers of rows that the graph would have to know
-            return type(self).forward(self, hidden_states, *more, **named)
         ours = is_same(self, hidden_states) and not is_transformed(hidden_states)
         if not ours or not torch.is_grad_enabled() or not _computes_routed(self):
             return type(self).forward(self, hidden_states, *more, **named)
