@@ -15,7 +15,9 @@ import lota
 from lota.masks import Mask
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
 from lota.models.scope import find_scope
-from lota.optim.products import SAMPLED_TOKENS
+from lota.optim import compact_experts
+from lota.optim.kept import Tiles, kept_entries
+from lota.optim.products import SAMPLED_TOKENS, stack_products
 from scripts.family_models import tiny_model
 
 # gpt_oss: stored transposed, with biases and a gate of its own; nemotron_h: no gate; llama4_text, jetmoe and
@@ -134,7 +136,8 @@ def routed(module: nn.Module, seed: int = 0, without: int = 1) -> tuple[Tensor, 
     """Inputs of a module: tokens, two experts for each, never the one left out, and their weights."""
     generator = torch.Generator().manual_seed(seed)
     others = torch.tensor([n for n in range(module.num_experts) if n != without])
-    x = torch.randn(20, module.down_proj.shape[1], generator=generator, dtype=module.down_proj.dtype)
+    hidden = module.down_proj.shape[2 if module.is_transposed else 1]
+    x = torch.randn(20, hidden, generator=generator, dtype=module.down_proj.dtype)
     chosen = torch.stack([others[torch.randperm(len(others), generator=generator)[:2]] for _ in range(20)])
     weights = torch.rand(20, 2, generator=generator, dtype=module.down_proj.dtype)
     return x.requires_grad_(), chosen, weights.requires_grad_()
@@ -256,3 +259,228 @@ def wide_mask(module: nn.Module, kind: str) -> Mask:
         grid = torch.rand(n, height // tall, width // wide, generator=generator) < density
         kept[name] = grid.repeat_interleave(tall, 1).repeat_interleave(wide, 2)
     return Mask.from_dense(kept)
+
+
+@pytest.mark.parametrize("tile", [(1, 100), (70, 1), (16, 32)], ids=str)
+def test_tiles_that_are_cut_off_at_the_edges_stand_in_their_places(tile):
+    """Tiles of four sizes in each matrix; the second matrix keeps nothing, the third has no tokens."""
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.rand(4, -(-70 // tile[0]), -(-100 // tile[1]), generator=generator) < 0.5
+    grid[1] = False
+    flags = grid.repeat_interleave(tile[0], 1).repeat_interleave(tile[1], 2)[:, :70, :100].contiguous()
+    stack = nn.Parameter(torch.zeros(4, 70, 100))
+    kept = kept_entries(Mask.from_dense({"w": flags}), "w", stack.device)
+    assert isinstance(kept, Tiles) and len(kept.parts) == (4 if tile == (16, 32) else 1)
+    a, b = torch.randn(30, 70, generator=generator), torch.randn(30, 100, generator=generator)
+    sizes = [9, 8, 0, 11, 2]  # the last two rows are no expert's
+    rows = [x.split(sizes)[:4] for x in (a, b)]
+    whole = torch.stack([of_a.t() @ of_b for of_a, of_b in zip(*rows, strict=True)])
+    got = stack_products({stack: kept})[stack](a, b, sizes)
+    assert_same(got, whole.flatten()[kept.positions()], terms=11)
+
+
+# What else is done with a module
+
+
+@pytest.fixture
+def fused():
+    """A module of experts under column masks of few features, an optimizer fused into it, and its inputs."""
+    module = experts()
+    optimizer = lota.MaskedSGD(module, mask_of(module, "entry"), lr=0.5)
+    lota.fuse_in_backward(optimizer)
+    return module, optimizer, routed(module)
+
+
+def is_compact(out: Tensor) -> bool:
+    return "_CompactStack" in names_of(out)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """A copy that autograd alone serves."""
+    made = copy.deepcopy(module)
+    del made.forward
+    return made
+
+
+def test_implementations_of_transformers_that_are_another_thing_are_left_alone(fused):
+    module, _, inputs = fused
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        module.config._experts_implementation_internal = name
+        assert is_compact(module(*inputs))
+        assert_same(module(*inputs), plain(module)(*inputs), terms=200)
+    module.config._experts_implementation_internal = "sonicmoe"
+    with pytest.raises(Exception, match=r"(?i)sonic|kernel|cuda"):
+        module(*inputs)
+
+
+@pytest.mark.parametrize("changed", ["no gradients", "parallel", "dtype", "autocast", "weight"])
+def test_falls_back_to_the_class(fused, changed):
+    module, _, inputs = fused
+    assert is_compact(module(*inputs))
+    if changed == "no gradients":
+        with torch.no_grad():
+            assert torch.equal(module(*inputs), type(module).forward(module, *inputs))
+        return
+    if changed == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not is_compact(module(*inputs))
+        return
+    if changed == "weight":
+        other = {"down_proj": torch.zeros_like(module.down_proj)}
+        out = torch.func.functional_call(module, other, inputs)
+        assert not is_compact(out) and not out.any()
+        return
+    if changed == "parallel":
+        module._is_expert_parallel = True
+    else:
+        module.bfloat16()
+        inputs = (inputs[0].detach().bfloat16(), *inputs[1:])
+    assert not is_compact(module(*inputs))
+
+
+def test_arguments_by_name(fused):
+    module, _, (x, chosen, weights) = fused
+    out = module(hidden_states=x, top_k_index=chosen, top_k_weights=weights)
+    assert is_compact(out) and torch.equal(out, module(x, chosen, weights))
+
+
+def test_a_deep_copy_is_a_module_of_its_own(fused):
+    module, optimizer, inputs = fused
+    other = copy.deepcopy(module)
+    module(*inputs).square().sum().backward()
+    with torch.no_grad():
+        assert not torch.equal(module(*inputs), other(*inputs))
+    out = other(*inputs)
+    assert not is_compact(out)
+    out.sum().backward()
+    assert other.down_proj.grad is not None and not optimizer._pending and not optimizer._aside
+
+
+def test_asking_for_gradients_trains_nothing(fused):
+    module, optimizer, inputs = fused
+    before = copy.deepcopy(module.state_dict())
+    for create_graph in (False, True):
+        found, want = (
+            torch.autograd.grad(
+                made(*inputs).square().mean(),
+                [inputs[0], made.gate_up_proj, made.down_proj],
+                create_graph=create_graph,
+            )
+            for made in (module, plain(module))
+        )
+        for got, expected in zip(found, want, strict=True):
+            assert_same(got, expected, terms=400)
+    second = (
+        torch.autograd.grad(sum(g.square().sum() for g in gradient), inputs[0])[0]
+        for gradient in (found, want)
+    )
+    assert_same(*second, terms=4000)
+    module(*inputs).sum().backward(inputs=[inputs[0]])
+    optimizer.step()
+    assert all(torch.equal(now, before[name]) for name, now in module.state_dict().items())
+    module(*inputs).sum().backward(inputs=[module.down_proj])
+    assert torch.equal(module.gate_up_proj, before["gate_up_proj"])
+    assert not torch.equal(module.down_proj, before["down_proj"])
+
+
+def test_a_stack_used_twice_and_in_a_penalty_is_updated_once(fused):
+    module, optimizer, inputs = fused
+    reference, more = plain(module), routed(module, seed=1)
+    for made in (reference, module):
+        loss = made(*inputs).sum() + made(*more).square().sum() + made.down_proj.square().sum()
+        loss.backward()
+    for name in ("gate_up_proj", "down_proj"):
+        p, start = getattr(module, name), getattr(reference, name)
+        kept = torch.zeros(p.numel(), dtype=torch.bool)
+        kept[optimizer.kept[p].positions().long()] = True
+        want = start - 0.5 * start.grad * kept.view(p.shape)
+        assert optimizer.state[p]["step"] == 1
+        assert_same(p - start, want - start, terms=800)
+        assert torch.equal(p[~kept.view(p.shape)], start[~kept.view(p.shape)])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("n", [16, 17])
+def test_few_needed_features_are_saved_alone(family, n):
+    """Of 32, or twice as many of 64, each expert's own; the whole gradient then has zeros in the others."""
+    module, kept = experts(family), {}
+    for name in ("gate_up_proj", "down_proj"):
+        flags = torch.zeros(getattr(module, name).shape, dtype=torch.bool)
+        for number, matrix in enumerate(flags.transpose(1, 2) if module.is_transposed else flags):
+            matrix[:, : (n - number) * matrix.shape[1] // 32] = True
+        kept[name] = flags
+    assert flags.shape[1 if module.is_transposed else 2] == 64
+    reference, widths = copy.deepcopy(module), []
+    optimizer = lota.MaskedSGD(module, Mask.from_dense(kept), lr=1.0)
+    lota.fuse_in_backward(optimizer)
+    inputs = routed(module)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: widths.append(t.shape) or t, lambda t: t):
+        loss = module(*inputs).square().sum()
+    assert [width for width in ((40, n), (40, 2 * n)) if width in widths] == (
+        [(40, 16), (40, 32)] if n == 16 else []
+    )
+    (got,) = torch.autograd.grad(loss, module.gate_up_proj, retain_graph=True)
+    (want,) = torch.autograd.grad(reference(*inputs).square().sum(), reference.gate_up_proj)
+    flags = kept["gate_up_proj"]
+    assert_same(got[flags], want[flags], terms=400)
+    assert got[~flags].any() == (n == 17)
+    if n == 16:
+        with pytest.raises(RuntimeError, match="saved part of its input"):
+            torch.autograd.grad(loss, module.gate_up_proj, create_graph=True)
+    loss.backward()
+    assert_same((reference.gate_up_proj - module.gate_up_proj)[flags], want[flags], terms=400)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_norm_behind_each_expert(family, monkeypatch):
+    module = experts(family)
+    module.has_post_expert_norm, module.post_expert_norm = True, nn.LayerNorm(routed(module)[0].shape[1])
+    module.config._experts_implementation_internal = "batched_mm"
+    lota.fuse_in_backward(lota.MaskedSGD(module, mask_of(module, "entry"), lr=0.5))
+    inputs = routed(module)
+    with torch.no_grad():
+        want = module(*inputs)
+    out = module(*inputs)
+    assert is_compact(out)
+    assert_same(out, want, terms=400)
+
+
+def test_rows_of_no_expert_count_nothing(fused):
+    """Some routers choose a number behind the last expert for 'none'."""
+    module, _, (x, chosen, weights) = fused
+    chosen[3:9, 1] = module.num_experts
+    with torch.no_grad():
+        weights[3:9, 1] = 0
+    expected = plain(module)
+    expected.config._experts_implementation_internal = "eager"
+    out, want = module(x, chosen, weights), expected(x, chosen, weights)
+    assert is_compact(out)
+    assert_same(out, want, terms=200)
+    (got,), (gradient,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, want))
+    assert_same(got, gradient, terms=400)
+
+
+def test_kinds_of_newer_releases_are_left_alone(monkeypatch):
+    module = experts()
+    monkeypatch.setattr(compact_experts, "_UNDERSTOOD", compact_experts._UNDERSTOOD - {"has_bias"})
+    lota.fuse_in_backward(lota.MaskedSGD(module, mask_of(module, "entry"), lr=0.5))
+    assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("kind", ["entry", "row", "column"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_the_grouped_product_of_other_devices(family, kind, monkeypatch):
+    """torch has it on CPUs too, where the loop is as fast."""
+    module = experts(family)
+    lota.fuse_in_backward(lota.MaskedSGD(module, mask_of(module, kind), lr=0.5))
+    inputs, found, called = routed(module), [], []
+    real = nn.functional.grouped_mm
+    monkeypatch.setattr(nn.functional, "grouped_mm", lambda *a, **b: called.append(1) or real(*a, **b))
+    for has_kernel in (False, True):
+        monkeypatch.setattr(compact_experts, "_has_grouped_kernel", lambda stack, found=has_kernel: found)
+        out = module(*inputs)
+        wanted = [inputs[0], module.gate_up_proj, module.down_proj]
+        found.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
+    assert len(called) == 4  # two products forward, two backward for their inputs
+    for got, want in zip(*found, strict=True):
+        assert_same(got, want, terms=400)

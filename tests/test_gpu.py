@@ -41,13 +41,15 @@ def test_fused_equals_deferred_and_frozen_entries_stay(architecture, strategy, d
 
 
 @pytest.mark.parametrize("granularity", ["row", "column", "block"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_whole_lines_have_their_own_gradients(architecture, granularity):
     model = tiny.make(architecture)
     mask = tiny.line_mask(model, granularity)
     fused, _ = train(model, mask, fused=True)
     layers = [m for m in fused.modules() if "forward" in vars(m)]
     assert len(layers) >= 8
+    stacks = [m for m in layers if hasattr(m, "gate_up_proj")]
+    assert len(stacks) == (2 if architecture == "mixtral" else 0)
     deferred, _ = train(model, mask, fused=False)
     for a, b in zip(fused.parameters(), deferred.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

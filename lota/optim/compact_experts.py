@@ -104,9 +104,11 @@ def _grouped(x: Tensor, stack: Tensor, routing: _Routing) -> Tensor:
     if torch.is_grad_enabled():  # create_graph=True: operations that can be differentiated again
         products = [piece @ matrix for piece, matrix in pieces]
         return torch.cat([*products, x.new_zeros(routing.sizes[-1], stack.shape[2])])
-    out = x.new_zeros(len(x), stack.shape[2])
-    for (piece, matrix), result in zip(pieces, out.split(routing.sizes), strict=False):
+    out = x.new_empty(len(x), stack.shape[2])
+    results = out.split(routing.sizes)
+    for (piece, matrix), result in zip(pieces, results, strict=False):
         torch.mm(piece, matrix, out=result)
+    results[-1].zero_()
     return out
 
 

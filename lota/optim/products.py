@@ -236,13 +236,16 @@ class Stacked:
 
     def __call__(self, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
         """(rows, height), (rows, width) -> (kept,) in fp32."""
-        out = torch.zeros(self.count, device=a.device)
+        out = torch.empty(self.count, device=a.device)
         rows_of_a, rows_of_b = a.split(sizes), b.split(sizes)
         for number, (product, spans) in self.matrices.items():
+            lengths = [span.stop - span.start for span in spans]
             if sizes[number]:
                 values = product(rows_of_a[number], rows_of_b[number])
-                for span, piece in zip(spans, values.split([s.stop - s.start for s in spans]), strict=True):
-                    out[span] = piece
+            else:
+                values = out.new_zeros(sum(lengths))
+            for span, piece in zip(spans, values.split(lengths), strict=True):
+                out[span] = piece
         return out
 
 
