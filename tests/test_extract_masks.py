@@ -264,6 +264,29 @@ def test_rows_by_data(folder):
     assert 0 < mask.n_kept <= kept_count(0.9, mask.n_total)
 
 
+@pytest.mark.parametrize("score", ["random", "magnitude", "gradient"])
+@pytest.mark.parametrize("granularity, tall, wide", [("column", 10**6, 1), ("block --block 32", 32, 32)])
+def test_columns_and_blocks_by_other_scores(score, granularity, tall, wide, folder):
+    """Neither a row nor a block of the default side would do; of what is kept nothing is kept in part."""
+    data = "--datasets mini --score_batches 2" if score == "gradient" else ""
+    run(f"--score {score} {data} --granularity {granularity} --out {folder}/masks")
+    mask = Mask.load(folder / "masks" / "m" / "0.9_mask.pt")
+    assert mask.meta["score"] == score
+    assert (mask.meta["granularity"], mask.meta["block"]) == (
+        granularity.split()[0],
+        32 if wide > 1 else None,
+    )
+    smaller = set()
+    for name in mask.names:
+        for lines in mask.dense(name).split(tall):
+            for unit in lines.split(wide, dim=1):
+                assert unit.all() or not unit.any()
+                smaller.add(unit.numel())
+    k = kept_count(0.9, mask.n_total)
+    assert 0 <= k - mask.n_kept < min(smaller)
+    assert len(smaller) > 1  # the last blocks, and the columns of short matrices
+
+
 @pytest.mark.parametrize(
     "options, messages",
     [
