@@ -27,6 +27,7 @@ def check(work: Path, mask_path: Path, policy_path: Path) -> tuple[str, float]:
     base, expected = load(work / "base")
     mask, state = Mask.load(mask_path), read_policy(policy_path).state
     check_trained(base, state, mask)
+    check_gradients(base, mask)
     converted, found = load(work / "converted")
     if found != expected or expected["missing_keys"]:
         raise Wrong(f"transformers finds {found} in the converted folder, and {expected} in the base")
@@ -60,6 +61,26 @@ def check_trained(base: Any, state: dict[str, Tensor], mask: Any) -> None:
         raise Wrong(f"only {changed} of {kept_in_all} kept entries have changed")
 
 
+def check_gradients(base: Any, mask: Any) -> None:
+    """Kept gradients that layers and stacks of experts compute themselves are autograd's, up to rounding."""
+    import lota
+
+    sides: list[dict[str, Tensor]] = []
+    for compact in (True, False):
+        model = copy.deepcopy(base)
+        # `global` clipping holds the gradients until the step that does not come
+        optimizer = lota.MaskedSGD(model, mask, lr=0.0, grad_norm_strategy="global", max_grad_norm=1.0)
+        lota.fuse_in_backward(optimizer, compact_linear=compact)
+        run(model).float().square().mean().backward()
+        sides.append({optimizer.names[p]: gradient for p, (gradient, _) in optimizer._pending.items()})
+    ours, autograds = sides
+    if ours.keys() != autograds.keys():
+        raise Wrong(f"gradients are missing of {sorted(ours.keys() ^ autograds.keys())[:3]}")
+    for name, gradient in autograds.items():
+        if not (ours[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max():
+            raise Wrong(f"the compact gradient of {name} is not autograd's")
+
+
 def first_names(model: Any) -> dict[str, str]:
     """Name of each parameter -> the first of the names that it has, by which masks call it."""
     first: dict[int, str] = {}
@@ -87,12 +108,15 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def logits(model: Any) -> Tensor:
-    """Of two rows of ten ids, on a copy: where tensors begin in memory may decide the order of a sum."""
-    ids = torch.arange(20).view(2, 10) + 4
+    """On a copy: where tensors begin in memory may decide the order of a sum."""
     with torch.no_grad():
-        return copy.deepcopy(model)(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-        ).logits
+        return run(copy.deepcopy(model))
+
+
+def run(model: Any) -> Tensor:
+    """Logits of two rows of ten ids."""
+    ids = torch.arange(20).view(2, 10) + 4
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 
 def same_tensors(expected: Path, found: Path) -> None:

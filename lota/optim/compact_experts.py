@@ -99,7 +99,7 @@ def _grouped(x: Tensor, stack: Tensor, routing: _Routing) -> Tensor:
     Rows of no expert become zero on a CPU; elsewhere they are undefined, as in transformers' implementations.
     """
     if _has_grouped_kernel(stack):
-        return F.grouped_mm(x, stack, offs=routing.ends)
+        return F.grouped_mm(x.contiguous(), stack, offs=routing.ends)
     pieces = zip(x.split(routing.sizes), stack, strict=False)
     if torch.is_grad_enabled():  # create_graph=True: operations that can be differentiated again
         products = [piece @ matrix for piece, matrix in pieces]
