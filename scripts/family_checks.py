@@ -26,6 +26,7 @@ def check(work: Path, mask_path: Path, policy_path: Path) -> tuple[str, float]:
 
     base, expected = load(work / "base")
     mask, state = Mask.load(mask_path), read_policy(policy_path).state
+    check_logps(base)
     check_trained(base, state, mask)
     check_gradients(base, mask)
     converted, found = load(work / "converted")
@@ -42,6 +43,23 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     model, info = auto_class(load_config(folder)).from_pretrained(folder, output_loading_info=True)
     return model.eval(), info
+
+
+def check_logps(model: Any) -> None:
+    """The log-probabilities that training sees are those of the model's logits."""
+    from lota.models.head import logps_of_logits, token_logps
+
+    ids = torch.arange(20).view(2, 10) + 4
+    targets = ids + 1
+    targets[:, -1] = targets[0, :4] = -100
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.no_grad():
+        found, expected = (
+            token_logps(model, inputs, targets),
+            logps_of_logits(model(**inputs).logits, targets),
+        )
+    if (found - expected).abs().max() > 1e-4:
+        raise Wrong("log-probabilities from the head differ from those of the logits")
 
 
 def check_trained(base: Any, state: dict[str, Tensor], mask: Any) -> None:

@@ -102,3 +102,27 @@ def test_swapped_entries_come_back_on_the_device(dtype):
     with swapped(optimizer, values):
         assert not any(torch.equal(p, now[p]) for p in optimizer.names)
     assert all(torch.equal(p, now[p]) for p in model.parameters())
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_are_those_of_the_cpu(dtype, trains):
+    """Products of bf16 operands are summed in fp32 there too; gradients are rounded to bf16 at most twice."""
+    from lota.models.head_logps import After, HeadLogProbs
+
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(50, 32), torch.randn(301, 32), torch.randn(301)
+    targets, upstream = torch.randint(0, 301, (50,)), torch.randn(50)
+    found = []
+    for device in ("cpu", "cuda"):
+        given = [x.to(device, dtype).requires_grad_() for x in (hidden, weight, bias)]
+        for x in given[1:]:
+            x.requires_grad_(trains)
+        logps = HeadLogProbs.apply(*given, targets.to(device), After(0.5, 20.0), dtype, True)
+        wanted = [x for x in given if x.requires_grad]
+        gradients = torch.autograd.grad(logps, wanted, upstream.to(device))
+        found.append([logps.detach().cpu(), *(x.cpu().float() for x in gradients)])
+    (logps_cpu, *cpu), (logps_gpu, *gpu) = found
+    torch.testing.assert_close(logps_gpu, logps_cpu, rtol=1e-4, atol=1e-4)
+    for a, b in zip(gpu, cpu, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3 if dtype == torch.float32 else 2e-2, atol=2e-2)
