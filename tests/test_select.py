@@ -67,6 +67,30 @@ def test_sides_of_different_dtype(tmp_path):
     assert_mask(mask, sorted_masks(saliencies_of(base, tuned), kept_count(0.9, mask.n_total)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_the_base_is_no_change_of_it(dtype, tmp_path):
+    """An fp32 base trained in bf16: entries that did not move differ from it by what rounding took off."""
+    base_path, _, base, _ = make_pair(tmp_path)
+    tuned = copy.deepcopy(base)
+    moved = {}
+    for name in find_scope(base):
+        p = tuned.get_parameter(name)
+        p.data += torch.rand(p.shape) * 1e-3  # no number of fewer bits
+        base.get_parameter(name).data.copy_(p)
+        moved[name] = torch.rand(p.shape) < 0.01
+        p.data[moved[name]] += 1
+    base.save_pretrained(base_path, max_shard_size="20KB")
+    save_policy(tmp_path / "narrow.pt", {name: value.to(dtype) for name, value in tuned.state_dict().items()})
+    mask = lota.extract(base_path, tmp_path / "narrow.pt", [0.5])[0.5]
+    assert_mask(mask, moved)  # none of the others has a saliency
+    rounded = {name: base.get_parameter(name).detach().to(dtype).float() for name in moved}
+    saliencies = {
+        name: (tuned.get_parameter(name).detach().to(dtype).float() - rounded[name]).abs() for name in moved
+    }
+    few = lota.extract(base_path, tmp_path / "narrow.pt", [0.995])[0.995]
+    assert_mask(few, sorted_masks(saliencies, kept_count(0.995, few.n_total)))
+
+
 def test_policy_against_policy_takes_the_structure_from_the_run_or_from_model(tmp_path):
     base_path, tuned_path, base, _changed = make_pair(tmp_path, tuned="policy")
     run = tmp_path / "run"

@@ -44,7 +44,7 @@ class Saliency:
 
 
 def _task_vector(read: Read, span: Span, seed: int) -> np.ndarray:
-    """|tuned - base| in fp32."""
+    """|tuned - base| in fp32; the base rounded to tuned's dtype if that is narrower, as training started."""
     base, tuned = read("base"), read("tuned")
     np.subtract(tuned, base, out=tuned)
     return np.abs(tuned, out=tuned)
@@ -140,6 +140,10 @@ class SaliencyStream:
         else:
             buffer = self.scratch.get(f"{role} bytes", n * source.dtype(span.name).itemsize, np.uint8)
             part = source.read_flat(*span, out=buffer)
+        if role == "base" and self.saliency == "task_vector":
+            started = self.sources["tuned"].dtype(span.name)
+            if started.itemsize < part.element_size():  # what rounding alone has changed is no task vector
+                part = part.to(started)
         return as_float32(part, self.scratch.get(role, n, np.float32))
 
     def _refuse_not_finite(self, span: Span) -> None:
