@@ -3,7 +3,7 @@
     Everything  all entries, as they are stored                             no memory
     Entries     single entries by their flat positions, ascending           4 bytes per kept entry
     Tiles       whole rows, columns or blocks of a matrix or of a stack,    4 bytes per tile in checkpoints,
-                tile after tile, each line after line                       24 while training
+                tile after tile, each line after line                       24 while training, 32 with kernels
 
 Values of kept entries are 1-D tensors (kept,) in that order.
 """
@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,11 +26,33 @@ LEAST_SIDE = 16  # of a tile that is neither a whole row nor a whole column
 _SAMPLE = 64  # lines that are looked at first: scattered entries show there
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Values that follow each other, and the one rule by which their entries lie in the whole tensor.
+
+    Without places, they lie there as they follow each other. With a tile's area, entry e is in tile
+    e // area, whose first position is places[e // area]; without, at places[e].
+    """
+
+    count: int  # of the values
+    first: int  # values before it
+    places: Tensor | None = None  # int32 or int64 (count,), or int64 (tiles,)
+    area: int = 0  # entries of a tile
+    wide: int = 0  # entries of a line of a tile
+    width: int = 0  # entries of a line of the matrix
+
+
 class Kept(ABC):
     """The kept entries of one parameter."""
 
     count: int  # of the entries
     state: dict[str, Any]  # what an optimizer's state holds to know them again
+    long: bool  # whether positions are beyond int32
+
+    @cached_property
+    @abstractmethod
+    def stretches(self) -> list[Stretch]:
+        """Where each value lies, as kernels address it; made when one first asks."""
 
     @abstractmethod
     def gather(self, whole: Tensor) -> Tensor:
@@ -49,6 +72,11 @@ class Everything(Kept):
 
     def __init__(self, shape: torch.Size):
         self.shape, self.count, self.state = shape, shape.numel(), {}
+        self.long = _is_long(self.count)
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        return [Stretch(self.count, 0)]
 
     def gather(self, whole: Tensor) -> Tensor:
         return whole.reshape(-1)
@@ -64,9 +92,13 @@ class Entries(Kept):
     """Single entries. positions: flat, ascending, of a parameter of `numel` entries."""
 
     def __init__(self, positions: Tensor, numel: int, device: torch.device):
-        dtype = torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64
-        self._positions = positions.to(device=device, dtype=dtype)
+        self.long = _is_long(numel)
+        self._positions = positions.to(device=device, dtype=torch.int64 if self.long else torch.int32)
         self.count, self.state = positions.numel(), {"positions": self._positions}
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        return [Stretch(self.count, 0, self._positions)]
 
     def gather(self, whole: Tensor) -> Tensor:
         return whole.reshape(-1).index_select(0, self._positions.to(whole.device))
@@ -101,6 +133,10 @@ class Part:
         """Of each tile, int64 (tiles,)."""
         return self.columns.start + self.column * self.wide
 
+    def first_positions(self, shape: torch.Size) -> Tensor:
+        """Of each tile in a stack (matrices, height, width), flat, int64 (tiles,)."""
+        return (self.matrix * shape[1] + self.first_lines) * shape[2] + self.first_columns
+
     def of(self, stack: Tensor) -> Tensor:
         """All tiles of the rectangle, (matrices, rows of tiles, columns of tiles, tall, wide), as a view."""
         rectangle = stack[:, self.lines, self.columns]
@@ -133,8 +169,20 @@ class Tiles(Kept):
                     part.matrix, part.row, part.column = part.index(device)
                     self.parts.append(part)
         self.count = sum(part.tall * part.wide * len(part.matrix) for part in self.parts)
+        self.long = _is_long(kept.numel())
         tiles = torch.cat(numbers).to(device, torch.int32)
         self.state = {"tiles": tiles, "tile_shape": (tall, wide)}
+
+    @cached_property
+    def stretches(self) -> list[Stretch]:
+        """One per part; 8 bytes per tile."""
+        made, first = [], 0
+        for part in self.parts:
+            area = part.tall * part.wide
+            places = part.first_positions(self.shape)
+            made.append(Stretch(len(places) * area, first, places, area, part.wide, self.shape[2]))
+            first += made[-1].count
+        return made
 
     def gather(self, whole: Tensor) -> Tensor:
         stack = whole.reshape(self.shape)
@@ -167,6 +215,11 @@ class Tiles(Kept):
                     spans.append(slice(start + first * size, start + last * size))
                 start += len(found) * size
             yield number, parts, spans
+
+
+def _is_long(numel: int) -> bool:
+    """Whether positions in a tensor of so many entries need int64."""
+    return numel > torch.iinfo(torch.int32).max
 
 
 def _ranges(length: int, side: int) -> list[tuple[slice, int]]:

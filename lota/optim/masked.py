@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lota.masks import Mask
+from lota.optim import launches
 from lota.optim.frozen_gradients import clear_frozen_gradients
 from lota.optim.kept import Everything, Kept, kept_entries
 from lota.optim.low_precision import Precision, norm_of, update_in_pieces
@@ -85,6 +86,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._pending: dict[nn.Parameter, tuple[Tensor, int]] = {}  # summed gradient, passes it came from
         self._aside: dict[nn.Parameter, tuple[int, Tensor]] = {}  # autograd's number of the pass, gradient
         self._square_norms: list[Tensor] = []  # of the gradients since the last step, before clipping
+        self._free = torch.empty(0)  # of these: not used yet
         self._grad_norm: Tensor | None = None
         for name, p in named:
             kept = mask.kept(name) if mask is not None else (p.numel() if p.requires_grad else 0)
@@ -132,6 +134,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self, values: Tensor, grad: Tensor, square: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         """`_update` by a square average that holds this gradient already."""
+        raise NotImplementedError
+
+    def _kernel_rule(self, state: dict[str, Any], group: dict[str, Any]) -> launches.Rule:
+        """The kernel that computes the same, and the numbers of this step; for rules that have one."""
         raise NotImplementedError
 
     # Reading
@@ -197,17 +203,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self.fused:
-            for p in self.names:
-                if p.grad is not None:
-                    self.receive(p)
-        scale = self._global_scale()
-        for p in list(self._pending):
-            grad, _ = self._pending.pop(p)
-            self._apply(p, grad, scale)
+            self._receive_all()
+        self._apply_pending()
         if self._square_norms:
-            device = self._square_norms[0].device
-            self._grad_norm = torch.stack([n.to(device) for n in self._square_norms]).sum().sqrt()
-        self._square_norms = []
+            self._grad_norm = _sum(self._square_norms).sqrt()
+        self._square_norms, self._free = [], self._free[:0]
         first = next(iter(self.names))
         self.precision.swallowed.warn(self.state[first]["step"], first.dtype, self.param_groups[0]["lr"])
         return loss
@@ -226,16 +226,35 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Take over p.grad: gather its kept entries, add what compact layers put aside; fused: free it."""
         whole = p.grad
         assert whole is not None  # hooks run once it is there
-        aside = self._aside.pop(p, None)
+        aside, squares = self._aside.pop(p, None), None
         if aside is not None and aside[0] == torch._C._current_graph_task_id():
             grad = aside[1]
             if not whole.is_sparse:  # something else than compact layers used the weight too
                 grad = grad.add_(self._gathered(p, whole))
+        elif self._has_kernels(p) and not whole.is_sparse:
+            slot = self._slot(p.device) if self._updates_at_once(p) else None
+            (grad,), squares = launches.gather([self.kept[p]], [whole], slot)
         else:
             grad = self._gathered(p, whole)
         if self.fused:
             p.grad = None
-        self.accumulate(p, grad)
+        if squares is None:
+            self.accumulate(p, grad)
+        else:
+            self.accumulate(p, grad, squares)
+
+    def _updates_at_once(self, p: nn.Parameter) -> bool:
+        """Whether the gradient of one backward pass is all that p's update waits for."""
+        return self._accumulation == 1 and self.grad_norm_strategy != "global" and p not in self._pending
+
+    def _receive_all(self) -> None:
+        """Take over all gradients after a backward pass; those that have kernels together."""
+        wholes = {p: p.grad for p in self.names if p.grad is not None}
+        for together in self._by_device([p for p in wholes if not wholes[p].is_sparse]):
+            grads, _ = launches.gather([self.kept[p] for p in together], [wholes.pop(p) for p in together])
+            self._pending |= {p: (grad, 1) for p, grad in zip(together, grads, strict=True)}
+        for p in wholes:
+            self.receive(p)
 
     def _gathered(self, p: nn.Parameter, whole: Tensor) -> Tensor:
         """The kept entries of a whole gradient in fp32, (kept,); unless fused, in memory of their own.
@@ -255,25 +274,35 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._pending.clear()
         self._aside.clear()
 
-    def accumulate(self, p: nn.Parameter, grad: Tensor) -> None:
-        """Add a pass's compact fp32 gradient (kept,); update if it is complete and needs no other's norm."""
+    def accumulate(self, p: nn.Parameter, grad: Tensor, squares: Tensor | None = None) -> None:
+        """Add a pass's compact fp32 gradient (kept,); update if it is complete and needs no other's norm.
+
+        squares: the square of its norm, (1,), which counts as measured if the update is made now.
+        """
         before, count = self._pending.pop(p, (None, 0))
         total = grad if before is None else before.float().add_(grad)  # itself if it is fp32
         if count + 1 < self._accumulation or self.grad_norm_strategy == "global":
             self._pending[p] = (total, count + 1)
         else:
-            self._apply(p, total)
+            self._apply(p, total, squares if before is None else None)
 
-    def _apply(self, p: nn.Parameter, grad: Tensor, scale: Tensor | None = None) -> None:
+    def _apply(
+        self, p: nn.Parameter, grad: Tensor, squares: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
         """Clip the complete gradient (kept,), update the kept values, write them back.
 
-        scale: what `global` clipping multiplies the gradient with.
+        squares: see `accumulate`. scale: what `global` clipping multiplies the gradient with.
         """
+        if self._has_kernels(p):
+            if squares is None:
+                squares = launches.squares_of([grad], self._slot(p.device))
+            self._apply_together({p: grad}, squares)
+            return
         if self.grad_norm_strategy != "global":  # `step` has measured those
             norm = norm_of(grad)
             self._square_norms.append(norm.square())
             limit = self._tensor_limit()
-            if limit is not None:
+            if limit < math.inf:
                 scale = (limit / (norm + _CLIP_EPS)).clamp(max=1.0)
         state, kept, group = self.state[p], self.kept[p], self._group_of(p)
         state["step"] += 1
@@ -288,23 +317,69 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if not isinstance(kept, Everything) or "master" in state:  # else the parameter itself
             self.write(p, values)
 
-    def _tensor_limit(self) -> float | None:
+    def _apply_pending(self) -> None:
+        """Apply what waited for the end of the backward pass; parameters that have kernels together."""
+        grads = {p: self._pending[p][0] for p in self.names if p in self._pending}  # one order in either mode
+        self._pending.clear()
+        together = self._by_device(grads)
+        squares = [launches.squares_of([grads[p] for p in served]) for served in together]
+        alone = grads.keys() - {p for served in together for p in served}
+        scale = None
+        if self.grad_norm_strategy == "global" and grads:
+            norms = [norm_of(grads[p]).square() for p in grads if p in alone]
+            self._square_norms = squares + norms
+            total = _sum(self._square_norms)
+            scale = (self.max_grad_norm / (total.sqrt() + _CLIP_EPS)).clamp(max=1.0)
+            squares = [total.to(own.device).view(1) for own in squares]
+        else:
+            self._square_norms += squares
+        for served, square in zip(together, squares, strict=True):
+            self._apply_together({p: grads[p] for p in served}, square)
+        for p in grads:
+            if p in alone:
+                self._apply(p, grads[p], scale=scale if scale is None else scale.to(p.device))
+
+    def _tensor_limit(self) -> float:
+        """What each tensor's norm is clipped to; infinite if it is not."""
         if self.grad_norm_strategy == "even":
             return self.max_grad_norm
         if self.grad_norm_strategy == "proportional":
             return self.max_grad_norm / math.sqrt(len(self.names))
-        return None
+        return math.inf
 
-    def _global_scale(self) -> Tensor | None:
-        """What `global` clipping multiplies all gradients with; None if it does not apply."""
-        if self.grad_norm_strategy != "global" or not self._pending:
-            return None
-        device = next(iter(self._pending)).device
-        in_order = (self._pending[p][0] for p in self.names if p in self._pending)  # one sum in either mode
-        norms = [norm_of(grad).to(device) for grad in in_order]
-        self._square_norms = [norm.square() for norm in norms]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        return (self.max_grad_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
+    # With kernels (lota/optim/launches.py)
+
+    def _has_kernels(self, p: nn.Parameter) -> bool:
+        if self.precision.in_pieces(p.dtype) or not _rule_has_kernel(type(self)):
+            return False
+        return launches.serves(p, self.kept[p], self.state[p])
+
+    def _by_device(self, parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Those that have kernels, by the device that they are on."""
+        found: dict[torch.device, list[nn.Parameter]] = {}
+        for p in parameters:
+            if self._has_kernels(p):
+                found.setdefault(p.device, []).append(p)
+        return list(found.values())
+
+    def _apply_together(self, grads: dict[nn.Parameter, Tensor], squares: Tensor) -> None:
+        """What `_apply` does, of several parameters on one device. squares: see `launches.update`."""
+        limit = self.max_grad_norm if self.grad_norm_strategy == "global" else self._tensor_limit()
+        updates = []
+        for p, grad in grads.items():
+            state = self.state[p]
+            state["step"] += 1
+            rule = self._kernel_rule(state, self._group_of(p))
+            updates.append(launches.Update(p, self.kept[p], state, grad, rule, limit))
+        launches.update(updates, squares)
+
+    def _slot(self, device: torch.device) -> Tensor:
+        """Room for the next square of a norm, (1,), in a tensor that they share until the step."""
+        if not len(self._free) or self._free.device != device:
+            self._free = torch.zeros(len(self.names), device=device)
+            self._square_norms.append(self._free)
+        slot, self._free = self._free[:1], self._free[1:]
+        return slot
 
     # Kept entries of a parameter
 
@@ -353,6 +428,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for p, state in zip(own, restored, strict=True):
             self.state[p] = state
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Of all numbers in several tensors, on the device of the first."""
+    return torch.cat([part.reshape(-1).to(parts[0].device) for part in parts]).sum()
+
+
+def _rule_has_kernel(kind: type[MaskedOptimizer]) -> bool:
+    """Whether the class that defines the update rule also says which kernel computes it."""
+    definer = (next(c for c in kind.__mro__ if name in vars(c)) for name in ("_update", "_kernel_rule"))
+    return next(definer) is next(definer) is not MaskedOptimizer
 
 
 def _check_settings(strategy: str, max_grad_norm: float | None, settings: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lota.masks import Mask
+from lota.optim.launches import Rule
 from lota.optim.masked import MaskedOptimizer
 
 Parameters = nn.Module | Iterable[tuple[str, nn.Parameter]]  # see `MaskedOptimizer`
@@ -181,6 +182,13 @@ class MaskedRMSprop(MaskedOptimizer):
         settings = {key: group[key] for key in ("lr", "eps", "momentum")}
         rmsprop_step_(values, decayed, square, state.get("momentum_buffer"), **settings)
 
+    def _kernel_rule(self, state: dict[str, Any], group: dict[str, Any]) -> Rule:
+        alpha = group["alpha"]
+        numbers = (group["lr"], alpha, 1 - alpha, group["eps"], group["weight_decay"], group["momentum"])
+        if "momentum_buffer" in state:
+            return Rule("RMSPROP_MOMENTUM", ("square_avg", "momentum_buffer"), numbers)
+        return Rule("RMSPROP", ("square_avg",), numbers)
+
 
 class MaskedAdamW(MaskedOptimizer):
     """AdamW on the kept entries. Arguments as in `torch.optim.AdamW`, with weight decay 0 by default."""
@@ -217,6 +225,13 @@ class MaskedAdamW(MaskedOptimizer):
         settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         adamw_step_(values, grad, state["exp_avg"], square, step=state["step"], **settings)
 
+    def _kernel_rule(self, state: dict[str, Any], group: dict[str, Any]) -> Rule:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        correction1, correction2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
+        shrink = 1 - lr * group["weight_decay"]
+        sizes = correction2**0.5, group["eps"], lr / correction1
+        return Rule("ADAMW", ("exp_avg", "exp_avg_sq"), (shrink, 1 - beta1, beta2, 1 - beta2, *sizes))
+
 
 class MaskedSGD(MaskedOptimizer):
     """SGD on the kept entries. Arguments as in `torch.optim.SGD`."""
@@ -238,6 +253,12 @@ class MaskedSGD(MaskedOptimizer):
     def _update(self, values: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         settings = {key: group[key] for key in ("lr", "weight_decay", "momentum")}
         sgd_update_(values, grad, state.get("momentum_buffer"), **settings)
+
+    def _kernel_rule(self, state: dict[str, Any], group: dict[str, Any]) -> Rule:
+        numbers = group["lr"], group["weight_decay"], group["momentum"]
+        if "momentum_buffer" in state:
+            return Rule("SGD_MOMENTUM", ("momentum_buffer",), numbers)
+        return Rule("SGD", (), numbers)
 
 
 OPTIMIZERS: dict[str, type[MaskedOptimizer]] = {

@@ -6,7 +6,8 @@ share; if few entries are kept, only those are computed (`torch.sparse.sampled_a
 docs/BENCHMARKS.md: at 10 % kept twice as fast as the dense product, at 20 % as fast).
 
     product    for                                         on          computes
-    Tiled      whole rows, columns or blocks               any device  the kept entries, tile by tile
+    Tiled      whole rows, columns or blocks               any device  the kept entries, tile by tile; with
+                                                                       Triton all blocks by one launch
     Sampled    fp32, at most SAMPLED_DENSITY of a weight   CPU         the kept entries, (kept,)
     Gathered   other masks                                 CPU         (height, width) in a shared buffer
     autograd   all other weights                           any device  (height, width) in memory of its own
@@ -23,7 +24,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lota.optim import launches
 from lota.optim.kept import Entries, Kept, Part, Tiles
+from lota.optim.launches import Blocks
 
 SAMPLED_DENSITY = 0.15  # kept share of a weight up to which the sampled product is clearly faster
 SAMPLED_TOKENS = 64  # that it multiplies at a time: 256 bytes of each column
@@ -44,6 +47,7 @@ class Tiled:
         self.shape = tiles.shape[1:]  # of the matrix
         parts = tiles.parts if parts is None else parts
         self.parts = [(part, part.first_lines, part.first_columns) for part in parts]
+        self.blocks: Blocks | None = None  # for kernels, made when they are first used
 
     def needed(self, axis: int) -> Tensor:
         """The lines (axis 0) or columns (axis 1) of the weight that a tile covers, ascending."""
@@ -53,7 +57,7 @@ class Tiled:
     def narrowed(self, axis: int, needed: Tensor) -> Tiled:
         """The same product of a, or b, without the columns that are not needed."""
         made = copy(self)
-        made.parts = []
+        made.parts, made.blocks = [], None
         for part, lines, columns in self.parts:
             if axis == 0:
                 made.parts.append((part, torch.searchsorted(needed, lines), columns))
@@ -62,8 +66,17 @@ class Tiled:
         return made
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        if all(self._are_blocks(part) for part, *_ in self.parts) and launches.usable(a.device):
+            if self.blocks is None:
+                parts = [(part.tall, part.wide, lines, columns) for part, lines, columns in self.parts]
+                self.blocks = launches.block_table(parts)
+            return launches.multiplied(a, b, self.blocks)
         first, *more = [self._of(part, lines, columns, a, b) for part, lines, columns in self.parts]
         return (torch.cat([first, *more]) if more else first).float()
+
+    def _are_blocks(self, part: Part) -> bool:
+        """Whether they are neither whole rows nor whole columns, whose product is one large one."""
+        return part.tall < self.shape[0] and part.wide < self.shape[1]
 
     def _of(self, part: Part, lines: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if part.wide == self.shape[1]:  # whole rows: (tiles x tall, width)
