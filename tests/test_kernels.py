@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.slow
 def test_kernels_compute_what_the_plain_path_computes():
     """tests/interpreted_kernels.py in a process of its own: Triton is told when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "tests/interpreted_kernels.py"],
         cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
@@ -51,8 +51,7 @@ def assembly(kernel, constants, **types):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("dtype, long", [(torch.float32, True), (torch.bfloat16, False)])
 def test_updates_compile_for_hopper(kernels, dtype, long):
     dtype = kernels.DTYPES[dtype]
     for mode in (kernels.ALL, kernels.ENTRIES, kernels.TILES):
@@ -71,14 +70,13 @@ def test_products_of_blocks_compile_for_hopper(kernels, dtype):
     """In bf16 they use the tensor cores of that generation, and load ahead."""
     types = {"a": "*" + dtype, "b": "*" + dtype, "blocks": "*i64", "out": "*fp32", "tokens": "i32"}
     strides = {"a_token": "i64", "b_token": "i64"}
-    for side in (16, 64, 128):
-        constants = {
-            "TALL": side, "WIDE": side, "ACROSS": 1, "TOKENS": 64 if dtype != "fp32" else 32, "ALIGN": 16,
-            "PRECISION": "ieee", "a_column": 1, "b_column": 1,
-        }  # fmt: skip
-        ptx = assembly(kernels._blocks_kernel, constants, **types, **strides)
-        assert "cp.async" in ptx
-        assert ("wgmma.mma_async" in ptx) == (dtype != "fp32" and side > 16)
+    constants = {
+        "TALL": 64, "WIDE": 64, "ACROSS": 1, "TOKENS": 32 if dtype == "fp32" else 64, "ALIGN": 16,
+        "PRECISION": "ieee", "a_column": 1, "b_column": 1,
+    }  # fmt: skip
+    ptx = assembly(kernels._blocks_kernel, constants, **types, **strides)
+    assert "cp.async" in ptx
+    assert ("wgmma.mma_async" in ptx) == (dtype != "fp32")
 
 
 def test_triton_beside_a_cpu_build_changes_nothing_for_torch_compile():

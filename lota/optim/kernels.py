@@ -82,7 +82,7 @@ def _gather_kernel(
 ):
     """Kept entries of whole gradients into compact ones, and the partial sums of their squares.
 
-    partials: fp32 (parameters, slots), zeros before. Grid: (programs, stretches).
+    partials: fp32 (parameters, slots); each program writes one. Grid: (programs, stretches).
     """
     INDEX: tl.constexpr = tl.int64 if LONG else tl.int32
     line = table + tl.program_id(1) * COLUMNS
@@ -99,9 +99,8 @@ def _gather_kernel(
         if STORE:
             tl.store(compact + entry, gradient, mask=inside)
         squares += gradient * gradient
-    if program * BLOCK < count:
-        slot = tl.load(line + NUMBER) * slots + tl.load(line + SLOT) + program
-        tl.store(partials + slot, tl.sum(squares))
+    slot = tl.load(line + NUMBER) * slots + tl.load(line + SLOT) + program
+    tl.store(partials + slot, tl.sum(squares))  # 0 from a program that is left without entries
 
 
 @triton.jit

@@ -335,9 +335,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self._square_norms += squares
         for served, square in zip(together, squares, strict=True):
             self._apply_together({p: grads[p] for p in served}, square)
-        for p in grads:
-            if p in alone:
-                self._apply(p, grads[p], scale=scale if scale is None else scale.to(p.device))
+            for p in served:
+                del grads[p]
+        for p in list(grads):  # each is freed when it is used
+            self._apply(p, grads.pop(p), scale=scale if scale is None else scale.to(p.device))
 
     def _tensor_limit(self) -> float:
         """What each tensor's norm is clipped to; infinite if it is not."""

@@ -24,7 +24,6 @@ from lota.masks import Mask
 from lota.models.policy import is_policy
 from lota.models.weights import WeightSource
 from lota.optim.masked import MaskedOptimizer
-from lota.share.delta.extract import extract
 from lota.storage import (
     CHECKSUMS,
     DAMAGED,
@@ -219,6 +218,8 @@ def save_delta(config: Config, mask: Mask | None, checkpoint: Path, name: Path) 
     name: what the checkpoint's folder will be called. A base that is no longer what it was when the run
     started is no reason to lose the checkpoint: it is saved without a delta, and the log says why.
     """
+    from lota.share.delta.extract import extract  # which needs zstandard; nothing else of training does
+
     base = config.model.archive or config.model.name_or_path
     try:
         extract(
