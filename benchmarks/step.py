@@ -71,6 +71,8 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     turn_dropout_off(model)
     if args.checkpointing:
         enable_activation_checkpointing(model)
+    if getattr(args, "compile", False):
+        lota.compile_blocks(model)
     return model.train()
 
 
@@ -229,7 +231,7 @@ def times(args: argparse.Namespace, contestants: Contestants) -> dict[str, list[
 def own_process_peak(args: argparse.Namespace, name: str, module: str) -> int:
     """Peak bytes of a process that builds one contestant and makes three steps."""
     options = [f"--{key}={getattr(args, key)}" for key in SETTING]
-    flags = ["--checkpointing"] if args.checkpointing else []
+    flags = [f"--{flag}" for flag in ("checkpointing", "compile") if getattr(args, flag)]
     command = [sys.executable, "-W", "ignore", "-m", module, "--peak-of", name, *options, *flags]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     return int(done.stdout.split()[-1])
@@ -267,6 +269,7 @@ def main(
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps per contestant")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each transformer block")
     parser.add_argument("--contestants", nargs="+", choices=contestants, default=default)
     parser.add_argument("--peak-of", choices=contestants, help=argparse.SUPPRESS)
     args = parser.parse_args()
