@@ -3,6 +3,7 @@ against dense masked RMSprop, PEFT LoRA and PEFT SHiRA.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step       # CPU, 124M-parameter Llama shape, 4 x 128 tokens
     python -m benchmarks.step --sparsity 0.99 --contestants lota peft_lora_r64
+    python -m benchmarks.step --contestants lota lota_packed lota_padded        # examples of many lengths
     python -m benchmarks.step --shape 8b --batch 8 --length 512 --dtype bfloat16 --device cuda --checkpointing
 
 Contestants take turns within one process, so that drift of the machine hits all alike; a line of JSON per
@@ -14,6 +15,7 @@ measured in a process of its own per contestant. The dense baseline to compare w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -22,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,20 +34,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lota
 from benchmarks.step_report import FAIR_DENSE, LORA, SHIRA, STRUCTURED, Measured, reached, table
-from lota.data.batches import next_tokens
+from lota.data import packed
+from lota.data.batches import Batch, Encoded, collate, next_tokens
 from lota.masks import Mask
 from lota.masks.extract.units import DEFAULT_BLOCK, units_of
 from lota.masks.files import pack
 from lota.models.head import token_logps
 from lota.models.loading import enable_activation_checkpointing, turn_dropout_off
+from lota.models.packed import pack_attention
 from lota.models.scope import find_scope
 from lota.system import peak_memory_bytes
+from lota.train.losses import response_logps
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[torch.Tensor], None]  # one training step on a batch of token ids
+LENGTHS = (128, 96, 80, 64, 56, 40, 32, 16)  # tokens of the examples of a ragged batch: half would be padding
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTING = ("shape", "sparsity", "batch", "length", "dtype", "device")
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied
@@ -55,7 +62,7 @@ SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, 
 }
 
 
-def build_model(args: argparse.Namespace) -> torch.nn.Module:
+def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
     """A Llama of the shape with random weights, the same for every contestant."""
     vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[args.shape]
     config = LlamaConfig(
@@ -95,23 +102,47 @@ def line_mask(model: torch.nn.Module, sparsity: float, granularity: str, block: 
     return Mask(bits, {name: tensor.shape for name, tensor in scope.items()})
 
 
+def examples(ids: torch.Tensor) -> list[Encoded]:
+    """As many tokens as ids has, in twice as many examples; the longest is as long as a row of ids."""
+    shares, tokens = [n * ids.numel() // sum(LENGTHS) for n in LENGTHS], iter(ids.flatten().tolist())
+    n_copies = max(1, len(ids) // 4)
+    return [Encoded(list(islice(tokens, n // n_copies)), 0) for n in shares for _ in range(n_copies)]
+
+
+def backward_examples(
+    layout: Callable[[list[Encoded]], Batch], model: torch.nn.Module, ids: torch.Tensor
+) -> None:
+    batch = layout(examples(ids)).to(ids.device)
+    logps, _ = response_logps(model, batch, contextlib.nullcontext())
+    (-logps.mean()).backward()
+
+
 def backward(model: torch.nn.Module, ids: torch.Tensor) -> None:
     logps = token_logps(model, {"input_ids": ids}, next_tokens(ids))
     (-logps.sum(dim=1).mean()).backward()
 
 
-def ours(args: argparse.Namespace, granularity: str = "element", block: int = DEFAULT_BLOCK) -> Step:
-    """LoTA: compact state, fused into the backward pass."""
+def ours(
+    args: argparse.Namespace,
+    granularity: str = "element",
+    block: int = DEFAULT_BLOCK,
+    layout: Callable[[list[Encoded]], Batch] | None = None,
+) -> Step:
+    """LoTA: compact state, fused into the backward pass. layout: of a ragged batch with as many tokens."""
     model = build_model(args)
+    if layout is packed.pack:
+        pack_attention(model.eval(), args.shape)
+        model.train()
     if granularity == "element":
         mask = random_mask(model, args.sparsity)
     else:
         mask = line_mask(model, args.sparsity, granularity, block)
     optimizer = lota.MaskedRMSprop(model, mask, lr=1e-5, grad_norm_strategy="even", max_grad_norm=10.0)
     lota.fuse_in_backward(optimizer)
+    forward_backward = backward if layout is None else partial(backward_examples, layout)
 
     def step(ids: torch.Tensor) -> None:
-        backward(model, ids)
+        forward_backward(model, ids)
         optimizer.step()
 
     return step
@@ -189,6 +220,8 @@ CONTESTANTS: Contestants = {
     "peft_shira_r64": adapter(shira_config),
     "lota_rows": partial(ours, granularity="row"),
     "lota_columns": partial(ours, granularity="column"),
+    "lota_packed": partial(ours, layout=packed.pack),
+    "lota_padded": partial(ours, layout=partial(collate, pad_token_id=0)),
     "lota_blocks": partial(ours, granularity="block"),
 }
 DEFAULT = ["lota", *STRUCTURED, FAIR_DENSE, "dense_masked_rmsprop", LORA, SHIRA]
