@@ -53,7 +53,7 @@ def padded_share(rows: Sequence[Encoded], batches: Sequence[Sequence[int]]) -> f
 
 def trainer(args: argparse.Namespace, layout: Layout) -> Callable[[list[Encoded]], None]:
     """A training step of a model of its own."""
-    model: PreTrainedModel = load_model(args.model) if args.shape is None else build_model(args)  # type: ignore[assignment]
+    model: PreTrainedModel = load_model(args.model) if args.shape is None else build_model(args)
     if layout is pack:
         pack_attention(model.eval(), args.shape or args.model)
     optimizer = lota.MaskedRMSprop(model.to(args.device).train(), random_mask(model, args.sparsity), lr=1e-5)

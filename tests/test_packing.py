@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,40 @@ def test_work_grows_with_the_examples_and_not_with_the_row(monkeypatch):
     monkeypatch.setattr(packed, "sdpa_attention_forward", watched)
     logps_of(model, pack(rows()))
     assert lengths == [(len(row), len(row)) for row in rows()] * 2  # two layers
+
+
+def varlen_by_its_documentation(query, key, value, starts, starts_k, longest, longest_k, **options):
+    """torch.nn.attention.varlen.varlen_attn: (tokens, heads, d) each, cut at `starts`, causal, scaled."""
+    assert starts is starts_k and longest == longest_k and options["window_size"] == (-1, 0)
+    assert starts.dtype == torch.int32 and longest == starts.diff().max()
+    share = query.shape[1] // key.shape[1]
+    assert options["enable_gqa"] == (share > 1)
+    outputs = []
+    for start, end in pairwise(starts.tolist()):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))  # (heads, n, d)
+        k, v = (t.repeat_interleave(share, dim=0) for t in (k, v))
+        scores = q @ k.transpose(1, 2) * options["scale"]
+        later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        outputs.append((scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_what_the_kernel_of_a_gpu_is_given(kind, monkeypatch):
+    plain, calls = make(kind), []
+    model = copy.deepcopy(plain)
+
+    def kernel(*args, **options):
+        calls.append(1)
+        return varlen_by_its_documentation(*args, **options)
+
+    monkeypatch.setattr(packed, "_kernel", lambda: kernel)
+    no_mask = lambda *args: all(own is None for own in args[4].masks)  # noqa: E731  # the rest asks for a GPU
+    monkeypatch.setattr(packed, "_kernel_fits", no_mask)
+    pack_attention(model.eval(), kind)
+    want, calls[:] = alone(plain), []
+    assert_same(logps_of(model, pack(rows())), torch.stack(want), terms=chain(plain, tokens=50))
+    assert len(calls) == (0 if kind == "mistral" else 2)  # layers; windows are masks of their own
 
 
 @pytest.mark.parametrize(

@@ -158,10 +158,12 @@ def _kernel_fits(
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
         and not options.get("dropout")
         and options.get("softcap") is None
         and all(own is None for own in mask.masks)
         and (getattr(module, "is_causal", True) if causal is None else causal)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and _kernel() is not None
     )
 
