@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -22,7 +25,7 @@ from lota.models.loading import enable_activation_checkpointing
 from lota.models.packed import pack_attention, packed_inputs
 from lota.optim import compiled
 from lota.optim.compiled import CompiledBlocks, compile_blocks
-from tests.runs import stopped_after, train
+from tests.runs import ROOT, metrics, stopped_after, train
 from tests.test_autograd import LOSSES, LR, SIZE, Net, assert_steps_alike, inputs, make_mask, values
 from tests.tiny import line_mask, make, random_mask
 
@@ -67,6 +70,13 @@ def fused(kind: str, net: type[Net] = Net):
 
 
 # The contract with autograd (tests/test_autograd.py)
+
+
+@pytest.mark.slow
+def test_compiled_code_makes_the_dense_step(compiler):
+    model, optimizer, blocks = fused("rows")
+    assert_steps_alike(model, optimizer, LOSSES["plain"])
+    assert blocks.reason is None and graphs() == 1
 
 
 @pytest.mark.parametrize("kind", ["gathered", "sampled", "rows"])
@@ -283,14 +293,27 @@ def test_too_many_graphs_end_it(caplog, monkeypatch):
     assert "limit" in blocks.reason
 
 
+WITHOUT = """
+from tests.test_compiled import LOSSES, assert_steps_alike, fused
+model, optimizer, blocks = fused("rows")
+assert_steps_alike(model, optimizer, LOSSES["plain"])
+print(blocks.reason)
+"""
+
+
 @pytest.mark.slow
-def test_without_a_compiler_blocks_run_as_they_are(compiler, caplog, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    model, optimizer, blocks = fused("rows")
-    with caplog.at_level(logging.WARNING, "lota"):
-        assert_steps_alike(model, optimizer, LOSSES["plain"])
-    assert "C++ compiler" in blocks.reason
-    assert len([r for r in caplog.records if r.name == "lota.optim.compiled"]) == 1
+def test_without_a_compiler_blocks_run_as_they_are(tmp_path):
+    nowhere = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=ROOT,
+        env=os.environ | nowhere,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "C++ compiler" in done.stdout
+    assert done.stderr.count("the transformer blocks run uncompiled: ") == 1
 
 
 # Runs
@@ -307,10 +330,14 @@ RUN = ("n_examples=48", "mask_path=0.9_mask.pt", "lr_scheduler=linear", "eval_ev
 
 
 @pytest.mark.slow
-def test_a_run_is_that_of_an_uncompiled_one_and_resumes_bit_for_bit(mask, compiler):
-    _, plain = train("exp_name=plain", *RUN)
-    _, folder = train("exp_name=compiled", "compile=true", *RUN)
-    assert policies_differ_by(plain, folder) < 1e-5
+def test_a_run_is_that_of_an_uncompiled_one_and_resumes_bit_for_bit(mask):
+    plain, _ = train("exp_name=plain", *RUN)
+    trainer, folder = train("exp_name=compiled", "compile=true", *RUN)
+    losses = [
+        [line["loss/train"] for line in metrics(each) if "loss/train" in line] for each in (plain, trainer)
+    ]
+    # RMSprop divides by the gradient's own size: where that is all rounding, a step is as large as any other
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=0.0)
     made = graphs()
     assert 0 < made <= 4  # first block, the others, both without gradients
     with stopped_after(2):
