@@ -3,6 +3,7 @@
 # make families: the whole method on a tiny model of every family of transformers (docs/MODELS.md).
 # make faults: every command killed at each of its file operations (docs/RELIABILITY.md).
 # make test-portable: all tests under other kernels and numbers of threads (scripts/test_portable.sh).
+# make gpu: all measurements on a GPU, and its tests, with the Python that is there (docs/BENCHMARKS.md).
 # make mutants: faults put into the modules that decide results; MODULES="optim/ topk" for some (docs/MUTANTS.md).
 # ARGS="-k masks" goes to pytest, WORKERS=0 runs in one process, OMP_NUM_THREADS=2 gives each two threads.
 # Each makes the environment it needs in .venv when that is missing or its pins have changed.
@@ -11,7 +12,7 @@ BIN := .venv/bin
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: demo families faults test test-fast test-portable mutants lint clean
+.PHONY: demo families faults gpu test test-fast test-portable mutants lint clean
 
 demo: .venv/.run
 	$(BIN)/python scripts/demo.py
@@ -30,6 +31,9 @@ faults: .venv/.dev
 
 test-portable: .venv/.dev
 	PYTHON=$(BIN)/python scripts/test_portable.sh $(ARGS)
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 mutants: .venv/.dev
 	$(BIN)/python -m scripts.mutants $(MODULES) $(ARGS)

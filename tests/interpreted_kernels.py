@@ -156,7 +156,7 @@ def test_every_rule(rule, dtype, strategy):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "dense"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "deferred"])
 def test_every_kind_of_kept_entries(kind, dtype, fused):
     case = Case(kind, dtype)
@@ -185,7 +185,7 @@ def test_many_blocks_of_entries_per_program(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
     monkeypatch.setattr(kernels, "PROGRAMS", 3)
     for kind in ("entries", "blocks", "dense"):
-        Case(kind, torch.bfloat16, [(70, 51), (17, 19)]).assert_same("RMSprop", strategy="global")
+        Case(kind, torch.float16, [(70, 51), (17, 19)]).assert_same("RMSprop", strategy="global")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy, in the interpreter
@@ -258,18 +258,16 @@ def test_products_of_blocks(dtype, shape, tile, monkeypatch):
 
 
 class Counted(TorchDispatchMode):
-    """Counts what runs on the device: torch's operations that compute, and kernels."""
+    """Counts what would run on the device: torch's operations that compute, and kernels, which do not run."""
 
     VIEWS = ("empty", "view", "detach", "alias", "select", "slice", "split", "reshape", "unsqueeze", "t")
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.count, self.kernels = 0, 0
-        launch = launches._launch
 
         def counted(*arguments, **constants):
             self.kernels += 1
-            launch(*arguments, **constants)
 
         monkeypatch.setattr(launches, "_launch", counted)
 
@@ -304,12 +302,13 @@ def test_after_backward_launches_do_not_depend_on_the_number_of_parameters(
         )
         if fused:
             lota.fuse_in_backward(optimizer, accumulation)
-        sum(p.square().sum() for p in parameters.values()).backward()
-        optimizer.step()  # the first one finds out where tiles lie
-        optimizer.zero_grad()
+        for kept in optimizer.kept.values():
+            assert kept.stretches  # found out once
+        mode = Counted(monkeypatch)
         sum(p.square().sum() for p in parameters.values()).backward()  # a last batch that is short
+        mode.kernels = 0
         launches._on_device.cache_clear()  # every table is uploaded
-        with Counted(monkeypatch) as counted:
+        with mode as counted:
             optimizer.step()
         waits = strategy == "global" or accumulation > 1 or not fused
         assert (counted.kernels > 0) == waits

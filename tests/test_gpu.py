@@ -152,3 +152,125 @@ def test_packed_examples_are_what_they_are_alone(architecture, monkeypatch):
     monkeypatch.setattr(packed, "_kernel", lambda: None)
     for a, b in zip(by_kernel, losses_and_gradient(), strict=True):
         assert (a - b).norm() <= 0.03 * b.norm()
+
+
+# Kernels (lota/optim/launches.py) against the plain path on the same device
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """A function that calls another one on the plain path."""
+    from lota.optim import launches
+
+    def call(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(launches, "DEVICES", set())
+            return function(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["entries", "row", "column", "block", "dense"])
+@pytest.mark.parametrize("strategy", ["even", "global"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_compute_what_the_plain_path_computes(kind, strategy, fused, dtype, without_kernels):
+    """Masters are compared: fp32 values that both paths round alike."""
+    model = tiny.make("llama")
+    if kind == "entries":
+        mask = tiny.random_mask(model)
+    else:
+        mask = None if kind == "dense" else tiny.line_mask(model, kind)
+    got, optimizer = train(model, mask, fused=fused, strategy=strategy, dtype=dtype)
+    assert all(optimizer._has_kernels(p) for p in optimizer.names)
+    _, plain = without_kernels(train, model, mask, fused=fused, strategy=strategy, dtype=dtype)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    for (_, places, values), (_, others, wanted) in zip(
+        optimizer.kept_values(), plain.kept_values(), strict=True
+    ):
+        assert places is None or torch.equal(places, others)
+        torch.testing.assert_close(values, wanted, **close)
+    assert optimizer.grad_norm == pytest.approx(plain.grad_norm, rel=1e-2)
+    if mask is not None:
+        assert tiny.count_moved(got, model.to(dtype), mask) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", [16, 64, 128])
+def test_blocks_in_one_launch(side, dtype, without_kernels):
+    from lota.masks import Mask
+    from lota.optim.kept import kept_entries
+    from lota.optim.products import Tiled
+
+    height, width, tokens = 5 * side, 6 * side + 8, 1000  # the last blocks are cut off
+    grid = torch.rand(5, 7, generator=torch.manual_seed(0)) < 0.4
+    grid[0] = torch.tensor([True, False, False, True, True, False, True])
+    flags = grid.repeat_interleave(side, 0).repeat_interleave(side, 1)[:, :width].contiguous()
+    product = Tiled(kept_entries(Mask.from_dense({"w": flags}), "w", torch.device("cuda")))
+    a, b = (torch.randn(tokens, n, device="cuda").to(dtype) for n in (height, width))
+    got, want = product(a, b), without_kernels(product, a, b)
+    narrow = dtype != torch.float32  # the plain path rounds the product to it
+    torch.testing.assert_close(got, want, rtol=1e-2 if narrow else 1e-4, atol=0.2 if narrow else 1e-3)
+
+
+def test_updates_from_whole_gradients_of_a_large_weight(without_kernels):
+    """More entries than all programs take at once, in one parameter."""
+    from lota.masks import Mask
+
+    shape = (4096, 2048)
+    flags = torch.rand(shape, generator=torch.manual_seed(0)) < 0.5
+    found = []
+    for call in (lambda function: function(), without_kernels):
+
+        def learn():
+            generator = torch.Generator("cuda").manual_seed(1)
+            p = torch.nn.Parameter(torch.randn(shape, device="cuda", generator=generator).bfloat16())
+            optimizer = lota.MaskedAdamW([("w", p)], Mask.from_dense({"w": flags}), lr=1e-3, eps=1e-3)
+            lota.fuse_in_backward(optimizer)
+            for _ in range(3):
+                (p.float() * torch.randn(shape, device="cuda", generator=generator)).sum().backward()
+                optimizer.step()
+            return p.detach(), optimizer.state[p]["master"], optimizer.grad_norm
+
+        found.append(call(learn))
+    (p, master, norm), (_, wanted, plain_norm) = found
+    torch.testing.assert_close(master, wanted, rtol=1e-5, atol=1e-6)
+    assert norm == pytest.approx(plain_norm, rel=1e-5)
+    assert torch.equal(p[flags.cuda()], master.bfloat16())
+
+
+# What the trainer adds
+
+
+def test_compiled_blocks_train_as_plain_ones():
+    from lota.optim.compiled import compile_blocks
+
+    start, found = tiny.make("llama").to("cuda"), []
+    mask = tiny.random_mask(start.cpu())
+    for is_compiled in (False, True):
+        model = copy.deepcopy(start).to("cuda")
+        optimizer = lota.MaskedRMSprop(model, mask, lr=1e-3, eps=1e-3)
+        lota.fuse_in_backward(optimizer)
+        if is_compiled:
+            blocks = compile_blocks(model)
+        tiny.learn(model, optimizer)
+        found.append(list(model.parameters()))
+    assert blocks.reason is None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", ["bfloat16", "factored"])
+def test_calibration_in_little_memory_repeats_itself(state):
+    """bf16 weights without masters, rounded by lot: the same bits each time, and it moves."""
+    start, runs = tiny.make("llama").to("cuda", torch.bfloat16), []
+    for _ in range(2):
+        model = copy.deepcopy(start)
+        options = {"masters": False, "stochastic_rounding": True, "optimizer_state": state}
+        optimizer = lota.MaskedRMSprop(model, lr=1e-3, **options)
+        lota.fuse_in_backward(optimizer)
+        tiny.learn(model, optimizer)
+        runs.append(list(model.parameters()))
+    for a, b, before in zip(*runs, start.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=1e-4)  # sums on a GPU may change their order
+        assert not torch.equal(a, before)
