@@ -43,7 +43,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
             assert part["seconds"] > 0 and part["peak_gib"] > 0 and part["trained_entries"] > 0, name
     dense, tenth = (found["parts"][name]["trained_entries"] for name in ("calibration", "lota s=0.9"))
     assert tenth < 0.1 * dense  # embeddings are not in the scope
-    assert 0.9 < found["parts"]["blocks s=0.9"]["trained_entries"] / tenth < 1.2
+    assert 0.9 < found["parts"]["rows s=0.9"]["trained_entries"] / tenth < 1.1  # weights have too few blocks
     contestants = found["parts"]["kernels"]["update s=0.9"]
     assert contestants.keys() == {"plain", "kernels", "torch.compile"}
     assert all(isinstance(value, float) for value in contestants.values())
