@@ -124,3 +124,12 @@ def test_show_says_that_a_mask_is_not_what_it_says(tmp_path, capsys):
     mask_tools.main(["show", str(tmp_path / "m.pt")])
     shown = capsys.readouterr().out
     assert "keeps some rows in part, in layers.0.q.weight" in shown and "kept entries (%)" in shown
+    Mask.from_dense({"q.weight": torch.ones(4, 4).bool()}, meta | {"granularity": "block"}).save(
+        tmp_path / "m.pt"
+    )
+    mask_tools.main(["show", str(tmp_path / "m.pt")])
+    assert "block=None, which is no side of a block" in capsys.readouterr().out
+    rows = torch.eye(4, dtype=torch.bool)[:, :1].expand(4, 3)  # a file of a release without blocks
+    Mask.from_dense({"layers.0.q.weight": rows.clone()}, meta).save(tmp_path / "m.pt")
+    mask_tools.main(["show", str(tmp_path / "m.pt")])
+    assert re.search(r"kept rows by layer and module:\nlayer +q\n0 +1 of 4\n", capsys.readouterr().out)

@@ -115,7 +115,7 @@ def _show_units(mask: Mask, folder: str | None, name: str, stem: str) -> None:
         return
     if not found:
         return
-    kind, side = mask.meta["granularity"], mask.meta["block"]
+    kind, side = mask.meta["granularity"], mask.meta.get("block")
     kinds = f"blocks of {side} x {side}" if kind == "block" else f"{kind}s"
     print(f"kept {kinds} by layer and module:", *aligned(unit_counts(found).counts()), sep="\n", end="\n\n")
     if folder:

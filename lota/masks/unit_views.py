@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lota import plots
 from lota.masks import Mask
-from lota.masks.extract.units import DEFAULT_BLOCK, Units
+from lota.masks.extract.units import Units
 from lota.masks.views import Density, arranged, layout
 from lota.utils import first_few
 
@@ -56,12 +56,14 @@ def kept_units(mask: Mask) -> dict[str, KeptUnits]:
     """Parameter name -> its kept units, of a mask that says it keeps whole ones; else empty.
 
     Whether a row lies along the lines of the stored matrix or across them, the kept entries tell.
-    Raises ValueError if entries of a unit are kept without the others.
+    Raises ValueError if entries of a unit are kept without the others, or the side of a block is not known.
     """
     granularity = mask.meta.get("granularity")
     if granularity not in ("row", "column", "block"):
         return {}
-    side = int(mask.meta.get("block") or DEFAULT_BLOCK)
+    side: Any = mask.meta.get("block")
+    if granularity == "block" and not (isinstance(side, int) and side > 0):
+        raise ValueError(f"the mask says granularity=block and block={side}, which is no side of a block")
     found, broken = {}, []
     for name in mask.names:
         *stacks, height, width = mask.shapes[name]
