@@ -33,6 +33,8 @@ def test_stages(tmp_path, monkeypatch):
     assert usual["kept"] < dense["kept"] and usual["nats"] != dense["nats"] != base["nats"]
     assert usual["shared"] == 1.0 > largest["shared"] and usual["energy"] >= largest["energy"] > 0
     assert all(set(cell["scores"]) == {"exact_match"} for cell in cells)
+    made.adapt("toy_sort", 0, "block 64", 0.99, "sum of squares, per tensor")  # 1 % of a matrix is no block
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 4
     # what lies in the kept entries, from the models as transformers loads them
     before = load_model(TINY.base).state_dict()
     after = load_model(TINY.base, archive=dense["folder"]).state_dict()
