@@ -189,6 +189,14 @@ def test_a_row_without_change_is_never_kept(tmp_path, caplog):
     assert "saliency is 0" in caplog.text
 
 
+def test_masks_into_which_no_block_fits(tmp_path):
+    base_path, tuned_path, _, _ = make_pair(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no whole block fits into .*per=tensor keeps at sparsities=\[0.99\]"
+    ):
+        lota.extract(base_path, tuned_path, [0.99], granularity="block", block=BLOCK, per="tensor")
+
+
 def test_vectors_have_no_rows(tmp_path):
     base_path, tuned_path, _, _ = make_pair(tmp_path)
     with pytest.raises(ValueError, match=r"granularity=row .*norm\.weight has the shape \(32,\)"):

@@ -198,15 +198,24 @@ def select(
         mask = Mask({name: torch.from_numpy(bits[i][name]) for name in quota.sizes}, shapes, meta)
         mask.meta["kept"] = mask.n_kept
         masks[sparsity] = mask
-    _refuse_empty(quota, masks)
+    _refuse_empty(quota, masks, any(cut.by_size for each in cuts for cut in each.values()))
     return masks
 
 
-def _refuse_empty(quota: Quota, masks: Mapping[float, Mask]) -> None:
-    """Raise ValueError if there was nothing to keep, so that no mask would let anything train."""
+def _refuse_empty(quota: Quota, masks: Mapping[float, Mask], by_size: bool) -> None:
+    """Raise ValueError if there was nothing to keep, so that no mask would let anything train.
+
+    by_size: there was something, but no whole unit fitted.
+    """
     asked = sum(sum(quota.counts(names)) for names in quota.pools.values())
     if not asked or any(mask.n_kept for mask in masks.values()):
         return
+    if by_size:
+        kind, per = quota.rule.granularity, quota.rule.per
+        raise ValueError(
+            f"no whole {kind} fits into what a mask with granularity={kind}, per={per} keeps at sparsities="
+            f"{[*masks]}: choose a lower one, per=global or smaller blocks"
+        )
     base, tuned = quota.pair.sources["base"].id, quota.pair.sources.get("tuned")
     outside = " that the protected masks leave" if quota.rule.protect else ""
     if tuned is None:
