@@ -96,6 +96,10 @@ BAD = [
     (["adapter=lora"], ["choose method=lora"]),
     (["protect_masks=[absent.pt]"], ["absent.pt does not exist"]),
     (["exp_name=../up"], ["exp_name=../up"]),
+    (["method=lota", "optimizer_state=factored"], ["method=lota: its masks keep single entries"]),
+    (["method=random", "+task_overrides.two.optimizer_state=factored"], ["method=random: its masks keep"]),
+    (["calibrate.optimizer_state=factored"], ["calibrate.optimizer_state=factored", "what other tasks keep"]),
+    (["+task_overrides.two.calibrate.optimizer_state=factored"], ["leaves alone what other tasks keep"]),
 ]  # fmt: skip
 
 
@@ -104,6 +108,13 @@ def test_bad_settings_are_refused_before_anything_is_trained(workplace, override
     text = refused(*overrides)
     assert [part for part in expected if part not in text] == []
     assert not (workplace / "cache").exists()
+
+
+def test_calibrations_that_are_alone_may_be_factored():
+    assert checked("method=lota", "calibrate.optimizer_state=factored")
+    assert checked("method=fft", "optimizer_state=factored")
+    text = refused("optimizer_state=factored")
+    assert text.count("its masks keep single entries") == text.count("what other tasks keep") == 1
 
 
 def test_tasks_and_masks_are_told_with_the_other_problems(workplace):

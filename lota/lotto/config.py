@@ -178,17 +178,13 @@ def sequence_problems(c: LottoConfig) -> Iterator[str]:
             yield f"{key}={getattr(c, key)}: not with a sequence of tasks; {remedy}"
     if c.adapter.name not in ("none", "lora" if c.method == "lora" else "none"):
         yield f"adapter={c.adapter.name} with method={c.method}: choose method=lora or adapter=none"
-    if c.optimizer_state == "factored" and c.method in METHODS and c.learning.saliency is not None:
-        yield (
-            f"optimizer_state=factored with method={c.method}: its masks keep single entries; give "
-            "calibrate.optimizer_state=factored, which is for the dense runs"
-        )
     if c.method == "random" and c.freeze_layers:
         yield f"method=random with freeze_{c.freeze_layers}_layers=true: its masks span all layers"
     yield from value_problems(c)
     yield from _override_problems(c)
     if c.method in METHODS:
         yield from _stage_problems(c)
+        yield from dict.fromkeys(_factored_problems(c))
 
 
 def _override_problems(c: LottoConfig) -> Iterator[str]:
@@ -216,3 +212,18 @@ def _stage_problems(c: LottoConfig) -> Iterator[str]:
             if calibration.lr == 0 and c.own(task, "mask_path") is None:
                 key = "lr" if c.own(task, "lr") == 0 else "calibrate.lr"
                 yield f"{key}=0 ({task}): the calibration would change nothing, and no mask come of it"
+
+
+def _factored_problems(c: LottoConfig) -> Iterator[str]:
+    """Of runs under masks: those of tasks, and calibrations that leave alone what other tasks keep."""
+    remedy = "means of rows and columns are of whole matrices; choose optimizer_state=bfloat16"
+    together = bool(c.protect_masks) or (c.learning.protects and len(c.tasks) > 1)
+    for task in c.tasks if c.learning.saliency is not None else []:
+        if c.own(task, "optimizer_state") == "factored":
+            yield f"optimizer_state=factored with method={c.method}: its masks keep single entries; {remedy}"
+        calibrated = c.learning.calibrated and c.own(task, "mask_path") is None
+        if calibrated and together and c.calibration(task).optimizer_state == "factored":
+            yield (
+                f"calibrate.optimizer_state=factored with method={c.method}: a calibration leaves alone "
+                f"what other tasks keep; {remedy}"
+            )
