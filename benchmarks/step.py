@@ -178,11 +178,18 @@ def dense_masked(args: argparse.Namespace, scope_only: bool = False) -> Step:
     return lambda ids: backward(model, ids)
 
 
-def adapter_step(model: torch.nn.Module, config: PeftConfig) -> Step:
-    """A PEFT adapter on all linear layers of `model`, trained with torch's RMSprop."""
+def adapted(model: torch.nn.Module, config: PeftConfig) -> torch.nn.Module:
+    """The model with a PEFT adapter in its own dtype: in fp32, PEFT's default beside bf16 weights, the
+    adapter's products would be fp32 and slow, which users avoid by autocast.
+    """
     from peft import get_peft_model
 
-    wrapped = get_peft_model(model, config)
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def adapter_step(model: torch.nn.Module, config: PeftConfig) -> Step:
+    """A PEFT adapter on all linear layers of `model`, trained with torch's RMSprop."""
+    wrapped = adapted(model, config)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.RMSprop(trained, lr=1e-5, alpha=0.99)
 

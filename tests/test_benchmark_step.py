@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
@@ -77,3 +78,13 @@ def test_a_small_run(monkeypatch, capsys):
     assert [line["contestant"] for line in lines] == names
     assert all(len(line["seconds"]) == 2 for line in lines)
     assert "dense_masked" in printed.splitlines()[-1] and "wanted" not in printed  # of another shape
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft reads it
+def test_adapters_have_the_dtype_of_the_model():
+    """A baseline that multiplied its adapters in fp32 beside bf16 weights would be slow for no reason."""
+    args = argparse.Namespace(shape="tiny", dtype="bfloat16", device="cpu", checkpointing=False, length=8)
+    for config in step.lora_config(), step.shira_config():
+        model = step.adapted(step.build_model(args), config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained and {p.dtype for p in trained} == {torch.bfloat16}
