@@ -66,8 +66,8 @@ def arrange(moment: str, n: int) -> None:
             counter.hit()
         replace(source, target)
 
-    def apply_some(self, p, grad):
-        apply(self, p, grad)
+    def apply_some(self, p, *more):
+        apply(self, p, *more)
         if moment == "backward" and p is list(self.names)[3]:
             counter.hit()
 

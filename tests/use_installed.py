@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,6 +99,26 @@ def train_a_step(optimizer_name: str, fuse_name: str | None, mask: Any) -> None:
         assert not (change & ~mask.dense(name)).any() if name in mask else not change.any()
 
 
+def train_narrow_weights() -> None:
+    """bf16 weights without masters lose steps of 1e-6, and a warning says how many."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = new_model().bfloat16()
+        optimizer = lota.MaskedRMSprop(model, lr=1e-6, masters=False)
+        for _ in range(10):
+            loss_of(model, TOKENS).backward()
+            optimizer.step()
+    assert [True for warning in told if warning.category is lota.SwallowedUpdatesWarning]
+
+
+def compile_and_undo() -> None:
+    model = new_model()
+    blocks = lota.compile_blocks(model)
+    assert blocks.blocks == list(model.model.layers) and "forward" in vars(model.model.layers[0])
+    blocks.undo()
+    assert "forward" not in vars(model.model.layers[0])
+
+
 def use_deltas() -> None:
     """Write the tuned model as a delta; apply it to files and to a loaded model, and undo both."""
     file, applied, reverted = FOLDER / "delta.safetensors", FOLDER / "applied", FOLDER / "reverted"
@@ -124,6 +145,8 @@ def main() -> None:
     for optimizer in ("MaskedAdamW", "MaskedRMSprop", "MaskedSGD"):
         for fuse in (None, "fuse_in_backward", "apply_mask_in_backward"):
             train_a_step(optimizer, fuse, mask)
+    train_narrow_weights()
+    compile_and_undo()
     assert hasattr(lota.FusedCallback(), "on_train_begin")
     use_deltas()
     unused = [*lota.unused(), *(f"delta.{name}" for name in delta.unused())]

@@ -121,8 +121,11 @@ def norm_of(grad: Tensor) -> Tensor:
     """Norm of a gradient (kept,), fp32 (), summed in fp32 without a wide copy of it."""
     if grad.dtype == torch.float32:
         return torch.linalg.vector_norm(grad)
-    norms = [torch.linalg.vector_norm(grad[piece].float()) for piece in pieces(len(grad), grad.device)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    cuts = list(pieces(len(grad), grad.device))
+    norms = torch.empty(len(cuts), device=grad.device)  # one tensor: small ones would stand between the pieces
+    for norm, piece in zip(norms, cuts, strict=True):
+        norm.copy_(torch.linalg.vector_norm(grad[piece].float()))
+    return torch.linalg.vector_norm(norms)
 
 
 def update_in_pieces(
