@@ -78,9 +78,13 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
     turn_dropout_off(model)
     if args.checkpointing:
         enable_activation_checkpointing(model)
+    return model.train()
+
+
+def compile_if_asked(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Compile the blocks; after an optimizer is fused, whose compact gradients become part of them."""
     if getattr(args, "compile", False):
         lota.compile_blocks(model)
-    return model.train()
 
 
 def random_mask(model: torch.nn.Module, sparsity: float) -> Mask:
@@ -139,6 +143,7 @@ def ours(
         mask = line_mask(model, args.sparsity, granularity, block)
     optimizer = lota.MaskedRMSprop(model, mask, lr=1e-5, grad_norm_strategy="even", max_grad_norm=10.0)
     lota.fuse_in_backward(optimizer)
+    compile_if_asked(args, model)
     forward_backward = backward if layout is None else partial(backward_examples, layout)
 
     def step(ids: torch.Tensor) -> None:
@@ -175,6 +180,7 @@ def dense_masked(args: argparse.Namespace, scope_only: bool = False) -> Step:
 
     for p in square_avg:
         p.register_post_accumulate_grad_hook(hook)
+    compile_if_asked(args, model)
     return lambda ids: backward(model, ids)
 
 
@@ -203,7 +209,13 @@ def adapter_step(model: torch.nn.Module, config: PeftConfig) -> Step:
 
 
 def adapter(config_of: Callable[[], PeftConfig]) -> Callable[[argparse.Namespace], Step]:
-    return lambda args: adapter_step(build_model(args), config_of())
+    def build(args: argparse.Namespace) -> Step:
+        model = build_model(args)
+        step = adapter_step(model, config_of())
+        compile_if_asked(args, model)
+        return step
+
+    return build
 
 
 def lora_config() -> PeftConfig:

@@ -26,7 +26,9 @@ def test_contestants_compute_the_same(trains):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("peaks", [[], pytest.param(["--peaks"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "peaks", [[], pytest.param(["--peaks", "--contestants", "inside"], marks=pytest.mark.slow)]
+)
 def test_a_small_run(monkeypatch, capsys, peaks):
     options = ["--tokens", "8", "--words", "40", "--width", "4", "--rounds", "1", *peaks]
     monkeypatch.setattr(sys, "argv", ["head", *options])

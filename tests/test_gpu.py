@@ -242,11 +242,12 @@ def test_updates_from_whole_gradients_of_a_large_weight(without_kernels):
 # What the trainer adds
 
 
-def test_compiled_blocks_train_as_plain_ones():
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_compiled_blocks_train_as_plain_ones(granularity):
     from lota.optim.compiled import compile_blocks
 
-    start, found = tiny.make("llama").to("cuda"), []
-    mask = tiny.random_mask(start.cpu())
+    start, found = tiny.make("llama"), []
+    mask = tiny.random_mask(start) if granularity == "element" else tiny.line_mask(start, granularity)
     for is_compiled in (False, True):
         model = copy.deepcopy(start).to("cuda")
         optimizer = lota.MaskedRMSprop(model, mask, lr=1e-3, eps=1e-3)
@@ -262,7 +263,7 @@ def test_compiled_blocks_train_as_plain_ones():
 
 @pytest.mark.parametrize("state", ["bfloat16", "factored"])
 def test_calibration_in_little_memory_repeats_itself(state):
-    """bf16 weights without masters, rounded by lot: the same bits each time, and it moves."""
+    """bf16 weights without masters, rounded by lot: the same lots each time, and it moves."""
     start, runs = tiny.make("llama").to("cuda", torch.bfloat16), []
     for _ in range(2):
         model = copy.deepcopy(start)

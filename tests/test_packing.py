@@ -200,7 +200,7 @@ def test_what_the_kernel_of_a_gpu_is_given(kind, monkeypatch):
         calls.append(1)
         return varlen_by_its_documentation(*args, **options)
 
-    monkeypatch.setattr(packed, "_kernel", lambda: kernel)
+    monkeypatch.setattr(packed, "varlen_kernel", lambda: kernel)
     no_mask = lambda *args: all(own is None for own in args[4].masks)  # noqa: E731  # the rest asks for a GPU
     monkeypatch.setattr(packed, "_kernel_fits", no_mask)
     pack_attention(model.eval(), kind)

@@ -164,12 +164,12 @@ def _kernel_fits(
         and all(own is None for own in mask.masks)
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and _kernel() is not None
+        and varlen_kernel() is not None
     )
 
 
 @cache
-def _kernel() -> Any:
+def varlen_kernel() -> Any:
     """torch.nn.attention.varlen.varlen_attn as torch 2.13 has it; None in a torch where it takes less."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -181,7 +181,7 @@ def _kernel() -> Any:
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scaling: float | None) -> Tensor:
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, d)
-    output = _kernel()(
+    output = varlen_kernel()(
         query,
         key,
         value,

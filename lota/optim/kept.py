@@ -218,8 +218,11 @@ class Tiles(Kept):
 
 
 def _is_long(numel: int) -> bool:
-    """Whether positions in a tensor of so many entries need int64."""
-    return numel > torch.iinfo(torch.int32).max
+    """Whether positions in a tensor of so many entries need int64.
+
+    Kernels count to the end of a stretch and up to a step of all their programs beyond it.
+    """
+    return numel > torch.iinfo(torch.int32).max - (1 << 22)
 
 
 def _ranges(length: int, side: int) -> list[tuple[slice, int]]:

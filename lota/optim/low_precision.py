@@ -122,7 +122,9 @@ def norm_of(grad: Tensor) -> Tensor:
     if grad.dtype == torch.float32:
         return torch.linalg.vector_norm(grad)
     cuts = list(pieces(len(grad), grad.device))
-    norms = torch.empty(len(cuts), device=grad.device)  # one tensor: small ones would stand between the pieces
+    norms = torch.empty(
+        len(cuts), device=grad.device
+    )  # one tensor: small ones would stand between the pieces
     for norm, piece in zip(norms, cuts, strict=True):
         norm.copy_(torch.linalg.vector_norm(grad[piece].float()))
     return torch.linalg.vector_norm(norms)
@@ -237,22 +239,23 @@ def _average_factors(
 class Swallowed:
     """Counts updates that rounding to the nearest value of a narrow dtype undoes, and warns of them once."""
 
-    made: list[Tensor] = field(default_factory=list)  # entries whose fp32 value changed, ...
-    lost: list[Tensor] = field(default_factory=list)  # ... and of them those that stayed as they were
+    # on each device: entries whose fp32 value changed, and of them those that stayed as they were, int64 (2,)
+    counts: dict[torch.device, Tensor] = field(default_factory=dict)
     told: bool = False
 
     def count(self, before: Tensor, wide: Tensor, rounded: Tensor) -> None:
         """before, rounded: values in the narrow dtype; wide: what was rounded, fp32."""
         changed = wide != before.float()
-        self.made.append(changed.sum())
-        self.lost.append((changed & (rounded == before)).sum())
+        found = torch.stack([changed.sum(), (changed & (rounded == before)).sum()])
+        counts = self.counts.setdefault(found.device, torch.zeros_like(found))
+        counts.add_(found)
 
     def warn(self, updates: int, dtype: torch.dtype, lr: float) -> None:
         """Warn if enough were lost, once the first updates are made. updates: made so far."""
-        if self.told or updates < _WATCHED or not self.made:
+        if self.told or updates < _WATCHED or not self.counts:
             return
-        made, lost = (sum(int(n) for n in counts) for counts in (self.made, self.lost))
-        self.told, self.made, self.lost = True, [], []
+        made, lost = (sum(each) for each in zip(*(c.tolist() for c in self.counts.values()), strict=True))
+        self.told, self.counts = True, {}
         if made and lost / made >= _WORTH_TELLING:
             warnings.warn(
                 f"{lost / made:.1%} of the updates of the first {_WATCHED} steps, lr={lr:g}, were lost: "
