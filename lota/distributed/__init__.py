@@ -1,0 +1,1 @@
+"""Several processes: who they are, replicated and sharded weights, checkpoints of many processes."""

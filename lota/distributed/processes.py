@@ -1,0 +1,188 @@
+"""The processes of a command: which one this is, what they sum and tell each other, who tells an error.
+
+They are started by torchrun, or by whatever sets its variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Without them there is one process, and everything here returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+START = timedelta(minutes=5)  # that processes which have started wait for the others
+WAIT = timedelta(hours=2)  # for each other later: the first may be writing a large checkpoint
+_ERROR = "lota/error"  # key of the store: the process that has told an error
+# What torch raises when a process does not answer, beside RuntimeError of gloo's pairs
+LOST = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+
+
+class ProcessLost(Exception):
+    """Another process of this command has ended, so that this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among `count`. Every method is called by all of them, in the same order, if not said
+    otherwise.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # among those of this machine
+    store: Store | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this process; the CPU if there is none."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and logs."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of the items: every count-th one, so that parts differ by at most one item."""
+        return list(items[self.rank :: self.count])
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The tensor, which now holds the sum over all processes, bitwise the same on each."""
+        if self.count > 1:
+            with _lost():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self.sum_(torch.tensor([int(flag)], dtype=torch.int64)).item())
+
+    def gather(self, item: T) -> list[T]:
+        """The items of all processes, in the order of their ranks, on each of them; pickled on the way."""
+        if self.count == 1:
+            return [item]
+        items: list[Any] = [None] * self.count
+        with _lost():
+            dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: T) -> T:
+        """The first process's item, on each of them; pickled on the way."""
+        if self.count == 1:
+            return item
+        items: list[Any] = [item]
+        with _lost():
+            dist.broadcast_object_list(items)
+        return items[0]
+
+    def barrier(self) -> None:
+        """Return when all processes have called this."""
+        self.any(False)
+
+    def same(self, what: str, value: object) -> None:
+        """Raise ValueError on each process unless the value is equal on all of them."""
+        values = self.gather(value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise ValueError(
+                f"{what} of process {others[0]} differs from the first one's: give all processes the same "
+                "command, code and files"
+            )
+
+    def tells(self) -> bool:
+        """Whether this process is the first one to end with an error, and so tells it; called by that one."""
+        if self.store is None:
+            return True
+        try:
+            teller = self.store.compare_set(_ERROR, "", str(self.rank))
+        except (RuntimeError, *LOST):  # the process that held the store has gone
+            return self.first
+        return teller.decode() == str(self.rank)
+
+
+@contextlib.contextmanager
+def _lost() -> Iterator[None]:
+    """Turn what torch raises for a process that does not answer into ProcessLost."""
+    try:
+        yield
+    except (RuntimeError, *LOST) as error:
+        raise ProcessLost(str(error)) from error
+
+
+_current = Processes()
+
+
+def processes() -> Processes:
+    """The processes of this command."""
+    return _current
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the other processes of this command, if there are any; leave them at the end.
+
+    Raises ValueError if the variables are not what torchrun sets, if the port is in use, and if a process has
+    not started within START.
+    """
+    global _current
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        yield _current
+        return
+    _current = _join()
+    try:
+        yield _current
+    finally:
+        _current = Processes()
+        dist.destroy_process_group()
+
+
+def _join() -> Processes:
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}: start several processes "
+            "with torchrun"
+        )
+    rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if n_gpus is not None and local >= n_gpus:
+        raise ValueError(f"process {local} of this machine has no GPU of its own: start {n_gpus} at most")
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, _, _ = next(rendezvous("env://", rank, count, timeout=START))
+    except (RuntimeError, ValueError, *LOST) as error:
+        raise ValueError(
+            f"the processes cannot meet at {where}: {_first_line(error)}. Is the port in use, or a machine "
+            "out of reach? Choose another MASTER_PORT"
+        ) from error
+    store.set(f"lota/here/{rank}", "")
+    try:
+        store.wait([f"lota/here/{other}" for other in range(count)], START)
+    except (RuntimeError, *LOST) as error:
+        absent = [other for other in range(count) if not store.check([f"lota/here/{other}"])]
+        raise ValueError(
+            f"of {count} processes, {absent} did not start within {START.seconds} s: look at their output"
+        ) from error
+    backend = "gloo"
+    if n_gpus is not None:
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=WAIT)
+    return Processes(rank, count, local, store)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
