@@ -15,7 +15,7 @@ from lota.config import LOSSES, MISSING, Config, LossConfig, ModelConfig
 from lota.config_checks import WEIGHT_NEUTRAL, differences, unused_settings, validated
 from lota.lotto.config import LottoConfig
 from lota.models.loading import DTYPES as TORCH_DTYPES
-from lota.optim.masked import GRAD_NORM_STRATEGIES
+from lota.optim.clipping import GRAD_NORM_STRATEGIES
 from lota.optim.optimizers import OPTIMIZERS, SCHEDULERS
 from lota.settings import keys_of
 from lota.train.cli import _folder_name, register, resolve

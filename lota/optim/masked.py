@@ -13,7 +13,9 @@ Values, gradients and buffers (kept,) are in the order of lota/optim/kept.py.
 
 An update of a parameter goes: gather its gradient's kept entries into an fp32 tensor (kept,), sum over the
 passes of an accumulation, clip, update the values (kept,), write them back into the parameter. Where state or
-values are not fp32, the gradient of a whole parameter stays as it is and an update goes piece by piece.
+values are not fp32, the gradient of a whole parameter stays as it is and an update goes piece by piece. With
+other processes (lota/optim/peers.py) their sum stands before the clipping, and all updates are made by
+`step()`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,12 @@ from torch import Tensor, nn
 
 from lota.masks import Mask
 from lota.optim import launches
+from lota.optim.clipping import check_settings, scale_to, tensor_limit, total
 from lota.optim.frozen_gradients import clear_frozen_gradients
 from lota.optim.kept import Everything, Kept, kept_entries
 from lota.optim.low_precision import Precision, norm_of, update_in_pieces
+from lota.optim.peers import Peers
 from lota.optim.stored_state import OwnState, matching_states
-
-GRAD_NORM_STRATEGIES = ("even", "proportional", "global", "none")
-_CLIP_EPS = 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -72,7 +73,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         **settings: Any,
     ):
-        _check_settings(grad_norm_strategy, max_grad_norm, settings)
+        check_settings(grad_norm_strategy, max_grad_norm, settings)
         named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
         if mask is not None:
             mask.check({name: p.shape for name, p in named})
@@ -82,6 +83,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self.names: dict[nn.Parameter, str] = {}  # of the parameters that train
         self.kept: dict[nn.Parameter, Kept] = {}  # which of their entries do
         self.fused = False
+        self.peers: Peers | None = None  # other processes that train the same tensors
         self._accumulation = 1
         self._pending: dict[nn.Parameter, tuple[Tensor, int]] = {}  # summed gradient, passes it came from
         self._aside: dict[nn.Parameter, tuple[int, Tensor]] = {}  # autograd's number of the pass, gradient
@@ -206,7 +208,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self._receive_all()
         self._apply_pending()
         if self._square_norms:
-            self._grad_norm = _sum(self._square_norms).sqrt()
+            self._grad_norm = total(self._square_norms).sqrt()
         self._square_norms, self._free = [], self._free[:0]
         first = next(iter(self.names))
         self.precision.swallowed.warn(self.state[first]["step"], first.dtype, self.param_groups[0]["lr"])
@@ -245,7 +247,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _updates_at_once(self, p: nn.Parameter) -> bool:
         """Whether the gradient of one backward pass is all that p's update waits for."""
-        return self._accumulation == 1 and self.grad_norm_strategy != "global" and p not in self._pending
+        return self._accumulation == 1 and not self._waits and p not in self._pending
+
+    @property
+    def _waits(self) -> bool:
+        """Whether complete gradients wait for `step()`."""
+        return self.grad_norm_strategy == "global" or self.peers is not None
 
     def _receive_all(self) -> None:
         """Take over all gradients after a backward pass; those that have kernels together."""
@@ -280,18 +287,25 @@ class MaskedOptimizer(torch.optim.Optimizer):
         squares: the square of its norm, (1,), which counts as measured if the update is made now.
         """
         before, count = self._pending.pop(p, (None, 0))
-        total = grad if before is None else before.float().add_(grad)  # itself if it is fp32
-        if count + 1 < self._accumulation or self.grad_norm_strategy == "global":
-            self._pending[p] = (total, count + 1)
+        if before is not None:
+            grad, squares = before.float().add_(grad), None  # itself if it is fp32
+        elif self.peers is not None:
+            grad = self.peers.begin(p, grad)
+        complete = count + 1 >= self._accumulation
+        if not complete or self._waits:
+            self._pending[p] = (grad, count + 1)
+            if complete and self.peers is not None:
+                self.peers.complete(p)
         else:
-            self._apply(p, total, squares if before is None else None)
+            self._apply(p, grad, squares)
 
     def _apply(
         self, p: nn.Parameter, grad: Tensor, squares: Tensor | None = None, scale: Tensor | None = None
     ) -> None:
         """Clip the complete gradient (kept,), update the kept values, write them back.
 
-        squares: see `accumulate`. scale: what `global` clipping multiplies the gradient with.
+        squares: of the whole tensor's norm, (1,), if measured and counted already. scale: what `global`
+        clipping multiplies the gradient with.
         """
         if self._has_kernels(p):
             if squares is None:
@@ -299,11 +313,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self._apply_together({p: grad}, squares)
             return
         if self.grad_norm_strategy != "global":  # `step` has measured those
-            norm = norm_of(grad)
-            self._square_norms.append(norm.square())
+            norm = norm_of(grad) if squares is None else squares.sqrt()
+            if squares is None:
+                self._square_norms.append(norm.square())
             limit = self._tensor_limit()
             if limit < math.inf:
-                scale = (limit / (norm + _CLIP_EPS)).clamp(max=1.0)
+                scale = scale_to(limit, norm)
         state, kept, group = self.state[p], self.kept[p], self._group_of(p)
         state["step"] += 1
         values = self._current_values(p)
@@ -321,32 +336,50 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Apply what waited for the end of the backward pass; parameters that have kernels together."""
         grads = {p: self._pending[p][0] for p in self.names if p in self._pending}  # one order in either mode
         self._pending.clear()
+        if self.peers is not None:
+            grads = self.peers.gradients(grads)
         together = self._by_device(grads)
         squares = [launches.squares_of([grads[p] for p in served]) for served in together]
         alone = grads.keys() - {p for served in together for p in served}
-        scale = None
-        if self.grad_norm_strategy == "global" and grads:
-            norms = [norm_of(grads[p]).square() for p in grads if p in alone]
-            self._square_norms = squares + norms
-            total = _sum(self._square_norms)
-            scale = (self.max_grad_norm / (total.sqrt() + _CLIP_EPS)).clamp(max=1.0)
-            squares = [total.to(own.device).view(1) for own in squares]
+        parts = self.peers is not None and self.peers.parts
+        norms: dict[nn.Parameter, Tensor] = {}  # squares, of those that are not `_apply`'s to measure
+        if parts or self.grad_norm_strategy == "global":
+            norms = {p: norm_of(grads[p]).square() for p in grads if p in alone}
+        if parts:
+            squares, norms = self._of_whole_tensors(together, squares, norms)
         else:
-            self._square_norms += squares
+            self._square_norms += [*squares, *norms.values()]
+        scale = None
+        if self.grad_norm_strategy == "global" and self._square_norms:
+            whole = total(self._square_norms)
+            scale = scale_to(self.max_grad_norm, whole.sqrt())
+            squares = [whole.to(own.device).view(1) for own in squares]
         for served, square in zip(together, squares, strict=True):
             self._apply_together({p: grads[p] for p in served}, square)
             for p in served:
                 del grads[p]
         for p in list(grads):  # each is freed when it is used
-            self._apply(p, grads.pop(p), scale=scale if scale is None else scale.to(p.device))
+            self._apply(p, grads.pop(p), norms.get(p), scale if scale is None else scale.to(p.device))
+
+    def _of_whole_tensors(
+        self, together: list[list[nn.Parameter]], squares: list[Tensor], norms: dict[nn.Parameter, Tensor]
+    ) -> tuple[list[Tensor], dict[nn.Parameter, Tensor]]:
+        """The squares of norms of tensors of which each process holds a part, which count as measured."""
+        assert self.peers is not None
+        place = {p: at for at, p in enumerate(self.names)}
+        own = torch.zeros(len(place), device=next(iter(place)).device)
+        for served, square in zip(together, squares, strict=True):
+            own[[place[p] for p in served]] = square.to(own.device)
+        for p, square in norms.items():
+            own[place[p]] = square
+        whole = self.peers.squares(own)
+        self._square_norms.append(whole)
+        found = [whole[[place[p] for p in served]].to(served[0].device) for served in together]
+        return found, {p: whole[place[p]].to(p.device) for p in norms}
 
     def _tensor_limit(self) -> float:
         """What each tensor's norm is clipped to; infinite if it is not."""
-        if self.grad_norm_strategy == "even":
-            return self.max_grad_norm
-        if self.grad_norm_strategy == "proportional":
-            return self.max_grad_norm / math.sqrt(len(self.names))
-        return math.inf
+        return tensor_limit(self.grad_norm_strategy, self.max_grad_norm, len(self.names))
 
     # With kernels (lota/optim/launches.py)
 
@@ -431,25 +464,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self.state[p] = state
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    """Of all numbers in several tensors, on the device of the first."""
-    return torch.cat([part.reshape(-1).to(parts[0].device) for part in parts]).sum()
-
-
 def _rule_has_kernel(kind: type[MaskedOptimizer]) -> bool:
     """Whether the class that defines the update rule also says which kernel computes it."""
     definer = (next(c for c in kind.__mro__ if name in vars(c)) for name in ("_update", "_kernel_rule"))
     return next(definer) is next(definer) is not MaskedOptimizer
-
-
-def _check_settings(strategy: str, max_grad_norm: float | None, settings: dict[str, Any]) -> None:
-    problems = []
-    if strategy not in GRAD_NORM_STRATEGIES:
-        problems.append(f"grad_norm_strategy={strategy!r}: choose one of {', '.join(GRAD_NORM_STRATEGIES)}")
-    elif strategy != "none" and (max_grad_norm is None or not max_grad_norm > 0):
-        problems.append(f"max_grad_norm={max_grad_norm}: must be above 0 with grad_norm_strategy={strategy}")
-    for key in ("lr", "eps", "weight_decay", "momentum", "alpha"):
-        if key in settings and not settings[key] >= 0:
-            problems.append(f"{key}={settings[key]}: must be 0 or more")
-    if problems:
-        raise ValueError("; ".join(problems))
