@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import hf_models
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import lota
 from lota.delta import Delta, extract
 from lota.masks import Mask
+from lota.share.delta import attach
 from lota.share.delta.format import as_integers, checksum_digits, entry_checksum
 
 
@@ -210,3 +212,76 @@ def test_another_value_at_one_position_is_another_checksum():
             changed = numbers.clone()
             changed[i] = -changed[i]
             assert checksum_digits(entry_checksum(3, positions, as_integers(changed))) != expected
+
+
+def test_what_is_known_of_a_delta_is_compared_bit_by_bit(tmp_path, monkeypatch):
+    """After the first use nothing is decoded again, on no model; a model with one other bit is refused."""
+    base, tuned, (delta, *_) = disjoint_deltas(tmp_path)
+    model, twin = load(tmp_path / "base"), load(tmp_path / "base")
+    lota.attach(model, delta)
+    with monkeypatch.context() as patched:
+        patched.setattr(Delta, "changes", None)
+        lota.attach(twin, delta)
+    assert equal(twin, tuned[0])
+    lota.detach(twin)
+    assert equal(twin, base)
+    for name in delta.names:
+        positions, *sides = delta.known[torch.device("cpu"), name]
+        assert positions.dtype == torch.int32 and torch.equal(positions.long(), delta.positions(name))
+        for side, state in zip(sides, (base, tuned[0]), strict=True):
+            assert torch.equal(bits(side), bits(state[name].view(-1)[delta.positions(name)]))
+    for name in (delta.names[0], delta.names[-1]):
+        entry = twin.get_parameter(name).data.view(-1)[int(delta.positions(name)[-1])]
+        before = entry.clone()
+        entry.copy_(torch.nextafter(before, torch.tensor(torch.inf, dtype=before.dtype)))
+        was = values(twin)
+        with pytest.raises(ValueError, match="is not the base of"):
+            lota.attach(twin, delta)
+        assert equal(twin, was) and lota.attached(twin) == []
+        entry.copy_(before)
+    lota.attach(twin, delta)
+    assert equal(twin, tuned[0])
+
+
+def test_positions_are_int32_where_they_fit(tmp_path):
+    _, _, (delta, *_) = disjoint_deltas(tmp_path, n=1)
+    name = delta.names[0]
+    known, weight = delta.parameters[name], load(tmp_path / "base").get_parameter(name).detach()
+    for numel, dtype in ((1 << 31, torch.int32), ((1 << 31) + 1, torch.int64)):
+        delta.parameters[name] = dataclasses.replace(known, shape=(numel,))
+        exchange = attach._Exchange(delta, 0, weight, name, "base", [], False)
+        assert attach._first_found(exchange, as_integers(weight))[0].positions.dtype == dtype
+
+
+def test_an_interrupt_between_two_parameters_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    _, tuned, (first, second, third) = disjoint_deltas(tmp_path)
+    model = load(tmp_path / "base")
+    lota.attach(model, first)
+    lota.attach(load(tmp_path / "base"), third)  # known from elsewhere; the second is not known
+    plain, writes = attach._write, []
+
+    def broken(exchange, *values):
+        plain(exchange, *values)
+        writes.append(exchange.name)
+        if len(writes) == 5:
+            raise KeyboardInterrupt
+
+    for delta in (second, third):
+        writes.clear()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(attach, "_write", broken)
+            lota.switch(model, delta)
+        assert equal(model, tuned[0]) and lota.attached(model) == [first] and len(writes) > 5
+    lota.switch(model, second)
+    assert equal(model, tuned[1])
+
+
+def test_models_made_in_inference_mode(tmp_path):
+    base, tuned, (delta, *_) = disjoint_deltas(tmp_path)
+    with torch.inference_mode():
+        model = load(tmp_path / "base")
+        for _ in range(2):
+            lota.attach(model, delta)
+            assert equal(model, tuned[0])
+            lota.detach(model)
+            assert equal(model, base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -279,21 +278,6 @@ def test_a_file_that_is_damaged_after_it_was_opened(pair):
         file.write(b"\xff" * (end - begin))
     with pytest.raises(ValueError, match=r"d\.safetensors is damaged: "):
         delta.positions(delta.names[0])
-
-
-def test_positions_stay_as_int32_where_they_fit(pair):
-    delta = Delta.open(pair[2])
-    device, name = torch.device("cpu"), delta.names[0]
-    known, expected = delta.parameters[name], delta.changes(name)
-    for numel, dtype in (((1 << 31), torch.int32), ((1 << 31) + 1, torch.int64), (known.numel, torch.int32)):
-        delta._on_device.clear()
-        delta.parameters[name] = dataclasses.replace(known, shape=(numel,))
-        for _ in range(2):  # also from what is kept there
-            positions, xors = delta.changes_on(device, name)
-            assert torch.equal(positions, expected.positions) and torch.equal(xors, expected.xors)
-            assert positions.dtype == torch.int64 and delta._on_device[device, name].positions.dtype == dtype
-    delta.changes = None  # what is kept is not read again
-    assert torch.equal(delta.changes_on(device, name).xors, expected.xors)
 
 
 def test_only_segments_of_the_part_are_decoded(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -69,3 +69,27 @@ def in_order(work: Callable[[Item], Result], todo: Iterable[Item]) -> Iterator[t
         while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
+
+
+def by_threads(work: Callable[[Item], object], todo: Iterable[Item]) -> None:
+    """work(item) for each, in any order, by a few threads; returns or raises when all of them have ended.
+
+    After an error in one, or an interrupt, each ends after the item that it is at.
+    """
+    stop = threading.Event()
+    items = iter(list(todo))  # which hands every item to one thread
+
+    def take() -> None:
+        for item in items:
+            if stop.is_set():
+                return
+            work(item)
+
+    with ThreadPoolExecutor(worker_count()) as pool:
+        ends = [pool.submit(take) for _ in range(worker_count())]
+        try:
+            for end in as_completed(ends):
+                end.result()
+        except BaseException:
+            stop.set()
+            raise

@@ -23,6 +23,14 @@ class Changes(NamedTuple):
     xors: Tensor  # (c,) signed integers of the parameter's width: bit patterns of base ^ tuned
 
 
+class Entries(NamedTuple):
+    """Changed entries of a parameter, as a model held them that was found to be the base or the tuned one."""
+
+    positions: Tensor  # (c,) ascending, in the flattened parameter; int32, or int64 where that is too small
+    base: Tensor  # (c,) values in the base, in the dtype of its file
+    tuned: Tensor  # (c,) values in the tuned model
+
+
 class Delta:
     """The changes that turn a base into a tuned model, read from a file piece by piece; made by `open`.
 
@@ -41,7 +49,7 @@ class Delta:
         for i, segment in enumerate(index.segments):
             for piece in segment.pieces:
                 self._pieces.setdefault(piece.name, []).append((i, piece))
-        self._on_device: dict[tuple[torch.device, str], Changes] = {}
+        self.known: dict[tuple[torch.device, str], Entries] = {}  # by parameter, on devices of models
         self._lock = threading.Lock()
         # neighbouring parameters and parts share segments: the last two are kept
         self._decoded = functools.lru_cache(maxsize=2)(self._decode)
@@ -86,15 +94,6 @@ class Delta:
     def positions(self, name: str) -> Tensor:
         """Flat positions of the changed entries, ascending, int64; empty for a name that is not listed."""
         return self.changes(name).positions if self.changed(name) else torch.empty(0, dtype=torch.int64)
-
-    def changes_on(self, device: torch.device, name: str) -> Changes:
-        """All changes of a parameter on a device, where they stay (positions as int32) for the next time."""
-        if (device, name) not in self._on_device:
-            positions, xors = (part.to(device) for part in self.changes(name))
-            small = self.parameters[name].numel <= 1 << 31
-            self._on_device[device, name] = Changes(positions.int() if small else positions, xors)
-        positions, xors = self._on_device[device, name]
-        return Changes(positions.long(), xors)
 
     def _parts(self, name: str, start: int, stop: int) -> Iterator[Changes]:
         """The changes in [start, stop) segment by segment, positions counted from `start`."""
