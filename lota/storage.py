@@ -11,9 +11,12 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from lota.places import clear_leftovers, folders, fsync, holding, remove, replaced_name, temporary_name
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKSUMS = "checksums.json"  # in a folder: name of each of its files -> SHA-256
 T = TypeVar("T")
@@ -104,22 +107,65 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_tensors(content: Any, path: str | os.PathLike[str]) -> str:
+def save_tensors(
+    content: Any, path: str | os.PathLike[str], values: Iterable[torch.Tensor] | None = None
+) -> str:
     """torch.save to `path`; returns the file's SHA-256.
 
-    Raises OSError if it cannot be written; torch would name its own assertion.
+    values: what `content` holds blanks for (`blank`), in its order and one at a time, so that no more than
+    one of them need be in memory. Raises OSError if it cannot be written; torch would name its own assertion.
     """
     import torch  # settings are checked without it
 
     try:
         with open(path, "wb") as file:
             hashed = _HashedFile(file)
-            torch.save(content, hashed)  # type: ignore[arg-type]  # torch calls write and flush alone
+            if values is None:
+                torch.save(content, hashed)  # type: ignore[arg-type]  # torch calls write and flush alone
+            else:
+                _save_filled(content, hashed, iter(values))
             return hashed.digest.hexdigest()
     except RuntimeError as error:
         raise OSError(
             errno.ENOSPC, f"could not write the whole file ({str(error)[:120]})", str(path)
         ) from error
+
+
+def blank(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without memory, for `save_tensors`."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+def _save_filled(content: Any, file: _HashedFile, values: Iterator[torch.Tensor]) -> None:
+    """What torch.save writes, where the bytes of each storage come from `values` when their turn comes.
+
+    torch's own `_save` makes the pickle and calls `write_record_metadata` for each storage that it is asked
+    to leave out (torch.serialization.skip_data).
+    """
+    from torch import serialization
+
+    class Filling:
+        def write_record(self, *record: Any) -> None:
+            writer.write_record(*record)
+
+        def write_record_metadata(self, name: str, size: int) -> None:
+            value = next(values).detach().contiguous()
+            storage = value.untyped_storage()
+            if storage.nbytes() != size:  # a view of a larger tensor
+                storage = value.clone().untyped_storage()
+            assert storage.nbytes() == size, (name, size, tuple(value.shape), value.dtype)
+            writer.write_record(name, storage, size)
+
+    protocol = serialization.DEFAULT_PROTOCOL
+    with (
+        serialization.skip_data(materialize_fake_tensors=True),
+        serialization._open_zipfile_writer(file) as writer,  # type: ignore[arg-type]
+    ):
+        serialization._save(content, Filling(), pickle, protocol, False)
 
 
 class _HashedFile:

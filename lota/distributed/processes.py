@@ -59,12 +59,25 @@ class Processes:
         """This process's part of the items: every count-th one, so that parts differ by at most one item."""
         return list(items[self.rank :: self.count])
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """The tensor, which now holds the sum over all processes, bitwise the same on each."""
+    def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The tensor, which now holds the sum over all processes, bitwise the same on each.
+
+        group: of the processes that sum, if not all do.
+        """
         if self.count > 1:
             with _lost():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=group)
         return tensor
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send a contiguous tensor of the CPU to another process, which calls `receive`."""
+        with _lost():
+            dist.send(tensor.view(torch.uint8), to)
+
+    def receive(self, tensor: Tensor, sender: int) -> None:
+        """Fill a contiguous tensor of the CPU with what another process sends."""
+        with _lost():
+            dist.recv(tensor.view(torch.uint8), sender)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""

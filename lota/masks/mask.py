@@ -191,6 +191,25 @@ class Mask:
         kept = {key: value for key, value in self._meta_of_result().items() if key not in SCOPE}
         return Mask(bits, self.shapes, kept)
 
+    def part(self, spans: Mapping[str, tuple[int, int]], shapes: Mapping[str, Iterable[int]]) -> Mask:
+        """The mask of a stretch of each parameter, as a process holds it of a sharded model.
+
+        spans: name -> (first, last + 1) of the flat entries; shapes: name -> shape of that stretch. Other
+        names are left out.
+        """
+        bits = {}
+        for name in (name for name in self.bits if name in spans):
+            start, stop = spans[name]
+            first = start // 8  # the byte that the stretch begins in
+            covering = self.bits[name][first : math.ceil(stop / 8)]
+            if start % 8:  # bits move to other places of their bytes
+                covering = pack(torch.from_numpy(unpack(covering, stop - 8 * first)[start % 8 :]).bool())
+            elif stop % 8 and stop > start:
+                covering = covering.clone()
+                covering[-1] &= 0xFF << (8 - stop % 8) & 0xFF  # unused bits are 0
+            bits[name] = covering
+        return Mask(bits, shapes, self._meta_of_result())
+
     def minus(self, other: Mask) -> Mask:
         """Kept here and not kept there."""
         return self._combine(other, lambda mine, theirs: mine & ~theirs, self.names)

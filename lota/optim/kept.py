@@ -48,6 +48,7 @@ class Kept(ABC):
     count: int  # of the entries
     state: dict[str, Any]  # what an optimizer's state holds to know them again
     long: bool  # whether positions are beyond int32
+    before: int = 0  # kept entries of the whole parameter before these, which are of a part of it
 
     @cached_property
     @abstractmethod
@@ -237,6 +238,8 @@ def kept_entries(mask: Mask, name: str, device: torch.device) -> Kept:
     shape = torch.Size(mask.shapes[name])
     if mask.kept(name) == shape.numel():
         return Everything(shape)
+    if not mask.kept(name):  # of a sharded parameter of which other processes train entries
+        return Entries(torch.empty(0, dtype=torch.int64), shape.numel(), device)
     if len(shape) in (2, 3):
         kept = mask.dense(name).view(-1, *shape[-2:])
         tile = tile_shape(kept)

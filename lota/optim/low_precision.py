@@ -168,10 +168,11 @@ def update_in_pieces(
             rule._update(wide, scaled, part, group)
         else:
             rule._step_by(wide, scaled, _factored_average(state, f"{square}", rows), part, group)
-        lots = Lots(f"{precision.seed}/{name}/{state['step']}", piece.start, len(wide), wide.device)
-        for key in sorted(buffers):
-            if state[key].dtype == torch.bfloat16:
-                state[key][piece] = lots.rounded(part[key])
+        key, first = f"{precision.seed}/{name}/{state['step']}", kept.before + piece.start
+        lots = Lots(key, first, len(wide), wide.device)
+        for buffer in sorted(buffers):
+            if state[buffer].dtype == torch.bfloat16:
+                state[buffer][piece] = lots.rounded(part[buffer])
         if values.dtype == torch.bfloat16 and precision.stochastic_rounding:
             values[piece] = lots.rounded(wide)
         elif values.dtype != torch.float32:

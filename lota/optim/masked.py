@@ -21,7 +21,7 @@ other processes (lota/optim/peers.py) their sum stands before the clipping, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
     up on average. optimizer_state: of buffers, `float32`, `bfloat16` (rounded by lot) or `factored` (square
     averages of matrices as means of rows and columns, other buffers in bf16; for whole matrices only).
     seed: of the lots, which are a function of seed, parameter name, step and position.
+    trained: names of the parameters that train, if these are parts of a sharded model's: some may have no
+    kept entry in this part; None: those that have one.
 
     Sets `requires_grad` to False on every parameter without kept entries. One learning rate per group,
     read from `param_groups` when an update is made. Raises ValueError for a mask of another model, an
@@ -71,6 +73,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         optimizer_state: str = "float32",
         seed: int = 0,
+        trained: Collection[str] | None = None,
         **settings: Any,
     ):
         check_settings(grad_norm_strategy, max_grad_norm, settings)
@@ -92,8 +95,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         for name, p in named:
             kept = mask.kept(name) if mask is not None else (p.numel() if p.requires_grad else 0)
-            p.requires_grad_(kept > 0)
-            if kept:
+            trains = kept > 0 if trained is None else name in trained
+            p.requires_grad_(trains)
+            if trains:
                 if not p.is_contiguous():
                     raise ValueError(f"parameter {name} is not contiguous; call .contiguous() on it first")
                 self.names[p] = name
@@ -384,7 +388,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     # With kernels (lota/optim/launches.py)
 
     def _has_kernels(self, p: nn.Parameter) -> bool:
-        if self.precision.in_pieces(p.dtype) or not _rule_has_kernel(type(self)):
+        if not self.kept[p].count or self.precision.in_pieces(p.dtype) or not _rule_has_kernel(type(self)):
             return False
         return launches.serves(p, self.kept[p], self.state[p])
 
