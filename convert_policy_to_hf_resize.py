@@ -24,7 +24,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--policy_path", help="policy.pt, or the folder that holds it")
-    what.add_argument("--delta", help="delta file of the base, instead of a policy.pt")
+    what.add_argument(
+        "--delta", help="delta file of the base, or org/name[@revision], instead of a policy.pt"
+    )
     parser.add_argument("--save_path", required=True, help="folder to write; may be the one with policy.pt")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of every weight (default: as in the base's files)"

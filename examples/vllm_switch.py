@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, str]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base", help="Hugging Face folder or hub id")
-    parser.add_argument("deltas", nargs="+", help="delta files of that base")
+    parser.add_argument(
+        "deltas", nargs="+", help="delta files of that base, or org/name[@revision] of the hub"
+    )
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--max_tokens", type=int, default=64)
     args = parser.parse_args(argv)

@@ -189,7 +189,10 @@ class Config:
 
     # which entries train
     mask_path: str | None = setting(
-        None, "mask file; null, or 0.0_mask.pt if no such file exists, trains densely", path=True
+        None,
+        "mask file, or hub:org/name[@revision][/FILE]; null, or 0.0_mask.pt if no such file exists, trains "
+        "densely",
+        path=True,
     )
     mask_of_other_base: bool = neutral(
         False, "take a mask file that says it was extracted from other weights than this run starts from"
@@ -421,7 +424,9 @@ def expanded(path: str) -> Path:
 
 
 def absolute(path: str) -> str:
-    """The absolute path of what exists; anything else, such as a hub id, as it is."""
+    """The absolute path of what exists; anything else, such as a hub id or `hub:org/name`, as it is."""
+    if path.startswith("hub:"):
+        return path
     local = expanded(path)
     return str(local.resolve()) if local.exists() else path
 

@@ -29,9 +29,9 @@ LAYERS = (
 ONLY = {"plots": ("utils", "places", "storage")}  # package -> the only packages it may import
 APART = (("optim", "share"),)  # neighbours in a layer, neither of which may import the other
 # These modules belong to no layer. They hand names of the whole library to its users, each imported on first
-# use by a name in a string, so they stand above all layers. No module of lota/ may import them, except for
-# `lota.__version__`, so they cannot hide an arrow.
-ENTRY_POINTS = ("lota", "lota.delta")
+# use by a name in a string, or are a command of several layers; so they stand above all of them. No module of
+# lota/ may import them, except for `lota.__version__`, so they cannot hide an arrow.
+ENTRY_POINTS = ("lota", "lota.delta", "lota.masks.__main__")
 
 OUTSIDE = ("tasks", "tests", "scripts", "benchmarks", "examples")  # folders that lota/ may not import
 WHEN = ("import", "function", "types")  # when an import happens; of several per pair the first one counts

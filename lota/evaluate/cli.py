@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import CHAT_TEMPLATES, default_cache
 from lota.data.prompts import NO_CHAT_TEMPLATE, Limits, Prompter
+from lota.models.hub import DELTA_FILE, hub_file, local_copy
 from lota.models.loading import cast_parameters, dtype_of, load_model, load_tokenizer
 from lota.models.provenance import recorded_prompts
 from lota.models.scope import load_config
@@ -26,7 +27,12 @@ def model_parser(description: str | None, model_flag: str) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add(model_flag, dest="model", metavar="MODEL", required=True, help="Hugging Face folder or hub id")
-    add("--delta", nargs="+", default=[], help="delta files to put on top of the model, which is their base")
+    add(
+        "--delta",
+        nargs="+",
+        default=[],
+        help="delta files, or org/name[@revision], to put on top of their base",
+    )
     add("--tokenizer_path", help="where the tokenizer is, if not with the model")
     add(
         "--data_dir",
@@ -78,8 +84,10 @@ def choose_results_folder(args: argparse.Namespace) -> Path:
     if args.out:
         out = Path(args.out).expanduser()
     elif args.delta:
-        path = Path(args.delta[0]).expanduser()
+        path, named = Path(args.delta[0]).expanduser(), hub_file(args.delta[0], DELTA_FILE)
         out = path.with_name(f"{path.stem}_results")
+        if named is not None and not path.exists():
+            out = results_folder(named.repo)
     else:
         out = results_folder(args.model)
     above = next(path for path in (out, *out.parents) if path.exists())
@@ -95,7 +103,9 @@ def make_prompter(args: argparse.Namespace, *, whole_prompts: bool = True) -> Pr
 
     whole_prompts: do not cut prompts as that run did.
     """
-    chat_template, limits = recorded_prompting(args.delta[-1] if args.delta else args.model)
+    chat_template, limits = recorded_prompting(
+        str(local_copy(args.delta[-1], DELTA_FILE, bare=True)) if args.delta else args.model
+    )
     tokenizer = load_tokenizer(args.model, args.tokenizer_path)
     return Prompter(tokenizer, args.chat_template or chat_template, None if whole_prompts else limits)
 

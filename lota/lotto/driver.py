@@ -33,6 +33,7 @@ from lota.lotto.ledger import Entry, Ledger, values_hash
 from lota.masks import Mask
 from lota.masks.extract.select import extract
 from lota.models.hashing import config_key, remembered_hash, tokenizer_key
+from lota.models.hub import is_hub_reference
 from lota.models.loading import dtype_of, load_model
 from lota.models.weights import open_weights
 from lota.storage import content_key, set_aside
@@ -163,7 +164,7 @@ class Lotto:
         """
         found = list(self.config.protect_masks)
         if self.config.learning.protects:
-            found += [str(self.folder / entry.mask) for entry in self.ledger.entries if entry.mask]
+            found += [self.mask_file(entry.mask) for entry in self.ledger.entries if entry.mask]
             found += [str(path) for task, path in self.checked.custom.items() if task != stage.task]
         return list(dict.fromkeys(found))
 
@@ -194,7 +195,11 @@ class Lotto:
 
     def mask_of(self, path: Path | str | None) -> Mask:
         """What a task may change; without a mask file, all that dense training may."""
-        return self.checked.everything if path is None else Mask.load(self.folder / path)
+        return self.checked.everything if path is None else Mask.load(self.mask_file(path))
+
+    def mask_file(self, path: Path | str) -> str:
+        """What the ledger's name of a mask means: a file of this folder, another one, or one of the hub."""
+        return str(path) if is_hub_reference(path) else str(self.folder / path)
 
     # Models
 

@@ -5,10 +5,13 @@
     python -m lota.masks union|intersect FILE FILE ... --out NEW.pt
     python -m lota.masks flip FILE --out NEW.pt
     python -m lota.masks random-like FILE --seed 0 --out NEW.pt
+    python -m lota.masks push FILE --to ORG/NAME
+    python -m lota.masks pull ORG/NAME --out NEW.pt
 
-show: kept entries by layer and module; of masks of whole rows, columns or blocks also where these lie.
-compare: entries that two masks share, and how many random masks with the same count in each tensor would
-share. random-like: such a random mask.
+A FILE may be hub:org/name[@revision][/FILE]. show: kept entries by layer and module; of masks of whole rows,
+columns or blocks also where these lie. compare: entries that two masks share, and how many random masks with
+the same count in each tensor would share. random-like: such a random mask. push, pull: to a repository of the
+hub, with a model card, and from it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from lota.masks.unit_views import kept_units, unit_counts
 from lota.masks.views import density, draw_overlap, overlap, overlap_table
 from lota.models.scope import find_scope, meta_model, scope_share, share_sentence
 from lota.plots import is_drawn_here
+from lota.share.hub import add_pull_flags, add_push_flags, pull_mask, push_mask
 from lota.storage import refuse_foreign
 from lota.utils import aligned, first_few, short_names, with_flags
 
@@ -56,6 +60,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             add("--png", metavar="FOLDER", help="folder for pictures")
         if name == "random-like":
             add("--seed", type=int, default=0, help="of the draw (default: 0)")
+    for name, run, add_flags in (("push", push_mask, add_push_flags), ("pull", pull_mask, add_pull_flags)):
+        tool = tools.add_parser(name)
+        tool.set_defaults(run=lambda args, model, run=run: print(run(args)), model=None, scope=None)
+        if name == "push":
+            tool.add_argument("file", metavar="FILE", help="mask file")
+        add_flags(tool.add_argument)
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lota.models.hub import MASK_FILE, local_copy
 from lota.models.policy import LAYOUT, OBJECTS
 from lota.models.tensor_files import DELTA_FORMAT, read_metadata
 from lota.storage import DAMAGED, atomic_path, refuse_foreign, save_tensors, torch_reason
@@ -73,10 +74,11 @@ def read(path: str | os.PathLike[str], mapped: bool = False) -> Content:
     """The content of a file of either layout, checked: names, shapes, bits and metadata fit together.
 
     mapped: leave the bits on disk and let the system read them when they are looked at, so that many masks
-    take little memory; the file must not change meanwhile. Raises ValueError naming the file for anything
-    else, before it takes more memory than the file has bytes.
+    take little memory; the file must not change meanwhile. A path may name a file of the hub
+    (lota/models/hub.py). Raises ValueError naming the file for anything else, before it takes more memory
+    than the file has bytes.
     """
-    path = Path(path)
+    path = local_copy(path, MASK_FILE)
     try:
         _check_kind(path)
         content = _load(path, mapped)

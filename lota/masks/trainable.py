@@ -12,6 +12,7 @@ from torch import nn
 
 from lota.masks import Mask
 from lota.models.hashing import remembered_hash
+from lota.models.hub import MASK_FILE, local_copy
 from lota.models.scope import find_scope, frozen_towers, layer_numbers
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def mask_or_dense(path: str | Path | None, mapped: bool = False) -> Mask | None:
     """
     if path is None:
         return None
-    path = Path(path).expanduser()
+    path = local_copy(path, MASK_FILE)
     if not path.exists() and re.fullmatch(r"0(\.0*)?_mask\.pt", path.name):
         return None
     return Mask.load(path, mapped)

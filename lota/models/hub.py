@@ -1,17 +1,36 @@
-"""Whether a model that is not a local folder can be had: from the hub's cache, or from the hub."""
+"""What is no local file or folder: models, deltas and masks, from the hub's cache or from the hub itself.
+
+A file of the hub is named `hub:org/name[@revision][/FILE]`, as in hf:// URIs: a revision is a branch, a tag
+or a commit, with %2F for a slash in it. Where only deltas can be meant, `org/name[@revision]` will do. Files
+of the hub are files of strangers, so only the one that is named is fetched, and its own bounded reader reads
+it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import re
 import socket
 import threading
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urlsplit
+
+from lota import __version__
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
+PREFIX = "hub:"
+DELTA_FILE, MASK_FILE = "delta.safetensors", "mask.pt"  # their names in a repository, unless others are given
+_REFERENCE = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/pr/\d+|[^/@]+))?(?:/(.+))?")
 _SECONDS = 3.0  # to reach the hub in; a firewall or a name server may let one wait for minutes
 _TELLING = ("config.json", "tokenizer_config.json", "tokenizer.json")  # one of them is in every model
 
@@ -35,6 +54,148 @@ def refuse_absent(path: str | os.PathLike[str]) -> None:
             f"{constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached or is switched off "
             "(HF_HUB_OFFLINE); give a Hugging Face folder, or fetch the model on a machine with a network"
         )
+
+
+# Files of repositories
+
+
+class NoSuchFile(ValueError):
+    """The repository is there, and has no file of that name."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository of the hub."""
+
+    repo: str  # org/name
+    revision: str | None  # branch, tag or commit; None: main
+    file: str
+
+    def __str__(self) -> str:
+        at = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo}{at} (file {self.file})"
+
+    @property
+    def address(self) -> str:
+        """The shortest name that `hub_file` reads."""
+        at = "" if self.revision in (None, "main") else f"@{quote(self.revision or '', safe='')}"
+        return f"{PREFIX}{self.repo}{at}" + ("" if self.file in (DELTA_FILE, MASK_FILE) else f"/{self.file}")
+
+
+def is_hub_reference(path: str | os.PathLike[str]) -> bool:
+    """Whether a path says that it is a file of the hub: `hub:...`."""
+    return os.fspath(path).startswith(PREFIX)
+
+
+def hub_file(path: str | os.PathLike[str], file: str) -> HubFile | None:
+    """The file of the hub that a path names, `file` if it names a repository only; None: it names none.
+
+    Without the prefix only `org/name[@revision]` is one. Raises ValueError for what follows a prefix and is
+    none.
+    """
+    text = os.fspath(path)
+    found = _REFERENCE.fullmatch(text.removeprefix(PREFIX))
+    if found is not None and _is_hub_id(found[1]):
+        given = found[3] if is_hub_reference(text) else None
+        if found[3] is None or given is not None:
+            revision = None if found[2] is None else unquote(found[2])
+            named = HubFile(found[1], revision, given or file)
+            if Path(named.file).suffix == Path(file).suffix and ".." not in named.file.split("/"):
+                return named
+    if is_hub_reference(text):
+        suffix = Path(file).suffix
+        raise ValueError(
+            f"{text} names no file of the hub: give {PREFIX}org/name, {PREFIX}org/name@revision or "
+            f"{PREFIX}org/name/FILE{suffix}"
+        )
+    return None
+
+
+def local_copy(path: str | os.PathLike[str], file: str, bare: bool = False) -> Path:
+    """The local file that a path means: of a file of the hub, the one in its cache, fetched if need be.
+
+    file: as in `hub_file`. bare: `org/name` is one as well, if there is no such file or folder here. A path
+    that names no file of the hub is returned as it is, be it there or not. Raises ValueError for a file of
+    the hub that cannot be had, NoSuchFile if its repository has none of that name.
+    """
+    local = Path(path).expanduser()
+    if not is_hub_reference(path) and (not bare or local.exists()):
+        return local
+    named = hub_file(path, file)
+    return local if named is None else fetch(named)
+
+
+def fetch(named: HubFile) -> Path:
+    """A file of the hub in its cache, as new as the hub has it. Errors: as `local_copy`."""
+    from huggingface_hub import constants  # slow to import
+
+    if not hub_is_used():
+        if folder := cached_snapshot(named):
+            return folder / named.file
+        raise ValueError(
+            f"{named} is neither here nor in {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be "
+            "reached or is switched off (HF_HUB_OFFLINE): fetch it first where there is a network (python -m "
+            "lota.delta pull, python -m lota.masks pull)"
+        )
+    with hub_errors(str(named), named.repo):
+        return Path(hub_api().hf_hub_download(named.repo, named.file, revision=named.revision))
+
+
+def cached_snapshot(named: HubFile) -> Path | None:
+    """The folder of the hub's cache that holds this file; its name is the commit. None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache  # slow to import
+
+    cached = try_to_load_from_cache(named.repo, named.file, revision=named.revision)
+    return Path(cached).parents[named.file.count("/")] if isinstance(cached, str) else None
+
+
+def hub_api() -> HfApi:
+    """The hub's library: its endpoint, its cache, and the token of HF_TOKEN or `hf auth login`."""
+    from huggingface_hub import HfApi  # slow to import
+
+    return HfApi(library_name="lota", library_version=__version__)
+
+
+@contextlib.contextmanager
+def hub_errors(what: str, repo: str) -> Iterator[None]:
+    """Raise ValueError, with the remedy, for what the hub's libraries raise in this block.
+
+    what: that was wanted. repo: the repository that was asked.
+    """
+    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library in use
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        where = f"{constants.ENDPOINT}/{repo}"
+        raise ValueError(
+            f"{what}: its owner grants access on request; ask for it at {where} and {log_in}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{what}: {constants.ENDPOINT} shows you no repository {repo}; check the name or, if it is "
+            f"private, {log_in}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{what}: the repository has no such branch, tag or commit") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise NoSuchFile(
+            f"{what}: the repository has no such file; name one with {PREFIX}{repo}/FILE"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status, reason = error.response.status_code, error.server_message or "no reason given"
+        remedy = f"; {log_in} with a token that may do this" if status in (401, 403) else ""
+        raise ValueError(f"{what}: {constants.ENDPOINT} answers {status} ({reason}){remedy}") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # a connection that broke; RuntimeError: of an upload
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine, such as a full disk
+            raise
+        said = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ValueError(f"{what}: {constants.ENDPOINT} failed ({said}); try again later") from error
+
+
+# Whether there is a hub
 
 
 def hub_is_used() -> bool:

@@ -40,14 +40,19 @@ class RunSettings:
         return {name: getattr(self, name) for name in PROMPT_SETTINGS}
 
 
+def run_file(path: Path) -> Path | None:
+    """config.yaml of the run that `path` belongs to: RUN, RUN/epoch-1 or a file in one of them."""
+    path = path.expanduser().resolve()
+    folders = path.parents[:2] if path.is_file() else (path, path.parent)
+    return next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+
+
 def run_settings(path: Path) -> RunSettings:
     """Settings of the run that `path` belongs to: RUN, RUN/epoch-1 or RUN/epoch-1/policy.pt.
 
     The defaults for what lies outside a run folder, with a warning if a config.yaml there is no run's.
     """
-    path = path.expanduser().resolve()
-    folders = path.parents[:2] if path.is_file() else (path, path.parent)
-    file = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+    file = run_file(path)
     if file is None:
         return RunSettings()
     try:

@@ -15,10 +15,12 @@ from lota.share.delta.extract import extract
 from lota.share.delta.indices import export_indices, import_indices
 from lota.share.delta.peft_adapter import UNEVEN, export_peft, import_peft
 from lota.share.delta.reader import Delta
+from lota.share.hub import add_pull_flags, add_push_flags, pull_delta, push_delta
 from lota.utils import with_flags
 
 FORMATS = ("indices", "peft")
 SHOWN = ("task", "base", "base_hash", "tuned", "tuned_hash", "dtype", "sparsity", "kept", "chat_template")
+DELTA = "delta file, or org/name[@revision] of the hub"
 Command = Callable[[argparse.Namespace], str]
 
 
@@ -46,14 +48,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         add = command(name, run_write, what, write=write)
         add("--model", required=True, help="Hugging Face folder or hub id: the very one it was taken of")
-        add("--delta", required=True, help="delta file")
+        add("--delta", required=True, help=DELTA)
         add("--out", required=True, help="folder to write")
         add("--max_shard_size", default="2GB", help="largest weight file (2GB)")
 
     add = command("export", run_export, "delta file -> what other tools read")
     add("--format", choices=FORMATS, required=True, help="safetensors of positions and values; or an adapter")
     add("--base", required=True, help="Hugging Face folder or hub id: the very one it was taken of")
-    add("--delta", required=True, help="delta file")
+    add("--delta", required=True, help=DELTA)
     add("--out", required=True, help="file (indices) or new folder (peft) to write")
     add(
         "--uneven",
@@ -74,11 +76,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, help="delta file to write")
 
     add = command("show", run_show, "what a file holds")
-    add("delta", help="delta file")
+    add("delta", help=DELTA)
 
     add = command("verify", run_verify, "check file and base, and that they give the tuned model")
     add("--base", required=True, help="Hugging Face folder, hub id or policy.pt")
+    add("--delta", required=True, help=DELTA)
+
+    add = command("push", push_delta, "delta file -> repository of the hub, with a model card")
     add("--delta", required=True, help="delta file")
+    add("--mask", help="mask file that it was trained under, to go along as mask.pt")
+    add_push_flags(add)
+
+    add = command("pull", pull_delta, "repository of the hub -> delta file, checked")
+    add_pull_flags(add)
     return parser.parse_args(argv)
 
 

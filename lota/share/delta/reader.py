@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lota.models.hub import DELTA_FILE, local_copy
 from lota.share.delta.codec import decode
 from lota.share.delta.format import DeltaIndex, Piece, as_integers, common_dtype, read_index, xor_
 
@@ -66,8 +67,11 @@ class Delta:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Delta:
-        """Read a delta file's index. Raises ValueError unless every byte of the file is as it was written."""
-        path = Path(path).expanduser()
+        """Read a delta file's index. Raises ValueError unless every byte of the file is as it was written.
+
+        path: of a file, or a repository of the hub, `org/name[@revision]` (lota/models/hub.py).
+        """
+        path = local_copy(path, DELTA_FILE, bare=True)
         return cls(path, read_index(path))
 
     @property

@@ -6,15 +6,17 @@ them if they are many.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lota.models.hub import DELTA_FILE, fetch, hub_file, is_hub_reference, local_copy
 from lota.models.pair import open_whole, same_place
 from lota.models.provenance import PROMPT_SETTINGS, trained_prompts
 from lota.models.tensor_files import is_delta
@@ -138,10 +140,12 @@ def _refuse_twice(paths: Sequence[str | os.PathLike[str]], base: WeightSource) -
 
 
 def _open_vector(path: str | os.PathLike[str], base: WeightSource) -> TaskVector:
-    """A delta file, or a folder with one and no model (RUN/epoch-1 unconverted), as such; else a model."""
+    """A delta file, or a folder or repository of the hub with one and no model, as such; else a model."""
     local = Path(path).expanduser()
     if local.is_dir() and not (local / "config.json").is_file() and (local / "delta.safetensors").is_file():
         local = local / "delta.safetensors"
+    if not local.exists():
+        local = _fetched_delta(path) or local
     if not (local.is_file() and (local.suffix == ".safetensors" or is_delta(local))):
         return ModelVector(open_whole(base.id, path)[1])
     delta = Delta.open(local)
@@ -158,6 +162,23 @@ def _open_vector(path: str | os.PathLike[str], base: WeightSource) -> TaskVector
             f" {', '.join(differing[:SHOWN])}"
         )
     return DeltaVector(delta)
+
+
+def _fetched_delta(path: str | os.PathLike[str]) -> Path | None:
+    """The delta in a repository of the hub that holds one and no model, or that `hub:` names; else None."""
+    if is_hub_reference(path):
+        return local_copy(path, DELTA_FILE)
+    named = hub_file(path, DELTA_FILE)
+    if named is None:
+        return None
+    with contextlib.suppress(
+        ValueError
+    ):  # what is wrong with a repository is told when it is opened as a model
+        fetch(replace(named, file="config.json"))
+        return None
+    with contextlib.suppress(ValueError):
+        return fetch(named)
+    return None
 
 
 def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
