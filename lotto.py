@@ -54,10 +54,12 @@ def _given_only(values: Any, given: DictConfig) -> dict[Any, Any]:
 
 
 def run(cfg: DictConfig) -> None:
-    with guarded():
+    with guarded(cfg.fsdp_port):
         typed_overrides(cfg)
         config = resolve(cfg, ROOT, LottoConfig, sequence_problems, get_task)
-        from lota.lotto.driver import Lotto  # slow to import: settings are checked first
+        from lota.distributed.processes import processes  # slow to import: settings are checked first
+        from lota.lotto.driver import Lotto
+        from lota.lotto.together import follow, led
         from trainers import TRAINERS
 
         def train(stage: Config) -> Path | None:
@@ -66,7 +68,11 @@ def run(cfg: DictConfig) -> None:
             trainer.stop.check()  # asked for while the run ended: the next one shall not start
             return folder
 
-        Lotto(config, train, get_task).run()
+        if processes().first:
+            with led(train, processes()) as lead:
+                Lotto(config, lead, get_task).run()
+        else:
+            follow(train, processes())
 
 
 @hydra.main(version_base=None, config_path="config", config_name="lotto")

@@ -3,6 +3,7 @@
     python train_single_gpu.py exp_name=my_run loss=sft model=tiny datasets=[toy_sort]
     mask_path=masks/my/0.9_mask.pt
 
+On several GPUs: torchrun --standalone --nproc-per-node 8 train_single_gpu.py ... (docs/SCALING.md).
 Settings: config/config.yaml. The run folder is $PROJECT_CACHE/<exp_name>/ (default ~/.cache/lota).
 """
 
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def run(cfg: DictConfig) -> None:
-    with guarded():
+    with guarded(cfg.fsdp_port):
         config = resolve(cfg, ROOT, Config, find_task=get_task)
         from trainers import TRAINERS  # slow to import: settings are checked first
 

@@ -8,7 +8,7 @@ from tasks import get_task
 
 
 class BasicTrainer(Trainer):
-    """The whole model on one device."""
+    """The whole model on each process's device."""
 
     def __init__(self, config: Config):
         super().__init__(config, get_task)

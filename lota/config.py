@@ -345,8 +345,14 @@ class Config:
     debug: bool = neutral(False, "no wandb, no checkpoint")
     minimum_log_interval_secs: float = neutral(1.0, "between lines of metrics.jsonl", "seconds", at_least=0)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    compare_every: int | None = neutral(
+        None,
+        "between comparisons of what the processes of a run hold; null = once, at its end",
+        "optimizer steps",
+        at_least=1,
+    )
     fsdp_port: int | None = neutral(
-        None, "port of the rendezvous between processes; not used by a single process"
+        None, "port where the processes of a run meet if MASTER_PORT is not set, as torchrun does"
     )
 
     def __post_init__(self) -> None:

@@ -60,6 +60,43 @@ def _folder_problems(c: Config) -> Iterator[str]:
         yield f"{key}: the run's folder would be {c.run_dir}, but {above} is a file; choose another {key}"
     if not re.fullmatch(r"\d*", size := os.environ.get("WORLD_SIZE", "")):
         yield f"WORLD_SIZE={size}: the environment variable must be a number of processes; unset it"
+    yield from _process_problems(c)
+
+
+def started_processes() -> int:
+    """How many processes this command has, by the variable that torchrun sets."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else 1
+
+
+def own_rank() -> int:
+    """The number of this process among them."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() and started_processes() > 1 else 0
+
+
+def _process_problems(c: Config) -> Iterator[str]:
+    """Of a run in several processes."""
+    count, parts = started_processes(), c.gradient_accumulation_steps
+    if count == 1:
+        return
+    if parts >= 1 and 0 < c.batch_size // parts < count:
+        yield (
+            f"batch_size={c.batch_size}, gradient_accumulation_steps={parts}: {count} processes share the "
+            f"{c.batch_size // parts} examples of a part, so that some would never have any; start fewer "
+            f"processes, or set batch_size={count * parts} or more"
+        )
+    dense = c.adapter.name == "none" and not any(getattr(c, key) for key in MASK_KEYS)
+    if dense and c.trainer.name == "BasicTrainer":
+        yield dense_problem("mask_path=null", count)
+
+
+def dense_problem(what: str, count: int) -> str:
+    """Why replicas do not train densely, and what does."""
+    return (
+        f"{what} trains densely, and {count} processes would send whole gradients with "
+        "trainer=BasicTrainer: use trainer=FSDPTrainer, a mask or adapter=lora"
+    )
 
 
 def _data_and_length_problems(c: Config) -> Iterator[str]:
@@ -193,7 +230,11 @@ def _unused_keys(c: Config) -> dict[str, str]:
     """Dotted key -> why nothing reads it in this run."""
     keys = list(keys_of(c))
     values = {key.name: _as_given(key.value) for key in keys}
-    reasons = {"fsdp_port": "one process"}
+    reasons = {}
+    if started_processes() == 1:
+        reasons = dict.fromkeys(("fsdp_port", "compare_every"), "one process")
+    elif os.environ.get("MASTER_PORT"):
+        reasons["fsdp_port"] = f"MASTER_PORT={os.environ['MASTER_PORT']} says where processes meet"
     if not (c.flip_mask or c.snip) and c.adapter.name == "none":
         reasons["model.scope"] = "flip_mask=false, snip=false, adapter=none; a mask file has its own scope"
     if c.optimizer == "SGD" and not c.momentum:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import resource
 import subprocess
@@ -45,7 +46,26 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def versions(device: torch.device) -> dict[str, Any]:
+def package_versions() -> dict[str, str | None]:
+    """Of PACKAGES; None for one that is not installed."""
+    installed: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            installed[package] = None
+    return installed
+
+
+def code_hash() -> str:
+    """sha256 of the library's source files."""
+    digest, folder = hashlib.sha256(), Path(__file__).resolve().parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Code, packages and device of a run, for the record beside its results."""
     root = Path(__file__).resolve().parent.parent
     git = subprocess.run(
@@ -54,12 +74,6 @@ def versions(device: torch.device) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    installed: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            installed[package] = None
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -68,8 +82,9 @@ def versions(device: torch.device) -> dict[str, Any]:
     return {
         "git": git.stdout.strip() or None,
         "python": platform.python_version(),
-        **installed,
+        **package_versions(),
         "device": f"{device.type} ({name})",
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }

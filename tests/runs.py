@@ -66,15 +66,15 @@ def stopped_after(step: int, number: int = signal.SIGINT) -> Iterator[None]:
     from lota.train.interrupt import Interrupted
     from lota.train.trainer import Trainer
 
-    log_step = Trainer.log_step
+    agree = Trainer.agree
 
-    def stopping(trainer, batch):
-        log_step(trainer, batch)
+    def stopping(trainer):
         if trainer.progress.step == step:
             os.kill(os.getpid(), number)
+        return agree(trainer)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "log_step", stopping)
+        patch.setattr(Trainer, "agree", stopping)
         yield
 
 

@@ -1,7 +1,8 @@
 """The processes of a command: which one this is, what they sum and tell each other, who tells an error.
 
 They are started by torchrun, or by whatever sets its variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT. Without them there is one process, and everything here returns at once.
+MASTER_PORT (or the setting fsdp_port instead of the last one). Without them there is one process, and
+everything here returns at once.
 """
 
 from __future__ import annotations
@@ -19,17 +20,27 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from lota.distributed.watch import ERROR, Watch
+
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 START = timedelta(minutes=5)  # that processes which have started wait for the others
 WAIT = timedelta(hours=2)  # for each other later: the first may be writing a large checkpoint
-_ERROR = "lota/error"  # key of the store: the process that has told an error
+TOGETHER = timedelta(seconds=5)  # within which processes that fail alike do so
 # What torch raises when a process does not answer, beside RuntimeError of gloo's pairs
 LOST = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 
 class ProcessLost(Exception):
     """Another process of this command has ended, so that this one cannot go on."""
+
+    told = False  # whether somebody else tells why
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer, whoever of torch has raised it."""
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return by_gloo or isinstance(error, (ProcessLost, *LOST))
 
 
 @dataclass(frozen=True)
@@ -59,36 +70,48 @@ class Processes:
         """This process's part of the items: every count-th one, so that parts differ by at most one item."""
         return list(items[self.rank :: self.count])
 
+    def unshare(self, part: list[T]) -> list[T]:
+        """All items in their order, of parts as `share` makes them."""
+        parts = self.gather(part)
+        items: list[Any] = [None] * sum(map(len, parts))
+        for rank, own in enumerate(parts):
+            items[rank :: self.count] = own
+        return items
+
     def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """The tensor, which now holds the sum over all processes, bitwise the same on each.
 
         group: of the processes that sum, if not all do.
         """
         if self.count > 1:
-            with _lost():
+            with lost():
                 dist.all_reduce(tensor, group=group)
         return tensor
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Send a contiguous tensor of the CPU to another process, which calls `receive`."""
-        with _lost():
+        with lost():
             dist.send(tensor.view(torch.uint8), to)
 
     def receive(self, tensor: Tensor, sender: int) -> None:
         """Fill a contiguous tensor of the CPU with what another process sends."""
-        with _lost():
+        with lost():
             dist.recv(tensor.view(torch.uint8), sender)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return bool(self.sum_(torch.tensor([int(flag)], dtype=torch.int64)).item())
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any process, by one message of 8 bytes per flag."""
+        return self.sum_(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
     def gather(self, item: T) -> list[T]:
         """The items of all processes, in the order of their ranks, on each of them; pickled on the way."""
         if self.count == 1:
             return [item]
         items: list[Any] = [None] * self.count
-        with _lost():
+        with lost():
             dist.all_gather_object(items, item)
         return items
 
@@ -97,7 +120,7 @@ class Processes:
         if self.count == 1:
             return item
         items: list[Any] = [item]
-        with _lost():
+        with lost():
             dist.broadcast_object_list(items)
         return items[0]
 
@@ -120,14 +143,33 @@ class Processes:
         if self.store is None:
             return True
         try:
-            teller = self.store.compare_set(_ERROR, "", str(self.rank))
+            teller = self.store.compare_set(ERROR, "", str(self.rank))
         except (RuntimeError, *LOST):  # the process that held the store has gone
             return self.first
         return teller.decode() == str(self.rank)
 
+    def all_fail(self, what: str) -> bool:
+        """Whether all processes have failed in this very thing, so that they may go on with the next one.
+
+        Called by each process that fails; what: told apart from anything that can fail earlier or later.
+        """
+        if self.store is None:
+            return True
+        keys = [f"lota/failed/{what}/{rank}" for rank in range(self.count)]
+        try:
+            self.store.set(keys[self.rank], "")
+            self.store.wait(keys, TOGETHER)
+            self.barrier()
+            if self.first:
+                self.store.delete_key(ERROR)
+            self.barrier()
+        except (RuntimeError, ProcessLost, *LOST):
+            return False
+        return True
+
 
 @contextlib.contextmanager
-def _lost() -> Iterator[None]:
+def lost() -> Iterator[None]:
     """Turn what torch raises for a process that does not answer into ProcessLost."""
     try:
         yield
@@ -135,7 +177,9 @@ def _lost() -> Iterator[None]:
         raise ProcessLost(str(error)) from error
 
 
-_current = Processes()
+ALONE = Processes()
+_current = ALONE
+_watch: Watch | None = None
 
 
 def processes() -> Processes:
@@ -144,50 +188,90 @@ def processes() -> Processes:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Processes]:
-    """Join the other processes of this command, if there are any; leave them at the end.
-
-    Raises ValueError if the variables are not what torchrun sets, if the port is in use, and if a process has
-    not started within START.
-    """
-    global _current
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        yield _current
-        return
-    _current = _join()
+def joined(port: int | None = None) -> Iterator[Processes]:
+    """`join` the other processes; leave them at the end, when all are there, or at once after an error."""
+    outermost = not dist.is_initialized()
     try:
-        yield _current
+        yield join(port)
+    except BaseException:
+        if outermost:
+            leave(failed=True)
+        raise
+    if outermost:
+        leave()
+
+
+def join(port: int | None = None, start: timedelta = START) -> Processes:
+    """The processes of this command, which from now on are also those of `processes()`.
+
+    port: of the first process's machine, where they meet if MASTER_PORT is not set. start: how long processes
+    that have started wait for the others. Raises ValueError if the variables are not what torchrun sets, if
+    the port is in use, and if a process has not started in time.
+    """
+    global _current, _watch
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return _current
+    joined = _join(port, start)
+    assert joined.store is not None
+    _watch, _current = Watch(joined.rank, joined.count, joined.store, joined.tells), joined
+    return joined
+
+
+def leave(failed: bool = False) -> None:
+    """Leave the other processes: when all do, or at once if this one has failed.
+
+    Raises ProcessLost if another one has ended with an error.
+    """
+    global _current, _watch
+    if _watch is None:
+        return
+    joined, _current = _current, ALONE
+    watch, _watch = _watch, None
+    try:
+        if not failed:
+            joined.barrier()
     finally:
-        _current = Processes()
+        watch.stop()
         dist.destroy_process_group()
 
 
-def _join() -> Processes:
-    missing = [name for name in VARIABLES if not os.environ.get(name)]
+def _join(port: int | None, start: timedelta) -> Processes:
+    address = os.environ.get("MASTER_PORT") or (str(port) if port is not None else "")
+    given = {**os.environ, "MASTER_PORT": address}
+    missing = [name for name in VARIABLES if not given.get(name)]
     if missing:
         raise ValueError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}: start several processes "
-            "with torchrun"
+            "with torchrun, or set these variables (fsdp_port=PORT stands for MASTER_PORT)"
         )
     rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if n_gpus is not None and local >= n_gpus:
-        raise ValueError(f"process {local} of this machine has no GPU of its own: start {n_gpus} at most")
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"process {local} of this machine has no GPU of its own: start at most {n_gpus} on a machine "
+            "(torchrun --nproc-per-node)"
+        )
+    where = f"{os.environ['MASTER_ADDR']}:{address}"
     try:
-        store, _, _ = next(rendezvous("env://", rank, count, timeout=START))
+        url = "env://" if os.environ.get("MASTER_PORT") else f"tcp://{where}"
+        store, _, _ = next(rendezvous(url, rank, count, timeout=start))
     except (RuntimeError, ValueError, *LOST) as error:
         raise ValueError(
             f"the processes cannot meet at {where}: {_first_line(error)}. Is the port in use, or a machine "
-            "out of reach? Choose another MASTER_PORT"
+            "out of reach? Choose another MASTER_PORT, or fsdp_port=PORT"
         ) from error
     store.set(f"lota/here/{rank}", "")
     try:
-        store.wait([f"lota/here/{other}" for other in range(count)], START)
+        store.wait([f"lota/here/{other}" for other in range(count)], start)
     except (RuntimeError, *LOST) as error:
         absent = [other for other in range(count) if not store.check([f"lota/here/{other}"])]
+        if not Processes(rank, count, local, store).tells():
+            gone = ProcessLost(f"processes {absent} did not start")
+            gone.told = True
+            raise gone from error
         raise ValueError(
-            f"of {count} processes, {absent} did not start within {START.seconds} s: look at their output"
+            f"of {count} processes, {', '.join(map(str, absent))} did not start within "
+            f"{start.total_seconds():g} s: look at their output, and start all of them again"
         ) from error
     backend = "gloo"
     if n_gpus is not None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from lota.config import Config
 from lota.data.batches import ScheduledBatch
@@ -153,8 +155,15 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = [torch.cuda.get_rng_state()]
     return state
+
+
+def own_random_numbers(seed: int, rank: int) -> None:
+    """Let each process draw numbers of its own, the first one those of a run in one process."""
+    if rank:
+        digest = hashlib.sha256(f"{seed}/{rank}".encode()).digest()
+        set_seed(int.from_bytes(digest[:4], "little"))
 
 
 def set_random_state(state: dict[str, Any]) -> None:
@@ -165,16 +174,22 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        states = state["cuda"]  # earlier releases saved those of all devices
+        torch.cuda.set_rng_state(states[min(torch.cuda.current_device(), len(states) - 1)])
 
 
 # Files
 
 
-def restore(content: dict[str, Any], optimizer: MaskedOptimizer) -> Progress:
-    """Set optimizer and random numbers to the content of a resume.pt; returns where the run stood."""
+def restore(content: dict[str, Any], optimizer: MaskedOptimizer, rank: int = 0) -> Progress:
+    """Set optimizer and random numbers to the content of a resume.pt; returns where the run stood.
+
+    A process that the run did not have before keeps the random numbers that it has.
+    """
     optimizer.load_state_dict(content["optimizer"])
-    set_random_state(content["random"])
+    states = [content["random"], *content.get("random_of_others", [])]
+    if rank < len(states):
+        set_random_state(states[rank])
     return Progress(**content["progress"])
 
 
@@ -186,12 +201,13 @@ def save(
     progress: Progress,
     metrics: dict[str, float],
     seen: dict[str, str | None],
+    random_states: list[dict[str, Any]],
     write_more: Callable[[Path], object],
 ) -> None:
     """Write policy.pt and resume.pt into `folder`, which appears under its name only when it is whole.
 
-    seen: hashes of the mask and of the data that the run trains on. write_more: writes further files into the
-    folder, which has a temporary name then.
+    seen: hashes of the mask and of the data that the run trains on. random_states: of each process.
+    write_more: writes further files into the folder, which has a temporary name then.
     """
     # Python numbers: a NumPy scalar would make a file that `weights_only=True` refuses
     plain = {n: value.item() if hasattr(value, "item") else value for n, value in sorted(metrics.items())}
@@ -199,7 +215,8 @@ def save(
     resume = {
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
-        "random": random_state(),
+        "random": random_states[0],
+        "random_of_others": random_states[1:],
         **seen,
     }
     with atomic_path(folder) as temporary:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from lota.config import Config
-from lota.config_checks import problems_of, validated
+from lota.config_checks import own_rank, problems_of, started_processes, validated
 from lota.settings import unknown_keys
 from lota.train.interrupt import Interrupted
 from lota.utils import LONGEST_NAME, Problems
@@ -73,7 +76,21 @@ def resolve(
     if not Path(config.model.name_or_path).exists() and (embedded / "config.json").is_file():
         config.model.name_or_path = str(embedded)
     config.resolve_paths()
+    if started_processes() > 1:
+        _refuse_other_command(config)
     return config
+
+
+def _refuse_other_command(config: Config) -> None:
+    """Raise ValueError unless all processes have the same settings, code and packages."""
+    from lota.distributed.processes import processes
+    from lota.storage import content_key
+    from lota.system import code_hash, package_versions
+
+    together = processes()
+    together.same("the command or its configuration", content_key(asdict(config)))
+    together.same("the code of lota", code_hash())
+    together.same("a version of a package", content_key(package_versions()))
 
 
 def _file_problems(config: Config, find_task: FindTask) -> list[str]:
@@ -132,23 +149,84 @@ class JobFailed(Exception):
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """Log to the console, and turn a user's mistake into one message and a stop into its exit code."""
+def guarded(port: int | None = None) -> Iterator[None]:
+    """Join the other processes, log to the console, turn a user's mistake into one message and a stop into
+    its exit code.
+
+    Of several processes the first is the one that logs, and one tells an error. port: see `join`.
+    """
     to_console()
+    several = started_processes() > 1
     try:
+        if several:
+            from lota.distributed.processes import join
+
+            join(port)
         yield
     except (ValueError, OSError) as error:
         survives = "" if isinstance(error, ValueError) else "; checkpoints written before are whole"
-        logger.error("error: %s%s", error, survives)
-        if in_multirun():
+        if not several or _tells():
+            logger.error("error: %s%s", error, survives)
+        if in_multirun() and (not several or _all_fail()):
             raise JobFailed(str(error)) from error  # the other jobs run all the same
         sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
+    except Exception as error:
+        if not several:
+            raise
+        from lota.distributed.processes import is_loss
+        from lota.distributed.watch import MESSAGE
+
+        told = getattr(error, "told", False) or not _tells()
+        if not is_loss(error):
+            raise
+        if not told:
+            logger.error(MESSAGE)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def left_at_the_end() -> Iterator[None]:
+    """Leave the other processes, which the jobs of the block have joined: when all do, or at once if this one
+    has failed.
+    """
+    if started_processes() == 1:
+        yield
+        return
+    from lota.distributed.processes import ProcessLost, leave
+
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        try:
+            leave(failed)
+        except ProcessLost:  # which has told its error, or was killed while this one was at its end
+            sys.exit(1)
+
+
+def _tells() -> bool:
+    from lota.distributed.processes import processes
+
+    return processes().tells()
+
+
+def _all_fail() -> bool:
+    from lota.distributed.processes import processes
+
+    return processes().all_fail(f"job {HydraConfig.get().job.num}")
 
 
 def to_console(level: int = logging.INFO) -> None:
-    """Send the project's log messages to standard error, one plain line each."""
+    """Send the project's log messages to standard error, one plain line each; of several processes, those of
+    the first and errors.
+    """
+    if own_rank():
+        level = logging.ERROR
+        warnings.simplefilter("ignore")
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("lota", "tasks", "trainers", "__main__"):

@@ -7,6 +7,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from lota.distributed.processes import ALONE, Processes
+
 
 class Interrupted(Exception):
     """The run was asked to stop. exit_code: 128 + signal number, as a shell reports it."""
@@ -17,16 +19,18 @@ class Interrupted(Exception):
 
 
 class StopBetweenSteps:
-    """Context manager: Ctrl-C or SIGTERM is remembered, and `check`, called when it is safe to stop, raises
-    Interrupted.
+    """Context manager: Ctrl-C, SIGTERM or SIGUSR1 (a cluster's warning that it takes the machine away) is
+    remembered, and `check`, called when it is safe to stop, raises Interrupted on all processes if any of
+    them was asked.
 
     A fused step changes weights during the backward pass, so an exception in its midst would leave half a
     step. A second Ctrl-C stops at once, without saving.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self.received: int | None = None
         self.received_at = 0.0
         self.saving = False
@@ -51,6 +55,12 @@ class StopBetweenSteps:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
-        if self.received is not None:
-            raise Interrupted(self.received)
+        """Raise Interrupted if a stop was asked for. Every process calls this at the same place."""
+        self.settle(self.processes.any(self.received is not None))
+
+    def settle(self, asked: bool) -> None:
+        """The same when processes have agreed already whether one of them was asked."""
+        if self.processes.count == 1:
+            asked = self.received is not None
+        if asked:
+            raise Interrupted(self.received or signal.SIGTERM)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra._internal.utils import get_args_parser
@@ -23,10 +24,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lota.config import Config
+from lota.config_checks import own_rank
 from lota.settings import Key, did_you_mean, keys_of, near_keys, words_of_type
-from lota.train.cli import JobFailed
+from lota.train.cli import JobFailed, left_at_the_end
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # let Hydra raise its errors, instead of printing them in its own words
+FIRST_TELLS = 10.0  # seconds
 MOST_JOBS = 1000  # values of one sweep that are looked at
 
 
@@ -37,17 +40,27 @@ def start(main: Callable[[], None], schema: type[Config], config: Path) -> None:
     """
     problems = list(dict.fromkeys(override_problems(sys.argv[1:], schema, config)))
     if problems:
-        sys.exit("\n".join(["invalid settings:", *(f"  {line}" for line in problems)]))
+        _exit("\n".join(["invalid settings:", *(f"  {line}" for line in problems)]))
     if os.environ.get(FULL_ERROR):
         return main()
     os.environ[FULL_ERROR] = "1"
     try:
-        main()
+        with left_at_the_end():
+            main()
     except (HydraException, OmegaConfBaseException) as error:
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        sys.exit(f"{error}{cause}")
+        _exit(f"{error}{cause}")
     except JobFailed:  # the others have run
         sys.exit(1)
+
+
+def _exit(message: str) -> NoReturn:
+    """End with a message. Of several processes, which have not met yet, the first tells it: where it has the
+    same to tell, it ends the others meanwhile.
+    """
+    if own_rank():
+        time.sleep(FIRST_TELLS)
+    sys.exit(message)
 
 
 def override_problems(arguments: list[str], schema: type[Config], config: Path) -> Iterator[str]:

@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
-from lota.config_checks import validated
+from lota.config_checks import dense_problem, validated
 from lota.data.batches import Example, batch_order, cut_text, encoder, examples_hash
 from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
+from lota.distributed.processes import ALONE, Processes, processes
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, refuse_other_base, trainable_mask
 from lota.models.hashing import config_file_key, remembered_hash, tokenizer_key
@@ -28,7 +29,7 @@ from lota.models.weights import open_weights
 from lota.share.delta.format import common_dtype
 from lota.storage import content_key
 from lota.train.lora import lora_targets, refuse_rank
-from lota.train.run_folder import Resumable, RunFolder
+from lota.train.run_folder import FollowedFolder, Resumable, RunFolder, look_together
 from lota.train.run_model import load_run_tokenizer, run_skeleton
 from lota.train.snip import SnipMask, prepare_snip
 from lota.utils import Problems
@@ -50,19 +51,20 @@ class Prepared:
     lengths: list[int] | None  # tokens per training example if batches are grouped by length
     stop: tuple[str, ...]  # texts that end a sampled completion
     resumable: Resumable | None  # None: the run starts anew
-    folder: RunFolder
+    folder: RunFolder | FollowedFolder
 
 
-def prepare(config: Config, find_task: FindTask) -> Prepared:
+def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) -> Prepared:
     """Check the run against the files it needs and load its data, before any model loads.
 
-    Raises one ValueError with all the problems found.
+    together: the processes that train in this run, all of which call this. Raises one ValueError with all the
+    problems that any of them has found, and if they do not start from the same.
     """
     validated(config)
     problems = Problems()
     attempt = problems.attempt
-    folder = RunFolder(config)
-    resumable = attempt(folder.look)
+    folder = RunFolder(config) if together.first else FollowedFolder(config)
+    resumable = attempt(look_together, folder, together)
     found = [attempt(with_options, find_task, name, config) for name in config.datasets]
     tasks = [task for task in found if task is not None]
     tokenizer = attempt(load_run_tokenizer, config)
@@ -80,6 +82,7 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
         if config.snip and data is not None:
             snip = attempt(prepare_snip, config, tokenizer, model, data[0])
         mask = attempt(_find_mask, config, model, snip)
+    problems.found = [problem for found in together.gather(problems.found) for problem in found]
     problems.refuse()
     assert tokenizer is not None and model is not None and data is not None
     train, held_out = data
@@ -94,34 +97,58 @@ def prepare(config: Config, find_task: FindTask) -> Prepared:
         seen={
             "mask": mask.fingerprint() if mask else None,
             "data": examples_hash(train),
-            **({} if config.debug else _model_hashes(config, tokenizer, model)),
+            **({} if config.debug else _model_hashes(config, tokenizer, model, together)),
         },
         lengths=[max(map(len, encode(example))) for example in train] if config.group_by_length else None,
         stop=tuple({text for task in tasks for text in task.stop}),
         resumable=resumable,
         folder=folder,
     )
+    for what, content in prepared.seen.items():
+        together.same(f"the {what}", content)
+    if together.count > len(train):
+        raise ValueError(
+            f"{len(train)} training examples for {together.count} processes: start at most {len(train)}"
+        )
     _refuse_other(prepared)
     return prepared
 
 
-def add_snip_mask(data: Prepared, config: Config, device: torch.device, check: Callable[[], object]) -> None:
+def add_snip_mask(
+    data: Prepared,
+    config: Config,
+    device: torch.device,
+    check: Callable[[], object],
+    together: Processes = ALONE,
+) -> None:
     """Compute the mask that `prepare` has prepared, if there is one, and let the run train with it.
 
     Raises ValueError if a run that is continued was trained with another one. check: see `SnipMask.compute`.
     """
     if data.snip is None:
         return
-    mask = _checked_mask(config, data.skeleton, data.snip.compute(device, check))
+    mask = _checked_mask(config, data.skeleton, data.snip.compute(device, check, together))
     assert mask is not None
+    together.same("the mask of snip=true", mask.fingerprint())
     data.mask, data.snip, data.seen["mask"] = mask, None, mask.fingerprint()
     _refuse_other(data)
 
 
 def _model_hashes(
-    config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, together: Processes
 ) -> dict[str, str | None]:
     """Hashes of the models and of the tokenizer that a run starts from."""
+    if together.local_rank:  # the first process of each machine hashes, for the others to remember
+        together.barrier()
+    found = _own_model_hashes(config, tokenizer, model)
+    if not together.local_rank:
+        together.barrier()
+    return found
+
+
+def _own_model_hashes(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> dict[str, str | None]:
     reference = _reference_archive(config)
     if reference is not None:
         reference = remembered_hash(reference, run_skeleton(config, tokenizer, "reference_archive"))
@@ -213,7 +240,11 @@ def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) ->
         if given is not None and not config.flip_mask and not config.mask_of_other_base:
             start = config.model.archive or config.model.name_or_path
             refuse_other_base(given, f"mask_path={config.mask_path}", start, model)
-        return _checked_mask(config, model, given)
+        mask, count = _checked_mask(config, model, given), processes().count
+        dense = mask is None and config.adapter.name == "none"
+        if dense and count > 1 and config.trainer.name == "BasicTrainer":
+            raise ValueError(dense_problem(f"mask_path={config.mask_path}", count))
+        return mask
     stored = snip.stored() if snip is not None else None
     return None if stored is None else _checked_mask(config, model, stored)
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Batch, Encoded, Example, batch_order, encoded_hash_and_lengths
+from lota.distributed.processes import Processes
 from lota.masks import Mask
 from lota.models.hashing import config_key, remembered_hash
 from lota.models.loading import dtype_of, mean_row
@@ -78,6 +79,7 @@ class LoadedTrainer(Protocol):
     optimizer: MaskedOptimizer
     device: torch.device
     stop: StopBetweenSteps
+    processes: Processes
 
     @property
     def data(self) -> TrainingData: ...
@@ -238,7 +240,8 @@ class PrecomputedReference:
         data, lengths = encoded_hash_and_lengths(map(self.policy.rows, examples))
         cut = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
         file = LogpsFile(config.cache_dir / FOLDER, {"data": data, **cut, **model})
-        logps = file.read(len(examples))
+        together = self.trainer.processes
+        logps = together.broadcast(file.read(len(examples)) if together.first else torch.empty(0))
         missing = logps.isnan().any(dim=1).nonzero().flatten().tolist()
         if len(missing) < len(examples):
             n = len(examples) - len(missing)
@@ -248,7 +251,7 @@ class PrecomputedReference:
             try:
                 self._compute(what, examples, missing, logps, file)
             finally:  # a run that was stopped here goes on from there
-                file.write(logps)
+                self._write(file, logps)
             logger.info("reference: %d %s pairs stored in %s", len(missing), what, file.path)
         return logps
 
@@ -257,22 +260,37 @@ class PrecomputedReference:
     ) -> None:
         """Fill in the rows of `logps` that are missing, writing the file now and then."""
         self.computes = self.computes or self._load()
-        size, written = self.trainer.config.eval_batch_size, time.monotonic()
-        with tqdm(total=len(missing), unit="pair", desc=f"reference, {what}", dynamic_ncols=True) as bar:
-            for first in range(0, len(missing), size):
-                chosen = missing[first : first + size]
-                values = self.computes(self.policy.batch([examples[i] for i in chosen])).float().cpu()
-                if not values.isfinite().all():
-                    raise ValueError(
-                        "the reference gives log-probabilities that are not finite; check that its "
-                        "checkpoint is complete"
-                    )
-                logps[chosen] = values.view(2, -1).t()
+        together, written = self.trainer.processes, time.monotonic()
+        stretch = self.trainer.config.eval_batch_size * together.count
+        name, hidden = f"reference, {what}", not together.first
+        with tqdm(total=len(missing), unit="pair", desc=name, dynamic_ncols=True, disable=hidden) as bar:
+            for first in range(0, len(missing), stretch):
+                chosen = missing[first : first + stretch]
+                own = together.share(chosen)
+                for indices, values in together.gather((own, self._values([examples[i] for i in own]))):
+                    logps[indices] = values
                 bar.update(len(chosen))
                 self.trainer.stop.check()
                 if time.monotonic() - written > WRITE_EVERY:
-                    file.write(logps)
+                    self._write(file, logps)
                     written = time.monotonic()
+
+    def _values(self, examples: Sequence[Example]) -> Tensor:
+        """(preferences, 2) fp32, chosen and rejected."""
+        if not examples:
+            return torch.empty(0, 2)
+        assert self.computes is not None
+        values = self.computes(self.policy.batch(examples)).float().cpu()
+        if not values.isfinite().all():
+            raise ValueError(
+                "the reference gives log-probabilities that are not finite; check that its checkpoint is "
+                "complete"
+            )
+        return values.view(2, -1).t()
+
+    def _write(self, file: LogpsFile, logps: Tensor) -> None:
+        if self.trainer.processes.first:
+            file.write(logps)
 
     def _load(self) -> Reference:
         if self.trainer.config.model.reference_archive is not None:

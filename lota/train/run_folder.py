@@ -13,10 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import yaml
 
 from lota.config import Config
 from lota.config_checks import differences
+from lota.distributed.processes import Processes
 from lota.places import fsync, remove, temporary_name, working_in
 from lota.settings import stored_settings
 from lota.storage import atomic_path, set_aside
@@ -33,6 +35,11 @@ class Resumable:
 
     folder: Path
     content: dict[str, Any]  # of resume.pt
+
+    @classmethod
+    def read(cls, folder: Path) -> Resumable:
+        """Of a checkpoint that another process has found whole."""
+        return cls(folder, torch.load(folder / RESUME, map_location="cpu", weights_only=True, mmap=True))
 
     @property
     def finished(self) -> bool:
@@ -230,3 +237,37 @@ class RunFolder:
             fsync(self.path)
             moving.rmdir()
             fsync(self.path)
+
+
+class FollowedFolder:
+    """The folder of a run as seen by a process that writes nothing: the first one holds and changes it."""
+
+    def __init__(self, config: Config):
+        self.path = config.run_dir
+
+    def __enter__(self) -> FollowedFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def keep(self) -> None: ...
+
+
+def look_together(folder: RunFolder | FollowedFolder, together: Processes) -> Resumable | None:
+    """What all processes of a run continue from: what the first one finds, by its `look`."""
+    found, problem = None, ""
+    if isinstance(folder, RunFolder):
+        try:
+            found = folder.look()
+        except ValueError as error:
+            problem = str(error)
+    checkpoint, problem = together.broadcast((found.folder if found else None, problem))
+    if problem:
+        raise ValueError(problem)
+    if checkpoint is None or found is not None:
+        return found
+    try:
+        return Resumable.read(checkpoint)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"process {together.rank} does not see {checkpoint}: all machines of a run must share local_dirs"
+        ) from error

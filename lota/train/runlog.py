@@ -6,19 +6,21 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from lota.config import Config
+from lota.distributed.processes import Processes
 from lota.places import fsync
 from lota.storage import cut, naming, whole_lines
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T", torch.Tensor, float, torch.Tensor | float)
 
 
 class RunLog:
@@ -60,6 +62,10 @@ class RunLog:
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
+    def advance(self, examples: int) -> None:
+        """Move the bar."""
+        self.bar.update(examples)
+
     def flush(self) -> None:
         """Let what was written so far outlive a power cut."""
         for path in (self.path, self.samples_path):
@@ -71,6 +77,16 @@ class RunLog:
         self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class NoLog:
+    """The log of a process that writes none."""
+
+    def log(self, metrics: dict[str, Any]) -> None: ...
+    def samples(self, examples: int, rows: list[dict[str, Any]]) -> None: ...
+    def advance(self, examples: int) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def _start_wandb(config: Config, folder: Path) -> Any:
@@ -118,21 +134,34 @@ def _examples(line: bytes) -> float:
 class Meter:
     """Averages between two lines of the log; sums stay on the device until they are read."""
 
+    sums: Mapping[str, torch.Tensor | float]
+
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.started = time.perf_counter()
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums = {}
         self.examples = 0
         self.tokens = 0
 
     def add(self, sums: dict[str, torch.Tensor], *, examples: int, tokens: int) -> None:
         """sums: each over these examples, detached; tokens: all tokens without padding."""
-        for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.sums = _added(self.sums, sums)
         self.examples += examples
         self.tokens += tokens
+
+    def summed(self, processes: Processes) -> Meter:
+        """What all processes have added together; the time is the first one's."""
+        own = {name: float(value) for name, value in self.sums.items()}
+        found = processes.gather((own, self.examples, self.tokens, self.seconds))
+        together = Meter()
+        for sums, examples, tokens, _ in found:
+            together.sums = _added(together.sums, sums)
+            together.examples += examples
+            together.tokens += tokens
+        together.started = time.perf_counter() - found[0][3]
+        return together
 
     def total(self, name: str) -> float:
         """Sum of what was added under this name."""
@@ -160,3 +189,8 @@ class Meter:
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
             "examples_per_second": self.examples / max(self.seconds, 1e-9),
         }
+
+
+def _added(a: Mapping[str, T], b: Mapping[str, T]) -> dict[str, T]:
+    """Sums by name; a name may be missing on either side."""
+    return {**a, **{name: a[name] + value if name in a else value for name, value in b.items()}}

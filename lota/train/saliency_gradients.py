@@ -22,6 +22,7 @@ from lota.data.batches import Example, encoded_hash_and_lengths, encoder, epoch_
 from lota.data.examples import load_examples, with_options
 from lota.data.prompts import Prompter
 from lota.data.task import FindTask
+from lota.distributed.processes import ALONE, Processes
 from lota.masks.extract.gradients import Collected, collect_gradients
 from lota.models.loading import dtype_of, enable_activation_checkpointing
 from lota.settings import keys_of, setting, value_problems
@@ -164,11 +165,16 @@ def load_saliency_data(
 
 
 def collect(
-    data: SaliencyData, names: Iterable[str], kind: str, progress: Callable[[int], object] | None = None
+    data: SaliencyData,
+    names: Iterable[str],
+    kind: str,
+    progress: Callable[[int], object] | None = None,
+    together: Processes = ALONE,
 ) -> Collected:
     """Load the base, sum its gradients for `names`, and let it go.
 
-    progress: called with 1 for each batch.
+    progress: called with 1 for each batch. together: the processes that share the examples of each batch; the
+    sums of gradients are those of all of them.
     """
     config = data.config
     device = data.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,10 +185,20 @@ def collect(
     objective = OBJECTIVES[config.loss.name](config, data.tokenizer, model)
 
     def loss_of(examples: Sequence[Example]) -> torch.Tensor:
-        loss = objective.losses(objective.batch(examples))[0].sum()
-        if progress:
-            progress(1)
-        return loss
+        return objective.losses(objective.batch(examples))[0].sum()
+
+    def own_batches() -> Iterator[list[Example]]:
+        for batch in data.batches:
+            if own := together.share(batch):
+                yield own
+            if progress:
+                progress(1)
 
     sums = dtype_of(data.score_dtype)
-    return collect_gradients(model, loss_of, data.batches, names=names, kind=kind, dtype=sums, meta=data.meta)
+    collected = collect_gradients(
+        model, loss_of, own_batches(), names=names, kind=kind, dtype=sums, meta=data.meta
+    )
+    if together.count > 1:
+        for total in collected.values.values():
+            total.copy_(together.sum_(total.float()))
+    return collected

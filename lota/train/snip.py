@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Example
+from lota.distributed.processes import ALONE, Processes
 from lota.masks import Mask
 from lota.masks.extract.saliency import SALIENCIES
 from lota.masks.extract.select import Quota, Rule, select
@@ -56,14 +57,15 @@ class SnipMask:
         logger.info("snip: reusing the mask %s", self.path)
         return mask
 
-    def compute(self, device: torch.device, check: Callable[[], object]) -> Mask:
+    def compute(self, device: torch.device, check: Callable[[], object], together: Processes = ALONE) -> Mask:
         """Load the base, collect its gradients, choose, and store the mask; an older one is set aside.
 
-        check: called for each batch; raises when the run has been asked to stop.
+        check: called for each batch; raises when the run has been asked to stop. together: the processes that
+        share each batch; all choose the same, and the first one stores it.
         """
         self.data.device = str(device)
         scope, kind = self.quota.pair.scope, SALIENCIES["snip"].collects
-        collected = collect(self.data, scope, kind, lambda _: check())
+        collected = collect(self.data, scope, kind, lambda _: check(), together)
         gc.collect()  # a model refers to itself: its memory is needed for the one that trains
         (mask,) = select(self.quota, with_hash=False, collected=collected).values()
         mask.meta |= {"base_hash": self.key["base"], KEY: self.key}
@@ -73,7 +75,7 @@ class SnipMask:
             f"{mask.n_total:,}",
             mask.meta["data"]["examples"],
         )
-        if self.path is not None:
+        if self.path is not None and together.first:
             if self.path.exists():
                 logger.info("snip: the mask that was there is now %s", set_aside(self.path).name)
             mask.save(self.path)
