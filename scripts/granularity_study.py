@@ -33,6 +33,7 @@ from lota.data.batches import encode, seeded_sample
 from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Row, Task
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine import TransformersEngine
 from lota.evaluate.scorers import TaskRequest
 from lota.masks import Mask
 from lota.masks.extract.select import Quota, Rule, select
@@ -279,7 +280,9 @@ class Study:
         task = self.find_task(name, "test")
         rows = task.load("test", "")[:n]
         request = TaskRequest(task, rows, Decoding(new_tokens or task.max_new_tokens, stop=task.stop))
-        scorer = request.scorer(trainer.model.eval(), Prompter(trainer.data.tokenizer), request, 200)
+        tokenizer = trainer.data.tokenizer
+        engine = TransformersEngine(trainer.model, tokenizer, batch_size=200)
+        scorer = request.scorer(engine, Prompter(tokenizer), request)
         scorer.prepare()
         found: dict[int, Row] = {}
         scorer.run(list(request.numbers), 0, found.__setitem__)

@@ -29,6 +29,7 @@ from lota.data.batches import encode
 from lota.data.prompts import Prompter
 from lota.data.task import Row, Task
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine import TransformersEngine
 from lota.evaluate.estimates import mean_and_stderr
 from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.loglik import logliks
@@ -124,9 +125,8 @@ class Study:
         base = BASE if archive else model
         tokenizer = load_tokenizer(base)
         policy = load_model(base, archive=archive, tokenizer=tokenizer)
-        evaluator = Evaluator(
-            policy, Prompter(tokenizer), model_name=str(model), out_dir=model, batch_size=200
-        )
+        engine = TransformersEngine(policy, tokenizer, batch_size=200)
+        evaluator = Evaluator(engine, Prompter(tokenizer), model_name=str(model), out_dir=model)
         for name in names:
             task = get_task(name)
             rows = task.load("test", "")[: self.n_examples]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lota.data.prompts import Prompter
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine import TransformersEngine
 from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.results import Result
 from lota.evaluate.scorers import TaskRequest
@@ -16,7 +17,8 @@ def score(model_and_tokenizer, folder, task, rows, decoding=None, num_runs=1, on
     """Score rows with results in `folder`; more: fields of TaskRequest."""
     model, tokenizer = model_and_tokenizer
     request = TaskRequest(task, rows, decoding or Decoding(12), **more)
-    evaluator = Evaluator(model, Prompter(tokenizer), model_name="m", out_dir=folder, batch_size=3)
+    engine = TransformersEngine(model, tokenizer, batch_size=3)
+    evaluator = Evaluator(engine, Prompter(tokenizer), model_name="m", out_dir=folder)
     return evaluator.evaluate(request, num_runs, on_done)
 
 

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-import lota.evaluate.scorers as scorers
+import lota.evaluate.engine as engine
 from lota.data.examples import held_out_rows
 from lota.data.prompts import Prompter
 from lota.evaluate.decoding import Decoding
@@ -35,13 +35,13 @@ def scripted(monkeypatch):
     asked: list[int] = []
     answers: dict[int, str] = {}
 
-    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, **more):
         for at in reversed(range(len(prompts))):  # any order of completion is allowed
             asked.append(indices[at])
             on_done(at, answers.get(indices[at], "nothing"))
         return []
 
-    monkeypatch.setattr(scorers, "generate", fake)
+    monkeypatch.setattr(engine, "generate", fake)
     fake.asked, fake.answers = asked, answers
     return fake
 
@@ -145,11 +145,11 @@ def test_greedy_predictions_serve_every_seed_and_draws_do_not(pair, tmp_path, sc
 def test_several_runs_share_examples(pair, tmp_path, monkeypatch):
     """The error is over examples: two runs of equal scores tell no more than one."""
 
-    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, **more):
         for at, i in enumerate(indices):
             on_done(at, f"#### {i if i < 3 + decoding.seed else 99}")
 
-    monkeypatch.setattr(scorers, "generate", fake)
+    monkeypatch.setattr(engine, "generate", fake)
     decoding = Decoding(max_new_tokens=12, temperature=1.0)
     result = score(pair, tmp_path, decoding=decoding, num_runs=2)
     assert result.runs == (3 / 7, 4 / 7)
@@ -199,7 +199,7 @@ def test_tasks_without_score_or_rows(pair, tmp_path):
 
 
 def test_evaluator_serves_several_tasks(pair, tmp_path, scripted):
-    evaluator = Evaluator(pair[0], Prompter(pair[1]), model_name="m", out_dir=tmp_path)
+    evaluator = Evaluator(engine.TransformersEngine(*pair), Prompter(pair[1]), model_name="m", out_dir=tmp_path)
     for name in ("one", "two"):
         task = type(name, (type(get_task("gsm8k")),), {"name": name})()
         evaluator.evaluate(TaskRequest(task, ROWS, Decoding(12)))

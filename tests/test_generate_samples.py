@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import generate_samples
-import lota.evaluate.alpaca as alpaca
+import lota.evaluate.engine as engine
 from lota.data.prompts import Prompter
 from lota.evaluate.alpaca import Sampler
 from lota.evaluate.decoding import Decoding
@@ -37,7 +37,9 @@ def folder(tmp_path_factory):
 def write(pair, path, decoding=DRAWN, chunk_size=2, generator="me", **more) -> list[dict]:
     task, prompter = get_task("alpaca_eval"), Prompter(pair[1])
     prompts = [prompter.prompt(task, {"instruction": text}) for text in INSTRUCTIONS]
-    sampler = Sampler(pair[0], prompter, task, generator=generator, chunk_size=chunk_size)
+    sampler = Sampler(
+        engine.TransformersEngine(*pair, chunk_size), prompter, task, generator=generator, chunk_size=chunk_size
+    )
     return sampler.write(path, INSTRUCTIONS, prompts, decoding, **more)
 
 
@@ -48,13 +50,13 @@ def read(path) -> list[dict]:
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[list[int], list[str]]]:
     """Numbers and texts of the prompts of every call to generate."""
-    calls, generate = [], alpaca.generate
+    calls, generate = [], engine.generate
 
     def watched(model, tokenizer, prompts, decoding, *, indices, **settings):
         calls.append((list(indices), [tokenizer.decode(ids) for ids in prompts]))
         return generate(model, tokenizer, prompts, decoding, indices=indices, **settings)
 
-    monkeypatch.setattr(alpaca, "generate", watched)
+    monkeypatch.setattr(engine, "generate", watched)
     return calls
 
 
@@ -76,18 +78,20 @@ def test_text_does_not_depend_on_chunks_or_on_the_part_asked_for(pair, tmp_path)
 
 def test_an_interrupted_run_is_continued(pair, tmp_path, calls):
     def interrupt(count):
-        if count:
+        counts.append(count)
+        if sum(counts) == 3:
             raise KeyboardInterrupt
 
     path, counts = tmp_path / "a.json", []
     whole = write(pair, tmp_path / "whole.json")
     with pytest.raises(KeyboardInterrupt):
         write(pair, path, on_done=interrupt)
-    assert read(path) == whole[:2]  # whole JSON at any time
+    assert read(path) == whole[:2]  # whole JSON at any time; the longest two prompts come first
     calls.clear()
+    counts.clear()
     assert write(pair, path, on_done=counts.append) == whole == read(path)
-    assert [numbers for numbers, _ in calls] == [[2, 3], [4]]
-    assert counts == [2, 2, 1]
+    assert [numbers for numbers, _ in calls] == [[2, 4]]
+    assert counts == [3, 1, 1]
 
 
 def test_samples_of_other_weights_are_set_aside(pair, tmp_path):

@@ -158,9 +158,9 @@ def test_context_is_never_exceeded(tokenizer):
     model = tiny.make("gpt2").eval()
     model.generation_config.eos_token_id = None
     long, short = [5] * 60, [6, 7]
-    assert prompt_bound(model.config, 50) == 32
-    assert prompt_bound(model.config, 10) == 54
-    assert prompt_bound(model.config, 10, 20) == 20
+    assert prompt_bound(64, 50) == 32
+    assert prompt_bound(64, 10) == 54
+    assert prompt_bound(64, 10, 20) == 20
     seen = []
     forward = model.forward
 

@@ -10,6 +10,7 @@ import statistics
 import pytest
 import torch
 
+import lota.evaluate.engine as engine
 import lota.evaluate.scorers as scorers
 from lota.data.batches import Prompt
 from lota.data.prompts import FewShot, Limits, Prompter
@@ -120,9 +121,9 @@ def test_choices_normal_and_length_normalised(pair, tmp_path):
 def test_logliks_are_reused_and_continued(pair, tmp_path, monkeypatch):
     score(pair, tmp_path, Colours(), ROWS, scoring="loglik", chosen=[0, 3])
     asked = []
-    real = scorers.logliks
+    real = engine.logliks
     monkeypatch.setattr(
-        scorers, "logliks", lambda m, requests, **k: asked.append(len(requests)) or real(m, requests, **k)
+        engine, "logliks", lambda m, requests, **k: asked.append(len(requests)) or real(m, requests, **k)
     )
     result = score(pair, tmp_path, Colours(), ROWS, scoring="loglik", num_runs=3)
     assert asked == [5 * 3]  # five rows of three choices; more runs of what draws nothing would be the same
@@ -211,11 +212,11 @@ def test_several_metrics_of_a_completion(pair, tmp_path, monkeypatch):
     answers = ["SELECT name FROM staff", "SELECT age FROM staff", "SELECT nope FROM staff"]
     rows = [{"question": "Who?", "context": context, "answer": answer} for answer in answers]
 
-    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, **more):
         for at, text in enumerate(["select NAME from staff;", "SELECT name FROM staff", ""]):
             on_done(at, text)
 
-    monkeypatch.setattr(scorers, "generate", fake)
+    monkeypatch.setattr(engine, "generate", fake)
     result = score(pair, tmp_path, task, rows)
     stored = json.loads((tmp_path / "metrics/sql.json").read_text())
     assert stored["metric"] == "rouge1"
@@ -239,11 +240,11 @@ def test_no_answer_scores_0_whatever_the_task_makes_of_it(pair, tmp_path, monkey
             assert super().metrics(row, completion)["exact_match"] == float(bool(completion.strip()))
             return {"exact_match": 1.0, "other": 1.0}
 
-    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, batch_size):
+    def fake(model, tokenizer, prompts, decoding, *, indices, on_done, **more):
         for at, text in enumerate(["red", "   ", "no colour"]):
             on_done(at, text)
 
-    monkeypatch.setattr(scorers, "generate", fake)
+    monkeypatch.setattr(engine, "generate", fake)
     result = score(pair, tmp_path, Generous(), ROWS[:3])
     stored = json_lines(tmp_path / "metrics/colours_predictions.jsonl")
     assert [(p["extracted"], p["score"]) for p in stored] == [("red", 1.0), (None, 0.0), ("no colour", 1.0)]
@@ -252,13 +253,13 @@ def test_no_answer_scores_0_whatever_the_task_makes_of_it(pair, tmp_path, monkey
 
 def test_examples_decide_what_is_reused(pair, tmp_path, monkeypatch):
     prompts = []
-    real = scorers.generate
+    real = engine.generate
 
     def spy(model, tokenizer, ids, decoding, **settings):
         prompts.append([tokenizer.decode(row) for row in ids])
         return real(model, tokenizer, ids, decoding, **settings)
 
-    monkeypatch.setattr(scorers, "generate", spy)
+    monkeypatch.setattr(engine, "generate", spy)
     training = [{"question": f"t{i}", "answer": i % 3} for i in range(20)]
     for few_shot in (None, FewShot(2, 0, training), FewShot(2, 0, training), FewShot(2, 1, training)):
         result = score(pair, tmp_path, Colours(), ROWS[:3], few_shot=few_shot)
@@ -309,7 +310,7 @@ def test_what_predictions_depend_on(pair):
 
     def settings(task, rows=ROWS, **more):
         request = scorers.TaskRequest(task, rows, Decoding(12), **more)
-        return request.scorer(pair[0], prompter, request).settings
+        return request.scorer(engine.TransformersEngine(*pair), prompter, request).settings
 
     alone = settings(Colours(), scoring="loglik")
     assert alone == {"scoring": "loglik", "num_fewshot": 0, "prompt_limits": dataclasses.asdict(limits)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -10,15 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from lota.data.batches import Prompt
 from lota.data.prompts import Prompter
 from lota.data.task import Task
 from lota.evaluate.decoding import Decoding
-from lota.evaluate.generation import generate, prompt_bound
+from lota.evaluate.engine import Engine
+from lota.evaluate.generation import prompt_bound
 from lota.evaluate.journal import Journal
-from lota.models.hashing import model_key
 from lota.places import holding
 from lota.storage import content_key, write_json
 
@@ -26,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class Sampler:
-    """A loaded model that answers the prompts of a task."""
+    """A model that answers the prompts of a task."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        engine: Engine,
         prompter: Prompter,
         task: Task,
         *,
@@ -38,12 +36,8 @@ class Sampler:
         max_prompt_length: int | None = None,
         chunk_size: int = 32,
     ) -> None:
-        self.model, self.prompter, self.task = model, prompter, task
+        self.engine, self.prompter, self.task = engine, prompter, task
         self.generator, self.max_prompt_length, self.chunk_size = generator, max_prompt_length, chunk_size
-
-    @functools.cached_property
-    def model_key(self) -> dict[str, str]:
-        return model_key(self.model, self.prompter.tokenizer)
 
     def write(
         self,
@@ -56,13 +50,13 @@ class Sampler:
         chosen: Sequence[int] | None = None,
         on_done: Callable[[int], object] = lambda count: None,
     ) -> list[dict[str, str]]:
-        """Answer the prompts, or those numbered `chosen`, and write the list to `path` after every chunk.
+        """Answer the prompts, or those numbered `chosen`, and write the list to `path` after each chunk_size.
 
         instructions: what the file shows of each prompt. sample: which of several answers to a prompt. The
-        list on disk is whole at any time, in the order of the prompts. What an earlier run has written is
+        list on disk is whole at any time, in the order of the prompts. What an earlier run has answered is
         kept if model, prompts, seed, sample, settings and template are the same. A draw depends on the sample
         and the prompt's number in the whole list. on_done is called with the number of answers that are new
-        on disk.
+        in the journal beside the list.
         """
         path = Path(path)
         chosen = range(len(prompts)) if chosen is None else chosen
@@ -85,13 +79,20 @@ class Sampler:
 
             missing = [i for i in chosen if i not in journal.records]
             on_done(len(chosen) - len(missing))
-            samples = save() if journal.records else []  # the file never comes before the journal
-            for start in range(0, len(missing), self.chunk_size):
-                chunk = missing[start : start + self.chunk_size]
-                self._answer(prompts, chunk, decoding, sample, journal)
-                samples = save()
-                on_done(len(chunk))
-        return samples
+            if journal.records:
+                save()  # the file never comes before the journal
+            new = itertools.count(1)
+
+            def keep(at: int, completion: str) -> None:
+                journal.add(missing[at], completion.strip())
+                if next(new) % self.chunk_size == 0:
+                    save()
+                on_done(1)
+
+            if missing:
+                ids = self._fit([prompts[i] for i in missing], decoding)
+                self.engine.complete(ids, decoding, indices=missing, sample=sample, on_done=keep)
+            return save()
 
     def _key(self, prompts: Sequence[Prompt], decoding: Decoding, sample: int) -> dict[str, Any]:
         settings = {**asdict(decoding), "max_prompt_length": self.max_prompt_length}
@@ -100,34 +101,19 @@ class Sampler:
             "task": self.task.name,
             "version": self.task.version,
             "data": content_key([prompt.text for prompt in prompts]),
-            **self.model_key,
+            **self.engine.key,
             "template": self.prompter.key,
-            "settings": {**settings, "dtype": str(self.model.dtype).removeprefix("torch.")},
+            "settings": {**settings, **self.engine.settings},
             "seed": seed if decoding.temperature else None,  # greedy decoding draws nothing
             **({"sample": sample} if sample else {}),
         }
 
-    def _answer(
-        self,
-        prompts: Sequence[Prompt],
-        chunk: Sequence[int],
-        decoding: Decoding,
-        sample: int,
-        journal: Journal,
-    ) -> None:
+    def _fit(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[int]]:
+        """Token ids of the prompts, cut where they are too long."""
         tokenizer = self.prompter.tokenizer
-        bound = prompt_bound(self.model.config, decoding.max_new_tokens, self.max_prompt_length)
-        ids = [prompts[i].ids(tokenizer, bound) for i in chunk]
-        n_cut = sum(prompts[i].ids(tokenizer) != own for i, own in zip(chunk, ids, strict=True))
+        bound = prompt_bound(self.engine.context, decoding.max_new_tokens, self.max_prompt_length)
+        ids = [prompt.ids(tokenizer, bound) for prompt in prompts]
+        n_cut = sum(prompt.ids(tokenizer) != own for prompt, own in zip(prompts, ids, strict=True))
         if n_cut:
             logger.warning("%d of %d prompts cut to fit", n_cut, len(ids))
-        generate(
-            self.model,
-            tokenizer,
-            ids,
-            decoding,
-            batch_size=len(chunk),
-            indices=chunk,
-            sample=sample,
-            on_done=lambda at, completion: journal.add(chunk[at], completion.strip()),
-        )
+        return ids

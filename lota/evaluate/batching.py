@@ -57,6 +57,11 @@ def in_batches(rows: Sequence[int], size: int, run: Callable[[Sequence[int]], No
             torch.cuda.empty_cache()
 
 
+def longest_first(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the rows in the order in which they are batched; equal lengths keep their order."""
+    return sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

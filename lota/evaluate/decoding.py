@@ -46,9 +46,14 @@ def uniforms(decoding: Decoding, index: int, sample: int) -> Tensor:
     """One number in [0, 1) per token that may be drawn; nothing for greedy decoding."""
     if decoding.temperature == 0:
         return torch.empty(0, dtype=torch.float64)
-    digest = hashlib.sha256(f"{decoding.seed}/{index}/{sample}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(draw_seed(decoding.seed, index, sample))
     return torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def draw_seed(seed: int, index: int, sample: int) -> int:
+    """The seed of one completion's draws, in [0, 2^63): of one prompt and sample, whoever draws."""
+    digest = hashlib.sha256(f"{seed}/{index}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:

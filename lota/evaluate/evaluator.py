@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -11,17 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from lota.data.batches import seeded_sample
 from lota.data.examples import held_out_rows
 from lota.data.prompts import FewShot, Prompter
 from lota.data.task import FindTask, Row, Task
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine import Engine
 from lota.evaluate.journal import Journal
 from lota.evaluate.results import Result, StoredRuns, now, read_stored_runs
 from lota.evaluate.scorers import Records, Scorer, TaskRequest, find_scorer
-from lota.models.hashing import model_key
 from lota.places import fsync, holding
 from lota.storage import atomic_path, content_key, cut, naming, whole_lines, write_json
 from lota.utils import Problems
@@ -92,23 +89,18 @@ def prepare_requests(
 
 
 class Evaluator:
-    """A loaded model that is scored on one task after another, with results in <out_dir>/metrics."""
+    """A model that is scored on one task after another, with results in <out_dir>/metrics."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        engine: Engine,
         prompter: Prompter,
         *,
         model_name: str,
         out_dir: str | os.PathLike[str],
-        batch_size: int = 16,
     ) -> None:
-        self.model, self.prompter, self.model_name = model, prompter, model_name
-        self.folder, self.batch_size = Path(out_dir) / "metrics", batch_size
-
-    @functools.cached_property
-    def model_key(self) -> dict[str, str]:
-        return model_key(self.model, self.prompter.tokenizer)
+        self.engine, self.prompter, self.model_name = engine, prompter, model_name
+        self.folder = Path(out_dir) / "metrics"
 
     def evaluate(
         self, request: TaskRequest, num_runs: int = 1, on_done: Callable[[Row], object] | None = None
@@ -123,7 +115,7 @@ class Evaluator:
         """
         if num_runs < 1:
             raise ValueError(f"num_runs={num_runs}: must be at least 1")
-        scorer = request.scorer(self.model, self.prompter, request, self.batch_size)
+        scorer = request.scorer(self.engine, self.prompter, request)
         n_cut = scorer.prepare()
         if n_cut:
             logger.warning("%s: %d of %d prompts cut to fit", scorer.stem, n_cut, len(request.numbers))
@@ -141,9 +133,9 @@ class Evaluator:
     def _key(self, scorer: Scorer) -> dict[str, Any]:
         """What decides the predictions, but for the seed."""
         task, few_shot = scorer.task, scorer.request.few_shot
-        settings = {**scorer.settings, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        settings = {**scorer.settings, **self.engine.settings}
         key = {"task": task.name, "version": task.version, "data": content_key(list(scorer.rows))}
-        key |= {**self.model_key, "template": self.prompter.key, "settings": settings}
+        key |= {**self.engine.key, "template": self.prompter.key, "settings": settings}
         return key | ({"few_shot": few_shot.key} if few_shot else {})
 
     def _predict(
@@ -197,7 +189,7 @@ class Evaluator:
             version=task.version,
             scoring=scorer.name,
             seed=scorer.request.decoding.seed,
-            settings={**key["settings"], **others, "batch_size": self.batch_size},
+            settings={**key["settings"], **others, "batch_size": self.engine.batch_size},
             model=self.model_name,
             date=now(),
             n_cut=n_cut,

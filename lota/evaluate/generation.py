@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.data.batches import Prompt
 from lota.evaluate.batching import (
@@ -21,6 +21,7 @@ from lota.evaluate.batching import (
     context_length,
     first_token,
     in_batches,
+    longest_first,
     padded,
     reading_only,
 )
@@ -48,7 +49,7 @@ def generate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    bound = prompt_bound(model.config, decoding.max_new_tokens, max_prompt_length)
+    bound = prompt_bound(context_length(model.config), decoding.max_new_tokens, max_prompt_length)
     ids = [_prompt_ids(tokenizer, prompt, bound) for prompt in prompts]
     draws = [uniforms(decoding, index, sample) for index in indices or range(len(ids))]
     done = [""] * len(ids)
@@ -62,20 +63,18 @@ def generate(
                 on_done(row, done[row])
 
     # longest first: if the memory is too small for this batch size, it shows at once
-    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
     with reading_only(model):
-        in_batches(order, batch_size, run)
+        in_batches(longest_first(ids), batch_size, run)
     return done
 
 
 def prompt_bound(
-    config: PretrainedConfig, max_new_tokens: int, max_prompt_length: int | None = None
+    context: int | None, max_new_tokens: int, max_prompt_length: int | None = None
 ) -> int | None:
     """The most tokens a prompt may have: at most max_prompt_length, and beside it the completion has room.
 
     The completion is given max_new_tokens, but at most half the context. None: no limit.
     """
-    context = context_length(config)
     if context is None:
         return max_prompt_length
     room = context - min(max_new_tokens, context // 2)

@@ -49,11 +49,11 @@ def logliks(
                 on_done(i, value)
 
     with reading_only(model):
-        in_batches(_order(requests), batch_size, run)
+        in_batches(request_order(requests), batch_size, run)
     return done
 
 
-def _order(requests: Sequence[Request]) -> list[int]:
+def request_order(requests: Sequence[Request]) -> list[int]:
     """Numbers of the requests, longest first, those with the same context side by side."""
     longest: dict[tuple[int, ...], int] = {}
     for context, after in requests:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
-
 from lota.data.prompts import FewShot, Fitted, Prompter
 from lota.data.task import Row, Task
-from lota.evaluate.batching import context_length
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine import Engine
 from lota.evaluate.estimates import Estimate, corpus_perplexity, mean, perplexity
-from lota.evaluate.generation import generate, prompt_bound
-from lota.evaluate.loglik import Request, choice_requests, logliks, text_requests
+from lota.evaluate.generation import prompt_bound
+from lota.evaluate.loglik import Request, choice_requests, text_requests
 
 Records = Mapping[int, Row]  # predictions by example number
 Store = Callable[[int, Row], None]
@@ -51,12 +49,11 @@ class Scorer:
 
     name: ClassVar[str]
     draws: ClassVar[bool] = False  # whether predictions depend on a seed, so that several runs differ
+    reads: ClassVar[bool] = True  # whether it needs log-likelihoods, which not every engine can tell
     suffix: ClassVar[str] = ""  # of the task's name in the names of files
 
-    def __init__(
-        self, model: PreTrainedModel, prompter: Prompter, request: TaskRequest, batch_size: int = 16
-    ) -> None:
-        self.model, self.prompter, self.request, self.batch_size = model, prompter, request, batch_size
+    def __init__(self, engine: Engine, prompter: Prompter, request: TaskRequest) -> None:
+        self.engine, self.prompter, self.request = engine, prompter, request
         self.task, self.rows = request.task, request.rows
         self.tokenizer = prompter.tokenizer
         self.stem = self.task.name + self.suffix  # of the names of its files
@@ -122,6 +119,7 @@ class Generation(Scorer):
 
     name = "generation"
     draws = True
+    reads = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -130,17 +128,14 @@ class Generation(Scorer):
         return {**decoding, **super().settings}
 
     def prepare(self) -> int:
-        bound = prompt_bound(self.model.config, self.request.decoding.max_new_tokens)
+        bound = prompt_bound(self.engine.context, self.request.decoding.max_new_tokens)
         self.prompts = {i: self._fit(i, bound) for i in self.request.numbers}
         return sum(fitted.shortened for fitted in self.prompts.values())
 
     def run(self, numbers: Sequence[int], seed: int, store: Store) -> None:
-        generate(
-            self.model,
-            self.tokenizer,
+        self.engine.complete(
             [self.prompts[i].ids for i in numbers],
             replace(self.request.decoding, seed=seed),
-            batch_size=self.batch_size,
             indices=numbers,
             on_done=lambda at, text: store(numbers[at], self._prediction(numbers[at], text)),
         )
@@ -176,7 +171,7 @@ class _LoglikScorer(Scorer):
                 store(i, self._prediction(i, [values[i][k] for k in range(len(values[i]))]))
 
         requests = [self.requests[i][place] for i, place in places]
-        logliks(self.model, requests, batch_size=self.batch_size, on_done=done)
+        self.engine.logliks(requests, on_done=done)
 
     def _prediction(self, i: int, values: list[float]) -> Row:
         """values: the log-likelihoods of the row's requests, in nats."""
@@ -197,7 +192,7 @@ class Loglik(_LoglikScorer):
         return ["accuracy_loglik", "accuracy_loglik_norm"]
 
     def prepare(self) -> int:
-        context = context_length(self.model.config)
+        context = self.engine.readable
         self.prompts, self.requests, n_cut = {}, {}, 0
         for i in self.request.numbers:
             choices = self.task.choices(self.rows[i])
@@ -238,7 +233,7 @@ class Perplexity(_LoglikScorer):
     counts: ClassVar[dict[str, str]] = {"word_perplexity": "words", "token_perplexity": "tokens"}
 
     def prepare(self) -> int:
-        context = context_length(self.model.config)
+        context = self.engine.readable
         self.requests = {
             i: text_requests(self.tokenizer, self.task.target(self.rows[i]), context)
             for i in self.request.numbers

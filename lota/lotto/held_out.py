@@ -18,6 +18,7 @@ from lota.data.examples import held_out_rows
 from lota.data.prompts import Limits, Prompter
 from lota.data.task import Task
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine import TransformersEngine
 from lota.evaluate.estimates import Estimate, ratio
 from lota.evaluate.evaluator import Evaluator
 from lota.evaluate.loglik import logliks
@@ -80,9 +81,8 @@ class HeldOut:
         loss = self._loss(model, prompter)
         if self.task.metric is None:
             return Measured(None, None, loss)
-        evaluator = Evaluator(
-            model, prompter, model_name=folder.name, out_dir=folder, batch_size=self.config.eval_batch_size
-        )
+        engine = TransformersEngine(model, tokenizer, self.config.eval_batch_size)
+        evaluator = Evaluator(engine, prompter, model_name=folder.name, out_dir=folder)
         decoding = Decoding(self.task.max_new_tokens, seed=self.config.seed, stop=self.task.stop)
         request = TaskRequest(self.task, self.rows, decoding, self.chosen)
         with tqdm(total=len(self.chosen), desc=self.task.name, unit="example", disable=None) as bar:
