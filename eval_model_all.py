@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,8 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from lota.data.task import Row
+from lota.distributed.processes import processes
 from lota.evaluate import cli
 from lota.evaluate.batching import context_length
+from lota.evaluate.engine_choice import OPENAI, check_engine
 from lota.evaluate.evaluator import EvaluationSettings, Evaluator, prepare_requests, result_file
 from lota.evaluate.results import Result, compare, summarize, summary_table, write_summary
 from lota.evaluate.scorers import TaskRequest
@@ -22,6 +23,7 @@ from lota.places import holding
 from lota.utils import Problems
 from tasks import EVALUATED_ON, evaluation_names, get_task
 
+BATCH_SIZE = 64
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 50}
 SCORINGS = {"generate": "generation", "loglik": "loglik"}
 
@@ -35,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="task names, separated by commas; commonsense: its eight, mathinstruct: gsm8k, purebad: hexphi",
     )
     add("--n_examples", type=int, default=0, help="a seeded sample of that many per task; 0: all (default)")
-    add("--bs", type=int, default=64, help="prompts per batch (64); halves itself when memory runs out")
+    add("--bs", type=int, help=f"prompts per batch ({BATCH_SIZE}); halves itself when memory runs out")
     add(
         "--seed",
         type=int,
@@ -86,7 +88,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     out_dir = cli.choose_results_folder(args)
     problems = Problems()
-    problems.attempt(check_context, args)
+    problems.attempt(check_engine, args)
+    if args.engine != OPENAI:  # a server tells its model's context
+        problems.attempt(lambda: check_context(args, context_length(load_config(args.model))))
     prepared = problems.attempt(prepare_requests, evaluation_names(args.datasets), get_task, settings)
     problems.refuse()
     assert prepared is not None
@@ -95,10 +99,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as held:
         for request, _ in prepared:
             held.enter_context(holding(result_file(out_dir, request)))
-        model = cli.load_chosen_model(args, prompter.tokenizer)
-        evaluator = Evaluator(
-            model, prompter, model_name=cli.model_label(args), out_dir=out_dir, batch_size=args.bs
-        )
+        engine = held.enter_context(cli.opened_engine(args, prompter.tokenizer, args.bs or BATCH_SIZE))
+        problems.attempt(check_context, args, engine.context)
+        for request, _ in prepared:
+            problems.attempt(engine.check, None if request.scorer.reads else request.decoding)
+        problems.refuse()
+        evaluator = Evaluator(engine, prompter, model_name=cli.model_label(args), out_dir=out_dir)
         for request, other in prepared:
             results.append(score(evaluator, request, args))
             if other is not None:
@@ -114,9 +120,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def check_context(args: argparse.Namespace) -> None:
-    """Raise ValueError for no model, or if a completion of --max_new_tokens leaves no place for a prompt."""
-    context = context_length(load_config(args.model))
+def check_context(args: argparse.Namespace, context: int | None) -> None:
+    """Raise ValueError if a completion of --max_new_tokens leaves no place for a prompt."""
     if args.max_new_tokens is not None and context is not None and args.max_new_tokens >= context:
         raise ValueError(
             f"--max_new_tokens {args.max_new_tokens}: the model has {context} positions for prompt and "
@@ -137,17 +142,17 @@ def score(evaluator: Evaluator, request: TaskRequest, args: argparse.Namespace) 
         return evaluator.evaluate(request, args.num_runs, show)
 
 
+def work(args: argparse.Namespace) -> str:
+    """What one of the command's processes does; returns the table that the first one shows."""
+    if not processes().first:
+        cli.help_first(args, args.bs or BATCH_SIZE)
+        return ""
+    content = evaluate(args)
+    return f"{summary_table(content)}\nresults in {cli.choose_results_folder(args) / 'metrics'}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse(argv)
-    try:
-        content = evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary_table(content))
-    print(f"results in {cli.choose_results_folder(args) / 'metrics'}")
-    return 0
+    return cli.run(parse, work, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,10 +11,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lota.distributed.processes import processes
 from lota.evaluate import cli
 from lota.evaluate.alpaca import Sampler
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine_choice import check_engine
 from lota.places import holding
+from lota.utils import Problems
 from tasks import get_task
 from tasks.base import Row
 from tasks.chat import ChatTask
@@ -43,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--archive", help="weights on top of the model: a folder with policy.pt, or a converted one")
     add("--max_length", type=int, default=1024, help="tokens of prompt and completion (1024)")
     add("--max_prompt_length", type=int, default=512, help="tokens of the prompt (512)")
-    add("--chunk_size", type=int, default=32, help="prompts per batch; the file is written after each (32)")
+    add("--chunk_size", type=int, default=32, help="prompts per batch, and per writing of the file (32)")
     add("--seed", type=int, default=0, help="of the draws; each prompt and sample has its own (0)")
     add("--ff", type=int, default=0, help="pass over that many prompts at the start (0)")
     add("--n_examples", type=int, default=0, help="that many prompts after those; 0: all (0)")
@@ -86,8 +88,13 @@ def read_prompts(args: argparse.Namespace) -> tuple[ChatTask, list[Row]]:
 
 def sample(args: argparse.Namespace) -> list[Path]:
     """The files written; what can be refused is refused before the model loads."""
-    task, rows = read_prompts(args)
-    asked = itertools.product(decodings(args, task.stop), range(args.num_samples_per_prefix))
+    problems = Problems()
+    problems.attempt(check_engine, args)
+    read = problems.attempt(read_prompts, args)
+    wanted = problems.attempt(decodings, args, read[0].stop if read else ())
+    problems.refuse()
+    assert read is not None and wanted is not None
+    (task, rows), asked = read, itertools.product(wanted, range(args.num_samples_per_prefix))
     chosen = range(len(rows))[args.ff :][: args.n_examples or None]
     if not chosen:
         raise ValueError(f"--ff {args.ff} leaves none of the {len(rows)} prompts of {args.prompt_set}")
@@ -102,8 +109,11 @@ def sample(args: argparse.Namespace) -> list[Path]:
     with ExitStack() as held:
         for path, *_ in files:
             held.enter_context(holding(path))
+        engine = held.enter_context(cli.opened_engine(args, prompter.tokenizer, args.chunk_size))
+        for _, decoding, _ in files:
+            engine.check(decoding)
         sampler = Sampler(
-            cli.load_chosen_model(args, prompter.tokenizer, args.archive),
+            engine,
             prompter,
             task,
             generator=args.model_name,
@@ -118,15 +128,16 @@ def sample(args: argparse.Namespace) -> list[Path]:
     return [path for path, *_ in files]
 
 
+def work(args: argparse.Namespace) -> str:
+    """What one of the command's processes does; returns what the first one says at the end."""
+    if not processes().first:
+        cli.help_first(args, args.chunk_size)
+        return ""
+    return " ".join(["samples in", *map(str, sample(args))])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        paths = sample(parse(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("samples in", *paths)
-    return 0
+    return cli.run(parse, work, argv)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,9 @@ def test_tasks_without_score_or_rows(pair, tmp_path):
 
 
 def test_evaluator_serves_several_tasks(pair, tmp_path, scripted):
-    evaluator = Evaluator(engine.TransformersEngine(*pair), Prompter(pair[1]), model_name="m", out_dir=tmp_path)
+    evaluator = Evaluator(
+        engine.TransformersEngine(*pair), Prompter(pair[1]), model_name="m", out_dir=tmp_path
+    )
     for name in ("one", "two"):
         task = type(name, (type(get_task("gsm8k")),), {"name": name})()
         evaluator.evaluate(TaskRequest(task, ROWS, Decoding(12)))

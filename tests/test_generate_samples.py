@@ -37,9 +37,8 @@ def folder(tmp_path_factory):
 def write(pair, path, decoding=DRAWN, chunk_size=2, generator="me", **more) -> list[dict]:
     task, prompter = get_task("alpaca_eval"), Prompter(pair[1])
     prompts = [prompter.prompt(task, {"instruction": text}) for text in INSTRUCTIONS]
-    sampler = Sampler(
-        engine.TransformersEngine(*pair, chunk_size), prompter, task, generator=generator, chunk_size=chunk_size
-    )
+    local = engine.TransformersEngine(*pair, chunk_size)
+    sampler = Sampler(local, prompter, task, generator=generator, chunk_size=chunk_size)
     return sampler.write(path, INSTRUCTIONS, prompts, decoding, **more)
 
 

@@ -1,18 +1,31 @@
-"""What the commands that run a model share: their flags, and what is loaded by them."""
+"""What the commands that run a model share: their flags, what is loaded by them, and their processes."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
+import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import CHAT_TEMPLATES, default_cache
 from lota.data.prompts import NO_CHAT_TEMPLATE, Limits, Prompter
+from lota.distributed.processes import ProcessLost, joined, processes
+from lota.evaluate.batching import context_length
+from lota.evaluate.engine import Engine, TransformersEngine
+from lota.evaluate.engine_choice import CONCURRENCY, OPENAI, TIMEOUT, TRANSFORMERS, add_engine_flags
+from lota.evaluate.engine_openai import OpenAIEngine
+from lota.evaluate.engine_outside import OutsideModel
+from lota.evaluate.engine_shared import SharedEngine, answer_first
+from lota.evaluate.engine_vllm import VllmEngine
 from lota.models.hub import DELTA_FILE, hub_file, local_copy
 from lota.models.loading import cast_parameters, dtype_of, load_model, load_tokenizer
 from lota.models.provenance import recorded_prompts
@@ -51,6 +64,7 @@ def model_parser(description: str | None, model_flag: str) -> argparse.ArgumentP
     )
     add("--dtype", help="float32, bfloat16 or float16; default: the model's own")
     add("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    add_engine_flags(parser)
     return parser
 
 
@@ -124,14 +138,11 @@ def load_chosen_model(
 
     The deltas are put on top before weights are cast to a narrower dtype than that of their files.
     """
-    deltas = [Delta.open(path) for path in args.delta]
-    twice = [str(delta.path) for i, delta in enumerate(deltas) if delta in deltas[:i]]
-    if twice:
-        raise ValueError(f"--delta {twice[0]} is there twice, or a copy of another: name each delta once")
+    deltas = open_deltas(args)
     stored = load_config(args.model).dtype
     own = stored if isinstance(stored, torch.dtype) else torch.float32
     dtype = dtype_of(args.dtype) if args.dtype else own
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or str(processes().device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -142,3 +153,130 @@ def load_chosen_model(
     if wide != dtype:
         cast_parameters(model, dtype)
     return model
+
+
+def open_deltas(args: argparse.Namespace) -> list[Delta]:
+    """The deltas that are asked for. Raises ValueError for one that cannot be read, or is there twice."""
+    deltas = [Delta.open(path) for path in args.delta]
+    twice = [str(delta.path) for i, delta in enumerate(deltas) if delta in deltas[:i]]
+    if twice:
+        raise ValueError(f"--delta {twice[0]} is there twice, or a copy of another: name each delta once")
+    return deltas
+
+
+# Engines
+
+
+@contextlib.contextmanager
+def opened_engine(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[Engine]:
+    """The engine asked for, with its model loaded. Of several processes the first one calls this, when all
+    that it was given has been checked, and the others `help_first`.
+
+    batch_size: of the transformers engine. Errors: as `load_chosen_model`, and those of the engines.
+    """
+    processes().broadcast("load")
+    with contextlib.ExitStack() as stack:
+        engine = _open(args, tokenizer, batch_size, stack)
+        if processes().count > 1:
+            processes().same("the model", dict(engine.key))
+            engine = stack.enter_context(SharedEngine(engine, processes()))
+        yield engine
+
+
+def help_first(args: argparse.Namespace, batch_size: int) -> None:
+    """What all but the first process do: load the model and work on what the first one deals out."""
+    processes().broadcast("")  # it has checked what it was given
+    with contextlib.ExitStack() as stack:
+        engine = _open(args, make_prompter(args).tokenizer, batch_size, stack)
+        processes().same("the model", dict(engine.key))
+        answer_first(engine, processes())
+
+
+def _open(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, batch_size: int, stack: contextlib.ExitStack
+) -> Engine:
+    if args.engine == TRANSFORMERS:
+        model = load_chosen_model(args, tokenizer, getattr(args, "archive", None))
+        return TransformersEngine(model, tokenizer, batch_size)
+    outside, concurrency = OutsideModel(args.model, tokenizer), args.concurrency or CONCURRENCY
+    if args.engine == OPENAI:
+        engine = OpenAIEngine(
+            outside,
+            args.base_url,
+            served_model=args.served_model,
+            context=_known_context(args.model),
+            concurrency=concurrency,
+            timeout=args.timeout or TIMEOUT,
+        )
+        return stack.enter_context(engine)
+    return VllmEngine(
+        outside,
+        tokenizer=args.tokenizer_path,
+        dtype=args.dtype,
+        deltas=open_deltas(args),
+        concurrency=concurrency,
+    )
+
+
+def _known_context(model: str) -> int | None:
+    """The context of a model that need not be here; None if it is not."""
+    try:
+        return context_length(load_config(model))
+    except ValueError:
+        return None
+
+
+# Processes
+
+
+def run(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    work: Callable[[argparse.Namespace], str],
+    argv: Sequence[str] | None,
+) -> int:
+    """The exit code of a command that may run in several processes; the first one prints what `work` returns.
+
+    An error on any process ends all of them, and is told once.
+    """
+    try:
+        with joined():
+            return _run(parse, work, argv)
+    except ValueError as error:  # they could not meet
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    work: Callable[[argparse.Namespace], str],
+    argv: Sequence[str] | None,
+) -> int:
+    those = processes()
+    if those.first:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for library in ("httpx", "httpx2"):  # a line for every request
+            logging.getLogger(library).setLevel(logging.WARNING)
+    else:
+        logging.disable(logging.WARNING)
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        with contextlib.nullcontext() if those.first else contextlib.redirect_stderr(io.StringIO()):
+            args = parse(argv)
+        those.same("the command line", list(sys.argv[1:] if argv is None else argv))
+        said = work(args)
+    except ProcessLost as error:
+        if those.tells():
+            print(f"error: another process has ended, see its output ({error})", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if those.tells():
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BaseException:
+        those.tells()  # Python shows it, and the others need not
+        raise
+    if those.first:
+        print(said)
+    return 0

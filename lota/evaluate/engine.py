@@ -38,8 +38,8 @@ class Engine(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """More of that, which is shown among the settings of a result."""
 
-    def check_logliks(self) -> None:
-        """Raise ValueError, with the remedy, if it cannot tell log-likelihoods."""
+    def check(self, decoding: Decoding | None) -> None:
+        """Raise ValueError, with the remedy, if it cannot complete so, or (None) tell log-likelihoods."""
 
     def complete(
         self,
@@ -77,7 +77,7 @@ class TransformersEngine:
     def settings(self) -> dict[str, Any]:
         return {"dtype": str(self.model.dtype).removeprefix("torch.")}
 
-    def check_logliks(self) -> None:
+    def check(self, decoding: Decoding | None) -> None:
         """It can."""
 
     def complete(

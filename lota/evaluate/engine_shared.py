@@ -37,7 +37,7 @@ class SharedEngine:
     def __init__(self, engine: Engine, processes: Processes) -> None:
         self.engine, self.processes = engine, processes
         self.context, self.readable, self.batch_size = engine.context, engine.readable, engine.batch_size
-        self.key, self.settings, self.check_logliks = engine.key, engine.settings, engine.check_logliks
+        self.key, self.settings, self.check = engine.key, engine.settings, engine.check
 
     def __enter__(self) -> SharedEngine:
         return self
@@ -61,9 +61,7 @@ class SharedEngine:
         self._deal(longest_first(prompts), batch, on_done)
 
     def logliks(self, requests: Sequence[Request], *, on_done: Callable[[int, float], object]) -> None:
-        self._deal(
-            request_order(requests), lambda rows: _Batch(rows, [requests[i] for i in rows]), on_done
-        )
+        self._deal(request_order(requests), lambda rows: _Batch(rows, [requests[i] for i in rows]), on_done)
 
     def _deal(
         self,

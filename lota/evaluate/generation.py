@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.data.batches import Prompt
 from lota.evaluate.batching import (
@@ -89,9 +89,9 @@ def _prompt_ids(
     return ids if bound is None else ids[-bound:]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every token id that ends a completion: the tokenizer's, and those of the model's generation config."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = getattr(config, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [ids]
     return {id for id in (tokenizer.eos_token_id, *listed) if id is not None}
 
@@ -115,7 +115,7 @@ def _complete(
     """
     context, longest = context_length(model.config), decoding.max_new_tokens
     limits = [longest if context is None else min(longest, context - len(prompt)) for prompt in prompts]
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(getattr(model, "generation_config", None), tokenizer)
     stops = StopCheck(tokenizer, decoding.stop)
     tokens: list[list[int]] = [[] for _ in prompts]
 

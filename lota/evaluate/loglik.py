@@ -30,7 +30,7 @@ def logliks(
     requests: Sequence[Request],
     *,
     batch_size: int,
-    on_done: Callable[[int, float], None] | None = None,
+    on_done: Callable[[int, float], object] | None = None,
 ) -> list[float]:
     """log p(continuation | context) of each request, in nats, summed over its tokens.
 

@@ -119,6 +119,7 @@ def read_stored_runs(folder: Path, request: TaskRequest) -> StoredRuns:
         raise ValueError(f"cannot compare: {folder} has none of the chosen examples of {task.name}")
     settings = {"prompt_limits": None, **key["settings"]}
     settings |= {"template": key["template"], "few_shot": key.get("few_shot")}
+    settings["engine"] = key.get("engine")  # None: transformers
     return StoredRuns([{i: records[i] for i in shared} for records in runs], settings)
 
 

@@ -131,7 +131,7 @@ class _State:
 
     def write(self, changes: Iterable[tuple[Patch, bool]], remedy: str) -> None:
         """Write the tuned (True) or base values of the patches. On failure the worker serves no more."""
-        from vllm.model_executor.model_loader.checkpoint_weight_patch import (  # type: ignore[import-not-found]
+        from vllm.model_executor.model_loader.checkpoint_weight_patch import (
             CheckpointWeightPatch,
             load_checkpoint_weight_patches,
         )
