@@ -266,13 +266,10 @@ def _run(
             args = parse(argv)
         those.same("the command line", list(sys.argv[1:] if argv is None else argv))
         said = work(args)
-    except ProcessLost as error:
+    except (ValueError, OSError, ProcessLost) as error:
         if those.tells():
-            print(f"error: another process has ended, see its output ({error})", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        if those.tells():
-            print(f"error: {error}", file=sys.stderr)
+            lost = "another process has ended: look at its output, and give the same command again"
+            print(f"error: {lost if isinstance(error, ProcessLost) else error}", file=sys.stderr)
         return 1
     except BaseException:
         those.tells()  # Python shows it, and the others need not
