@@ -230,6 +230,12 @@ def _known_context(model: str) -> int | None:
 
 # Processes
 
+LOST = "another process has ended: look at its output; the same command continues from what is done"
+
+
+class _Told(Exception):
+    """The command has failed, and one of its processes tells why."""
+
 
 def run(
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
@@ -241,39 +247,40 @@ def run(
     An error on any process ends all of them, and is told once.
     """
     try:
-        with joined():
-            return _run(parse, work, argv)
-    except ValueError as error:  # they could not meet
+        with joined() as those:
+            try:
+                said = _work(parse, work, argv)
+            except (ValueError, OSError, ProcessLost) as error:
+                if those.tells():
+                    print(f"error: {LOST if isinstance(error, ProcessLost) else error}", file=sys.stderr)
+                raise _Told from error
+            except BaseException:
+                those.tells()  # Python shows it, and the others need not
+                raise
+    except (_Told, ProcessLost):
+        return 1
+    except ValueError as error:  # the processes could not meet
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _run(
-    parse: Callable[[Sequence[str] | None], argparse.Namespace],
-    work: Callable[[argparse.Namespace], str],
-    argv: Sequence[str] | None,
-) -> int:
-    those = processes()
-    if those.first:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        for library in ("httpx", "httpx2"):  # a line for every request
-            logging.getLogger(library).setLevel(logging.WARNING)
-    else:
-        logging.disable(logging.WARNING)
-        transformers.utils.logging.disable_progress_bar()
-    try:
-        with contextlib.nullcontext() if those.first else contextlib.redirect_stderr(io.StringIO()):
-            args = parse(argv)
-        those.same("the command line", list(sys.argv[1:] if argv is None else argv))
-        said = work(args)
-    except (ValueError, OSError, ProcessLost) as error:
-        if those.tells():
-            lost = "another process has ended: look at its output, and give the same command again"
-            print(f"error: {lost if isinstance(error, ProcessLost) else error}", file=sys.stderr)
-        return 1
-    except BaseException:
-        those.tells()  # Python shows it, and the others need not
-        raise
     if those.first:
         print(said)
     return 0
+
+
+def _work(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    work: Callable[[argparse.Namespace], str],
+    argv: Sequence[str] | None,
+) -> str:
+    if processes().first:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for library in ("httpx", "httpx2"):  # a line for every request
+            logging.getLogger(library).setLevel(logging.WARNING)
+        args = parse(argv)
+    else:
+        logging.disable(logging.WARNING)
+        transformers.utils.logging.disable_progress_bar()
+        with contextlib.redirect_stderr(io.StringIO()):
+            args = parse(argv)
+    processes().same("the command line", list(sys.argv[1:] if argv is None else argv))
+    return work(args)
