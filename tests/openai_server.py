@@ -59,6 +59,7 @@ class Server:
             yield f"http://127.0.0.1:{http.server_port}"
         finally:
             http.shutdown()
+            http.block_on_close = False
             http.server_close()
             thread.join(10)
 

@@ -9,7 +9,9 @@ import pytest
 import eval_model_all
 import generate_samples
 from lota.evaluate import engine_openai
-from lota.evaluate.engine_openai import server_address
+from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine_openai import OpenAIEngine, server_address
+from lota.evaluate.engine_outside import OutsideModel
 from tests.chars import ALPHABET, char_model, char_tokenizer, save_pair
 from tests.evaluations import json_lines, write_rows
 from tests.openai_server import Server
@@ -132,6 +134,18 @@ def test_a_server_that_dies_is_continued_by_the_same_command(run, server, monkey
     assert (served / "gsm8k_predictions.jsonl").read_bytes() == (
         local / "gsm8k_predictions.jsonl"
     ).read_bytes()
+
+
+def test_what_is_in_flight_is_given_up_when_the_user_stops(folder, server):
+    def stop(i, text):
+        raise KeyboardInterrupt
+
+    with server.running() as url, pytest.raises(KeyboardInterrupt):
+        model = OutsideModel(str(folder), char_tokenizer())
+        with OpenAIEngine(model, url, concurrency=2, timeout=600) as engine:
+            server.delay = 20.0
+            engine.complete([[3], [4], [5]], Decoding(2), indices=range(3), on_done=stop)
+    assert server.at_once == 1  # still at work on the other one
 
 
 @pytest.mark.parametrize(

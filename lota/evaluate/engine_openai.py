@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -17,7 +19,7 @@ from lota.evaluate.loglik import Request
 
 if TYPE_CHECKING:
     from openai import OpenAIError
-    from openai.types import Completion, Model
+    from openai.types import Completion, CompletionChoice, Model
 
 RETRIES = 6  # of a request, after half a second, one, two, four and then eight
 CONNECT = 10.0  # seconds
@@ -58,7 +60,11 @@ class OpenAIEngine:
         import openai  # slow to import, and not everybody has it
 
         self.model, self.address, self.batch_size = model, server_address(base_url), concurrency
-        self._client = openai.OpenAI(
+        # requests run in a loop of its own thread, where they can be given up; a notebook has a loop already
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._client = openai.AsyncOpenAI(
             base_url=self.address,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",  # a server of one's own wants none
             timeout=openai.Timeout(timeout, connect=CONNECT),
@@ -74,7 +80,7 @@ class OpenAIEngine:
             self.readable = None if self.context is None else self.context - 2
             self._sends_ids, self._knows_more, self._says = self._try_forms()
         except BaseException:
-            self._client.close()
+            self.close()
             raise
         self._echoes: bool | None = None  # how log-probabilities are asked for; None: not yet known
 
@@ -82,7 +88,14 @@ class OpenAIEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()
+        self.close()
+
+    def close(self) -> None:
+        """Give up what is in flight, and leave the server."""
+        self._start(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     @property
     def key(self) -> dict[str, Any]:
@@ -113,14 +126,14 @@ class OpenAIEngine:
         self.check(decoding)
         differing = 0
 
-        def ask(i: int) -> tuple[str, bool]:
+        def ask(i: int) -> Coroutine[Any, Any, Completion]:
             fields = self.model.fields(len(prompts[i]), self.context, decoding, indices[i], sample)
-            return self._complete(prompts[i], fields, decoding)
+            return self._asked(self._create(prompts[i], decoding, fields))
 
-        def done(i: int, answer: tuple[str, bool]) -> None:
+        def done(i: int, answer: Completion) -> None:
             nonlocal differing
-            differing += answer[1]
-            on_done(i, answer[0])
+            differing += answer.usage is not None and answer.usage.prompt_tokens != len(prompts[i])
+            on_done(i, self._text(answer.choices[0], decoding.stop))
 
         self._in_flight(len(prompts), ask, done)
         if differing:
@@ -132,20 +145,26 @@ class OpenAIEngine:
     def logliks(self, requests: Sequence[Request], *, on_done: Callable[[int, float], object]) -> None:
         if self._echoes is None:
             self.check(None)
-        echoes = bool(self._echoes)
+        echoes, texts = bool(self._echoes), [[*context, *after] for context, after in requests]
 
-        def ask(i: int) -> float:
-            context, after = requests[i]
-            return scored(self._logps([*context, *after], echoes), len(context), len(context) + len(after))
+        def done(i: int, logps: list[float | None]) -> None:
+            on_done(i, scored(logps, len(requests[i][0]), len(texts[i])))
 
-        self._in_flight(len(requests), ask, on_done)
+        self._in_flight(len(texts), lambda i: self._logps(texts[i], echoes), done)
+
+    async def _end(self) -> None:
+        requests = asyncio.all_tasks() - {asyncio.current_task()}
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+        await self._client.close()
 
     # Requests
 
     def _find(self, served_model: str | None) -> Model:
         """What the server says of the model. Raises ValueError if it serves another."""
         try:
-            cards = list(self._client.with_options(max_retries=2).models.list())
+            cards = self._start(self._cards()).result()
         except self._errors as error:
             raise self._failure(error, "start it, for example with `vllm serve`") from error
         asked = served_model or self.model.name
@@ -163,6 +182,9 @@ class OpenAIEngine:
             f"{asked}: start it with that model, or give its name there with --served_model"
         )
 
+    async def _cards(self) -> list[Model]:
+        return [card async for card in self._client.with_options(max_retries=2).models.list()]
+
     def _is_folder(self, root: str) -> bool:
         return self.model.folder is not None and Path(root).resolve() == self.model.folder
 
@@ -173,7 +195,8 @@ class OpenAIEngine:
         for sends_ids, knows_more in itertools.product((True, False), repeat=2):
             self._sends_ids, self._knows_more, self._says = sends_ids, knows_more, ""
             try:
-                answer = self._create(ids, decoding, self.model.fields(len(ids), None, decoding, 0, 0))
+                fields = self.model.fields(len(ids), None, decoding, 0, 0)
+                answer = self._start(self._create(ids, decoding, fields)).result()
             except self._refusals as error:
                 refusal = refusal or error
                 continue
@@ -183,7 +206,7 @@ class OpenAIEngine:
         assert refusal is not None
         raise self._failure(refusal, "look at its output") from refusal
 
-    def _create(
+    async def _create(
         self, ids: Sequence[int], decoding: Decoding, fields: Mapping[str, Any], **more: Any
     ) -> Completion:
         """One completion of a prompt. Errors: the client's own."""
@@ -197,30 +220,25 @@ class OpenAIEngine:
             own = ids[1:] if ids and ids[0] == tokenizer.bos_token_id else ids  # the server adds its own
             prompt = tokenizer.decode(list(own), clean_up_tokenization_spaces=False)
         given = {name: value for name, value in fields.items() if value != []}
-        answer = self._client.completions.create(model=self.served, prompt=prompt, extra_body=extra, **given)
+        answer = await self._client.completions.create(
+            model=self.served, prompt=prompt, extra_body=extra, **given
+        )
         if self._says and answer.model != self._says:
             raise ValueError(f"the server now answers as {answer.model}, and not as {self._says}")
         return answer
 
-    def _complete(
-        self, ids: Sequence[int], fields: Mapping[str, Any], decoding: Decoding
-    ) -> tuple[str, bool]:
-        """A completion, and whether the server has read other tokens than these."""
-        answer = self._asked(lambda: self._create(ids, decoding, fields))
-        (choice,) = answer.choices
-        tokens, stop = getattr(choice, "token_ids", None), decoding.stop
-        if tokens is None:
-            text = choice.text[: min((at for w in stop if (at := choice.text.find(w)) >= 0), default=None)]
-        else:
-            text = self.model.text(tokens, stop)
-        return text, answer.usage is not None and answer.usage.prompt_tokens != len(ids)
+    def _text(self, choice: CompletionChoice, stop: Sequence[str]) -> str:
+        tokens: list[int] | None = getattr(choice, "token_ids", None)
+        if tokens is not None:
+            return self.model.text(tokens, stop)
+        return choice.text[: min((at for w in stop if (at := choice.text.find(w)) >= 0), default=None)]
 
-    def _logps(self, ids: Sequence[int], echoes: bool) -> list[float | None]:
+    async def _logps(self, ids: Sequence[int], echoes: bool) -> list[float | None]:
         """Of every token of a prompt after those before it, in nats; the first has none."""
         more = {"echo": True, "logprobs": 1} if echoes else {"prompt_logprobs": 1}
         decoding = Decoding(1)
         fields = self.model.fields(len(ids), None, decoding, 0, 0)
-        (choice,) = self._asked(lambda: self._create(ids, decoding, fields, **more)).choices
+        (choice,) = (await self._asked(self._create(ids, decoding, fields, **more))).choices
         if echoes:
             return list(choice.logprobs.token_logprobs or []) if choice.logprobs else []
         found = getattr(choice, "prompt_logprobs", None) or []
@@ -237,7 +255,7 @@ class OpenAIEngine:
         ids = self.model.tokenizer("a b").input_ids * 2
         for echoes in (True, False) if self._sends_ids else ():
             try:
-                scored(self._logps(ids, echoes), 1, len(ids))
+                scored(self._start(self._logps(ids, echoes)).result(), 1, len(ids))
             except ValueError as error:
                 logger.debug("log-probabilities of prompts (echo: %s): %s", echoes, error)
             else:
@@ -248,9 +266,9 @@ class OpenAIEngine:
             "serve the model with vLLM"
         )
 
-    def _asked(self, ask: Callable[[], Completion]) -> Completion:
+    async def _asked(self, asking: Coroutine[Any, Any, Completion]) -> Completion:
         try:
-            answer = ask()
+            answer = await asking
         except self._errors as error:
             raise self._failure(error, KEEP_DONE) from error
         if len(getattr(answer, "choices", None) or []) != 1:
@@ -265,33 +283,30 @@ class OpenAIEngine:
         kind = ValueError if refused else ConnectionError
         return kind(f"the server at {self.address}: {said.rstrip('.')}; {remedy}")
 
-    def _in_flight(self, n: int, ask: Callable[[int], T], on_done: Callable[[int, T], object]) -> None:
-        """Call on_done(i, ask(i)) for i below n, the asking in threads, at most `batch_size` at a time.
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _in_flight(
+        self,
+        n: int,
+        ask: Callable[[int], Coroutine[Any, Any, T]],
+        on_done: Callable[[int, T], object],
+    ) -> None:
+        """Call on_done(i, what ask(i) comes to) for i below n, with at most `batch_size` of them under way.
 
         After an error nothing more is asked; what is in flight is waited for, and kept.
         """
         numbers, waiting = iter(range(n)), dict[Future[T], int]()
-        problem: Exception | None = None
-        pool = ThreadPoolExecutor(self.batch_size)
-        try:
-            while True:
-                for i in itertools.islice(numbers, 0 if problem else self.batch_size - len(waiting)):
-                    waiting[pool.submit(ask, i)] = i
-                if not waiting:
-                    break
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    i = waiting.pop(future)
-                    error = future.exception()
-                    if error is None:
-                        on_done(i, future.result())
-                    elif not isinstance(error, ValueError | OSError):
-                        raise error
-                    else:
-                        problem = problem or error
-        except BaseException:
-            self._client.close()  # requests in flight end
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        problem: BaseException | None = None
+        while True:
+            for i in itertools.islice(numbers, 0 if problem else self.batch_size - len(waiting)):
+                waiting[self._start(ask(i))] = i
+            if not waiting:
+                break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                i, error = waiting.pop(future), future.exception()
+                if error is None:
+                    on_done(i, future.result())
+                problem = problem or error
         if problem is not None:
             raise problem
