@@ -201,8 +201,8 @@ def file_hash(path: Path) -> str:
 _verified: set[tuple[Path, int, int, int, str]] = set()  # files that this process has found whole
 
 
-def verify_checksum(path: Path, expected: str | None = None) -> None:
-    """Raise ValueError if a file does not have its SHA-256; nothing happens if that is not known.
+def verify_checksum(path: Path, expected: str | None = None) -> bool:
+    """Raise ValueError if a file does not have its SHA-256; returns whether that is known.
 
     expected: by default what the CHECKSUMS beside the file say. A file is read once per process, unless its
     size, time or inode changes.
@@ -210,17 +210,18 @@ def verify_checksum(path: Path, expected: str | None = None) -> None:
     path = path.resolve()
     expected = expected or read_checksums(path.parent).get(path.name)
     if expected is None:
-        return
+        return False
     status = path.stat()
     known = (path, status.st_size, status.st_mtime_ns, status.st_ino, expected)
     if known in _verified:
-        return
+        return True
     if file_hash(path) != expected:
         raise ValueError(
             f"{path} is damaged: its content has changed since it was written ({CHECKSUMS} tells); copy it "
             "again from its source, or use another checkpoint of the run"
         )
     _verified.add(known)
+    return True
 
 
 def read_checksums(folder: Path) -> dict[str, str]:

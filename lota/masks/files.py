@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lota.models.hub import MASK_FILE, local_copy
-from lota.models.policy import LAYOUT, OBJECTS
+from lota.models.policy import LAYOUT
 from lota.models.tensor_files import DELTA_FORMAT, read_metadata
-from lota.storage import DAMAGED, atomic_path, refuse_foreign, save_tensors, torch_reason
+from lota.models.torch_files import HoldsObjects, map_tensors, read_torch_file
+from lota.storage import atomic_path, refuse_foreign, save_tensors
 from lota.utils import first_few
 
 FORMAT = "lota-mask"
@@ -81,16 +80,19 @@ def read(path: str | os.PathLike[str], mapped: bool = False) -> Content:
     path = local_copy(path, MASK_FILE)
     try:
         _check_kind(path)
-        content = _load(path, mapped)
+        content = _load(path)
         if not isinstance(content, dict) or not content:
             raise ValueError("is no mask file: it holds no dict of tensors")
-        return _packed(content) if content.get("format") == FORMAT else _dense(content, path.stat().st_size)
+        size = path.stat().st_size
+        found = _packed(content, size) if content.get("format") == FORMAT else _dense(content, size)
+        bits = found.bits if mapped else {name: packed.clone() for name, packed in found.bits.items()}
+        return found._replace(bits=bits)
     except ValueError as error:
         raise ValueError(f"mask file {path} {error}") from error
 
 
 def _check_kind(path: Path) -> None:
-    """Raise ValueError for what torch.load would call by a wrong name, or could not bound."""
+    """Raise ValueError for what is easily taken for a mask file."""
     if path.is_dir():
         inside = [file.name for file in sorted(path.glob("*_mask.pt"))]
         raise ValueError(f"is a folder; name a file in it{f': {first_few(inside)}' if inside else ''}")
@@ -101,15 +103,10 @@ def _check_kind(path: Path) -> None:
     try:
         with path.open("rb") as file:
             begin = file.read(24)
-        if zipfile.is_zipfile(path):  # torch.save compresses nothing
-            with zipfile.ZipFile(path) as records:
-                if sum(record.file_size for record in records.infolist()) > path.stat().st_size:
-                    raise ValueError("is no mask file: it is compressed, which torch.save never does")
+        if zipfile.is_zipfile(path):
             return
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
-    except zipfile.BadZipFile as error:
-        raise ValueError(_damaged(error)) from error
     if not begin or begin.startswith(b"version https://git-lfs"):
         what = "a Git LFS pointer (`git lfs pull` fetches the file)" if begin else "empty (0 bytes)"
         raise ValueError(f"is {what}; copy it again, or extract the mask anew")
@@ -123,34 +120,24 @@ def _check_kind(path: Path) -> None:
 _FROM_WEIGHTS = "extract_masks.py --base BASE --tuned TUNED makes masks of two models"
 
 
-def _load(path: Path, mapped: bool) -> Any:
+def _load(path: Path) -> Any:
     """What torch.save wrote, tensors and plain values only."""
-    mapped = mapped and zipfile.is_zipfile(path)  # else torch's oldest format, which cannot be mapped
     try:
-        with warnings.catch_warnings():  # torch wonders about the pickle protocol of a file it then refuses
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        refused = [line.strip() for line in str(error).splitlines() if OBJECTS.search(line)]
-        if not refused:
-            raise ValueError(_damaged(error)) from error
+        return map_tensors(path, read_torch_file(path))
+    except HoldsObjects as error:
         raise ValueError(
             "was not read: it holds Python objects, which no mask does, and loading them could run code. "
-            f"torch says: {refused[0][:200]}"
+            f"{error}"
         ) from error
-    except (OSError, *DAMAGED) as error:
-        raise ValueError(_damaged(error)) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "cannot be read: it is truncated, damaged or not written by torch.save; copy it again, or "
+            f"extract the mask anew ({error})"
+        ) from error
 
 
-def _damaged(error: Exception) -> str:
-    reason = torch_reason(error).split(". This is an internal")[0]
-    return (
-        "cannot be read: it is truncated, damaged or not written by torch.save; copy it again, or extract "
-        f"the mask anew ({reason})"
-    )
-
-
-def _packed(content: Mapping[str, Any]) -> Content:
+def _packed(content: Mapping[str, Any], size: int) -> Content:
+    """size: bytes of the file."""
     version = content.get("version")
     if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
@@ -172,7 +159,6 @@ def _packed(content: Mapping[str, Any]) -> Content:
             raise ValueError(f"is damaged: the shape of {name!r} is {shape!r:.60}, no list of sizes")
         if not isinstance(bits[name], Tensor):
             raise ValueError(f"is damaged: the bits of {name!r} are {bits[name]!r:.60}, no tensor")
-        _check_stored(name, bits[name])
         try:
             check_bits(name, bits[name], tuple(shape))
         except ValueError as error:
@@ -180,6 +166,8 @@ def _packed(content: Mapping[str, Any]) -> Content:
     for key, kind in META_TYPES.items():
         if key in meta and not isinstance(meta[key], kind):
             raise ValueError(f"is damaged: its metadata say {key}={meta[key]!r:.60}")
+    if sum(packed.numel() for packed in bits.values()) > size:
+        raise ValueError("is damaged: it says that it has more entries than the file holds")
     return Content(bits, shapes, meta)
 
 
@@ -196,7 +184,6 @@ def _dense(content: Mapping[Any, Any], size: int) -> Content:
         raise ValueError("is no mask file: its tensors have more entries than the file holds")
     bits = {}
     for name, value in content.items():
-        _check_stored(name, value)
         if value.dtype != torch.bool and not value.is_floating_point():
             raise ValueError(
                 f"holds {str(value.dtype).removeprefix('torch.')} numbers in {name!r}, of which nobody can "
@@ -208,14 +195,6 @@ def _dense(content: Mapping[Any, Any], size: int) -> Content:
             )
         bits[name] = pack(value == 0)
     return Content(bits, {name: value.shape for name, value in content.items()}, {"layout": "dense"})
-
-
-def _check_stored(name: str, value: Tensor) -> None:
-    """Raise ValueError for a tensor whose entries do not each stand in the file."""
-    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-        raise ValueError(f"is no mask file: {name!r} is no plain tensor")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"is no mask file: {name!r} has more entries than the file holds")
 
 
 # Writing

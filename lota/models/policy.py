@@ -6,27 +6,20 @@ Layout: {"step_idx": int, "state": {name: tensor}, "metrics": {str: number}}, wr
 from __future__ import annotations
 
 import os
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lota.models.damaged import refuse_stranger
 from lota.models.tensor_files import StoredTensor, refuse_delta
-from lota.storage import DAMAGED, torch_reason, verify_checksum
+from lota.models.torch_files import HoldsObjects, map_tensors, read_torch_file
+from lota.storage import verify_checksum
 
 LAYOUT = ("step_idx", "state", "metrics")
 # torch.compile, FSDP1 and checkpoint_wrapper put these into a name at any depth; no model has its own.
 WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
-# How torch's tensors-only reader says that it met something else than tensors and plain values.
-OBJECTS = re.compile(r"Unsupported (global|class)|Trying to |Can only ")
 
 
 class Policy(NamedTuple):
@@ -75,11 +68,10 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
 
     Tensors are mapped from the file (private pages: writing to them never changes it), so memory is taken as
     they are read. Raises ValueError, naming the file and the remedy, for a file that is missing, truncated,
-    of another layout, or that would run code when unpickled.
+    of another layout, or that holds more than tensors and plain values.
     """
     file = find_policy(path)
-    # The zip directory is a file's last part: a truncated file has none, and only zip files can be mapped.
-    record = _load(file, mmap=zipfile.is_zipfile(file))
+    record = _read(file)
     remedy = "wrap a plain state dict as {'step_idx': 0, 'state': state_dict, 'metrics': {}}"
     if not isinstance(record, dict):
         raise ValueError(f"{file} holds a {type(record).__name__}, not a dict of {LAYOUT}; {remedy}")
@@ -89,33 +81,20 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
         raise ValueError(f"{file} lacks {', '.join(missing)} (found: {found}); {remedy}")
     if not _is_state(record["state"]):
         raise ValueError(f"{file}: 'state' is not a dict of name -> tensor; {remedy}")
-    return Policy(record["step_idx"], _unwrap_names(file, record["state"]), record["metrics"])
+    state = map_tensors(file, _unwrap_names(file, record["state"]))
+    return Policy(record["step_idx"], state, record["metrics"])
 
 
 def index_torch_file(path: Path) -> dict[str, StoredTensor]:
     """Name -> place in a `torch.save` file: {step_idx, state, metrics}, or a plain state dict.
 
-    The file is unpickled (weights only) without its data: under FakeTensorMode a storage knows its place in
-    the file (torch's notes on serialization). Raises ValueError naming a damaged or unsafe file.
+    Raises ValueError naming a damaged or unsafe file.
     """
-    with FakeTensorMode():
-        content = _load(path)
+    content = _read(path)
     state = content.get("state", content) if isinstance(content, dict) else {}
     if not _is_state(state):
         raise ValueError(f"{path} is no checkpoint: expected {{step_idx, state, metrics}} or a state dict")
-    size = path.stat().st_size
-    index: dict[str, StoredTensor] = {}
-    for name, value in _unwrap_names(path, state).items():
-        # bytes: where the storage begins in the file, and where the tensor begins in its storage
-        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if begin is None:
-            raise ValueError(f"{path} is in the layout of before torch 1.6: load it and torch.save it again")
-        begin += value.storage_offset() * value.dtype.itemsize
-        stride = None if value.is_contiguous() else tuple(value.stride())
-        index[name] = StoredTensor(path, begin, value.dtype, tuple(value.shape), stride)
-        if begin + index[name].span * value.dtype.itemsize > size:
-            raise ValueError(f"{path} is truncated: {name} lies outside of the file")
-    return index
+    return _unwrap_names(path, state)
 
 
 def unwrapped(name: str) -> str:
@@ -126,8 +105,8 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
-def _unwrap_names(file: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _unwrap_names(file: Path, state: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
     for wrapped, value in state.items():
         name = unwrapped(wrapped)
         if name in found:
@@ -140,36 +119,27 @@ def _is_state(state: Any) -> bool:
     """Whether this is a dict of names and tensors, at least one."""
     if not isinstance(state, dict) or not state:
         return False
-    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    return all(isinstance(key, str) and isinstance(value, StoredTensor) for key, value in state.items())
 
 
-def _load(file: Path, **options: Any) -> Any:
-    """torch.load on the CPU, tensors only; every way a file can be bad becomes a ValueError.
+def _read(file: Path) -> Any:
+    """What the file holds, with a StoredTensor for each tensor; every way it can be bad is a ValueError.
 
-    A file that lies beside checksums, as every checkpoint's does, is checked against them first.
+    A file that lies beside checksums, as every checkpoint's does, is checked against them first; any other
+    against those within it.
     """
     refuse_stranger(file)
-    verify_checksum(file)
+    checked = verify_checksum(file)
     try:
-        with warnings.catch_warnings():  # torch wonders about the pickle protocol of a file it then refuses
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True, **options)
-    except pickle.UnpicklingError as error:
-        refused = [line.strip() for line in str(error).splitlines() if OBJECTS.search(line)]
-        if not refused:
-            raise ValueError(_unreadable(file, error)) from error
+        return read_torch_file(file, check_crc=not checked)
+    except HoldsObjects as error:
         raise ValueError(
             f"{file} was not read: it holds Python objects besides tensors and plain values, and loading them"
             " could run code. Save it again from where it was made, as torch.save({'step_idx': int, 'state':"
-            f" {{name: tensor}}, 'metrics': {{name: Python number}}}}). torch says: {refused[0][:200]}"
+            f" {{name: tensor}}, 'metrics': {{name: Python number}}}}). {error}"
         ) from error
-    except (OSError, *DAMAGED) as error:
-        raise ValueError(_unreadable(file, error)) from error
-
-
-def _unreadable(file: Path, error: Exception) -> str:
-    return (
-        f"{file} ({file.stat().st_size:,} bytes) cannot be read: it is truncated, damaged or not written by"
-        " torch.save. Copy it again, or use an earlier checkpoint of the run. torch says: "
-        f"{torch_reason(error)}"
-    )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size:,} bytes) cannot be read: it is truncated, damaged or not written"
+            f" by torch.save. Copy it again, or use an earlier checkpoint of the run. The reason: {error}"
+        ) from error

@@ -1,0 +1,351 @@
+"""What a file of `torch.save` holds and where its tensors lie, read without torch.load.
+
+torch.load(weights_only=True) runs no code of a file, but a stranger's few hundred bytes can make it hang or
+take any amount of memory: keys of nested tuples, copies of copies, tensors larger than what is stored,
+compressed records. This reader knows what torch.save writes of tensors and plain values, refuses everything
+else, and takes no more memory than the file has bytes and `SLACK`.
+
+A file: a zip archive whose records are stored as they are, ARCHIVE/data.pkl with the structure as a pickle,
+ARCHIVE/data/KEY for each storage (torch's notes on serialization). Every record has a CRC-32.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lota.models.tensor_files import StoredTensor
+
+SLACK = 1 << 19  # bytes of data.pkl, each of which can become a hundred in memory, that every file may have
+_PER_FILE = 200  # one byte more of data.pkl for so many of the file
+_DIMENSIONS = 64  # of a tensor; torch's operations take no more
+_DEPTH = 20  # of dicts, lists and tuples within each other
+_BLOCK = 1 << 20  # bytes read at a time
+_BEFORE_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that such files begin with
+_STORAGES = {
+    "torch DoubleStorage": torch.float64, "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16, "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64, "torch IntStorage": torch.int32, "torch ShortStorage": torch.int16,
+    "torch CharStorage": torch.int8, "torch ByteStorage": torch.uint8, "torch BoolStorage": torch.bool,
+    "torch ComplexFloatStorage": torch.complex64, "torch ComplexDoubleStorage": torch.complex128,
+    "torch.storage UntypedStorage": torch.uint8,
+}  # fmt: skip
+
+_whole: set[tuple[Path, int, int, int]] = set()  # files whose records this process has found as they were
+
+
+class HoldsObjects(ValueError):
+    """A file has something else in it than tensors and plain values."""
+
+
+class _Record(NamedTuple):
+    offset: int  # byte of the file at which its content begins
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str  # "module name"
+
+
+@dataclass
+class _Storage:
+    dtype: torch.dtype
+    offset: int  # byte of the file
+    numel: int
+
+
+def read_torch_file(path: Path, check_crc: bool = True) -> Any:
+    """What was saved, with a StoredTensor in place of each tensor.
+
+    check_crc: compare every record with its CRC-32, which reads the whole file, once per process. Raises
+    ValueError, without the file's name, for anything that torch.save does not write of tensors and plain
+    values (HoldsObjects), and for what is truncated or damaged.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            if file.read(len(_BEFORE_1_6)) == _BEFORE_1_6:
+                raise ValueError("it is in the layout of before torch 1.6: load it and torch.save it again")
+            raise ValueError("it is no zip archive, or its end is missing")
+        try:
+            records = dict(_records(file, size))
+        except (zipfile.BadZipFile, OSError, NotImplementedError, IndexError) as error:
+            raise ValueError(f"its directory is damaged: {error}") from error
+        status = path.stat()
+        whole = (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+        if check_crc and whole not in _whole:
+            for name, record in records.items():
+                _check_crc(file, name, record)
+            _whole.add(whole)
+        structures = [name for name in records if name.partition("/")[2] == "data.pkl"]
+        if len(structures) != 1:
+            raise ValueError("it has no data.pkl, or more than one")
+        archive, structure = structures[0].partition("/")[0], records[structures[0]]
+        order = records.get(f"{archive}/byteorder")
+        if order is not None and _content(file, order) != sys.byteorder.encode():
+            raise ValueError(f"its numbers are not in {sys.byteorder}-endian order")
+        if structure.size > SLACK + size // _PER_FILE:
+            raise ValueError(f"its structure takes {structure.size:,} bytes of only {size:,}")
+        reader = _Structure(path, archive, records, size)
+        try:
+            return reader.run(_content(file, structure))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"its structure is damaged: {type(error).__name__} {error}") from error
+
+
+def _records(file: BinaryIO, size: int) -> Iterator[tuple[str, _Record]]:
+    """The records of an archive that lie in it uncompressed, one after another."""
+    if _directory_bytes(file, size) > SLACK + size // 64:
+        raise ValueError("its directory is too large for it")
+    total = 0
+    with zipfile.ZipFile(file) as archive:
+        listed = archive.infolist()
+    if len({info.filename for info in listed}) < len(listed):
+        raise ValueError("it has two records of one name")
+    for info in listed:
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise ValueError("it is compressed, which torch.save never does")
+        file.seek(info.header_offset)
+        head = file.read(30)
+        if head[:4] != b"PK\x03\x04":
+            raise ValueError(f"its record {info.filename[:100]} is not where it should be")
+        # behind the head: the name and an extra field, of these lengths
+        offset = info.header_offset + 30 + int.from_bytes(head[26:28], "little")
+        offset += int.from_bytes(head[28:30], "little")
+        total += info.file_size
+        if offset + info.file_size > size or total > size:
+            raise ValueError(f"its record {info.filename[:100]} lies outside of it")
+        yield info.filename, _Record(offset, info.file_size, info.CRC)
+
+
+def _directory_bytes(file: BinaryIO, size: int) -> int:
+    """Of the archive's directory, as its last record says, or the one for archives over 4 GiB before it."""
+    file.seek(max(0, size - (1 << 16) - 22))
+    tail = file.read()
+    place = tail.rfind(b"PK\x05\x06")
+    if tail[max(0, place - 20) : place].startswith(b"PK\x06\x07"):
+        return int.from_bytes(tail[max(0, place - 36) : place - 28], "little")
+    return int.from_bytes(tail[place + 12 : place + 16], "little")
+
+
+def _content(file: BinaryIO, record: _Record) -> bytes:
+    file.seek(record.offset)
+    return file.read(record.size)
+
+
+def _check_crc(file: BinaryIO, name: str, record: _Record) -> None:
+    """Raise ValueError for a record with another CRC-32 than its directory has; there, 0 stands for none."""
+    file.seek(record.offset)
+    found, left = 0, record.size
+    while left > 0 and (block := file.read(min(left, _BLOCK))):
+        found, left = zlib.crc32(block, found), left - len(block)
+    if left or (record.crc and found != record.crc):
+        raise ValueError(f"its record {name[:100]} has changed since it was written: its CRC-32 does not fit")
+
+
+class _Structure:
+    """The machine that a pickle is a program for, as far as tensors and plain values need it."""
+
+    def __init__(self, path: Path, archive: str, records: dict[str, _Record], size: int):
+        self.path, self.archive, self.records, self.left = path, archive, records, size
+        self.stack: list[Any] = []
+        self.marks: list[int] = []  # lengths of the stack
+        self.memo: dict[int, Any] = {}
+        self.depth: dict[int, int] = {}  # id of a dict, list or tuple that is not empty -> how deep it is
+        self.held: list[Any] = []  # these, so that no id is used twice
+        self.places: set[StoredTensor] = set()  # of tensors: without tied ones no more than the file holds
+
+    def run(self, program: bytes) -> Any:
+        for opcode, argument, _ in pickletools.genops(program):
+            if opcode.name == "STOP":
+                if len(self.stack) != 1 or self.marks:
+                    raise ValueError("its structure ends early")
+                return self.stack.pop()
+            self.step(opcode.name, argument)
+        raise ValueError("its structure has no end")
+
+    def step(self, name: str, argument: Any) -> None:
+        """One instruction of the program."""
+        match name:
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                self.stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                self.stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                self.push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                parts = [self.stack.pop() for _ in range(int(name[-1]))]
+                self.push(tuple(reversed(parts)))
+            case "TUPLE":
+                self.push(tuple(self.since_mark()))
+            case "MARK":
+                self.marks.append(len(self.stack))
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.remembered(argument))
+            case "SETITEM" | "SETITEMS":
+                parts = self.since_mark() if name == "SETITEMS" else [self.stack.pop(-2), self.stack.pop()]
+                self.set_items(self.stack[-1], parts)
+            case "APPEND" | "APPENDS":
+                parts = self.since_mark() if name == "APPENDS" else [self.stack.pop()]
+                self.extend(self.stack[-1], parts)
+            case "GLOBAL":
+                self.stack.append(_Global(argument))
+            case "BINPERSID":
+                self.stack.append(self.storage(self.stack.pop()))
+            case "REDUCE":
+                arguments = self.stack.pop()
+                self.push(self.call(self.stack.pop(), arguments))
+            case "BUILD":  # what an OrderedDict carries besides its items, such as `_metadata`
+                state = self.stack.pop()
+                if not isinstance(state, dict) or not isinstance(self.stack[-1], dict):
+                    raise HoldsObjects("Unsupported class: an object with a state")
+            case "PROTO":
+                pass
+            case _:
+                raise HoldsObjects(f"Unsupported instruction {name}")
+
+    def push(self, value: Any) -> None:
+        if isinstance(value, tuple):
+            self.deepen(value, value)
+        self.stack.append(value)
+
+    def deepen(self, whole: Any, parts: Any) -> None:
+        """Note that a dict, list or tuple has these in it."""
+        depth = max((1 + self.depth.get(id(part), 0) for part in parts), default=0)
+        if depth > _DEPTH:
+            raise ValueError(f"its structure is more than {_DEPTH} deep")
+        if depth > self.depth.get(id(whole), 0):
+            self.held.append(whole)
+            self.depth[id(whole)] = depth
+
+    def since_mark(self) -> list[Any]:
+        mark = self.marks.pop()
+        parts = self.stack[mark:]
+        del self.stack[mark:]
+        return parts
+
+    def remembered(self, place: int) -> Any:
+        """Something from before. A dict, list or nested tuple twice could be written out without end."""
+        value = self.memo[place]
+        flat = isinstance(value, tuple) and len(value) <= _DIMENSIONS
+        if isinstance(value, dict | list | tuple) and not (flat and all(type(n) is int for n in value)):
+            raise ValueError("its structure holds one part in two places")
+        return value
+
+    def set_items(self, whole: Any, parts: list[Any]) -> None:
+        keys, values = parts[::2], parts[1::2]
+        if not isinstance(whole, dict) or len(keys) != len(values):
+            raise ValueError("its structure sets items of no dict")
+        if not all(isinstance(key, str | int | float | None) for key in keys):
+            raise HoldsObjects("Unsupported class: a key that is no plain value")
+        self.deepen(whole, values)
+        whole.update(zip(keys, values, strict=True))
+
+    def extend(self, whole: Any, parts: list[Any]) -> None:
+        if not isinstance(whole, list):
+            raise ValueError("its structure appends to no list")
+        self.deepen(whole, parts)
+        whole.extend(parts)
+
+    def storage(self, found: Any) -> _Storage:
+        """A storage by its persistent id: ("storage", class, key, location, entries)."""
+        _, kind, key, _, numel = found
+        if not isinstance(kind, _Global) or kind.name not in _STORAGES:
+            raise HoldsObjects(f"Unsupported class of storage: {kind!r:.100}")
+        record, dtype = self.records[f"{self.archive}/data/{key}"], _STORAGES[kind.name]
+        if not isinstance(numel, int) or numel * dtype.itemsize != record.size:
+            raise ValueError(f"its record {key!r:.100} is not as large as its structure says")
+        return _Storage(dtype, record.offset, numel)
+
+    def call(self, what: Any, arguments: Any) -> Any:
+        name = what.name if isinstance(what, _Global) else f"{what!r:.100}"
+        if name == "collections OrderedDict" and arguments == ():
+            return {}
+        if name == "torch Size":
+            (sizes,) = arguments
+            return tuple(_whole_numbers(sizes))
+        if name == "torch._utils _rebuild_parameter":
+            value, _, _ = arguments
+            if isinstance(value, StoredTensor):
+                return value
+        if name in ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"):
+            storage, offset, shape, stride, _, _, *rest = arguments
+            dtype = storage.dtype
+            if name.endswith("v3"):  # of dtypes without a class of storages
+                dtype, *rest = rest
+                dtype = getattr(torch, dtype.name.removeprefix("torch "), None)
+            if any(part is not None for part in rest) or not isinstance(dtype, torch.dtype):
+                raise HoldsObjects("Unsupported class: a tensor with more than its entries")
+            return self.tensor(storage, dtype, offset, _whole_numbers(shape), _whole_numbers(stride))
+        raise HoldsObjects(f"Unsupported global: {name[:100]} was not an allowed one")
+
+    def tensor(
+        self, storage: _Storage, dtype: torch.dtype, offset: int, shape: list[int], stride: list[int]
+    ) -> StoredTensor:
+        """A tensor, checked: every entry of it has a place of its own in its storage."""
+        (offset,) = _whole_numbers([offset])
+        plain = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        contiguous = all(s == p or d == 1 for d, s, p in zip(shape, stride, plain, strict=True))
+        begin = storage.offset + offset * dtype.itemsize
+        kept = None if contiguous or 0 in shape else tuple(stride)
+        found = StoredTensor(self.path, begin, dtype, tuple(shape), kept)
+        end = (offset + found.span) * dtype.itemsize
+        if found.numel and (found.numel > found.span or end > storage.numel * storage.dtype.itemsize):
+            raise ValueError("a tensor of it has more entries than the file holds")
+        if found not in self.places:
+            self.places.add(found)
+            self.left -= found.numel * dtype.itemsize
+        if self.left < 0:
+            raise ValueError("its tensors have more entries than the file holds")
+        return found
+
+
+def _whole_numbers(numbers: Any) -> list[int]:
+    """A shape or stride. Raises ValueError for what is none."""
+    if not isinstance(numbers, tuple | list) or len(numbers) > _DIMENSIONS:
+        raise ValueError(f"{numbers!r:.60} is no shape")
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise ValueError(f"{numbers!r:.60} is no shape")
+    return list(numbers)
+
+
+def map_tensors(path: Path, content: Any) -> Any:
+    """The same with tensors whose memory is the file's: private pages, read when they are looked at."""
+    storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    assert isinstance(storage, torch.UntypedStorage)
+    made: dict[StoredTensor, Tensor] = {}  # tied tensors stay one
+
+    def with_tensors(part: Any) -> Any:
+        if isinstance(part, StoredTensor):
+            return made.setdefault(part, _tensor_in(storage, part))
+        if isinstance(part, tuple):
+            return tuple(map(with_tensors, part))
+        for key, value in part.items() if isinstance(part, dict) else ():
+            part[key] = with_tensors(value)
+        if isinstance(part, list):
+            part[:] = map(with_tensors, part)
+        return part
+
+    return with_tensors(content)
+
+
+def _tensor_in(storage: torch.UntypedStorage, place: StoredTensor) -> Tensor:
+    width = place.dtype.itemsize
+    part = storage[place.offset : place.offset + place.span * width]
+    flat = torch.empty(0, dtype=place.dtype).set_(part)
+    return flat.view(place.shape) if place.stride is None else flat.as_strided(place.shape, place.stride)
