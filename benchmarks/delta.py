@@ -32,7 +32,7 @@ from benchmarks.step import LINEAR, build_model, lora_config, shira_config
 from lota.delta import Delta, extract
 from lota.share.delta.cli import entropy_bits
 from lota.share.delta.codec import decode, encode
-from lota.share.delta.format import SEGMENT
+from lota.share.delta.index import SEGMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6

@@ -107,6 +107,29 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+_JSON_SLACK = 48 << 20  # bytes that the values of any JSON may take
+# Bytes that one of these characters can mean in memory: a dict, a list, a pair in a dict, a number in a
+# list, half of what a string has besides its text. Measured with CPython 3.11 and rounded up.
+_JSON_COSTS = {b"{": 200, b"[": 80, b":": 170, b",": 48, b'"': 30}
+
+
+def parse_json(data: bytes, size: int | None = None) -> Any:
+    """json.loads of what a stranger may have written.
+
+    size: bytes of the file that it is a part of, by default its own. Raises ValueError for no JSON, for
+    values that could take more memory than `size` and 48 MiB, and for ones nested too deep.
+    """
+    text = 2 * len(data) * (1 if data.isascii() else 4)  # as one string, and as its parts
+    if sum(cost * data.count(sign) for sign, cost in _JSON_COSTS.items()) + text > _JSON_SLACK + (
+        len(data) if size is None else size
+    ):
+        raise ValueError(f"its {len(data):,} bytes of JSON could take far more memory than that")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deep") from error
+
+
 def save_tensors(
     content: Any, path: str | os.PathLike[str], values: Iterable[torch.Tensor] | None = None
 ) -> str:
@@ -230,11 +253,11 @@ def read_checksums(folder: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
         if not all(isinstance(text, str) for text in content.values()):
             raise ValueError("its values are no texts")
         return dict(content)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): use another checkpoint of the run") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,9 +22,10 @@ from lota.delta import Delta, extract
 from lota.masks import Mask
 from lota.models.hashing import content_hash
 from lota.models.weights import open_weights
-from lota.share.delta import format
+from lota.share.delta import format, index
 from lota.share.delta.codec import encode
-from lota.share.delta.format import SEGMENT, Parameter, read_index, segments, write_delta
+from lota.share.delta.format import read_index, write_delta
+from lota.share.delta.index import SEGMENT, Parameter, segments
 from lota.storage import atomic_path
 
 
@@ -152,23 +154,85 @@ def test_every_byte_counts(pair):
     assert Delta.open(path).n_changed > 0
 
 
-def test_an_index_that_claims_more_than_the_file_holds(pair, monkeypatch):
+def codings_of(found) -> list[list[int]]:
+    """Of every segment, as they stand in the file."""
+    widths = [found.layout.dtype(i).itemsize for i in range(found.layout.count)]
+    held = [found.codings[i] for i in range(found.layout.count)]
+    return [[0] * (4 + width) if one is None else one[0] for one, width in zip(held, widths, strict=True)]
+
+
+def test_an_index_that_claims_more_than_the_file_holds(pair):
     """Whoever writes a file can compute its checksum: nothing in it sizes what is done with it, unchecked."""
     found = read_index(pair[2])
-    huge = Parameter("huge", torch.bfloat16, (1 << 60,))
-    for parameters, codings in ((huge, found.codings), (huge, []), (found.parameters[0], found.codings)):
+    codings, first = codings_of(found), found.parameters[0]
+    huge = Parameter("huge", torch.bfloat16, (1 << 40, 1 << 12))
+    for parameters, rows, message in (
+        ([huge], codings, "more entries than a file of"),
+        ([huge], [], "more entries than a file of"),
+        ([Parameter("large", torch.bfloat16, (1 << 39,))], codings, "does not describe its parameters"),
+        ([first], [*codings, codings[0]], "more segments than its parameters have"),
+        (found.parameters, codings[:-1], "does not describe its parameters"),
+        ([dataclasses.replace(first, changed=1)], [[0] * 6], "other numbers of changes"),
+        (found.parameters[::-1], codings, "not in sorted order"),
+        ([first, first], [[0] * 6], "not in sorted order"),
+        (found.parameters, codings, "does not describe its data"),
+        ([dataclasses.replace(first, changed=first.numel + 1)], [[0] * 6], "changes in"),
+    ):
         with TemporaryFile() as data:
-            write_delta(pair[2], [parameters], codings, data, found.meta)
-        with pytest.raises(ValueError, match=r"d\.safetensors is no whole delta .* does not describe"):
+            write_delta(pair[2], parameters, rows, data, found.meta)
+        with pytest.raises(ValueError, match=rf"d\.safetensors is no whole delta .* {message}"):
             Delta.open(pair[2])
     with TemporaryFile() as data:
         write_delta(pair[2], [], [], data, {"base": "x"})
     with pytest.raises(ValueError, match="its metadata lack base_fingerprint"):
         Delta.open(pair[2])
-    extract(*pair)
-    monkeypatch.setattr("lota.share.delta.format._LARGEST_INDEX", 10)
-    with pytest.raises(ValueError, match="its index is too large"):
-        Delta.open(pair[2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        ("nn", "[2]"), ("Tensor", "[2]"), ("uint64x", "[2]"), ("complex128", "[2]"), ("quint8", "[2]"),
+        ("__version__", "[2]"), ("bfloat16", "[-2]"), ("bfloat16", "[2.0]"), ("bfloat16", "2"),
+        ("bfloat16", f"[{1 << 55}]"), ("bfloat16", "[true]"), ("bfloat16", f"[{'1,' * 70}1]"),
+    ],
+)  # fmt: skip
+def test_parameters_that_are_none(dtype, shape):
+    """`torch.nn` is an attribute of torch as `torch.float32` is, and no dtype."""
+    text = f'{{"parameters":[["w","{dtype}",{shape},0]],"segments":[[0,0,0,0,0,0]]}}'
+    with pytest.raises(ValueError, match=r"has the dtype|has the shape|changes in"):
+        index.read_compressed_index(zstandard.compress(text.encode()), 1000)
+
+
+def test_the_limits_of_an_index_grow_with_the_file(monkeypatch):
+    monkeypatch.setattr(index, "SEGMENT", 64)
+    many = [Parameter(f"p{i:05}", torch.int8, (1,), 0) for i in range((1 << 15) + 2)]
+    compressed = index.compressed_index(many, [[0] * 5] * (len(many) // 64 + 1))
+    for size, fits in ((2047, False), (2048, True)):
+        if fits:
+            assert index.read_compressed_index(compressed, size)[0] == many
+        else:
+            with pytest.raises(ValueError, match="more parameters than a file of 2,047 bytes can have"):
+                index.read_compressed_index(compressed, size)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"{", b'{"parameters":[', b'{"parameters":[]', b'{"parameters":[],"segments":[',
+        b'{"parameters":[["w","int8",[2],0]],"segments":[1]}',
+        b'{"parameters":[["w","int8",[2],0]],"segments":[[0,0,0,0]]}',
+        b'{"parameters":[["w","int8",[2],0]],"segments":[[0,0,0,0,4000000000]]}',
+        b'{"parameters":[["w","int8",[2],0]],"segments":[[3,0,0,0,0]]}',
+        b'{"parameters":[["w","int8",[2],0]],"segments":[[0,3,0,0,0]]}',
+        b'{"parameters":[["w","int8",[2],0]],"segments":[[0,0,0,0,0.0]]}',
+        b'{"parameters":[["w","int8",[2]]],"segments":[[0,0,0,0,0]]}',
+        b'{"parameters":[["' + b"w" * 200_000 + b'","int8",[2],0]],"segments":[[0,0,0,0,0]]}',
+        b'{"parameters":' + b"[" * 100_000, b'{"parameters":[' + b"[" * 100_000, b"\0" * 10_000_000,
+    ],
+)  # fmt: skip
+def test_indices_that_are_none(text):
+    with pytest.raises(ValueError, match=r"its index|segment 0|JSON|Expecting|changes in"):
+        index.read_compressed_index(zstandard.compress(text), 1000)
 
 
 def test_the_file_is_safetensors_with_a_checksum_and_an_index(pair):
@@ -272,7 +336,7 @@ def test_names_that_are_not_there_and_equal_files(tmp_path, pair):
 
 def test_a_file_that_is_damaged_after_it_was_opened(pair):
     delta = Delta.open(pair[2])
-    begin, end = delta._index.starts[0], delta._index.starts[-1]
+    begin, end = delta._index.data, delta._index.data + delta._index.codings.bytes
     with open(pair[2], "r+b") as file:
         file.seek(begin)
         file.write(b"\xff" * (end - begin))
@@ -282,7 +346,7 @@ def test_a_file_that_is_damaged_after_it_was_opened(pair):
 
 def test_only_segments_of_the_part_are_decoded(tmp_path, monkeypatch):
     """Two segments that were read last stay decoded; a part that ends where one begins does not read it."""
-    monkeypatch.setattr(format, "SEGMENT", 64)
+    monkeypatch.setattr(index, "SEGMENT", 64)
     state = {"w": torch.zeros(3, 64, dtype=torch.bfloat16)}
     for name, add in (("base", 0), ("tuned", 1)):
         torch.save({"w": state["w"] + add}, tmp_path / f"{name}.pt")
@@ -307,15 +371,6 @@ def test_only_segments_of_the_part_are_decoded(tmp_path, monkeypatch):
     plain(0)
     plain(1)
     assert plain.cache_info().misses > before + 1
-
-
-def test_how_large_an_index_may_be(pair, monkeypatch):
-    """256 MiB, said by the head of what is compressed, before anything of it is made."""
-    monkeypatch.setattr(zstandard, "frame_content_size", lambda compressed: 1 << 28)
-    assert read_index(pair[2]).parameters
-    monkeypatch.setattr(zstandard, "frame_content_size", lambda compressed: (1 << 28) + 1)
-    with pytest.raises(ValueError, match="its index is too large"):
-        read_index(pair[2])
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
@@ -343,7 +398,7 @@ def test_metadata_that_lack_a_key(pair, key):
 
 
 def test_a_parameter_that_fills_its_segment(tmp_path, monkeypatch):
-    monkeypatch.setattr(format, "SEGMENT", 64)
+    monkeypatch.setattr(index, "SEGMENT", 64)
     parameters = [Parameter("a", torch.int8, (8, 8)), Parameter("b", torch.int8, (63,), changed=1)]
     assert [parameter.changed for parameter in parameters] == [0, 1]
     meta = dict.fromkeys(format._REQUIRED - {"changed", "entries"}, "x")
@@ -355,12 +410,13 @@ def test_a_parameter_that_fills_its_segment(tmp_path, monkeypatch):
             data.write(code)
         written = write_delta(tmp_path / "d.safetensors", parameters, codings, data, meta)
     found = read_index(tmp_path / "d.safetensors")
-    assert found.parameters == parameters and found.codings == codings
+    assert found.parameters == parameters and codings_of(found) == codings
     assert (written["changed"], written["entries"]) == (1, 127)
     both = [Parameter("a", torch.int8, (8, 8)), Parameter("b", torch.int8, (64,))]
     with TemporaryFile() as data:
         write_delta(tmp_path / "d.safetensors", both, [[0, 0, 0, 0, 0]] * 2, data, meta)
-    assert [segment.n for segment in read_index(tmp_path / "d.safetensors").segments] == [64, 64]
+    layout = read_index(tmp_path / "d.safetensors").layout
+    assert [layout.entries(i) for i in range(layout.count)] == [64, 64]
 
 
 def test_a_text_is_no_delta(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from lota.storage import parse_json
 
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
@@ -31,8 +32,8 @@ def refuse_damaged_json(folder: Path, names: Iterable[str]) -> None:
         if path.is_file():
             refuse_stranger(path)
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
+                content = parse_json(path.read_bytes())
+            except ValueError as error:
                 raise ValueError(
                     f"{path} is damaged: {one_line(error)}; copy or download it again"
                 ) from error

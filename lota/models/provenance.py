@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from lota.config import Config
 from lota.models.tensor_files import is_delta, read_metadata
 from lota.settings import stored_settings
+from lota.storage import parse_json
 
 logger = logging.getLogger(__name__)
 # These decide how prompts are written and cut; they go along with the weights, for evaluation to do the same.
@@ -73,8 +73,8 @@ def run_settings(path: Path) -> RunSettings:
 def recorded_base(path: Path) -> str | None:
     """The model that a run, a converted folder or an applied delta says it was made from."""
     try:
-        found = json.loads((path.expanduser() / RECORD).read_text(encoding="utf-8"))["base"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = parse_json((path.expanduser() / RECORD).read_bytes())["base"]
+    except (OSError, ValueError, LookupError, TypeError):
         found = run_settings(path).base
     return found if isinstance(found, str) else None
 
@@ -94,10 +94,14 @@ def recorded_prompts(model: str | os.PathLike[str]) -> Prompts:
             record: dict[str, Any] = dict(read_metadata(path))
             record |= {key: int(record[key]) for key in PROMPT_LENGTHS if key in record}
         else:
-            record = dict(json.loads(file.read_text(encoding="utf-8")))
+            record = dict(parse_json(file.read_bytes()))
+        found = {name: record.get(name) for name in PROMPT_SETTINGS}
+        for name, value in found.items():
+            if value is not None and type(value) is not (int if name in PROMPT_LENGTHS else str):
+                raise ValueError(f"{name}={value!r:.60}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): make it anew") from error
-    return {name: record.get(name) for name in PROMPT_SETTINGS}
+    return found
 
 
 def trained_prompts(path: str | os.PathLike[str]) -> Prompts:

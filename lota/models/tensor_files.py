@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lota.models.damaged import refuse_stranger
 from lota.models.hub import refuse_absent
+from lota.storage import parse_json
 
 INSTALLING = ".conversion.installing"  # in a folder into which a conversion was moving its files
 DELTA_FORMAT = "lota-delta"  # in the metadata of delta files, which are safetensors too
@@ -34,6 +35,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
+FILE_DTYPES = frozenset(_DTYPES.values())
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -109,9 +111,9 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.index.json"
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weight_map = parse_json(index.read_bytes())["weight_map"]
                 shards = sorted({_shard_name(shard) for shard in weight_map.values()})
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 refuse_stranger(index)
                 raise ValueError(f"{index} is no index of weight shards: {error}") from error
             missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -198,16 +200,16 @@ def _read_json(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     refuse_stranger(path)
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= path.stat().st_size - 8:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
                 raise ValueError("its header does not fit into the file")
-            content = json.loads(file.read(length))
+            content = parse_json(file.read(length), size)
         if not isinstance(content, dict):
             raise ValueError("its header is no dict")
         metadata = content.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata are no dict of strings")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file: {error}; copy or download it again"
         ) from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
+from fnmatch import translate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedConfig
 from lota.models.provenance import RECORD
 from lota.models.tensor_files import INSTALLING, read_header, safetensors_files
 from lota.places import fsync, remove, temporary_name, working_in
-from lota.storage import flush_to_disk, naming
+from lota.storage import flush_to_disk, naming, parse_json
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -132,7 +133,7 @@ def _install(ready: Path, folder: Path) -> None:
     """
     left = {path.name for path in ready.iterdir()}
     if RECORD in left:  # else all but the folder's removal was done
-        new = _listed(ready / RECORD)
+        new = set(_listed(ready / RECORD))
         stale = [name for name in _listed(folder / RECORD) if name not in new]
         if "config.json" in left:
             remove(folder / "config.json")
@@ -155,12 +156,12 @@ def _listed(record: Path) -> list[str]:
     if not record.is_file():
         return []
     try:
-        names = [str(name) for name in json.loads(record.read_text(encoding="utf-8"))["files"]]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        names = [str(name) for name in parse_json(record.read_bytes())["files"]]
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{record} is not the record of a conversion ({error}): name a new folder"
         ) from error
     ours = [*CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
     ours += PROCESSOR_FILES
-    patterns = [pattern.split("/")[0] for pattern in ours]
-    return [name for name in names if "/" not in name and any(fnmatch(name, p) for p in patterns)]
+    pattern = re.compile("|".join(translate(pattern.split("/")[0]) for pattern in ours))
+    return [name for name in names if "/" not in name and pattern.match(name)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lota.models.hashing import StreamingHash, content_hash
 from lota.models.provenance import PROMPT_SETTINGS
 from lota.models.weights import WeightSource, open_weights
-from lota.share.delta.format import SEGMENT
+from lota.share.delta.index import SEGMENT
 from lota.share.delta.reader import Delta
 from lota.share.hf_folder import check_replaceable, new_model_files
 from lota.share.hf_weights import check_shard_size, open_folder, write_like

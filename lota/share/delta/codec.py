@@ -61,11 +61,13 @@ def decode(n: int, dtype: npt.DTypeLike, coding: Sequence[int], data: bytes) -> 
     width = np.dtype(dtype).itemsize
     try:
         count, k, *lengths = coding
-        possible = len(lengths) == 2 + width and 0 <= count <= n and 0 <= k < 64
+        possible = len(lengths) == 2 + width and 0 <= count <= n and 0 <= k <= n.bit_length()
         if not possible or sum(map(abs, lengths)) != len(data):
             raise ValueError(f"segment {list(coding)} does not describe {len(data)} bytes")
-        low, unary, *planes = _parts(lengths, data, most=max(8 * n, 64))
         m = n - count if 2 * count > n else count  # positions that are listed, as in `encode`
+        # The gaps add up to n - m at most, and their high bits to that >> k, each gap with a 1 at its end.
+        most = [-(-m // 8) * k, (m + (n - m >> k) + 7) // 8, *[count] * width]
+        low, unary, *planes = _parts(lengths, data, most)
         gaps = (unpack_unary(unary, m) << k) | unpack_low_bits(low, k, m)
         listed = np.cumsum(gaps + 1) - 1
         if m and listed[-1] >= n:
@@ -79,15 +81,15 @@ def decode(n: int, dtype: npt.DTypeLike, coding: Sequence[int], data: bytes) -> 
     return positions, xors.view(dtype).reshape(count)
 
 
-def _parts(lengths: Sequence[int], data: bytes, most: int) -> list[bytes]:
-    """The parts of a segment, decompressed. Raises ValueError for one that would take over `most` bytes."""
+def _parts(lengths: Sequence[int], data: bytes, most: Sequence[int]) -> list[bytes]:
+    """The parts of a segment, decompressed. Raises ValueError for one of more bytes than `most` says."""
     parts, start = [], 0
-    for length in lengths:
+    for length, most_here in zip(lengths, most, strict=True):
         part = data[start : start + abs(length)]
         start += abs(length)
+        if (zstandard.frame_content_size(part) if length < 0 else length) > most_here:
+            raise ValueError("a part is larger than what it can hold")
         if length < 0:
-            if zstandard.frame_content_size(part) > most:
-                raise ValueError("a part is larger than what it can hold")
             part = zstandard.ZstdDecompressor().decompress(part)
         parts.append(part)
     return parts

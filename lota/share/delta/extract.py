@@ -25,17 +25,8 @@ from lota.models.tensor_files import config_folder
 from lota.models.weights import WeightSource, refuse_not_finite
 from lota.places import holding
 from lota.share.delta.codec import Array, Coding, encode
-from lota.share.delta.format import (
-    SEGMENT,
-    Parameter,
-    Piece,
-    Segment,
-    check_target,
-    checksum_digits,
-    entry_checksum,
-    segments,
-    write_delta,
-)
+from lota.share.delta.format import check_target, checksum_digits, entry_checksum, write_delta
+from lota.share.delta.index import SEGMENT, Parameter, Piece, Segment, segments
 from lota.share.hf_weights import check_writable
 from lota.storage import naming
 

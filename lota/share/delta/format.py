@@ -4,8 +4,7 @@
 |---|---|
 | header | as in every safetensors file: metadata (strings), and the places of the two tensors |
 | `data`, uint8 | the codes of the segments, one after another (lota/share/delta/codec.py) |
-| `index`, uint8 | zstandard-compressed JSON of `parameters`, [name, dtype, shape, changed entries] each, in |
-| | sorted order, and `segments`, a `Coding` each |
+| `index`, uint8 | the base's parameters and the coding of each segment (lota/share/delta/index.py) |
 
 | metadata | |
 |---|---|
@@ -22,97 +21,35 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
-from lota.models.hashing import HASH_CHUNK
 from lota.models.tensor_files import (
     DELTA_FORMAT,
     Header,
-    StoredTensor,
     header_bytes,
     is_delta,
     read_header,
     read_metadata,
 )
 from lota.share.delta.codec import Coding
+from lota.share.delta.index import Codings, Layout, Parameter, compressed_index, read_compressed_index
 from lota.storage import atomic_path, refuse_foreign
 
 VERSION = 1
-SEGMENT = HASH_CHUNK  # entries; with the hash's chunks, a file is read once for both
 _BLANK = b"0" * 64  # stands for the checksum's digits while they are computed
 _WHOLE_NUMBERS = ("version", "changed", "entries", "kept", "max_length", "max_prompt_length")
 _READ_AS = {**dict.fromkeys(_WHOLE_NUMBERS, int), "sparsity": float}
 _REQUIRED = {"base", "tuned", "base_hash", "tuned_hash", "base_fingerprint", "tuned_fingerprint"}
 _REQUIRED |= {"changed", "entries"}
 _BLOCK = 1 << 20  # bytes hashed or copied at a time
-_LARGEST_INDEX = 1 << 28  # bytes: that of a model of 10^12 entries is smaller
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter as the base's file holds it, under its name in the loaded model."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    changed: int = 0  # entries that differ in the tuned model
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-class Piece(NamedTuple):
-    """Entries [start, stop) of a flattened parameter, which stand at `offset` of their segment."""
-
-    name: str
-    start: int
-    stop: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Up to SEGMENT entries of one dtype that are coded together: large parameters cut, small ones pooled."""
-
-    dtype: torch.dtype
-    pieces: list[Piece]  # without gaps between them
-
-    @property
-    def n(self) -> int:
-        last = self.pieces[-1]
-        return last.offset + last.stop - last.start
-
-    @property
-    def unsigned(self) -> np.dtype[Any]:
-        """The integers that have this dtype's bit patterns."""
-        return np.dtype(f"<u{self.dtype.itemsize}")
-
-
-def segments(parameters: Sequence[Parameter]) -> list[Segment]:
-    """Every entry of every parameter once, in order. The file does not store them: they follow from this."""
-    found: list[Segment] = []
-    for parameter in parameters:
-        for start in range(0, parameter.numel, SEGMENT):
-            stop = min(start + SEGMENT, parameter.numel)
-            last = found[-1] if found else None
-            if last is not None and last.dtype == parameter.dtype and last.n + stop - start <= SEGMENT:
-                last.pieces.append(Piece(parameter.name, start, stop, last.n))
-            else:
-                found.append(Segment(parameter.dtype, [Piece(parameter.name, start, stop, 0)]))
-    return found
 
 
 @dataclass(frozen=True)
@@ -122,9 +59,9 @@ class DeltaIndex:
     checksum: str
     meta: dict[str, Any]  # the metadata but for the checksum, numbers as numbers
     parameters: list[Parameter]  # in sorted order, with and without changes
-    segments: list[Segment]
-    codings: list[Coding]  # one per segment
-    starts: list[int]  # byte of the file at which each segment's code begins, and at which the last one ends
+    layout: Layout
+    codings: Codings  # of the segments of the layout
+    data: int  # byte of the file at which the codes begin
 
 
 def read_index(path: Path) -> DeltaIndex:
@@ -135,21 +72,19 @@ def read_index(path: Path) -> DeltaIndex:
         if absent := _REQUIRED - meta.keys():
             raise ValueError(f"its metadata lack {sorted(absent)[0]}")
         data, stored = header.entries["data"], header.entries["index"]
-        index = _decompressed_index(path, stored)
-        parameters = [
-            Parameter(name, getattr(torch, dtype), tuple(shape), changed)
-            for name, dtype, shape, changed in index["parameters"]
-        ]
-        codings = index["segments"]
-        if sum(parameter.numel for parameter in parameters) > SEGMENT * len(codings):
-            raise ValueError("its index does not describe its parameters")
-        starts = list(itertools.accumulate((sum(map(abs, c[2:])) for c in codings), initial=data.offset))
-        cut = segments(parameters)
-        if len(cut) != len(codings) or starts[-1] != data.offset + data.numel:
+        with open(path, "rb") as file:
+            file.seek(stored.offset)
+            compressed = file.read(stored.numel)
+        parameters, layout, codings = read_compressed_index(compressed, path.stat().st_size)
+        counts = {
+            "changed": codings.changed,
+            "entries": sum(parameter.numel for parameter in parameters),
+        }
+        if codings.bytes != data.numel or any(meta[key] != count for key, count in counts.items()):
             raise ValueError("its index does not describe its data")
-    except (KeyError, ValueError, TypeError, AttributeError, zstandard.ZstdError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is no whole delta file: {error}") from error
-    return DeltaIndex(meta.pop("checksum"), meta, parameters, cut, codings, starts)
+    return DeltaIndex(meta.pop("checksum"), meta, parameters, layout, codings, data.offset)
 
 
 def _checked_header(path: Path) -> Header:
@@ -167,7 +102,7 @@ def _checked_header(path: Path) -> Header:
     if metadata.get("format") != DELTA_FORMAT:
         raise ValueError(f"{path} is no delta file, or its header is damaged")
     version = metadata.get("version", "")
-    if version.isdigit() and int(version) > VERSION:
+    if re.fullmatch("[0-9]{1,9}", version) and int(version) > VERSION:
         raise ValueError(f"{path} has delta version {version}, this reads up to {VERSION}: update lota")
     with open(path, "rb") as file:
         digest = _checksum(file)[1]
@@ -176,15 +111,6 @@ def _checked_header(path: Path) -> Header:
             f"{path} is truncated or changed: its checksum does not fit; copy it again from its source"
         )
     return read_header(path)
-
-
-def _decompressed_index(path: Path, stored: StoredTensor) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        file.seek(stored.offset)
-        compressed = file.read(stored.numel)
-    if zstandard.frame_content_size(compressed) > _LARGEST_INDEX:
-        raise ValueError("its index is too large")
-    return dict(json.loads(zstandard.ZstdDecompressor().decompress(compressed)))
 
 
 def check_target(path: Path) -> None:
@@ -213,7 +139,7 @@ def write_delta(
         "changed": sum(parameter.changed for parameter in parameters),
         "entries": sum(parameter.numel for parameter in parameters),
     }
-    index = _compressed_index(parameters, codings)
+    index = compressed_index(parameters, codings)
     with atomic_path(path) as temporary, open(temporary, "w+b") as file:
         sizes = {"data": data.tell(), "index": len(index)}
         tensors = {n: torch.empty(size, dtype=torch.uint8, device="meta") for n, size in sizes.items()}
@@ -226,12 +152,6 @@ def write_delta(
         file.seek(place)
         file.write(digest.encode())
     return meta
-
-
-def _compressed_index(parameters: Sequence[Parameter], codings: Sequence[Coding]) -> bytes:
-    listed = [[p.name, str(p.dtype).removeprefix("torch."), p.shape, p.changed] for p in parameters]
-    text = json.dumps({"parameters": listed, "segments": codings}, separators=(",", ":"))
-    return zstandard.ZstdCompressor(level=19, write_content_size=True).compress(text.encode())
 
 
 def _checksum(file: BinaryIO) -> tuple[int, str]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lota.models.hub import DELTA_FILE, local_copy
 from lota.share.delta.codec import decode
-from lota.share.delta.format import DeltaIndex, Piece, as_integers, common_dtype, read_index, xor_
+from lota.share.delta.format import DeltaIndex, as_integers, common_dtype, read_index, xor_
+from lota.share.delta.index import unsigned
 
 
 class Changes(NamedTuple):
@@ -46,10 +47,6 @@ class Delta:
         self.parameters = {parameter.name: parameter for parameter in index.parameters}
         self.names = [p.name for p in index.parameters if p.changed]  # of the parameters with changes
         self._index = index
-        self._pieces: dict[str, list[tuple[int, Piece]]] = {}  # name -> (number of the segment, piece of it)
-        for i, segment in enumerate(index.segments):
-            for piece in segment.pieces:
-                self._pieces.setdefault(piece.name, []).append((i, piece))
         self.known: dict[tuple[torch.device, str], Entries] = {}  # by parameter, on devices of models
         self._lock = threading.Lock()
         # neighbouring parameters and parts share segments: the last two are kept
@@ -101,24 +98,26 @@ class Delta:
 
     def _parts(self, name: str, start: int, stop: int) -> Iterator[Changes]:
         """The changes in [start, stop) segment by segment, positions counted from `start`."""
-        for i, piece in self._pieces.get(name, ()) if self.changed(name) else ():
-            if piece.start < stop and piece.stop > start:
-                with self._lock:
-                    positions, xors = self._decoded(i)
-                shift = piece.offset - piece.start  # position in the segment minus position in the parameter
-                bounds = torch.tensor([max(start, piece.start), min(stop, piece.stop)]) + shift
-                low, high = torch.searchsorted(positions, bounds).tolist()
-                yield Changes(positions[low:high] - (shift + start), xors[low:high])
+        if not self.changed(name):
+            return
+        for i, piece in self._index.layout.pieces(self.parameters[name], start, stop):
+            with self._lock:
+                positions, xors = self._decoded(i)
+            shift = piece.offset - piece.start  # position in the segment minus position in the parameter
+            bounds = torch.tensor([max(start, piece.start), min(stop, piece.stop)]) + shift
+            low, high = torch.searchsorted(positions, bounds).tolist()
+            yield Changes(positions[low:high] - (shift + start), xors[low:high])
 
     def _decode(self, i: int) -> Changes:
         """All changes of segment `i`, positions counted from its begin."""
-        begin, end = self._index.starts[i : i + 2]
+        layout, found = self._index.layout, self._index.codings[i]
+        bits = unsigned(layout.dtype(i))
+        coding, begin = found or ([0] * (4 + bits.itemsize), 0)
         with open(self.path, "rb") as file:
-            file.seek(begin)
-            data = file.read(end - begin)
-        segment = self._index.segments[i]
+            file.seek(self._index.data + begin)
+            data = file.read(sum(map(abs, coding[2:])))
         try:
-            positions, xors = decode(segment.n, segment.unsigned, self._index.codings[i], data)
+            positions, xors = decode(layout.entries(i), bits, coding, data)
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged: {error}") from error
         return Changes(torch.from_numpy(positions), torch.from_numpy(xors.view(f"i{xors.itemsize}")))
