@@ -247,6 +247,8 @@ def test_positions_are_int32_where_they_fit(tmp_path):
     _, _, (delta, *_) = disjoint_deltas(tmp_path, n=1)
     name = delta.names[0]
     known, weight = delta.parameters[name], load(tmp_path / "base").get_parameter(name).detach()
+    changes = delta.changes(name)
+    delta.changes = lambda name: changes
     for numel, dtype in ((1 << 31, torch.int32), ((1 << 31) + 1, torch.int64)):
         delta.parameters[name] = dataclasses.replace(known, shape=(numel,))
         exchange = attach._Exchange(delta, 0, weight, name, "base", [], False)
@@ -274,6 +276,15 @@ def test_an_interrupt_between_two_parameters_leaves_the_model_as_it_was(tmp_path
         assert equal(model, tuned[0]) and lota.attached(model) == [first] and len(writes) > 5
     lota.switch(model, second)
     assert equal(model, tuned[1])
+
+
+def test_a_file_that_does_not_give_what_it_names(tmp_path):
+    base, _, (delta, *_) = disjoint_deltas(tmp_path)
+    model = load(tmp_path / "base")
+    delta.meta["tuned_fingerprint"] = "0" * 16
+    with pytest.raises(ValueError, match=r"0\.safetensors does not turn .* into .*t0: it is damaged"):
+        lota.attach(model, delta)
+    assert equal(model, base) and not delta.known
 
 
 def test_models_made_in_inference_mode(tmp_path):

@@ -184,17 +184,27 @@ def _first_found(exchange: _Exchange, bits: Tensor) -> tuple[Entries, Tensor]:
 
 
 def _check_new(done: list[_Done]) -> None:
-    """Raise ValueError unless entries that were read for the first time were those of the delta's role."""
-    totals: Counter[tuple[Delta, Role]] = Counter()
-    for exchange, entries in done:
-        if not exchange.known:
-            before = as_integers(getattr(entries, exchange.role))
-            total = entry_checksum(exchange.number, entries.positions.long(), before)
-            totals[exchange.delta, exchange.role] += total
-    for exchange, _ in done:
-        delta, role = exchange.delta, exchange.role
-        if not exchange.known and checksum_digits(totals[delta, role]) != delta.meta[f"{role}_fingerprint"]:
+    """Raise ValueError unless what was read for the first time was the delta's role and became the other."""
+    new = [each for each in done if not each.exchange.known]
+    totals: Counter[tuple[Delta, str]] = Counter()
+    for exchange, entries in new:
+        positions = entries.positions.long()
+        for role, values in (("base", entries.base), ("tuned", entries.tuned)):
+            total = entry_checksum(exchange.number, positions, as_integers(values))
+            totals[exchange.delta, role] += total
+    for exchange, _ in new:
+        delta = exchange.delta
+        wrong = [
+            role
+            for role in ("base", "tuned")
+            if checksum_digits(totals[delta, role]) != delta.meta[f"{role}_fingerprint"]
+        ]
+        if exchange.role in wrong:
             raise ValueError(_mismatch(exchange))
+        if wrong:
+            raise ValueError(
+                f"{delta.path} does not turn {delta.meta['base']} into {delta.meta['tuned']}: it is damaged"
+            )
 
 
 def _write(exchange: _Exchange, positions: Tensor, values: Tensor) -> None:
