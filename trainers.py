@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lota.config import Config
+from lota.train.sharded_trainer import ShardedTrainer
 from lota.train.trainer import Trainer
 from tasks import get_task
 
@@ -14,10 +17,11 @@ class BasicTrainer(Trainer):
         super().__init__(config, get_task)
 
 
-class FSDPTrainer(BasicTrainer):
-    """Weights that may be sharded over processes. In one process there is nothing to shard: BasicTrainer's
-    numbers.
-    """
+class FSDPTrainer(ShardedTrainer):
+    """The model sharded over the processes; in one process nothing is, and the numbers are BasicTrainer's."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, get_task)
 
 
-TRAINERS: dict[str, type[BasicTrainer]] = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
+TRAINERS: dict[str, Callable[[Config], Trainer]] = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}

@@ -64,6 +64,12 @@ class ModelConfig:
     reference_dtype: str | None = _reference(
         "dtype of a reference that is a second model; null = that of the policy", choices=(None, *DTYPES)
     )
+    replicas: int = neutral(
+        1,
+        "of the model, each sharded over its own processes; must divide their number",
+        at_least=1,
+        needs=("trainer.name=FSDPTrainer",),
+    )
     pad_token: str | None = setting(
         None, "token to add to the vocabulary for padding; null = pad with an existing token"
     )
@@ -332,8 +338,14 @@ class Config:
     save_every: str | int = _saved(
         "epoch_1", "epoch_N: every N epochs into epoch-N/; N: every N examples into step-EXAMPLES/"
     )
+    save_format: str = _saved(
+        "policy",
+        "weights of a checkpoint: policy (policy.pt) or folder (a Hugging Face folder of shards in its "
+        "place, for models that no single memory holds)",
+        choices=("policy", "folder"),
+    )
     save_delta: bool = _saved(
-        False, "also write delta.safetensors, the run's changes to the base, beside policy.pt"
+        False, "also write delta.safetensors, the run's changes to the base, beside the weights"
     )
     resume: str = neutral(
         "auto",

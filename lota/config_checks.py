@@ -87,8 +87,26 @@ def _process_problems(c: Config) -> Iterator[str]:
             f"processes, or set batch_size={count * parts} or more"
         )
     dense = c.adapter.name == "none" and not any(getattr(c, key) for key in MASK_KEYS)
-    if dense and c.trainer.name == "BasicTrainer":
+    if c.trainer.name == "FSDPTrainer":
+        yield from _sharded_problems(c, count)
+    elif dense:
         yield dense_problem("mask_path=null", count)
+
+
+def _sharded_problems(c: Config, count: int) -> Iterator[str]:
+    """Of a run whose processes hold the model together."""
+    on = f"trainer=FSDPTrainer on {count} processes"
+    if c.model.replicas >= 1 and count % c.model.replicas:
+        yield f"model.replicas={c.model.replicas} does not divide the {count} processes: choose a divisor"
+    if c.adapter.name == "lora":
+        yield f"adapter=lora with {on}: A and B are too small to shard; use trainer=BasicTrainer"
+    if c.compile:
+        yield f"compile=true with {on}: blocks that are gathered are not compiled; use compile=false"
+    if c.optimizer_state == "factored":
+        yield (
+            f"optimizer_state=factored with {on}: means of columns are of whole matrices; choose "
+            "optimizer_state=bfloat16"
+        )
 
 
 def dense_problem(what: str, count: int) -> str:
@@ -232,7 +250,7 @@ def _unused_keys(c: Config) -> dict[str, str]:
     values = {key.name: _as_given(key.value) for key in keys}
     reasons = {}
     if started_processes() == 1:
-        reasons = dict.fromkeys(("fsdp_port", "compare_every"), "one process")
+        reasons = dict.fromkeys(("fsdp_port", "compare_every", "model.replicas"), "one process")
     elif os.environ.get("MASTER_PORT"):
         reasons["fsdp_port"] = f"MASTER_PORT={os.environ['MASTER_PORT']} says where processes meet"
     if not (c.flip_mask or c.snip) and c.adapter.name == "none":

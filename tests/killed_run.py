@@ -16,7 +16,9 @@ from pathlib import Path
 import lotto_runs
 from runs import train
 
+import lota.storage
 import lota.train.checkpoint
+import lota.train.saved_model
 from lota.optim.masked import MaskedOptimizer
 
 
@@ -44,13 +46,13 @@ def fill_the_disk() -> None:
 
 def arrange(moment: str, n: int) -> None:
     counter = Counter(n)
-    save, replace, apply = lota.train.checkpoint.save_tensors, os.replace, MaskedOptimizer._apply
+    save, replace, apply = lota.storage.save_tensors, os.replace, MaskedOptimizer._apply
 
-    def save_half(content, path):
+    def save_half(content, path, values=None):
         written = Path(path).stem
         if written == "policy" and moment == "nospace":
             counter.hit(fill_the_disk)
-        save(content, path)
+        checksum = save(content, path, values)
 
         def half():
             with open(path, "r+b") as file:
@@ -59,6 +61,7 @@ def arrange(moment: str, n: int) -> None:
 
         if written == moment:
             counter.hit(half)
+        return checksum
 
     def replace_late(source, target):
         late = {"rename": ("epoch-", "step-"), "ledger": ("ledger.json",)}.get(moment)
@@ -71,7 +74,7 @@ def arrange(moment: str, n: int) -> None:
         if moment == "backward" and p is list(self.names)[3]:
             counter.hit()
 
-    lota.train.checkpoint.save_tensors = save_half
+    lota.train.checkpoint.save_tensors = lota.train.saved_model.save_tensors = save_half
     os.replace = replace_late
     MaskedOptimizer._apply = apply_some
 

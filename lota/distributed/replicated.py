@@ -127,15 +127,19 @@ class Replicated:
         raise AssertionError("replicas hold whole tensors")
 
 
-def refuse_difference(optimizer: MaskedOptimizer, processes: Processes, step: int) -> None:
-    """Raise ValueError, naming the parameter, unless all processes hold the same trained values."""
+def refuse_difference(optimizer: MaskedOptimizer, processes: Processes, step: int, holders: int = 1) -> None:
+    """Raise ValueError, naming the parameter, unless all processes hold the same trained values.
+
+    holders: processes that hold a replica together, one after the other by rank.
+    """
     own = [hashlib.sha256(_bytes(values)).hexdigest() for _, _, values in optimizer.kept_values()]
     hashes = processes.gather(own)
     for at, name in enumerate(optimizer.names.values()):
         for rank, other in enumerate(hashes):
-            if other[at] != hashes[0][at]:
+            first = rank % holders
+            if other[at] != hashes[first][at]:
                 raise ValueError(
-                    f"after step {step} process {rank} holds other values of {name} than the first one: a "
+                    f"after step {step} process {rank} holds other values of {name} than process {first}: a "
                     "replica has gone astray, by its hardware or its software. Checkpoints written before "
                     "are as they were: start the same command again to continue from the newest one"
                 )

@@ -47,6 +47,23 @@ class Shards:
         """
         return cast(list[int], self.mesh.mesh.reshape(-1, self.mesh.mesh.shape[-1])[0].tolist())
 
+    @property
+    def own_holders(self) -> list[int]:
+        """The same of the replica that this process is in."""
+        row = self.processes.rank // len(self.holders)
+        return [rank + row * len(self.holders) for rank in self.holders]
+
+    def refuse_uncut(self, trained: Iterable[str]) -> None:
+        """Raise ValueError for a number that would train: it cannot be cut, so each process would train its
+        own.
+        """
+        whole = [name for name in trained if not isinstance(self.parameters[name], DTensor)]
+        if whole:
+            raise ValueError(
+                f"trainer=FSDPTrainer: {whole[0]} is a single number, which cannot be sharded: train with a "
+                "mask, or with trainer=BasicTrainer"
+            )
+
     def mask(self, mask: Mask) -> Mask:
         """What a mask of the model keeps of this process's parts."""
         return mask.part(self.spans, {name: part.shape for name, part in self.parts.items()})

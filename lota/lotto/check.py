@@ -24,7 +24,7 @@ from lota.masks import Mask, kept_count
 from lota.masks.extract.units import units_of_scope, widened
 from lota.models.scope import find_scope, meta_model
 from lota.places import working_in
-from lota.train.checkpoint import CHECKPOINT_NAME
+from lota.train.checkpoint import CHECKPOINT_NAME, RESUME
 from lota.train.preflight import prepare
 from lota.train.run_folder import RunFolder
 from lota.utils import Problems
@@ -156,8 +156,8 @@ class SequenceFolder(RunFolder):
         return [item.name for item in self.items()]
 
     def begun(self) -> bool:
-        found = self.path.glob("[0-9]*_*/*/*/policy.pt")  # also in hidden folders, half-written
-        return any(CHECKPOINT_NAME.fullmatch(policy.parent.name) for policy in found)
+        found = self.path.glob(f"[0-9]*_*/*/*/{RESUME}")  # also in hidden folders, half-written
+        return any(CHECKPOINT_NAME.fullmatch(file.parent.name) for file in found)
 
     def changes(self, old: dict[str, Any]) -> list[str]:
         """As for one run; tasks that come after those of the old sequence are no change."""

@@ -37,7 +37,7 @@ from lota.models.hub import is_hub_reference
 from lota.models.loading import dtype_of, load_model
 from lota.models.weights import open_weights
 from lota.storage import content_key, set_aside
-from lota.train.checkpoint import POLICY, newest_checkpoint
+from lota.train.checkpoint import newest_checkpoint, weights_of
 from lota.train.run_model import load_run_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Lotto:
         if method.calibrated:
             place = self.place(stage, CALIBRATE, before)
             run = config.calibration(stage.task, **place, protect_masks=self.protected(stage))
-            tuned = self.start(run) / POLICY
+            tuned = weights_of(self.start(run))
         mask = extract(
             start,
             tuned,
@@ -204,7 +204,7 @@ class Lotto:
     # Models
 
     def weights(self, stage: Stage) -> Path:
-        """policy.pt of a stage's last checkpoint."""
+        """Of a stage's last checkpoint."""
         run = self.folder / stage.name / ADAPT
         found = newest_checkpoint(run)
         if found is None or not found[1]["progress"]["finished"]:
@@ -212,7 +212,7 @@ class Lotto:
                 f"{run} has lost its last checkpoint, which the stages after it need: put it back, or start "
                 "anew with overwrite=true"
             )
-        return found[0] / POLICY
+        return weights_of(found[0])
 
     def measure(self, folder: Path, policy: Path | None) -> dict[str, Measured]:
         """Results on every task of the model in a policy.pt; None: of the base."""

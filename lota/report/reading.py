@@ -187,8 +187,8 @@ def _newest_scores(path: Path, notes: list[str]) -> list[TaskScore]:
     """Those of the newest checkpoint that was evaluated."""
 
     def written(checkpoint: Path) -> tuple[float, str]:
-        policy = checkpoint / "policy.pt"
-        return policy.stat().st_mtime if policy.is_file() else 0, checkpoint.name
+        files = [file for name in ("policy.pt", "resume.pt") if (file := checkpoint / name).is_file()]
+        return files[0].stat().st_mtime if files else 0, checkpoint.name
 
     checkpoints = sorted((p for p in path.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)), key=written)
     evaluated = [checkpoint for checkpoint in checkpoints if (checkpoint / SUMMARY).is_file()]

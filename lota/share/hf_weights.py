@@ -129,19 +129,25 @@ def write_like(
     folder: Path,
     value_of: Callable[[str], Tensor],
     max_shard_size: str = "2GB",
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write into `folder` (which exists and is empty) the base with `value_of(name)` for each parameter.
+    """Write into `folder` (which exists) the base with `value_of(name)` for each parameter.
 
     base: Hugging Face folder or hub id; source: its opened weights; model: its structure, on the meta device.
-    value_of is called once for each of `source.names()`, in the order of their sorted names on disk. Values
-    are cast to the base's dtype; buffers are the base's. Raises ValueError, before any value is asked for,
+    value_of is called once for each of `source.names()`, `in_order`. Values are cast to `dtype`, None: to the
+    base's; buffers are the base's. Raises ValueError, before any value is asked for,
     if transformers cannot undo the conversion that it applies when it loads such a model.
     """
     check_writable(source, model)
     copied = [name for name in source.unused if name not in tied_names(model)]
-    units = sorted(source.units(), key=lambda unit: min(unit.stored))
-    order = [name for unit in units for name in unit.stored] + copied
-    with _new_shards(folder, {name: source.stored[name] for name in order}, max_shard_size) as put:
+    units = in_order(source)
+    forms: dict[str, Shaped] = {}
+    for name in (name for unit in units for name in unit.stored):
+        stored = source.stored[name]
+        kind = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+        forms[name] = _Form(kind, tuple(stored.shape))
+    forms |= {name: source.stored[name] for name in copied}
+    with _new_shards(folder, forms, max_shard_size) as put:
         for unit in units:
             values = {name: value_of(name) for name in unit.parameters}
             for name, value in on_disk(values, unit).items():
@@ -149,6 +155,11 @@ def write_like(
         for name in copied:
             put(name, source.read_stored(name))
     copy_small_files(base, (*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES), folder)
+
+
+def in_order(source: WeightSource) -> list[ReadUnit]:
+    """What is written together, in the order in which `write_like` writes it."""
+    return sorted(source.units(), key=lambda unit: min(unit.stored))
 
 
 def check_writable(source: WeightSource, model: PreTrainedModel) -> None:

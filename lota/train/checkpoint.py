@@ -1,7 +1,10 @@
-"""Whole checkpoints: the weights as `policy.pt`, what a resumed run needs, and the delta to its base.
+"""Whole checkpoints: the weights, what a resumed run needs, and the delta to its base.
 
 <run>/config.yaml      resolved settings          <run>/metrics.jsonl   one line per log interval
 <run>/versions.json    code, packages, device     <run>/epoch-1/        policy.pt and resume.pt
+
+With save_format=folder a Hugging Face folder stands in the place of policy.pt; trainer=FSDPTrainer adds
+optimizer/ (lota/distributed/global_state.py).
 """
 
 from __future__ import annotations
@@ -10,21 +13,19 @@ import hashlib
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import set_seed
 
 from lota.config import Config
 from lota.data.batches import ScheduledBatch
 from lota.masks import Mask
 from lota.models.policy import is_policy
-from lota.models.weights import WeightSource
 from lota.optim.masked import MaskedOptimizer
 from lota.storage import (
     CHECKSUMS,
@@ -35,11 +36,10 @@ from lota.storage import (
     verify_checksum,
     write_checksums,
 )
+from lota.train.saved_model import Source
 
 POLICY, RESUME, DELTA = "policy.pt", "resume.pt", "delta.safetensors"
 CHECKPOINT_NAME = re.compile(r"(epoch|step)-\d+")
-# (parameter name, its copy in the file's dtype): writes what training changed into the copy.
-Fill = Callable[[str, Tensor], None]
 logger = logging.getLogger(__name__)
 
 
@@ -71,56 +71,7 @@ class Progress:
 # Weights
 
 
-def policy_state(
-    model: nn.Module, optimizer: MaskedOptimizer, dtype: torch.dtype, base: WeightSource | None = None
-) -> dict[str, Tensor]:
-    """The keys of `model.state_dict()` on the CPU, floating-point tensors in `dtype`.
-
-    Trained entries come from the optimizer's fp32 values. base: weights from which frozen values are read if
-    the model holds them in less precision than `dtype`. Weights that share memory in the model share it in
-    the result.
-    """
-    trained = {name: p for p, name in optimizer.names.items()}
-
-    def fill(name: str, value: Tensor) -> None:
-        if name in trained:
-            p = trained[name]
-            optimizer.kept[p].write(value, optimizer.exact_values(p).detach())
-
-    names = {p.data_ptr(): name for name, p in model.named_parameters()}
-    return saved_state(model.state_dict(), names, dtype, fill, base)
-
-
-def saved_state(
-    state: Mapping[str, Tensor],
-    names: Mapping[int, str],
-    dtype: torch.dtype,
-    fill: Fill,
-    base: WeightSource | None = None,
-) -> dict[str, Tensor]:
-    """CPU copies of `state`, parameters in `dtype`, ties kept; buffers keep their dtype.
-
-    names: data pointer -> name of each parameter. base: see `policy_state`.
-    """
-    parameters: dict[int, Tensor] = {}  # data pointer -> copy, so that tied weights share theirs
-    saved = {}
-    for key, tensor in state.items():
-        pointer = tensor.data_ptr()
-        name = names.get(pointer) if tensor.is_floating_point() else None
-        if name is None:
-            saved[key] = tensor.detach().cpu().clone()
-            continue
-        if pointer not in parameters:
-            value = parameters[pointer] = tensor.detach().to("cpu", dtype, copy=True)
-            if base is not None and tensor.element_size() < value.element_size():
-                rows = base.read(name).to(dtype)
-                value[: rows.shape[0]] = rows  # a vocabulary grown by a pad token has more than the base
-            fill(name, value)
-        saved[key] = parameters[pointer]
-    return saved
-
-
-def fill_masters(optimizer: MaskedOptimizer, base: WeightSource) -> None:
+def fill_masters(optimizer: MaskedOptimizer, base: Source) -> None:
     """Set the fp32 masters of kept entries to the base's values, which a narrower working copy has rounded.
 
     Rows that the base does not have (a vocabulary grown by a pad token) stay.
@@ -181,12 +132,17 @@ def set_random_state(state: dict[str, Any]) -> None:
 # Files
 
 
-def restore(content: dict[str, Any], optimizer: MaskedOptimizer, rank: int = 0) -> Progress:
-    """Set optimizer and random numbers to the content of a resume.pt; returns where the run stood.
+def weights_of(checkpoint: Path) -> Path:
+    """What holds a checkpoint's weights: its policy.pt, or the folder itself as a Hugging Face folder."""
+    policy = checkpoint / POLICY
+    return policy if policy.is_file() else checkpoint
+
+
+def restore(content: dict[str, Any], rank: int = 0) -> Progress:
+    """Set random numbers to the content of a resume.pt; returns where the run stood.
 
     A process that the run did not have before keeps the random numbers that it has.
     """
-    optimizer.load_state_dict(content["optimizer"])
     states = [content["random"], *content.get("random_of_others", [])]
     if rank < len(states):
         set_random_state(states[rank])
@@ -196,41 +152,35 @@ def restore(content: dict[str, Any], optimizer: MaskedOptimizer, rank: int = 0) 
 def save(
     folder: Path,
     *,
-    state: dict[str, Tensor],
-    optimizer: MaskedOptimizer,
+    write_state: Callable[[Path], tuple[dict[str, str], dict[str, Any]]],
     progress: Progress,
-    metrics: dict[str, float],
     seen: dict[str, str | None],
     random_states: list[dict[str, Any]],
     write_more: Callable[[Path], object],
 ) -> None:
-    """Write policy.pt and resume.pt into `folder`, which appears under its name only when it is whole.
+    """Write weights and resume.pt into `folder`, which appears under its name only when it is whole.
 
-    seen: hashes of the mask and of the data that the run trains on. random_states: of each process.
-    write_more: writes further files into the folder, which has a temporary name then.
+    write_state, write_more: write into the folder, which has a temporary name then; the first one writes the
+    weights and returns checksums that are known, and the optimizer's state. seen: hashes of the mask and of
+    the data that the run trains on. random_states: of each process.
     """
-    # Python numbers: a NumPy scalar would make a file that `weights_only=True` refuses
-    plain = {n: value.item() if hasattr(value, "item") else value for n, value in sorted(metrics.items())}
-    policy = {"step_idx": progress.step, "state": state, "metrics": plain}
-    resume = {
-        "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
-        "random": random_states[0],
-        "random_of_others": random_states[1:],
-        **seen,
-    }
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
-        sums = {
-            POLICY: save_tensors(policy, temporary / POLICY),
-            RESUME: save_tensors(resume, temporary / RESUME),
+        sums, optimizer = write_state(temporary)
+        resume = {
+            "optimizer": optimizer,
+            "progress": asdict(progress),
+            "random": random_states[0],
+            "random_of_others": random_states[1:],
+            **seen,
         }
+        sums[RESUME] = save_tensors(resume, temporary / RESUME)
         write_more(temporary)
         write_checksums(temporary, sums)
 
 
 def save_delta(config: Config, mask: Mask | None, checkpoint: Path, name: Path) -> None:
-    """Write the delta between the run's base and `checkpoint`/policy.pt.
+    """Write the delta between the run's base and the weights of `checkpoint`.
 
     name: what the checkpoint's folder will be called. A base that is no longer what it was when the run
     started is no reason to lose the checkpoint: it is saved without a delta, and the log says why.
@@ -241,12 +191,12 @@ def save_delta(config: Config, mask: Mask | None, checkpoint: Path, name: Path) 
     try:
         extract(
             base,
-            checkpoint / POLICY,
+            weights_of(checkpoint),
             checkpoint / DELTA,
             mask=mask,
             task=",".join(config.datasets),
             model=config.model.name_or_path if is_policy(base) else None,
-            tuned_id=str(name / POLICY),
+            tuned_id=str(name / weights_of(checkpoint).relative_to(checkpoint)),
         )
     except ValueError as error:
         logger.error("%s was not written: %s", name / DELTA, error)

@@ -126,8 +126,8 @@ def closing_words(trainer: Trainer, folder: Path | None) -> str:
     config = trainer.config
     if folder is None:
         return "debug run: nothing was saved"
-    optimizer = getattr(trainer, "optimizer", None)
-    trained = f"trained entries: {optimizer.n_trained:,}" if optimizer else "the run was finished before"
+    loaded = hasattr(trainer, "optimizer")
+    trained = f"trained entries: {trainer.n_trained:,}" if loaded else "the run was finished before"
     base = shlex.quote(config.model.archive or config.model.name_or_path)
     made, policy = shlex.quote(str(folder)), shlex.quote(str(folder / "policy.pt"))
     if trainer.data.mask is None and config.adapter.name == "none":
@@ -135,6 +135,8 @@ def closing_words(trainer: Trainer, folder: Path | None) -> str:
             f"python extract_masks.py --base {base} --tuned {made} --sparsities 0.5 0.9 0.99 "
             f"--name {shlex.quote(config.datasets[0])}"
         )
+    elif config.save_format == "folder":
+        step = f"python eval_model_all.py --model {made} --datasets {','.join(config.datasets)}"
     else:
         model = shlex.quote(model_folder(config.model.name_or_path, config.model.archive))
         step = (

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as hf_logging
 
@@ -23,12 +22,13 @@ from lota.optim.compiled import compile_blocks
 from lota.optim.fused import fuse_in_backward
 from lota.optim.masked import MaskedOptimizer
 from lota.optim.optimizers import OPTIMIZERS
-from lota.optim.peers import Peers
 from lota.train import checkpoint, lora
 from lota.train.interrupt import StopBetweenSteps
 from lota.train.objectives import OBJECTIVES, Objective
 from lota.train.preflight import Prepared, add_snip_mask, prepare
+from lota.train.run_folder import Resumable
 from lota.train.run_model import load_run_model
+from lota.train.saved_model import SavedModel, Source, saved_model
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +69,28 @@ class LoadedRun:
 
     # Where weights live
 
-    def gather_state(self) -> dict[str, Tensor]:
-        """The whole model as policy.pt stores it."""
+    def load_model(
+        self, archive: str | Path | None, dtype: torch.dtype, key: str = "archive"
+    ) -> PreTrainedModel:
+        """The model with the weights of `archive`, None: of model.name_or_path.
+
+        key: the setting whose model this is, `archive` or `reference_archive`.
+        """
+        return load_run_model(self.config, self.data.tokenizer, archive, dtype, self.device)
+
+    def saved_model(self) -> SavedModel:
+        """The whole model as a checkpoint stores it."""
         dtype = dtype_of(self.config.model.policy_dtype)
         base = self.base() if self.working_dtype.itemsize < dtype.itemsize else None
         if self.lora is not None:
-            return lora.merged_state(self.model, dtype, base)
-        return checkpoint.policy_state(self.model, self.optimizer, dtype, base)
+            return lora.saved_model(self.model, dtype, base)
+        return saved_model(self.model, self.optimizer, dtype, base)
 
-    def base(self) -> WeightSource:
+    def base(self) -> Source:
+        """`stored_base`, or what this process holds of it."""
+        return self.stored_base()
+
+    def stored_base(self) -> WeightSource:
         """The weights that training starts from, on disk."""
         return open_weights(self.config.model.archive or self.config.model.name_or_path, self.data.skeleton)
 
@@ -96,9 +109,10 @@ class LoadedRun:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def peers(self) -> Peers | None:
-        """The other processes, as the optimizer sees them."""
-        return Replicated(self.optimizer, self.processes) if self.processes.count > 1 else None
+    @property
+    def n_trained(self) -> int:
+        """Entries that train, in all processes."""
+        return self.optimizer.n_trained
 
     def refuse_difference(self) -> None:
         """Raise ValueError unless all processes hold the same trained values."""
@@ -113,19 +127,17 @@ class LoadedRun:
         set_seed(config.seed)  # of torch, NumPy and Python: all of them are stored in checkpoints
         archive: str | Path | None = config.model.archive
         if resumable is not None and config.adapter.name != "lora":  # which has the base and its adapter
-            archive = resumable.folder / checkpoint.POLICY
-        self.model = load_run_model(config, self.data.tokenizer, archive, self.working_dtype, self.device)
+            archive = checkpoint.weights_of(resumable.folder)
+        self.model = self.load_model(archive, self.working_dtype)
         self.lora = lora.adapt(self.model, config, resumable.folder if resumable else None)
         if config.activation_checkpointing:
             enable_activation_checkpointing(self.model)
         self.model.train()
-        settings = config.optimizer_settings
-        self.optimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **settings)
-        fuse_in_backward(self.optimizer, config.gradient_accumulation_steps)
-        self.optimizer.peers = self.peers()
+        self.optimizer = self.make_optimizer()
         checkpoint.own_random_numbers(config.seed, self.processes.rank)
         if resumable is not None:
-            self.progress = checkpoint.restore(resumable.content, self.optimizer, self.processes.rank)
+            self.restore_optimizer(resumable)
+            self.progress = checkpoint.restore(resumable.content, self.processes.rank)
             self.saved = (self.progress.step, resumable.folder)
         elif self.working_dtype != torch.float32:
             checkpoint.fill_masters(self.optimizer, self.base())
@@ -136,6 +148,19 @@ class LoadedRun:
         self.total_steps, self.total_examples = len(sizes), sum(sizes)
         if config.compile:
             self.compile_model()
+
+    def make_optimizer(self) -> MaskedOptimizer:
+        """The optimizer at its start, fused into the backward pass."""
+        config = self.config
+        optimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **config.optimizer_settings)
+        fuse_in_backward(optimizer, config.gradient_accumulation_steps)
+        if self.processes.count > 1:
+            optimizer.peers = Replicated(optimizer, self.processes)
+        return optimizer
+
+    def restore_optimizer(self, resumable: Resumable) -> None:
+        """Set the optimizer to what a checkpoint holds."""
+        self.optimizer.load_state_dict(resumable.content["optimizer"])
 
     def compile_model(self) -> None:
         """Compile the blocks, for the sizes of the run's first batch wherever it continues.

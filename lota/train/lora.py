@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from lota.config import Config
 from lota.models.roles import is_conv1d
 from lota.models.scope import find_scope
-from lota.models.weights import WeightSource
-from lota.train.checkpoint import saved_state
+from lota.train.saved_model import SavedModel, Source, stored_value
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -122,23 +121,25 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged_state(model: nn.Module, dtype: torch.dtype, base: WeightSource | None = None) -> dict[str, Tensor]:
-    """policy.pt's `state`: the plain model's keys on the CPU in `dtype`, adapted weights merged.
+def saved_model(model: nn.Module, dtype: torch.dtype, base: Source | None = None) -> SavedModel:
+    """What a checkpoint stores: the plain model's keys in `dtype`, adapted weights merged.
 
     W + (alpha / r) B A is computed in fp32 on a copy: training weights keep every bit. base: weights from
     which W is read if the model holds it in less precision than `dtype`.
     """
     layers = lora_layers(model)
+    parameters = dict(_plain(model.named_parameters(), layers))
 
-    def add_delta(name: str, value: Tensor) -> None:
+    def value_of(name: str) -> Tensor:
+        value = stored_value(name, parameters[name], dtype, base)
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
             delta = layer.get_delta_weight(layer.active_adapters[0]).detach().to("cpu", torch.float32)
             value.copy_(value.float() + delta)
+        return value
 
-    state = dict(_plain(model.state_dict().items(), layers))
-    names = {p.data_ptr(): plain for plain, p in _plain(model.named_parameters(), layers)}
-    return saved_state(state, names, dtype, add_delta, base)
+    state = dict(_plain(model.state_dict(keep_vars=True).items(), layers))
+    return SavedModel(state, parameters, dtype, value_of)
 
 
 def _plain(items: Iterable[tuple[str, Tensor]], layers: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

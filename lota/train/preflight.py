@@ -31,6 +31,7 @@ from lota.storage import content_key
 from lota.train.lora import lora_targets, refuse_rank
 from lota.train.run_folder import FollowedFolder, Resumable, RunFolder, look_together
 from lota.train.run_model import load_run_tokenizer, run_skeleton
+from lota.train.saved_model import folder_like, folder_source
 from lota.train.snip import SnipMask, prepare_snip
 from lota.utils import Problems
 
@@ -76,7 +77,7 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
     else:
         attempt(open_model, config.model.name_or_path, config.model.archive)
     if tokenizer is not None and model is not None:
-        for check in (_check_scope, _check_delta):
+        for check in (_check_scope, _check_delta, _check_folder):
             attempt(check, config, model)
         attempt(_check_reference, config, model, tokenizer)
         if config.snip and data is not None:
@@ -309,6 +310,12 @@ def _check_delta(config: Config, model: PreTrainedModel) -> None:
             f"save_delta=true: model.policy_dtype={config.model.policy_dtype} cannot hold the {lossy[0]} "
             f"weights of {base}, which would all change; use model.policy_dtype=float32, or save_delta=false"
         )
+
+
+def _check_folder(config: Config, model: PreTrainedModel) -> None:
+    """Raise ValueError if checkpoints cannot be written as Hugging Face folders, as the run wants."""
+    if config.save_format == "folder" and not config.debug:
+        folder_source(folder_like(config), model)
 
 
 def _check_reference(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -31,14 +31,13 @@ from lota.models.loading import dtype_of, mean_row
 from lota.models.opening import embedding_rows
 from lota.models.policy import model_folder
 from lota.models.scope import load_config
-from lota.models.weights import WeightSource
 from lota.optim.masked import MaskedOptimizer
 from lota.storage import atomic_path, content_key, read_keyed, save_tensors
 from lota.train import lora
 from lota.train.interrupt import StopBetweenSteps
 from lota.train.losses import response_logps
 from lota.train.run_folder import Resumable
-from lota.train.run_model import load_run_model
+from lota.train.saved_model import Source
 
 FOLDER = "reference_logps"  # of the cache folder: stored log-probabilities
 WRITE_EVERY = 300.0  # seconds between two writes of log-probabilities that are being computed
@@ -84,7 +83,10 @@ class LoadedTrainer(Protocol):
     @property
     def data(self) -> TrainingData: ...
     def precision(self) -> contextlib.AbstractContextManager[object]: ...
-    def base(self) -> WeightSource: ...
+    def base(self) -> Source: ...
+    def load_model(
+        self, archive: str | Path | None, dtype: torch.dtype, key: str = ...
+    ) -> PreTrainedModel: ...
 
 
 def make_reference(trainer: LoadedTrainer, policy: Policy) -> Reference:
@@ -145,9 +147,7 @@ def swapped(optimizer: MaskedOptimizer, values: Mapping[nn.Parameter, Tensor]) -
 
 
 @torch.no_grad()
-def starting_values(
-    optimizer: MaskedOptimizer, base: WeightSource | None = None
-) -> dict[nn.Parameter, Tensor]:
+def starting_values(optimizer: MaskedOptimizer, base: Source | None = None) -> dict[nn.Parameter, Tensor]:
     """Values that each parameter's trained entries started from, (kept,) in the parameter's dtype.
 
     base: the weights to read them from for a run that is continued; None: they are those of now.
@@ -179,7 +179,8 @@ class ModelReference:
         config = trainer.config
         archive = config.model.reference_archive or config.model.archive
         dtype = _model_dtype(trainer)
-        self.model = load_run_model(config, trainer.data.tokenizer, archive, dtype, trainer.device)
+        key = "reference_archive" if config.model.reference_archive else "archive"
+        self.model = trainer.load_model(archive, dtype, key)
         self.model.requires_grad_(False)
         self.precision = trainer.precision
 
@@ -267,8 +268,10 @@ class PrecomputedReference:
             for first in range(0, len(missing), stretch):
                 chosen = missing[first : first + stretch]
                 own = together.share(chosen)
-                for indices, values in together.gather((own, self._values([examples[i] for i in own]))):
-                    logps[indices] = values
+                # one without a share computes what it does not need, as parts of the model may be its
+                values = self._values([examples[i] for i in own or chosen[:1]])[: len(own)]
+                for indices, found in together.gather((own, values)):
+                    logps[indices] = found
                 bar.update(len(chosen))
                 self.trainer.stop.check()
                 if time.monotonic() - written > WRITE_EVERY:
@@ -277,8 +280,6 @@ class PrecomputedReference:
 
     def _values(self, examples: Sequence[Example]) -> Tensor:
         """(preferences, 2) fp32, chosen and rejected."""
-        if not examples:
-            return torch.empty(0, 2)
         assert self.computes is not None
         values = self.computes(self.policy.batch(examples)).float().cpu()
         if not values.isfinite().all():

@@ -45,12 +45,17 @@ def load_run_model(
         pad_token=config.model.pad_token,
         tokenizer=tokenizer,
     )
+    finish_run_model(model, config, archive or config.model.name_or_path)
+    return model
+
+
+def finish_run_model(model: PreTrainedModel, config: Config, source: str | Path) -> None:
+    """What a run does with a loaded model. source: what errors name."""
     if config.packing:
-        pack_attention(model, archive or config.model.name_or_path)
+        pack_attention(model, source)
     for name in frozen_towers(model, config.model.scope):
         model.get_parameter(name).requires_grad_(False)
     find_head(model)  # asks it now, before anything is wrapped or compiled
-    return model
 
 
 def run_skeleton(config: Config, tokenizer: PreTrainedTokenizerBase, key: str = "archive") -> PreTrainedModel:

@@ -22,6 +22,7 @@ from lota.train import checkpoint, lora
 from lota.train.interrupt import Interrupted
 from lota.train.loaded_run import LoadedRun
 from lota.train.runlog import Meter, NoLog, RunLog
+from lota.train.saved_model import folder_like, folder_order
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +99,14 @@ class Trainer(LoadedRun):
     def learn(self, examples: Sequence[Example]) -> None:
         """Backward through this process's share of each part of a batch; it may have none of the last."""
         for start in range(0, len(examples), self.part_size):
-            part = self.processes.share(examples[start : start + self.part_size])
-            if part:
+            whole = examples[start : start + self.part_size]
+            if part := self.processes.share(whole):
                 (self.loss(part, self.meter) / len(examples)).backward()
+            else:
+                self.idle(whole)
+
+    def idle(self, examples: Sequence[Example]) -> None:
+        """Called where other processes compute with the model and this one has no share of the examples."""
 
     def agree(self) -> list[bool]:
         """Whether any process was asked to stop, and whether the first wants to write a line."""
@@ -177,6 +183,8 @@ class Trainer(LoadedRun):
         for at in range(-(-len(parts) // self.processes.count)):  # all processes check as often
             if at < len(own):
                 self.loss(own[at], meter)
+            else:
+                self.idle(parts[0])
             if not self.progress.finished:  # the last evaluation is part of a finished run
                 self.stop.check()
         return meter
@@ -213,7 +221,7 @@ class Trainer(LoadedRun):
     def write(self, metrics: dict[str, float]) -> None:
         """Write a line of metrics.jsonl."""
         line = {"examples": self.progress.examples, "step": self.progress.step, **metrics}
-        line["trained_entries"] = self.optimizer.n_trained
+        line["trained_entries"] = self.n_trained
         line["peak_memory_bytes"] = max(self.processes.gather(peak_memory_bytes(self.device)))
         self.metrics |= line
         self.log.log(line)
@@ -239,16 +247,16 @@ class Trainer(LoadedRun):
         if not all(self.optimizer.exact_values(p).isfinite().all() for p in self.optimizer.names):
             self.check_finite(math.nan)
         self.stop.saving = True
-        random_states = self.processes.gather(checkpoint.random_state())
-        if self.processes.first:
-            self.write_checkpoint(folder, random_states)
+        self.write_checkpoint(folder, self.processes.gather(checkpoint.random_state()))
         self.processes.barrier()  # nobody goes on, or ends, before it is whole
         self.stop.saving = False
         self.saved = (self.progress.step, folder)
         return folder
 
     def write_checkpoint(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
-        """Called by the first process; the others wait."""
+        """The first process writes; the others wait."""
+        if not self.processes.first:
+            return
 
         def write_more(temporary: Path) -> None:
             lora.save(self.lora, temporary)
@@ -258,12 +266,33 @@ class Trainer(LoadedRun):
         self.log.flush()  # a checkpoint never outlives the lines before it
         checkpoint.save(
             folder,
-            state=self.gather_state(),
-            optimizer=self.optimizer,
+            write_state=self.write_state,
             progress=self.progress,
-            metrics=self.metrics,
             seen=self.data.seen,
             random_states=random_states,
             write_more=write_more,
         )
         self.folder.keep()
+
+    def write_state(self, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+        """Write what a checkpoint holds of the model; returns known checksums, and the optimizer's state."""
+        return self.write_weights(folder), self.optimizer.state_dict()
+
+    def write_weights(self, folder: Path) -> dict[str, str]:
+        """Write policy.pt or the files of a Hugging Face folder; returns checksums that are known then.
+
+        Processes that hold a part of the model call it with the first one, and write nothing.
+        """
+        saved, writes = self.saved_model(), self.processes.first
+        if self.config.save_format == "folder":
+            like, skeleton = folder_like(self.config), self.data.skeleton
+            if writes:
+                saved.write_folder(folder, like, skeleton, self.config.model.tokenizer_name_or_path)
+            else:
+                saved.contribute(folder_order(like, skeleton))
+            return {}
+        if writes:
+            path = folder / checkpoint.POLICY
+            return {checkpoint.POLICY: saved.write_policy(path, self.progress.step, self.metrics)}
+        saved.contribute(saved.parameters())
+        return {}
