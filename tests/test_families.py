@@ -50,13 +50,21 @@ def test_a_model_that_cannot_be_trained_is_refused_in_a_sentence():
     )
 
 
+def one_off(value):
+    """A tensor whose first entry is another one."""
+    value = value.clone()
+    value.view(-1)[0] += 1e-3
+    return value
+
+
 def one_entry_off(name_part):
     """A function that a fault calls: it changes the first entry of the first tensor of that name."""
 
     def spoil(state):
+        if callable(state):  # that gives a tensor of a name
+            return lambda name: one_off(state(name)) if name_part in name else state(name)
         for name in [name for name in state if name_part in name][:1]:
-            state[name] = state[name].clone()
-            state[name].view(-1)[0] += 1e-3
+            state[name] = one_off(state[name])
         return state
 
     return spoil
@@ -64,7 +72,7 @@ def one_entry_off(name_part):
 
 FAULTS = {
     "a norm is trained": (
-        "lota.train.checkpoint.policy_state",
+        "lota.train.saved_model.trained_values",
         "layernorm",
         "failed",
         "changed outside the mask",

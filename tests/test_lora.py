@@ -127,7 +127,7 @@ def test_the_converter_makes_a_folder_that_loads(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gpt_neox", "mixtral"])
-def test_architectures(architecture):
+def test_architectures(architecture, tmp_path):
     model, plain = tiny.make(architecture).eval(), tiny.make(architecture).eval()
     targets, frozen = lora.lora_targets(model)
     assert bool(frozen) == (architecture == "mixtral")  # stacks of experts
@@ -145,7 +145,8 @@ def test_architectures(architecture):
             assert torch.equal(model(ids).logits, plain(ids).logits)
         assert torch.equal(model(ids).logits, adapted)
         assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
-        state = lora.merged_state(model, torch.float32)
+        lora.saved_model(model, torch.float32).write_policy(tmp_path / "policy.pt", 0, {})
+        state = policy(tmp_path)
         assert list(state) == list(plain.state_dict())
         plain.load_state_dict(state)
         assert_same(plain(ids).logits, adapted, terms=chain(plain))
