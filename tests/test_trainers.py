@@ -119,7 +119,7 @@ def test_fsdp_trainer_in_one_process_gives_the_same_weights(mask, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for trainer in ("FSDPTrainer", "BasicTrainer"):
         with pytest.raises(ValueError, match="WORLD_SIZE=2"):
-            train(f"trainer={trainer}", "exp_name=several")
+            train(MASKED, f"trainer={trainer}", "exp_name=several")
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
