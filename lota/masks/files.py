@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +102,7 @@ def _check_kind(path: Path) -> None:
     try:
         with path.open("rb") as file:
             begin = file.read(24)
-        if zipfile.is_zipfile(path):
+        if begin.startswith(b"PK"):  # a zip archive, as torch.save writes
             return
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error

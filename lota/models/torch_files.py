@@ -75,12 +75,11 @@ def read_torch_file(path: Path, check_crc: bool = True) -> Any:
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
-            if file.read(len(_BEFORE_1_6)) == _BEFORE_1_6:
-                raise ValueError("it is in the layout of before torch 1.6: load it and torch.save it again")
-            raise ValueError("it is no zip archive, or its end is missing")
+        if file.read(len(_BEFORE_1_6)) == _BEFORE_1_6:
+            raise ValueError("it is in the layout of before torch 1.6: load it and torch.save it again")
         try:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is no zip archive, or its end is missing")
             records = dict(_records(file, size))
         except (zipfile.BadZipFile, OSError, NotImplementedError, IndexError) as error:
             raise ValueError(f"its directory is damaged: {error}") from error

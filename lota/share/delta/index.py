@@ -144,16 +144,18 @@ class Codings:
 
     def add(self, coding: Any, n: int, itemsize: int) -> None:
         """Append one of a segment of n entries. Raises ValueError for what no writer wrote."""
+        if coding == [0] * (4 + itemsize):  # nothing changed, as in most segments of a large model
+            self.count += 1
+            return
         fits = isinstance(coding, list) and len(coding) == 4 + itemsize
         if not fits or not all(type(number) is int and abs(number) < 1 << 31 for number in coding):
             raise ValueError(f"segment {self.count} has no coding of its dtype")
         if not 0 <= coding[0] <= n or not 0 <= coding[1] <= n.bit_length():
             raise ValueError(f"segment {self.count} of {n} entries has the coding {coding}")
-        if any(coding):
-            self._which.append(self.count)
-            self._rows.append(len(self._numbers))
-            self._begins.append(self.bytes)
-            self._numbers.extend(coding)
+        self._which.append(self.count)
+        self._rows.append(len(self._numbers))
+        self._begins.append(self.bytes)
+        self._numbers.extend(coding)
         self.count += 1
         self.changed += coding[0]
         self.bytes += sum(map(abs, coding[2:]))
