@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lota.data.examples import VALIDATION
 from lota.data.task import Row
 from lota.distributed.processes import processes
 from lota.evaluate import cli
@@ -18,6 +20,7 @@ from lota.evaluate.engine_choice import OPENAI, check_engine
 from lota.evaluate.evaluator import EvaluationSettings, Evaluator, prepare_requests, result_file
 from lota.evaluate.results import Result, compare, summarize, summary_table, write_summary
 from lota.evaluate.scorers import TaskRequest
+from lota.models.provenance import run_settings
 from lota.models.scope import load_config
 from lota.places import holding
 from lota.utils import Problems
@@ -57,6 +60,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="do not cut prompts as the model's training run did (max_length, max_prompt_length)",
     )
+    add(
+        "--split",
+        choices=[VALIDATION],
+        help="score validation rows, not the held-out split that results are reported on: those that "
+        "training with validation_fraction left out, else the task's own; results: OUT/validation",
+    )
+    add("--validation_fraction", type=float, help="of the training rows (default: that of the model's run)")
     add("--compare", metavar="OTHER", help="a model, or its --out, that was evaluated on the same examples")
     add("--max_new_tokens", type=int, help="tokens per completion at most; default: each task's own")
     add("--sample", action="store_true", help="draw each token instead of taking the likeliest")
@@ -69,6 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         given = ", ".join(f"--{name}" for name in args.sampling)
         parser.error(f"{given}: without --sample decoding is greedy; add --sample")
     least = {"n_examples": 0, "seed": 0, "bs": 1, "num_runs": 1, "num_fewshot": 0}
+    if args.validation_fraction is not None and args.split is None:
+        parser.error("--validation_fraction: add --split validation")
     if wrong := cli.too_small(args, least):
         parser.error("; ".join(wrong))
     return args
@@ -84,9 +96,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         num_fewshot=args.num_fewshot,
         sampling={**SAMPLING, **args.sampling} if args.sample else {},
         max_new_tokens=args.max_new_tokens,
+        split=args.split,
+        validation_fraction=validation_fraction(args) if args.split else 0.0,
         compare=cli.results_folder(args.compare) if args.compare else None,
     )
-    out_dir = cli.choose_results_folder(args)
+    out_dir = results_folder(args)
     problems = Problems()
     problems.attempt(check_engine, args)
     if args.engine != OPENAI:  # a server tells its model's context
@@ -120,6 +134,27 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
+def results_folder(args: argparse.Namespace) -> Path:
+    """Results on validation rows stand apart from those on the held-out split."""
+    folder = cli.choose_results_folder(args)
+    return folder / args.split if args.split else folder
+
+
+def validation_fraction(args: argparse.Namespace) -> float:
+    """The share that is asked for, or that the model's run left out; ValueError if the run saw such rows."""
+    run = run_settings(Path(args.model))
+    left_out = run.validation_fraction or 0.0
+    asked = left_out if args.validation_fraction is None else args.validation_fraction
+    if not 0 <= asked < 1:
+        raise ValueError(f"--validation_fraction {asked:g}: must be at least 0 and below 1")
+    if run.datasets and asked > left_out:
+        raise ValueError(
+            f"--validation_fraction {asked:g}: {args.model} was trained with validation_fraction="
+            f"{left_out:g}, so that it has seen such rows: give at most that, or train with more left out"
+        )
+    return asked
+
+
 def check_context(args: argparse.Namespace, context: int | None) -> None:
     """Raise ValueError if a completion of --max_new_tokens leaves no place for a prompt."""
     if args.max_new_tokens is not None and context is not None and args.max_new_tokens >= context:
@@ -148,7 +183,7 @@ def work(args: argparse.Namespace) -> str:
         cli.help_first(args, args.bs or BATCH_SIZE)
         return ""
     content = evaluate(args)
-    return f"{summary_table(content)}\nresults in {cli.choose_results_folder(args) / 'metrics'}"
+    return f"{summary_table(content)}\nresults in {results_folder(args) / 'metrics'}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             group.add_argument(f"--{flag}", action="store_const", const=True, help=text)
         else:
             shown = text if default is None else f"{text} ({default})"
-            group.add_argument(f"--{flag}", type=int if isinstance(default, int) else str, help=shown)
+            group.add_argument(f"--{flag}", type=str if default is None else type(default), help=shown)
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,6 @@
 """Make assets/tiny-llama: generate the text, train the tokenizer and the model, measure, save.
 
-    python assets/make_tiny_llama.py --out assets/tiny-llama
+    python -m assets.make_tiny_llama --out assets/tiny-llama
 
 Everything is seeded; training.json beside the model holds the settings, the losses and the minutes it took.
 """
@@ -9,132 +9,19 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import time
 from pathlib import Path
 
-import tiny_world
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import trange
 
-BOS, EOS = "<s>", "</s>"
-VOCABULARY = 640
-LAYERS, HIDDEN, MLP, HEADS, KV_HEADS = 4, 128, 336, 4, 2
-CONTEXT = 512  # tokens, the most that the model says it can take
+from assets import tiny_world
+from assets.pretrain import Shape, encode, make_model, make_optimizers, packed_rows, train, train_tokenizer
+
+SHAPE = Shape(vocabulary=640, layers=4, hidden=128, mlp=336, heads=4, kv_heads=2, context=512)
+TOKENIZER_DOCUMENTS = 20_000
 
 log = logging.getLogger("make_tiny_llama")
-
-
-def train_tokenizer(seed: int, n_documents: int = 20_000) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE (any text can be encoded, digits one by one), BOS in front, and no pad token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    texts = ("".join(document) for _, document in tiny_world.documents(seed, held_out=False))
-    bpe.train_from_iterator(itertools.islice(texts, n_documents), trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=BOS,
-        eos_token=EOS,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_model(tokenizer: transformers.PreTrainedTokenizerBase, seed: int) -> transformers.LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        dtype="float32",
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def encode(
-    tokenizer: transformers.PreTrainedTokenizerBase, document: tiny_world.Document
-) -> tuple[list[int], list[int]]:
-    """(ids, labels) of BOS question answer EOS; a question is given, not learned, so its labels are -100."""
-    question = tokenizer.encode(document[0])
-    answer = [*tokenizer.encode(document[1], add_special_tokens=False), tokenizer.eos_token_id]
-    return question + answer, [-100] * len(question) + answer
-
-
-def packed_rows(
-    tokenizer: transformers.PreTrainedTokenizerBase, seed: int, n_rows: int, length: int
-) -> torch.Tensor:
-    """(2, n_rows, length) ids and labels: documents one after the other, cut into rows."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for _, document in tiny_world.documents(seed, held_out=False):
-        more_ids, more_labels = encode(tokenizer, document)
-        ids += more_ids
-        labels += more_labels
-        if len(ids) >= n_rows * length:
-            return torch.tensor([ids[: n_rows * length], labels[: n_rows * length]]).view(2, n_rows, length)
-    raise AssertionError("documents() never ends")
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 %, then a cosine to a twentieth of the peak."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))))
-
-
-def make_optimizers(model: torch.nn.Module, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks (half the steps of AdamW), AdamW for embeddings and norms."""
-    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    outside = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        torch.optim.Muon(inside, lr=matrix_lr, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(outside, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
-def train(
-    model: torch.nn.Module, rows: torch.Tensor, batch: int, optimizers: list[torch.optim.Optimizer]
-) -> None:
-    """One pass over the rows; mean token loss, gradient norm clipped to 1."""
-    steps = rows.shape[1] // batch
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    model.train()
-    bar = trange(steps, desc="pre-training", mininterval=2)
-    for step in bar:
-        ids, labels = rows[:, step * batch : (step + 1) * batch]
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
 
 
 @torch.no_grad()
@@ -186,9 +73,11 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     start, cpu = time.time(), time.process_time()
-    tokenizer = train_tokenizer(args.seed)
-    model = make_model(tokenizer, args.seed)
-    rows = packed_rows(tokenizer, args.seed + 1, args.steps * args.batch, args.length)
+    texts = ("".join(document) for _, document in tiny_world.documents(args.seed, held_out=False))
+    tokenizer = train_tokenizer(itertools.islice(texts, TOKENIZER_DOCUMENTS), SHAPE)
+    model = make_model(tokenizer, SHAPE, args.seed)
+    documents = (document for _, document in tiny_world.documents(args.seed + 1, held_out=False))
+    rows = packed_rows(tokenizer, documents, args.steps * args.batch, args.length)
     train(model, rows, args.batch, make_optimizers(model, args.matrix_lr, args.lr))
     report = {
         "settings": {name: value for name, value in vars(args).items() if name != "out"},

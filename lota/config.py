@@ -166,6 +166,13 @@ class Config:
     data_fraction: float = setting(
         1.0, "share of each task's training rows, a seeded sample", above=0, at_most=1
     )
+    validation_fraction: float = setting(
+        0.0,
+        "share of each task's training rows, by hash, that is not trained on and that the run is evaluated "
+        "on, so that rows of the held-out split decide nothing; 0 = evaluated on the held-out split",
+        at_least=0,
+        below=1,
+    )
     max_length: int = setting(
         512, "of prompt + response; a longer example loses prompt first, then response", "tokens", at_least=1
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lota.data.batches import seeded_sample
-from lota.data.examples import held_out_rows
+from lota.data.examples import held_out_rows, rows_of
 from lota.data.prompts import FewShot, Prompter
 from lota.data.task import FindTask, Row, Task
 from lota.evaluate.decoding import Decoding
@@ -42,13 +42,15 @@ class EvaluationSettings:
     num_fewshot: int = 0  # solved training rows in front of each prompt
     sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `Decoding`; none: greedy
     max_new_tokens: int | None = None  # None: each task's own
+    split: str | None = None  # validation; None: each task's held-out split
+    validation_fraction: float = 0.0  # share of the training rows that is validation; 0: the task's own split
     compare: Path | None = None  # folder of another model's results
 
     def request(self, task: Task) -> TaskRequest:
         """What is scored of a task. Raises ValueError for settings or rows that cannot be."""
         # a text is always scored by its perplexity
         scoring = find_scorer(task, None if task.scoring == ("perplexity",) else self.scoring).name
-        rows = held_out_rows(task, self.data_dir)
+        rows = held_out_rows(task, self.data_dir, self.split, self.validation_fraction)
         new_tokens = task.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         return TaskRequest(
             task,
@@ -65,7 +67,8 @@ class EvaluationSettings:
             raise ValueError(f"{asked} scores texts, without prompts")
         if "train" not in task.splits:
             raise ValueError(f"{asked} has no train split to take examples from")
-        return FewShot(self.num_fewshot, self.seed, task.load("train", self.data_dir))
+        rows = rows_of(task, "train", self.data_dir, self.validation_fraction)
+        return FewShot(self.num_fewshot, self.seed, rows)
 
 
 def prepare_requests(

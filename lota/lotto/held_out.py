@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import encoder, seeded_sample
-from lota.data.examples import held_out_rows
+from lota.data.examples import run_held_out_rows
 from lota.data.prompts import Limits, Prompter
 from lota.data.task import Task
 from lota.evaluate.decoding import Decoding
@@ -64,7 +64,7 @@ class HeldOut:
 
     def __init__(self, config: Config, task: Task):
         self.config, self.task = config, task
-        self.rows = held_out_rows(task, config.data_folder)
+        self.rows = run_held_out_rows(task, config)
         self.chosen = seeded_sample(range(len(self.rows)), config.n_eval_examples, config.seed)
         self.key = content_key(
             {

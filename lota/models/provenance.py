@@ -34,6 +34,7 @@ class RunSettings:
     max_length: int | None = None  # in tokens, as is the next
     max_prompt_length: int | None = None
     data_dir: str | None = None
+    validation_fraction: float | None = None
 
     @property
     def prompts(self) -> Prompts:
@@ -66,7 +67,7 @@ def run_settings(path: Path) -> RunSettings:
         model.get("pad_token"),
         model.get("tokenizer_name_or_path"),
         tuple(content.get("datasets") or ()),
-        *(content.get(name) for name in (*PROMPT_SETTINGS, "data_dir")),
+        *(content.get(name) for name in (*PROMPT_SETTINGS, "data_dir", "validation_fraction")),
     )
 
 

@@ -43,6 +43,7 @@ class SaliencySettings:
         8, "examples per batch; fisher squares a batch's gradient: 1 for each example's"
     )
     data_dir: str | None = setting(None, "has tasks/<task>/<split>.*; default $PROJECT_CACHE, ~/.cache/lota")
+    validation_fraction: float = setting(0.0, "share of the training rows that is left out, as by training")
     max_length: int = setting(512, "tokens of prompt + response")
     max_prompt_length: int = setting(256, "tokens of the prompt that stay when the whole is longer")
     chat_template: str = setting("never", f"of the prompts: {', '.join(CHAT_TEMPLATES)}")
