@@ -147,7 +147,8 @@ def validation_fraction(args: argparse.Namespace) -> float:
     asked = left_out if args.validation_fraction is None else args.validation_fraction
     if not 0 <= asked < 1:
         raise ValueError(f"--validation_fraction {asked:g}: must be at least 0 and below 1")
-    if run.datasets and asked > left_out:
+    trained_on = {*run.datasets, *evaluation_names(run.datasets)}
+    if asked > left_out and trained_on.intersection(evaluation_names(args.datasets)):
         raise ValueError(
             f"--validation_fraction {asked:g}: {args.model} was trained with validation_fraction="
             f"{left_out:g}, so that it has seen such rows: give at most that, or train with more left out"

@@ -24,11 +24,10 @@ TRAINING = json.loads((MODEL / "training.json").read_text())
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """assets/make_tiny_llama.py as a module; it finds tiny_world beside it."""
-    monkeypatch.syspath_prepend(str(ASSETS))
+def script():
+    """assets/make_tiny_llama.py as a module."""
     threads = torch.get_num_threads()
-    yield importlib.import_module("make_tiny_llama")
+    yield importlib.import_module("assets.make_tiny_llama")
     torch.set_num_threads(threads)
 
 
@@ -75,7 +74,7 @@ def test_losses_are_those_written_beside_it(script):
 
 
 def test_held_out_documents_are_never_trained_on(script):
-    world = sys.modules["tiny_world"]
+    world = sys.modules["assets.tiny_world"]
 
     def first(seed, held_out, n):
         return {"".join(document) for _, document in itertools.islice(world.documents(seed, held_out), n)}

@@ -1,0 +1,483 @@
+"""What the studies share: a base and a task, training runs that are measured and stored once, the best rate.
+
+A study runs a grid of methods, sparsities, rates and seeds. Each result is a line of <out>/<workload>.jsonl,
+written when it is known: the same command after an interruption goes on, and two processes may work on two
+workloads of one folder. Rates and all other choices are made on validation rows, which are cut from the
+training rows by hash (`validation_fraction`), with a seed that is not reported; only the chosen runs are
+measured on test rows. Forgetting is the loss on text of the base's own that it never saw, in nats per byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assets import tiny_world
+from assets.study_texts import Texts
+from lota.config import Config
+from lota.data.batches import encode, seeded_sample
+from lota.data.examples import rows_of
+from lota.data.prompts import Prompter
+from lota.data.task import Row, Task
+from lota.evaluate.decoding import Decoding
+from lota.evaluate.estimates import mean_and_stderr
+from lota.evaluate.loglik import logliks
+from lota.evaluate.scorers import TaskRequest
+from lota.evaluate.text_loss import Text, nats_per_byte
+from lota.masks import kept_count
+from lota.masks.extract.select import Quota, Rule, select
+from lota.models.hashing import remembered_hash
+from lota.models.loading import load_tokenizer
+from lota.models.pair import open_pair
+from lota.models.scope import find_scope, meta_model
+from lota.places import holding
+from lota.storage import content_key, cut, whole_lines
+from lota.train.lora import lora_targets
+from lota.train.saliency_gradients import SaliencySettings, collect, load_saliency_data
+from lota.train.trainer import Trainer
+from tasks import get_task
+
+logger = logging.getLogger("study")
+Record = dict[str, Any]  # plain values, as in the files of results
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+DATA = SHARED / "data"
+SEEDS = (0, 1, 2)
+RATE_SEED = 100  # of the runs that choose learning rates
+VALIDATION = 0.1  # share of the training rows
+RATES = tuple(digit * 10.0**power for power in range(-5, 1) for digit in (1, 2, 5))
+RESULTS = ("validation", "nats", "own", "score")  # losses of splits and of the base's own text, the score
+GRADIENTS = ("gradient", "fisher", "snip")  # saliencies that are read off the base's gradients
+
+
+# Bases and their own text
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that is adapted, and text like that which it was trained on."""
+
+    folder: Path
+    own_text: Callable[[], Sequence[Text]]
+
+
+def _world_text() -> list[Text]:
+    return [document for _, document in islice(tiny_world.documents(3, held_out=True), 300)]
+
+
+def _held_out_text() -> list[Text]:
+    """Documents of every source in turn, so that the first bytes of them are of all sources."""
+    sources = list(Texts(DATA).held_out().values())
+    longest = max(map(len, sources))
+    return [documents[i] for i in range(longest) for documents in sources if i < len(documents)]
+
+
+def _stories() -> list[Text]:
+    text = (SHARED / "models" / "stories260K" / "tinystories_sample.txt").read_text(encoding="utf-8")
+    return [("", story.strip()) for story in text.split("<|endoftext|>") if story.strip()]
+
+
+BASES = {
+    "tiny-llama": Base(ROOT / "assets" / "tiny-llama", _world_text),
+    "study-llama": Base(ROOT / "assets" / "study-llama", _held_out_text),
+    "stories260K": Base(SHARED / "models" / "stories260K", _stories),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A task on a base, and how much of it a run sees."""
+
+    task: str
+    base: str  # a name of BASES
+    n_examples: int  # of a run
+    batch_size: int
+    max_length: int  # tokens; longer rows are left out of every split
+    n_validation: int = 100  # rows that choose
+    n_test: int = 200  # rows for the loss, a seeded sample
+    n_scored: int = 100  # the first of them, for the score; 0: none
+    own_bytes: int = 60_000  # of the base's own text
+    new_tokens: int | None = None  # of a completion; None: the task's own
+    data_dir: str | None = str(DATA)
+
+    @property
+    def steps(self) -> int:
+        return self.n_examples // self.batch_size
+
+
+def _on_both(name: str, **sizes: Any) -> dict[str, Workload]:
+    """A real task on the two bases with knowledge to lose."""
+    return {f"{name} on {base}": Workload(name, base, **sizes) for base in ("study-llama", "stories260K")}
+
+
+WORKLOADS: dict[str, Workload] = {
+    "toy_sort": Workload("toy_sort", "tiny-llama", 800, 8, 128, n_scored=200, data_dir=None),
+    **_on_both("sql", n_examples=480, batch_size=8, max_length=192, new_tokens=64),
+    **_on_both("gsm8k", n_examples=480, batch_size=8, max_length=224, n_scored=0),
+    **_on_both("samsum", n_examples=480, batch_size=8, max_length=320, new_tokens=64),
+    **_on_both("boolq", n_examples=480, batch_size=8, max_length=128, new_tokens=8),
+}
+SMOKE = Workload("toy_sort", "tiny-llama", 16, 8, 128, 8, 8, 4, own_bytes=500, data_dir=None, new_tokens=4)
+
+
+# Methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains, and how."""
+
+    name: str  # a line of a figure: the same at every sparsity
+    sparsity: float | None = None  # of the mask, or of the mask whose entries LoRA's count is to match
+    saliency: str | None = None  # of the mask
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, `Config`'s keys
+    lora: bool = False
+    passes: int = 1  # length over that of the workload's run
+    start: float = 1e-3  # rate that the search begins with
+    granularity: str = "element"
+    block: int = 64
+    rule: Mapping[str, Any] = field(default_factory=dict)  # further fields of the mask's `Rule`
+
+    @property
+    def key(self) -> Record:
+        """What tells its runs from others."""
+        return {"method": self.name, "sparsity": self.sparsity}
+
+
+DENSE = Method("full fine-tuning", start=1e-3)
+
+
+# Results on disk
+
+
+class Cells:
+    """Results by what they are results of, in a file of one line each."""
+
+    def __init__(self, path: Path):
+        self.path, self.found = path, dict[str, Record]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        lines = list(whole_lines(path))
+        cut(path, lines[-1][0] if lines else 0)  # what an interrupted process left of a line
+        for _, line in lines:
+            record = json.loads(line)
+            self.found[self._name(record["cell"])] = record
+
+    @staticmethod
+    def _name(cell: Record) -> str:
+        return json.dumps(cell, sort_keys=True)
+
+    def get(self, **cell: Any) -> Record | None:
+        return self.found.get(self._name(cell))
+
+    def add(self, result: Record, **cell: Any) -> Record:
+        record = {"cell": cell, **result}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.found[self._name(cell)] = record
+        shown = {key: value for key, value in {**cell, **result}.items() if key not in ("base", "sizes")}
+        logger.info("%s", ", ".join(f"{key} {value}" for key, value in shown.items()))
+        return record
+
+
+def read_cells(folder: Path) -> dict[str, list[Record]]:
+    """Workload -> its results, of all files of a study; those of the newest sizes and base only."""
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        records = [json.loads(line) for _, line in whole_lines(path)]
+        newest = records[-1]["cell"].get("sizes") if records else None
+        found[path.stem] = [record for record in records if record["cell"].get("sizes") == newest]
+    return found
+
+
+# Runs
+
+
+def short_rows(workload: Workload) -> Task:
+    """The task without the rows that are too long for a run."""
+    task = copy.copy(get_task(workload.task))
+    load, tokenizer = task.load, load_tokenizer(BASES[workload.base].folder)
+    prompter, whole = Prompter(tokenizer), {"max_length": 10**6, "max_prompt_length": 10**6}
+    known: dict[str, list[Row]] = {}
+
+    def short(split: str, data_dir: str | os.PathLike[str] = "") -> list[Row]:
+        if split not in known:
+            rows = load(split, workload.data_dir or data_dir)
+            lengths = (len(encode(tokenizer, prompter.example(task, row), **whole)) for row in rows)
+            pairs = zip(rows, lengths, strict=True)
+            known[split] = [row for row, length in pairs if length <= workload.max_length]
+        return list(known[split])
+
+    task.load = short  # type: ignore[method-assign]
+    return task
+
+
+class Study:
+    """All runs of one workload."""
+
+    def __init__(
+        self,
+        out: Path,
+        name: str,
+        workload: Workload,
+        *,
+        sparsities: Sequence[float] = (0.9,),
+        rates: Sequence[float] = RATES,
+    ):
+        self.out, self.name, self.workload = out, name, workload
+        self.sparsities, self.rates = sparsities, rates  # of masks, which are made together; of searches
+        self.cells = Cells(out / f"{name}.jsonl")
+        self.folder = BASES[workload.base].folder
+        self.task = short_rows(workload)
+
+    @cached_property
+    def base_hash(self) -> str:
+        return remembered_hash(self.folder)
+
+    @cached_property
+    def sizes(self) -> str:
+        """A key of the workload and the base: results of other sizes are other results."""
+        sizes = {key: value for key, value in asdict(self.workload).items() if key != "data_dir"}
+        return content_key([sizes, self.base_hash])[:12]
+
+    def find_task(self, name: str) -> Task:
+        assert name == self.workload.task, name
+        return self.task
+
+    def config(self, method: Method, seed: int, lr: float) -> Config:
+        """The settings of a run."""
+        workload = self.workload
+        n_examples = workload.n_examples * method.passes
+        config = Config(
+            exp_name="run", datasets=[workload.task], data_dir=workload.data_dir, seed=seed, lr=lr,
+            validation_fraction=VALIDATION, n_epochs=None, n_examples=n_examples,
+            batch_size=workload.batch_size, lr_scheduler="linear",
+            warmup_steps=n_examples // workload.batch_size // 10, max_length=workload.max_length,
+            max_prompt_length=workload.max_length - 1, do_first_eval=False, eval_every=10**9,
+            local_dirs=[str(self.out / "runs" / self.name)], minimum_log_interval_secs=1e9, debug=True,
+        )  # fmt: skip
+        config.model.name_or_path = str(self.folder)
+        if method.lora:
+            rank = self.rank_for(method.sparsity or 0.0)
+            config.adapter.name, config.lora_rank, config.lora_alpha = "lora", rank, 2.0 * rank
+        elif method.saliency is not None:
+            config.mask_path = str(self.mask(method, seed))
+        return replace(config, **method.settings)
+
+    def measured(self, method: Method, seed: int, lr: float, part: str, *, test: bool) -> Record:
+        """A run's results, None if it diverged; it is made unless they are there."""
+        cell = {"part": part, **method.key, "seed": seed, "lr": lr, "sizes": self.sizes}
+        return self.cells.get(**cell) or self.cells.add(
+            self._trained(self.config(method, seed, lr), test=test)[0], **cell
+        )
+
+    def _trained(self, config: Config, *, test: bool) -> tuple[Record, Trainer]:
+        start, cpu = time.perf_counter(), time.process_time()
+        trainer = Trainer(config, self.find_task)
+        diverged = False
+        try:
+            trainer.train()
+        except ValueError as error:
+            if "lower lr" not in str(error):
+                raise
+            diverged = True
+        found: Record = {"base": self.base_hash, "trained": trainer.optimizer.n_trained}
+        found |= dict.fromkeys(RESULTS) if diverged else self.results(trainer, test=test)
+        found |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        return found, trainer
+
+    # What a model is worth
+
+    def rows(self, split: str) -> list[Row]:
+        """Validation or test rows, the same sample for every run."""
+        rows = rows_of(self.task, split, self.workload.data_dir or "", VALIDATION)
+        n = self.workload.n_test if split == "test" else self.workload.n_validation
+        return seeded_sample(rows, n, 0)
+
+    @cached_property
+    def own_text(self) -> list[Text]:
+        """Documents up to the workload's bytes."""
+        chosen, left = [], self.workload.own_bytes
+        for before, text in BASES[self.workload.base].own_text():
+            size = len(text.encode())
+            if size <= left:
+                chosen.append((before, text))
+                left -= size
+        return chosen
+
+    def results(self, trainer: Trainer, *, test: bool) -> Record:
+        """Validation loss; with test also test loss and score, and the loss on the base's own text."""
+        model, tokenizer = trainer.model.eval(), trainer.data.tokenizer
+        found: Record = {"validation": self._nats(model, tokenizer, self.rows("validation"))}
+        if test:
+            own = nats_per_byte(model, tokenizer, self.own_text)
+            found |= {"nats": self._nats(model, tokenizer, self.rows("test")), "own": own.value}
+            found |= {"score": self._score(model, tokenizer)} if self.workload.n_scored else {}
+        return found
+
+    def _nats(self, model: Any, tokenizer: Any, rows: Iterable[Row]) -> float:
+        """Loss per response token, in nats."""
+        requests, prompter = [], Prompter(tokenizer)
+        limits = {"max_length": self.workload.max_length, "max_prompt_length": self.workload.max_length - 1}
+        for row in rows:
+            coded = encode(tokenizer, prompter.example(self.task, row), **limits)
+            requests.append((coded.input_ids[: coded.prompt_length], coded.input_ids[coded.prompt_length :]))
+        return -sum(logliks(model, requests, batch_size=50)) / sum(len(after) for _, after in requests)
+
+    def _score(self, model: Any, tokenizer: Any) -> float:
+        """The task's metric over completions of the first test rows."""
+        task, rows = self.task, self.rows("test")[: self.workload.n_scored]
+        decoding = Decoding(self.workload.new_tokens or task.max_new_tokens, stop=task.stop)
+        request = TaskRequest(task, rows, decoding)
+        scorer = request.scorer(model, Prompter(tokenizer), request, 100)
+        scorer.prepare()
+        found: dict[int, Row] = {}
+        scorer.run(list(request.numbers), 0, found.__setitem__)
+        return next(iter(scorer.estimates(task, [found]).values())).value
+
+    def base(self) -> Record:
+        """The base itself: a run whose rate is 0."""
+        cell = {"part": "base", "sizes": self.sizes}
+        config = replace(self.config(DENSE, 0, 0.0), n_examples=1, batch_size=1, warmup_steps=0)
+        return self.cells.get(**cell) or self.cells.add(self._trained(config, test=True)[0], **cell)
+
+    # Learning rates
+
+    def rate(self, method: Method, start: float | None = None) -> float:
+        """The rate with the least validation loss; its neighbours are worse, unless the grid ends."""
+        rates = self.rates
+        at = min(range(len(rates)), key=lambda i: abs(rates[i] - (start or method.start)))
+        tried: dict[int, float] = {}
+        wanted = {at - 1, at, at + 1}
+        while wanted := {i for i in wanted if 0 <= i < len(rates)} - tried.keys():
+            for i in sorted(wanted):
+                found = self.measured(method, RATE_SEED, rates[i], "rate", test=False)["validation"]
+                tried[i] = float("inf") if found is None else found
+            best = min(tried, key=lambda i: tried[i])
+            wanted = {best - 1, best, best + 1}
+        return rates[best]
+
+    # Masks
+
+    def calibration(self, seed: int) -> Path:
+        """A dense run at its best rate: the folder of its checkpoint."""
+        cell = {"part": "calibration", "seed": seed, "sizes": self.sizes}
+        found = self.cells.get(**cell)
+        if found is None or not Path(found["folder"]).is_dir():
+            config = self.config(DENSE, seed, self.rate(DENSE))
+            named = replace(config, exp_name=f"dense-{seed}-{self.sizes}", debug=False, overwrite=True)
+            result, trainer = self._trained(named, test=False)
+            assert trainer.saved is not None, "a dense run at the best rate diverged"
+            found = self.cells.add({**result, "folder": str(trainer.saved[1])}, **cell)
+        return Path(found["folder"])
+
+    def mask(self, method: Method, seed: int) -> Path:
+        """The mask of a method and seed; those of all sparsities are made together."""
+        assert method.saliency is not None and method.sparsity is not None
+        name = f"{method.saliency}-{method.granularity}".replace(" ", "_")
+        path = self.out / "masks" / self.name / self.sizes / str(seed) / name / f"{method.sparsity}_mask.pt"
+        if not path.is_file():
+            tuned = self.calibration(seed) if method.saliency == "task_vector" else None
+            needs = ("base",) if tuned is None else ("base", "tuned")
+            pair = open_pair(self.folder, tuned, needs=needs)
+            kind = {"granularity": method.granularity, "block": method.block, **method.rule}
+            quota = Quota(
+                pair, sorted({*self.sparsities, method.sparsity}), Rule(method.saliency, seed=seed, **kind)
+            )
+            collected = self._gradients(method.saliency, seed) if method.saliency in GRADIENTS else None
+            for sparsity, mask in select(quota, collected=collected).items():
+                mask.save(path.with_name(f"{sparsity}_mask.pt"))
+        return path
+
+    def _gradients(self, kind: str, seed: int) -> Any:
+        """Of the batches that a calibration sees, summed at the base's weights."""
+        workload = self.workload
+        settings = SaliencySettings(
+            datasets=workload.task, score_batches=workload.steps, batch_size=workload.batch_size,
+            data_dir=workload.data_dir, validation_fraction=VALIDATION, max_length=workload.max_length,
+            max_prompt_length=workload.max_length - 1, seed=seed,
+        )  # fmt: skip
+        data = load_saliency_data(settings, self.find_task, self.folder, str(self.folder))
+        names = list(find_scope(meta_model(self.folder)))
+        return collect(data, names, "squares" if kind == "fisher" else "sum")
+
+    def rank_for(self, sparsity: float) -> int:
+        """LoRA's rank with about as many entries as a mask of that sparsity keeps, at least 1."""
+        model = meta_model(self.folder)
+        shapes = [model.get_submodule(path).get_parameter("weight").shape for path in lora_targets(model)[0]]
+        total = sum(tensor.numel for tensor in find_scope(model).values())
+        return max(1, round(kept_count(sparsity, total) / sum(sum(shape) for shape in shapes)))
+
+
+# Tables and the command line
+
+
+def shown(values: Sequence[float | None], factor: float = 1, digits: int = 3) -> str:
+    """Mean ± standard error; a value that is not known: a run that diverged."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return "diverged" if values else "-"
+    mean, error = mean_and_stderr(known)
+    text = f"{factor * mean:.{digits}f}"
+    return text if error is None else f"{text} ± {factor * error:.{digits}f}"
+
+
+COLUMNS = {  # key of a result -> heading, factor and digits
+    "score": ("score (%)", 100, 1),
+    "nats": ("nats per token", 1, 3),
+    "own": ("own text, nats per byte", 1, 4),
+}
+
+
+def results(runs: Sequence[Record]) -> list[str]:
+    """A cell per column: means over runs, "-" for what the task does not have."""
+    return [shown([run[key] for run in runs if key in run], *how) for key, (_, *how) in COLUMNS.items()]
+
+
+def line(cells: Iterable[object]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def study_parser(about: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=ROOT / "study", help="folder of all studies, which share calibrations")
+    add("--workloads", nargs="+", choices=WORKLOADS, default=["toy_sort", "sql on study-llama"])
+    add("--seeds", type=int, nargs="+", default=list(SEEDS))
+    add("--smoke", action="store_true", help="a few steps of a toy task, to see that everything runs")
+    add("--report", action="store_true", help="make table and figure of what is there, without any run")
+    return parser
+
+
+def run_study(
+    args: argparse.Namespace,
+    run: Callable[[Study, argparse.Namespace], None],
+    sparsities: Sequence[float] = (0.9,),
+) -> None:
+    """Call `run` for every workload, each by one process at a time."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = {"smoke": SMOKE} if args.smoke else {name: WORKLOADS[name] for name in args.workloads}
+    for name, workload in chosen.items():
+        with holding(out / f"{name}.jsonl"):
+            rates = (1e-3, 1e-2) if args.smoke else RATES
+            study = Study(out, name, workload, sparsities=sparsities, rates=rates)
+            study.base()
+            run(study, args)
