@@ -32,6 +32,7 @@ from lota.data.examples import rows_of
 from lota.data.prompts import Prompter
 from lota.data.task import Row, Task
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine import TransformersEngine
 from lota.evaluate.estimates import mean_and_stderr
 from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
@@ -124,7 +125,8 @@ def _on_both(name: str, **sizes: Any) -> dict[str, Workload]:
 
 
 WORKLOADS: dict[str, Workload] = {
-    "toy_sort": Workload("toy_sort", "tiny-llama", 800, 8, 128, n_scored=200, data_dir=None),
+    # as scripts/sweep_sparsity.sh trains it
+    "toy_sort": Workload("toy_sort", "tiny-llama", 3200, 16, 128, 200, 400, 400, data_dir=None),
     **_on_both("sql", n_examples=480, batch_size=8, max_length=192, new_tokens=64),
     **_on_both("gsm8k", n_examples=480, batch_size=8, max_length=224, n_scored=0),
     **_on_both("samsum", n_examples=480, batch_size=8, max_length=320, new_tokens=64),
@@ -342,7 +344,8 @@ class Study:
         task, rows = self.task, self.rows("test")[: self.workload.n_scored]
         decoding = Decoding(self.workload.new_tokens or task.max_new_tokens, stop=task.stop)
         request = TaskRequest(task, rows, decoding)
-        scorer = request.scorer(model, Prompter(tokenizer), request, 100)
+        engine = TransformersEngine(model, tokenizer, batch_size=100)
+        scorer = request.scorer(engine, Prompter(tokenizer), request)
         scorer.prepare()
         found: dict[int, Row] = {}
         scorer.run(list(request.numbers), 0, found.__setitem__)

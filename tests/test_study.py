@@ -96,7 +96,7 @@ def test_no_row_that_chooses_is_trained_on_or_reported(tmp_path):
             {"question": f"{split} {i}" + " and" * (i % 3), "answer": f"#### {i}"} for i in range(n)
         ]
         write_rows(tmp_path, "gsm8k", split, rows[split])
-    text = task.prompt(rows["train"][110]) + task.target(rows["train"][110])
+    text = task.prompt(rows["train"][111]) + task.target(rows["train"][111])
     most = len(tokenizer(text).input_ids) + 1  # with the end-of-sequence token
     short = {
         split: [row for row in found if len(tokenizer(task.prompt(row) + task.target(row)).input_ids) < most]
