@@ -5,9 +5,9 @@
 Each method is trained at several sparsities and at learning rates from a tenth to five times the best one (by
 validation loss), with several seeds. The frontier of a method are those of its settings that no other of its
 settings beats in both losses; which they are is decided on validation rows, their numbers are of test rows.
-Own text is held-out text like that the base was trained on, in nats per byte, as PEFT's MetaMathQA comparison
-measures forgetting on Wikipedia. Shares results with scripts/sparsity_study.py. Writes forgetting.md and
-forgetting.png.
+Own text is held-out text like that the base was trained on, in nats per byte (PEFT's MetaMathQA comparison
+measures forgetting on Wikipedia, in nats per token). Shares results with scripts/sparsity_study.py. Writes
+forgetting.md and forgetting.png.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ __all__ = ["EVALUATED_ON", "TASKS", "Task", "evaluation_names", "get_task"]
 
 TASKS = {
     "gsm8k": "tasks.gsm8k",
+    "metamathqa": "tasks.metamathqa",
     "mathinstruct": "tasks.mathinstruct",
     "AQuA": "tasks.math_choice",
     "mathqa": "tasks.math_choice",
@@ -53,6 +54,7 @@ TASKS = {
     "alpaca": "tasks.instructions",
     "dolly": "tasks.instructions",
     "wikitext": "tasks.wikitext",
+    "finewiki": "tasks.finewiki",
     "purebad": "tasks.safety",
     "hexphi": "tasks.safety",
     "alpaca_eval": "tasks.alpaca_eval",

@@ -61,6 +61,9 @@ class HubSet:
     file: str | None = None
     data_dir: str | None = None  # folder of the set's repository
     cut: float = 0.0  # of a set with one split: the share of rows that are our test split; train is the rest
+    first: int | None = (
+        None  # only so many rows from the start of a set that is too large to fetch as a whole
+    )
     n_rows: Mapping[str, int] | None = None  # by our split, of a set that is not pinned: refused if changed
 
     def arguments(self, split: str) -> dict[str, str]:
@@ -88,7 +91,11 @@ class HubSet:
         import datasets  # takes seconds, and most runs read local files
 
         with without_retries():
-            found = [dict(row) for row in datasets.load_dataset(**self.arguments(split))]
+            if self.first is None:
+                found = [dict(row) for row in datasets.load_dataset(**self.arguments(split))]
+            else:
+                rows = datasets.load_dataset(**self.arguments(split), streaming=True)
+                found = [dict(row) for row in rows.take(self.first)]
         rows = [row for row in found if self.holds(split, row)]
         if self.n_rows is not None and len(rows) != self.n_rows[split]:
             raise ValueError(f"the set has changed: {len(rows)} rows instead of {self.n_rows[split]}")
@@ -96,7 +103,7 @@ class HubSet:
 
     def fetch_command(self, task: str, split: str, path: str) -> str:
         """Shell line that stores one of our splits as a local file."""
-        if self.cut:  # only `holds` knows which rows belong to the split
+        if self.cut or self.first:  # only `load` knows which rows belong to the split
             code = f"from tasks import get_task; get_task('{task}').fetch('{split}', '{path}')"
         else:
             call = ", ".join(f"{key}='{value}'" for key, value in self.arguments(split).items())
