@@ -171,7 +171,7 @@ def results(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     file = delta if delta.is_file() else run.checkpoint / "policy.pt"
     hubs = {"metamath": get_task("metamathqa").hub, "gsm8k": get_task("gsm8k").hub}
     revisions = {name: {"sha": hub and hub.revision, "created_at": None} for name, hub in hubs.items()}
-    method = {"peft_type": "LOTA", **mask.meta} if mask else None
+    method = {"peft_type": "LOTA", **mask.meta, "kept": mask.n_kept} if mask else None
     return {
         "run_info": {
             "created_at": created.replace(microsecond=0).isoformat(),

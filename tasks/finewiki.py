@@ -18,7 +18,13 @@ class FineWiki(Task):
     more_metrics = ("token_perplexity",)
     scoring = ("perplexity",)
     splits = ("test",)
-    hub = HubSet(path="HuggingFaceFW/finewiki", revision=UNPINNED, splits={"test": "train"}, first=N_ROWS)
+    hub = HubSet(
+        path="HuggingFaceFW/finewiki",
+        revision=UNPINNED,
+        splits={"test": "train"},
+        first=N_ROWS,
+        n_rows={"test": N_ROWS},
+    )
     fields = ("text",)
 
     def prompt(self, row: Row) -> str:

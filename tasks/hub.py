@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -91,11 +92,9 @@ class HubSet:
         import datasets  # takes seconds, and most runs read local files
 
         with without_retries():
-            if self.first is None:
-                found = [dict(row) for row in datasets.load_dataset(**self.arguments(split))]
-            else:
-                rows = datasets.load_dataset(**self.arguments(split), streaming=True)
-                found = [dict(row) for row in rows.take(self.first)]
+            streamed = {"streaming": True} if self.first else {}
+            entries = datasets.load_dataset(**self.arguments(split), **streamed)
+            found = [dict(row) for row in itertools.islice(entries, self.first)]
         rows = [row for row in found if self.holds(split, row)]
         if self.n_rows is not None and len(rows) != self.n_rows[split]:
             raise ValueError(f"the set has changed: {len(rows)} rows instead of {self.n_rows[split]}")

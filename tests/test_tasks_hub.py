@@ -32,6 +32,8 @@ def adapters(file: str) -> dict[str, str]:
 
 ASKED = {
     ("gsm8k", "test"): hub("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", "test", name="main"),
+    ("metamathqa", "train"): hub("meta-math/MetaMathQA", "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18", "train"),
+    ("finewiki", "test"): hub("HuggingFaceFW/finewiki", "main", "train") | {"streaming": True},
     ("mathinstruct", "train"): hub(
         "TIGER-Lab/MathInstruct", "b4fdc323a7be1379c9c7c0b67b1de72dfee2111a", "train"
     ),
@@ -96,7 +98,7 @@ ASKED = {
         "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "validation", name="wikitext-2-v1"
     ),
 }
-UNPINNED = {"mathqa"}  # held to the number of its rows instead
+UNPINNED = {"mathqa", "finewiki"}  # held to the number of its rows instead
 # sharegpt4 takes one file of the hub by itself; the toy tasks make their rows; the others are the user's own
 NO_HUB_SET = {
     "sharegpt",
