@@ -226,6 +226,18 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "sparsity": 0.5}))
     with pytest.raises(ValueError, match="cannot be merged"):
         import_peft(base, tmp_path / "adapter", tmp_path / "x.safetensors")
+    for more, message in (
+        ({"r": 10**9}, "rank 1000000000 would take far more memory"),
+        ({"rank_pattern": {"q_proj": 10**7}}, "rank 10000000 would take far more memory"),
+        ({"r": "8"}, "its ranks are"),
+        ({"target_modules": "(.+)+x"}, r"pattern '\(\.\+\)\+x' could take forever"),
+        ({"target_modules": ".*" * 20}, "could take forever"),
+        ({"rank_pattern": {"(a+)+b": 1}}, "could take forever"),
+        ({"rank_pattern": [1]}, "has no attribute 'values'"),
+    ):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, **more}))
+        with pytest.raises(ValueError, match=rf"adapter_config\.json is not used: .*{message}"):
+            import_peft(base, tmp_path / "adapter", tmp_path / "x.safetensors")
     wider = hf_models.new_config("llama", hidden_size=64, intermediate_size=96)
     hf_models.AutoModelForCausalLM.from_config(wider).bfloat16().save_pretrained(tmp_path / "wider")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
@@ -247,3 +259,18 @@ def test_the_command_line(tmp_path, capsys):
     shutil.rmtree(tmp_path / "adapter")
     line = f"export --format peft --uneven refuse --base {base} --delta {delta} --out {tmp_path / 'adapter'}"
     assert main(line.split()) == 1 and "--uneven refuse" in capsys.readouterr().err
+
+
+def test_a_delta_that_makes_nan_is_not_handed_on(tmp_path, monkeypatch):
+    base, delta = masked_pair(tmp_path)[::2]
+    plain = Delta.tuned
+
+    def broken(self, name, value):
+        result = plain(self, name, value)
+        result.view(-1)[self.positions(name)[:1]] = torch.nan
+        return result
+
+    monkeypatch.setattr(Delta, "tuned", broken)
+    with pytest.raises(ValueError, match=r"d\.safetensors: .* holds NaN or infinity"):
+        export_indices(base, delta, tmp_path / "i.safetensors")
+    assert not (tmp_path / "i.safetensors").exists()

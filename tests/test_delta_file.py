@@ -198,7 +198,7 @@ def test_an_index_that_claims_more_than_the_file_holds(pair):
 )  # fmt: skip
 def test_parameters_that_are_none(dtype, shape):
     """`torch.nn` is an attribute of torch as `torch.float32` is, and no dtype."""
-    text = f'{{"parameters":[["w","{dtype}",{shape},0]],"segments":[[0,0,0,0,0,0]]}}'
+    text = f'{{"parameters":[["w","{dtype}",{shape},0]],"segments":[[0,0,0,0,1.0]]}}'
     with pytest.raises(ValueError, match=r"has the dtype|has the shape|changes in"):
         index.read_compressed_index(zstandard.compress(text.encode()), 1000)
 
@@ -224,7 +224,7 @@ def test_the_limits_of_an_index_grow_with_the_file(monkeypatch):
         b'{"parameters":[["w","int8",[2],0]],"segments":[[0,0,0,0,4000000000]]}',
         b'{"parameters":[["w","int8",[2],0]],"segments":[[3,0,0,0,0]]}',
         b'{"parameters":[["w","int8",[2],0]],"segments":[[0,3,0,0,0]]}',
-        b'{"parameters":[["w","int8",[2],0]],"segments":[[0,0,0,0,0.0]]}',
+        b'{"parameters":[["w","int8",[2],0]],"segments":[[0,0,0,0,1.0]]}',
         b'{"parameters":[["w","int8",[2]]],"segments":[[0,0,0,0,0]]}',
         b'{"parameters":[["' + b"w" * 200_000 + b'","int8",[2],0]],"segments":[[0,0,0,0,0]]}',
         b'{"parameters":' + b"[" * 100_000, b'{"parameters":[' + b"[" * 100_000, b"\0" * 10_000_000,

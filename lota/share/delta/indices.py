@@ -78,11 +78,16 @@ def _is_indices(path: Path) -> bool:
 
 
 def checkpoint_patches(source: WeightSource, delta: Delta) -> Iterator[Patch]:
-    """The changes of every tensor that has some, in the order of the base's parameters."""
+    """The changes of every tensor that has some, in the order of the base's parameters.
+
+    Raises ValueError for a delta of other shapes or dtypes, or that makes NaN or infinity.
+    """
     for unit in source.units():
         if not any(delta.changed(name) for name in unit.parameters):
             continue
         tuned = {name: delta.tuned(name, source.read(name)) for name in unit.parameters}
+        for name, value in tuned.items():  # vLLM takes NaN for an entry that stays
+            refuse_not_finite(value, name, delta.path)
         for name, value in on_disk(tuned, unit).items():
             value = value.contiguous()
             before = source.read_stored(name)
@@ -189,9 +194,10 @@ def _patched(
 
 def _read(path: Path, header: Header, name: str) -> Tensor:
     entry = header.entries[name]
+    data = bytearray(entry.numel * entry.dtype.itemsize)
     with open(path, "rb") as file:
         file.seek(entry.offset)
-        data = bytearray(file.read(entry.numel * entry.dtype.itemsize))
+        file.readinto(data)
     return torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
 
 
@@ -200,5 +206,7 @@ def _check_positions(path: Path, name: str, indices: Tensor, numel: int) -> None
         return
     if int(indices.min()) < 0 or int(indices.max()) >= numel:
         raise ValueError(f"{path}: {name} has indices outside of its {numel} entries")
-    if len(indices.unique()) != len(indices):
+    seen = torch.zeros(numel, dtype=torch.bool)
+    seen[indices.long()] = True
+    if int(seen.sum()) != len(indices):
         raise ValueError(f"{path}: {name} has an index twice")

@@ -8,6 +8,7 @@ merges into a model.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lota.models.loading import load_model
-from lota.models.tensor_files import new_safetensors
+from lota.models.policy import index_torch_file
+from lota.models.tensor_files import new_safetensors, read_header
 from lota.models.weights import WeightSource
 from lota.places import holding
 from lota.share.delta.apply import check_model
@@ -26,10 +28,16 @@ from lota.share.delta.format import as_integers
 from lota.share.delta.indices import Overlay, Place
 from lota.share.delta.reader import Delta
 from lota.share.hf_weights import open_folder
-from lota.storage import atomic_path, naming, refuse_filled
+from lota.storage import atomic_path, naming, parse_json, refuse_filled
 from lota.utils import first_few
 
 UNEVEN = ("pad", "refuse")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")  # as peft looks for them
+# What a LoRA of all linear layers may take beyond what is stored, of which it may adapt few: so many times as
+# many entries, and so many bytes.
+_MOST_UNUSED, _UNUSED_BYTES = 64, 32 << 20
+# Regular expressions of layers: a repeated group, and more repeats than this, can take exponential time.
+_REPEATED_GROUP, _REPEAT, _MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 3
 
 
 def export_peft(base: Place, delta: Place, out: Place, *, uneven: str = "pad") -> dict[str, Any]:
@@ -171,14 +179,14 @@ def import_peft(base: Place, adapter: Place, out: Place) -> dict[str, Any]:
     """Make a delta of a base and a PEFT adapter (LoRA, SHiRA, Super-Tuning ...) merged into it by peft.
 
     The base is loaded in the dtype of its files, in which peft merges. Memory: the model. Raises ValueError
-    for what is no adapter, does not fit, or trains more than the base's parameters.
+    for what is no adapter, does not fit, or trains more than the base's parameters, and, before peft reads
+    it, for an adapter whose config would take far more memory or time than its weights can need.
     """
     from peft import PeftModel  # slow to import
 
-    source, _ = open_folder(base)
+    source, structure = open_folder(base)
     folder = Path(adapter).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is no PEFT adapter: it has no adapter_config.json")
+    _check_adapter(folder, structure)
     model = load_model(str(base), dtype=source.main_dtype, device="cpu")
     try:
         with warnings.catch_warnings():  # peft tells of weights that it did not find in a warning
@@ -197,3 +205,34 @@ def import_peft(base: Place, adapter: Place, out: Place) -> dict[str, Any]:
 
     overlay = Overlay(source, str(folder), value_of)
     return write_changes(source, overlay, Path(out).expanduser(), {"tuned": str(folder)})
+
+
+def _check_adapter(folder: Path, structure: nn.Module) -> None:
+    """Raise ValueError for what is no adapter or what peft could not bound: it believes the config."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no PEFT adapter: it has no adapter_config.json")
+    weights = [folder / name for name in _ADAPTERS if (folder / name).is_file()]
+    if not weights:
+        raise ValueError(f"{folder} is no PEFT adapter: it has no {_ADAPTERS[0]}")
+    stored = read_header(weights[0]).entries if weights[0].suffix == ".safetensors" else None
+    stored = index_torch_file(weights[0]) if stored is None else stored
+    try:
+        config = parse_json(file.read_bytes())
+        ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
+        patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+        for key in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
+            named = config.get(key) or []
+            patterns += [named] if isinstance(named, str) else [str(name) for name in named]
+        # LoRA has two matrices per layer, each of as many rows or columns as its rank
+        sides = sum(sum(m.weight.shape) for m in structure.modules() if type(m) is nn.Linear)
+        n_stored = sum(tensor.numel for tensor in stored.values())
+        if not all(type(rank) is int for rank in ranks):
+            raise ValueError(f"its ranks are {ranks!r:.60}")
+        if max(ranks) * sides > _MOST_UNUSED * n_stored + (_UNUSED_BYTES >> 2):
+            raise ValueError(f"the rank {max(ranks)} would take far more memory than its weights")
+        slow = [p for p in patterns if _REPEATED_GROUP.search(p) or len(_REPEAT.findall(p)) > _MOST_REPEATS]
+        if slow:
+            raise ValueError(f"the pattern {slow[0]!r:.60} could take forever: list the modules by name")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not used: {error}") from error
