@@ -58,6 +58,7 @@ def _folder_problems(c: Config) -> Iterator[str]:
         places = "local_dirs" if c.local_dirs else "PROJECT_CACHE"
         key = "exp_name" if c.cache_dir in above.parents else places
         yield f"{key}: the run's folder would be {c.run_dir}, but {above} is a file; choose another {key}"
+    yield from _requeue_problems(c)
     if not re.fullmatch(r"\d*", size := os.environ.get("WORLD_SIZE", "")):
         yield f"WORLD_SIZE={size}: the environment variable must be a number of processes; unset it"
     yield from _process_problems(c)
@@ -115,6 +116,17 @@ def dense_problem(what: str, count: int) -> str:
         f"{what} trains densely, and {count} processes would send whole gradients with "
         "trainer=BasicTrainer: use trainer=FSDPTrainer, a mask or adapter=lora"
     )
+
+
+def _requeue_problems(c: Config) -> Iterator[str]:
+    """Of a job that a cluster starts again after it was preempted, and that has to continue then."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if "SUBMITIT_EXECUTOR" not in os.environ and restarts in ("", "0"):
+        return
+    if c.overwrite:
+        yield "overwrite=true in a job that may be requeued: it would delete what it has trained; leave it out"
+    if c.resume == "never":
+        yield "resume=never in a job that may be requeued: it could not continue; leave it out"
 
 
 def _data_and_length_problems(c: Config) -> Iterator[str]:

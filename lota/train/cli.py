@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lota.config import Config
 from lota.config_checks import own_rank, problems_of, started_processes, validated
+from lota.distributed.submitted import export_variables
 from lota.settings import unknown_keys
 from lota.train.interrupt import Interrupted
 from lota.utils import LONGEST_NAME, Problems
@@ -152,6 +153,14 @@ class JobFailed(Exception):
 
 @contextlib.contextmanager
 def guarded(port: int | None = None) -> Iterator[None]:
+    """`_guarded`; a job of several processes that submitit has started also leaves them at its end."""
+    alone = not export_variables()
+    with contextlib.nullcontext() if alone else left_at_the_end(), _guarded(port):
+        yield
+
+
+@contextlib.contextmanager
+def _guarded(port: int | None) -> Iterator[None]:
     """Join the other processes, log to the console, turn a user's mistake into one message and a stop into
     its exit code.
 
@@ -173,7 +182,7 @@ def guarded(port: int | None = None) -> Iterator[None]:
             raise JobFailed(str(error)) from error  # the other jobs run all the same
         sys.exit(1)
     except Interrupted as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(0 if stop.passed_on() else stop.exit_code)
     except Exception as error:
         if not several:
             raise

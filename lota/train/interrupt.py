@@ -9,25 +9,37 @@ from typing import Any
 
 from lota.distributed.processes import ALONE, Processes
 
+PREEMPTION = (signal.SIGUSR1, signal.SIGUSR2)  # what clusters send before they take a machine away
+
 
 class Interrupted(Exception):
     """The run was asked to stop. exit_code: 128 + signal number, as a shell reports it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.exit_code = 128 + number
+
+    def passed_on(self) -> bool:
+        """Give a signal of preemption to who handled it before the run did; whether there is anyone.
+
+        submitit's handler requeues the job and ends the first process; it returns in the others.
+        """
+        if self.number not in PREEMPTION or not callable(signal.getsignal(self.number)):
+            return False
+        signal.raise_signal(self.number)
+        return True
 
 
 class StopBetweenSteps:
-    """Context manager: Ctrl-C, SIGTERM or SIGUSR1 (a cluster's warning that it takes the machine away) is
-    remembered, and `check`, called when it is safe to stop, raises Interrupted on all processes if any of
-    them was asked.
+    """Context manager: Ctrl-C, SIGTERM or a signal of PREEMPTION is remembered, and `check`, called when it
+    is safe to stop, raises Interrupted on all processes if any of them was asked.
 
     A fused step changes weights during the backward pass, so an exception in its midst would leave half a
     step. A second Ctrl-C stops at once, without saving.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION)
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self.processes = processes
@@ -63,4 +75,5 @@ class StopBetweenSteps:
         if self.processes.count == 1:
             asked = self.received is not None
         if asked:
-            raise Interrupted(self.received or signal.SIGTERM)
+            numbers = [number for number in self.processes.gather(self.received) if number is not None]
+            raise Interrupted(next((number for number in numbers if number in PREEMPTION), numbers[0]))

@@ -9,8 +9,10 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,6 +43,8 @@ def start(main: Callable[[], None], schema: type[Config], config: Path) -> None:
     problems = list(dict.fromkeys(override_problems(sys.argv[1:], schema, config)))
     if problems:
         _exit("\n".join(["invalid settings:", *(f"  {line}" for line in problems)]))
+    # config/hydra/launcher/submitit_*.yaml are checked by schemas of the same names, which the plugin stores
+    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/submitit_\w+' is validated against", UserWarning)
     if os.environ.get(FULL_ERROR):
         return main()
     os.environ[FULL_ERROR] = "1"
@@ -97,6 +101,8 @@ class _Checks:
         self.keys = {key.name: key for key in keys_of(self.schema)}
         self.nodes = {name.rpartition(".")[0] for name in self.keys} - {""}  # groups of keys
         self.groups = {folder.name: folder for folder in config.parent.iterdir() if folder.is_dir()}
+        self.groups.pop("hydra", None)  # of Hydra's own, which Hydra checks
+        self.sweeps = args.multirun
         defaults = yaml.safe_load(config.read_text(encoding="utf-8"))["defaults"]
         if "config" in defaults:  # those of another file
             defaults += yaml.safe_load((config.parent / "config.yaml").read_text(encoding="utf-8"))[
@@ -125,6 +131,8 @@ class _Checks:
             yield self._unreadable(text, error)
             return
         key = found.key_or_group
+        if key == "hydra/launcher":
+            yield from self._launcher_problems(found)
         if key.split("/")[0].split(".")[0] == "hydra" or found.package or found.type == OverrideType.DEL:
             return
         above = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
@@ -138,6 +146,14 @@ class _Checks:
         elif self.all_known and key not in self.nodes and not any(name in self.keys for name in above):
             near = near_keys(key, self.keys.values()) or did_you_mean(key, self.groups)
             yield f"unknown key {_shown(text).lstrip('+')}{near}"
+
+    def _launcher_problems(self, override: Override) -> Iterator[str]:
+        """A line if the launcher is not installed, or would not be used."""
+        name = str(override.value())
+        if not self.sweeps:
+            yield f"hydra/launcher={name}: it launches the jobs of a sweep; put -m in front of all settings"
+        if name.startswith("submitit") and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+            yield f"hydra/launcher={name}: it is not installed; pip install 'lota[slurm]' (docs/SCALING.md)"
 
     def _unreadable(self, text: str, error: Exception) -> str:
         key, given, _ = text.partition("=")
