@@ -124,7 +124,7 @@ def _requeue_problems(c: Config) -> Iterator[str]:
     if "SUBMITIT_EXECUTOR" not in os.environ and restarts in ("", "0"):
         return
     if c.overwrite:
-        yield "overwrite=true in a job that may be requeued: it would delete what it has trained; leave it out"
+        yield "overwrite=true in a job that may be requeued: it would delete its own run then; leave it out"
     if c.resume == "never":
         yield "resume=never in a job that may be requeued: it could not continue; leave it out"
 

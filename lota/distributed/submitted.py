@@ -6,7 +6,7 @@ import os
 
 
 def export_variables() -> bool:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in a job of several tasks; whether this is
+    """In a job of several tasks, set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; whether it is
     one.
 
     Every process keeps all GPUs of its machine in sight, and takes that of its local rank.

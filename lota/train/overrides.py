@@ -56,6 +56,13 @@ def start(main: Callable[[], None], schema: type[Config], config: Path) -> None:
         _exit(f"{error}{cause}")
     except JobFailed:  # the others have run
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__module__ != "submitit.core.utils":
+            raise
+        _exit(
+            f"a job ended without a result: {str(error).strip().splitlines()[0]}\nIts log is in .submitit/ "
+            "of the sweep's folder; the same command continues what has not ended."
+        )
 
 
 def _exit(message: str) -> NoReturn:
