@@ -30,8 +30,8 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 STAND_IN = ROOT / "tests" / "slurm_stand_in"
 SETTINGS = (
     f"model.name_or_path={MODEL}", "model=blank_model", "datasets=[toy_sort]", "n_examples=240",
-    "batch_size=8", "warmup_steps=2", "do_first_eval=false", "eval_every=100000", "minimum_log_interval_secs=0",
-    "save_every=80",
+    "batch_size=8", "warmup_steps=2", "do_first_eval=false", "eval_every=100000",
+    "minimum_log_interval_secs=0", "save_every=80",
 )  # fmt: skip
 PATIENCE = 300  # seconds that anything may take on a busy machine
 
