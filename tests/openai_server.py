@@ -44,6 +44,7 @@ class Server:
     key: str | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
+    unanswered: int = 0  # requests since it died
 
     def __post_init__(self) -> None:
         self.lock, self.turn, self.at_once = threading.Lock(), threading.Lock(), 0
@@ -132,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with state.lock:
             dead = state.dies_after is not None and len(state.asked) >= state.dies_after
+            state.unanswered += dead
             if not dead:
                 state.asked.append(body)
             fault = state.faults.pop(0) if state.faults and not dead else None

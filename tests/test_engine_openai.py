@@ -12,6 +12,7 @@ from lota.evaluate import engine_openai
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.engine_openai import OpenAIEngine, server_address
 from lota.evaluate.engine_outside import OutsideModel
+from tasks import get_task
 from tests.chars import ALPHABET, char_model, char_tokenizer, save_pair
 from tests.evaluations import json_lines, write_rows
 from tests.openai_server import Server
@@ -88,6 +89,8 @@ def test_results_equal_those_of_transformers(run, server):
     ]
     assert drawn[0] == drawn[1]
     assert 1 < server.most_at_once <= 64
+    first = next(body for body in server.asked if body["max_tokens"] == 12)
+    assert (first["stop"], first["stop_token_ids"]) == (list(get_task("gsm8k").stop), [2])
     stored = json.loads((served / "gsm8k.json").read_text())["settings"]
     assert (stored["engine"], stored["served"]) == ("openai", server.name)
     assert len(stored["weights"]) == 64  # of the folder, which is here
@@ -124,6 +127,7 @@ def test_a_server_that_dies_is_continued_by_the_same_command(run, server, monkey
     said = capsys.readouterr().err
     assert "what is done is kept: start the server and give the same command again" in said
     assert "Traceback" not in said
+    assert server.unanswered <= 2 * 2  # those in flight, each tried again once; no more are sent
     kept = json_lines(served / "gsm8k_predictions.journal")[1:]
     assert len(kept) == 6
     server.dies_after = None
@@ -136,6 +140,14 @@ def test_a_server_that_dies_is_continued_by_the_same_command(run, server, monkey
     ).read_bytes()
 
 
+def test_a_server_that_loads_another_model_is_noticed(folder, server):
+    model = OutsideModel(str(folder), char_tokenizer())
+    with server.running() as url, OpenAIEngine(model, url, concurrency=2, timeout=600) as engine:
+        server.name = "other"
+        with pytest.raises(ValueError, match=f"now answers as other, and not as {folder}"):
+            engine.complete([[3], [4]], Decoding(2), indices=range(2), on_done=lambda i, text: None)
+
+
 def test_what_is_in_flight_is_given_up_when_the_user_stops(folder, server):
     def stop(i, text):
         raise KeyboardInterrupt
@@ -144,7 +156,7 @@ def test_what_is_in_flight_is_given_up_when_the_user_stops(folder, server):
         model = OutsideModel(str(folder), char_tokenizer())
         with OpenAIEngine(model, url, concurrency=2, timeout=600) as engine:
             server.delay = 20.0
-            engine.complete([[3], [4], [5]], Decoding(2), indices=range(3), on_done=stop)
+            engine.complete([[3], [], [5]], Decoding(2), indices=range(3), on_done=stop)
     assert server.at_once == 1  # still at work on the other one
 
 

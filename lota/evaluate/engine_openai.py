@@ -124,7 +124,7 @@ class OpenAIEngine:
         on_done: Callable[[int, str], object],
     ) -> None:
         self.check(decoding)
-        differing = 0
+        prompts, differing = self.model.prompts(prompts), 0
 
         def ask(i: int) -> Coroutine[Any, Any, Completion]:
             fields = self.model.fields(len(prompts[i]), self.context, decoding, indices[i], sample)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lota.evaluate.batching import first_token
 from lota.evaluate.decoding import Decoding, draw_seed
 from lota.evaluate.generation import completion_text, end_tokens
 from lota.models.hashing import remembered_hash, tokenizer_key
@@ -47,6 +48,10 @@ class OutsideModel:
         except OSError:  # the model has none
             config = None
         return sorted(end_tokens(config, self.tokenizer))
+
+    def prompts(self, given: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids as they are; an empty prompt is the token for the beginning of text."""
+        return [list(ids) or [first_token(self.tokenizer, "an empty prompt")] for ids in given]
 
     def fields(
         self, n_prompt: int, context: int | None, decoding: Decoding, index: int, sample: int

@@ -55,6 +55,8 @@ class VllmEngine:
         sample: int = 0,
         on_done: Callable[[int, str], object],
     ) -> None:
+        prompts = self.model.prompts(prompts)
+
         def fields(i: int) -> dict[str, Any]:
             asked = self.model.fields(len(prompts[i]), self.context, decoding, indices[i], sample)
             return {**asked, **self.model.more_fields(decoding)}
