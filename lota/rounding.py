@@ -17,12 +17,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lota.system import device_kind
+
 # Entries that are widened to fp32 at once: few enough for a CPU's cache, enough to fill a GPU.
 CPU_PIECE, PIECE = 2**18, 2**23
 
 
 def piece_size(device: torch.device) -> int:
-    return CPU_PIECE if device.type == "cpu" else PIECE
+    return CPU_PIECE if device_kind(device) == "cpu" else PIECE
 
 
 def pieces(count: int, device: torch.device) -> Iterator[slice]:

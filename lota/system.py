@@ -8,6 +8,8 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,25 @@ PACKAGES = (
     "numpy",
     "hydra-core",
 )
+_ASSUMED: ContextVar[str | None] = ContextVar("assumed", default=None)
+
+
+def device_kind(device: torch.device) -> str:
+    """`cpu`, `cuda` or another type of device, for which a way of computing is chosen: the tensor's own, or
+    the one that is assumed."""
+    return _ASSUMED.get() or device.type
+
+
+@contextlib.contextmanager
+def assumed_device(kind: str | None) -> Iterator[None]:
+    """Choose ways of computing as on this type of device, wherever tensors are: a plan traces a GPU's step on
+    a machine that has none. None: as ever.
+    """
+    token = _ASSUMED.set(kind)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -103,6 +103,13 @@ def find_head(model: nn.Module) -> Head | None:
     return None if known[1] is None else Head(layer, known[1])
 
 
+def presume_head(model: nn.Module, after: After) -> None:
+    """Take for known what `find_head` would find by asking, of a model whose weights are not there."""
+    layer = model.get_output_embeddings()  # type: ignore[operator]  # of a PreTrainedModel
+    if type(layer) is nn.Linear:
+        _asked[model] = ref(layer), after
+
+
 @torch.no_grad()
 def _ask(model: nn.Module, layer: nn.Linear) -> After | None:
     """What the model makes of its head's output; None if that is not to be done for single words."""

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lota.system import device_kind
+
 CHUNK_ENTRIES = 1 << 24  # logits at a time: 64 MiB in fp32
 
 
@@ -164,7 +166,7 @@ class _Blocks:
         narrow: torch.dtype,
     ) -> None:
         self.narrow, self.dtype = narrow, torch.promote_types(narrow, torch.float32)
-        self.operand = narrow if hidden.is_cuda else self.dtype  # dtype of what is multiplied
+        self.operand = self.dtype if device_kind(hidden.device) == "cpu" else narrow  # dtype of what is multiplied
         self.weight, self.bias, self.targets, self.after = weight, bias, targets, after
         self.hidden = self.rounded(hidden).to(self.operand)
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lota.optim import launches
 from lota.optim.kept import Entries, Kept, Part, Tiles
 from lota.optim.launches import Blocks
+from lota.system import device_kind
 
 SAMPLED_DENSITY = 0.15  # kept share of a weight up to which the sampled product is clearly faster
 SAMPLED_TOKENS = 64  # that it multiplies at a time: 256 bytes of each column
@@ -84,7 +85,7 @@ class Tiled:
         if part.tall == self.shape[0]:  # whole columns: (tiles x wide, height)
             across = torch.mm(_columns_of(b, columns, part.wide).t(), a)
             return across.view(-1, part.wide, part.tall).transpose(1, 2).reshape(-1)
-        at_once = a.device.type != "cpu"
+        at_once = device_kind(a.device) != "cpu"
         return _blocks(a, b, lines, columns, part.tall, part.wide, at_once).view(-1)
 
 
@@ -194,7 +195,7 @@ def products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Product]:
     scattered = {
         w: entries.positions()
         for w, entries in kept.items()
-        if isinstance(entries, Entries) and w.device.type == "cpu"
+        if isinstance(entries, Entries) and device_kind(w.device) == "cpu"
     }
     sampled = {
         w: p
@@ -276,7 +277,7 @@ def stack_products(kept: dict[nn.Parameter, Kept]) -> dict[nn.Parameter, Stacked
             products[w] = Stacked(
                 entries.count, {n: (Tiled(entries, parts), spans) for n, parts, spans in entries.matrices()}
             )
-        elif isinstance(entries, Entries) and w.device.type == "cpu":
+        elif isinstance(entries, Entries) and device_kind(w.device) == "cpu":
             scattered[w] = _of_matrices(entries.positions(), w)
     lines = torch.empty(SAMPLED_TOKENS * max((sum(w.shape[1:]) for w in scattered), default=0))
     scratch = {
