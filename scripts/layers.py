@@ -25,6 +25,7 @@ LAYERS = (
     ("train",),
     ("lotto",),
     ("report",),
+    ("plan",),
 )
 ONLY = {"plots": ("utils", "places", "storage")}  # package -> the only packages it may import
 APART = (("optim", "share"),)  # neighbours in a layer, neither of which may import the other

@@ -4,7 +4,7 @@
     python -m scripts.settings --yaml
 
 The order, headings and defaults are those of the YAML files; everything else is metadata of the fields in
-lota/config.py and lota/lotto/config.py.
+lota/config.py, lota/lotto/config.py and lota/plan/config.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lota.config import Config
 from lota.config_checks import WEIGHT_NEUTRAL
 from lota.lotto.config import LottoConfig
+from lota.plan.config import PlanConfig
 from lota.settings import Setting, keys_of
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
@@ -31,11 +33,18 @@ FILES = {  # file -> what its keys start with
     "adapter/none.yaml": "adapter.",
     "adapter/lora.yaml": "adapter.",
     "lotto.yaml": "",
+    "plan.yaml": "",
+}
+# What a file's keys of its own belong to, beside those of a training run
+OWN: dict[str, tuple[str, type[Config]]] = {
+    "lotto.yaml": ("a sequence of tasks", LottoConfig),
+    "plan.yaml": ("a plan", PlanConfig),
 }
 INTRODUCTION = """# Settings
 
-Every key of `train_single_gpu.py` and `lotto.py` with its default and meaning. Give keys on the command line
-as `key=value`; `null` is no value. `python -m scripts.settings > docs/SETTINGS.md` writes this page.
+Every key of `train_single_gpu.py`, `lotto.py` and `python -m lota.plan` with its default and meaning. Give
+keys on the command line as `key=value`; `null` is no value. `python -m scripts.settings > docs/SETTINGS.md`
+writes this page.
 
 - An invalid value is refused before the model loads; all errors are reported at once.
 - "used with" names what a key needs. Without it the key is accepted, and listed at the start as not used.
@@ -95,23 +104,25 @@ def _either(values: list[str]) -> str:
     return " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
 
 
-def known() -> dict[str, str]:
-    """Dotted key -> description, of a training run and of a sequence."""
-    return {key.name: described(key.about) for key in keys_of(LottoConfig())}
+def known(file: str = "") -> dict[str, str]:
+    """Dotted key -> description, of the settings that a file's keys are."""
+    _, schema = OWN.get(file, ("", Config))
+    return {key.name: described(key.about) for key in keys_of(schema())}
 
 
 def page() -> str:
     """The content of docs/SETTINGS.md."""
-    text = known()
-    sections: dict[str, dict[str, str]] = defaultdict(dict)  # heading -> key -> default
+    runs = known()
+    sections: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # heading -> key -> default, meaning
     for file, prefix in FILES.items():
+        own, text = OWN[file][0] if file in OWN else prefix.removesuffix("."), known(file)
         for line in lines_of(CONFIG / file, prefix):
-            own = prefix.removesuffix(".") or ("a sequence of tasks" if file == "lotto.yaml" else "")
-            if not any(line.key in rows for rows in sections.values()):
-                sections[own or line.heading][line.key] = line.default
+            told = line.key in runs and any(line.key in rows for rows in sections.values())
+            if not told:
+                sections[own or line.heading][line.key] = line.default, text[line.key]
     parts = [INTRODUCTION]
     for heading, rows in sections.items():
-        table = [f"| `{key}` | `{default}` | {text[key]} |" for key, default in rows.items()]
+        table = [f"| `{key}` | `{default}` | {text} |" for key, (default, text) in rows.items()]
         parts.append(
             "\n".join(
                 [f"\n## {heading.capitalize()}\n", "| key | default | meaning |", "|---|---|---|", *table, ""]
@@ -127,7 +138,7 @@ def left_out() -> list[str]:
 
 def with_comments(file: str) -> str:
     """The text of a YAML file of config/ with the description of each key as its comment."""
-    path, text = CONFIG / file, known()
+    path, text = CONFIG / file, known(file)
     rows = path.read_text(encoding="utf-8").splitlines()
     for line in lines_of(path, FILES[file]):
         rows[line.number] = f"{re.sub(r' +# .*', '', rows[line.number])} # {text[line.key]}"

@@ -17,6 +17,7 @@ from lota.lotto.config import LottoConfig
 from lota.models.loading import DTYPES as TORCH_DTYPES
 from lota.optim.clipping import GRAD_NORM_STRATEGIES
 from lota.optim.optimizers import OPTIMIZERS, SCHEDULERS
+from lota.plan.config import PlanConfig
 from lota.settings import keys_of
 from lota.train.cli import _folder_name, register, resolve
 from lota.train.objectives import OBJECTIVES
@@ -52,9 +53,10 @@ def test_the_comments_of_the_yaml_files_are_current(file):
 
 
 def test_every_key_has_a_line_in_the_yaml_files():
+    own = {key.name for key in keys_of(PlanConfig())}
     assert {line.key for file, prefix in FILES.items() for line in lines_of(CONFIG / file, prefix)} == {
-        *ABOUT
-    }
+        *ABOUT, *own
+    }  # fmt: skip
 
 
 def test_defaults_of_yaml_and_schema_are_the_same():

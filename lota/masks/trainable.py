@@ -24,12 +24,15 @@ def mask_or_dense(path: str | Path | None, mapped: bool = False) -> Mask | None:
 
     mapped: see `Mask.load`.
     """
+    return None if path is None or is_dense(path) else Mask.load(local_copy(path, MASK_FILE), mapped)
+
+
+def is_dense(path: str | Path | None) -> bool:
+    """Whether `mask_path` asks for dense training; see `mask_or_dense`."""
     if path is None:
-        return None
-    path = local_copy(path, MASK_FILE)
-    if not path.exists() and re.fullmatch(r"0(\.0*)?_mask\.pt", path.name):
-        return None
-    return Mask.load(path, mapped)
+        return True
+    path = Path(path).expanduser()
+    return not path.exists() and re.fullmatch(r"0(\.0*)?_mask\.pt", path.name) is not None
 
 
 def refuse_other_base(mask: Mask, name: str, start: str, model: PreTrainedModel) -> None:

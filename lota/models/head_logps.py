@@ -166,7 +166,8 @@ class _Blocks:
         narrow: torch.dtype,
     ) -> None:
         self.narrow, self.dtype = narrow, torch.promote_types(narrow, torch.float32)
-        self.operand = self.dtype if device_kind(hidden.device) == "cpu" else narrow  # dtype of what is multiplied
+        on_cpu = device_kind(hidden.device) == "cpu"
+        self.operand = self.dtype if on_cpu else narrow  # dtype of what is multiplied
         self.weight, self.bias, self.targets, self.after = weight, bias, targets, after
         self.hidden = self.rounded(hidden).to(self.operand)
 

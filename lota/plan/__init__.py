@@ -1,1 +1,1 @@
-"""What a run needs, before it runs: its peak of memory and where that lies, its files, the bytes that it sends."""
+"""What a run needs, before it runs: its peak of memory and when that is, its files, the bytes it sends."""

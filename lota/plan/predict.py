@@ -7,8 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +15,8 @@ from transformers import PreTrainedModel
 from lota.config import Config
 from lota.models.damaged import one_line
 from lota.models.loading import dtype_of
-from lota.models.scope import find_scope, layer_numbers
+from lota.models.scope import layer_numbers
+from lota.plan import shared
 from lota.plan import sizes as entry_sizes
 from lota.plan.sizes import Sizes
 from lota.plan.trace import Traced, cut_to, trace
@@ -35,7 +35,7 @@ class Memory:
     parts: Counter[str]  # kind -> bytes
 
     def plus(self, **more: int) -> Memory:
-        parts = self.parts + Counter()
+        parts = self.parts.copy()
         parts.update(more)
         return Memory(self.peak + sum(more.values()), parts)
 
@@ -77,42 +77,61 @@ def predict(config: Config, skeleton: PreTrainedModel, setup: Setup) -> Predicti
     Raises ValueError for a mask of another model, and for a model that cannot be traced.
     """
     sizes = entry_sizes.of_run(skeleton, config, setup.sparsity)
-    segments, traced, how = _segments(config, skeleton, sizes, setup)
-    phases = _by_phase(segments)
+    traced, how = _traced(config, skeleton, sizes, setup)
+    phases = _by_phase(traced.segments)
     made = Prediction(phases, 0, traced.trained, how)
     copied = _policy_bytes(config, skeleton)
-    idle = next(s for s in segments if s.name[0] == "idle")
+    idle = next(s for s in traced.segments if s.name[0] == "idle")
     phases["save"] = Memory(idle.peak, idle.parts)
     if setup.device == "cpu":
         phases["save"] = phases["save"].plus(saved=copied)
     else:
         made.host = copied
     made.disk = _disk(config, skeleton, sizes, traced, copied)
-    phases |= {phase: phases.pop(phase) for phase in PHASES if phase in phases}
+    if setup.processes > 1:
+        _share(made, config, skeleton, sizes, setup.processes)
+    made.phases = {phase: phases[phase] for phase in PHASES}
     return made
+
+
+def _share(
+    made: Prediction, config: Config, skeleton: PreTrainedModel, sizes: Sizes | None, processes: int
+) -> None:
+    """Turn what one process needs into what each of several needs and sends."""
+    if config.trainer.name != "FSDPTrainer":
+        made.sent = shared.sent_replicated(made.trained, processes)
+        return
+    units = shared.Units.of(skeleton, config, sizes)
+    for phase, memory in made.phases.items():
+        memory.parts = shared.sharded(memory.parts, phase, units, config, processes)
+        memory.peak = sum(memory.parts.values())
+    made.sent = shared.sent_sharded(units, config, processes)
 
 
 # Blocks
 
 
-def _segments(
+def _traced(
     config: Config, skeleton: PreTrainedModel, sizes: Sizes | None, setup: Setup
-) -> tuple[list[Segment], Traced, str]:
-    """The segments of the whole run; of models whose blocks are alike, from two small ones."""
+) -> tuple[Traced, str]:
+    """The trace of the whole run, of models whose blocks are alike from those of two small ones; and which
+    blocks were traced.
+    """
     prefixes = layer_numbers(skeleton, config.model.block_name)
     n = len(prefixes)
     if setup.whole or n <= max(CUTS) or not _alike(skeleton, prefixes, sizes):
         traced = _trace(config, copy.deepcopy(skeleton), sizes, setup)
-        return traced.segments, traced, f"all {n} blocks"
+        return traced, f"all {n} blocks"
     if sizes is not None:
         sizes = sizes.alike(prefixes)
     few, more = (_trace(config, cut_to(skeleton, k, config.model.block_name), sizes, setup) for k in CUTS)
-    whole = Traced()
-    whole.segments = list(_multiplied(few.segments, more.segments, n))
-    whole.state_bytes = few.state_bytes + (n - CUTS[0]) * (more.state_bytes - few.state_bytes)
-    whole.trained = few.trained + (n - CUTS[0]) * (more.trained - few.trained)
-    whole.parameters = few.parameters + (n - CUTS[0]) * (more.parameters - few.parameters)
-    return whole.segments, whole, f"{CUTS[0]} and {CUTS[1]} of {n} blocks, multiplied"
+    times = n - CUTS[0]
+    whole = Traced(
+        list(_multiplied(few.segments, more.segments, n)),
+        few.state_bytes + times * (more.state_bytes - few.state_bytes),
+        few.trained + times * (more.trained - few.trained),
+    )
+    return whole, f"{CUTS[0]} and {CUTS[1]} of {n} blocks, multiplied"
 
 
 def _alike(model: PreTrainedModel, prefixes: Mapping[str, int], sizes: Sizes | None) -> bool:
@@ -145,12 +164,25 @@ def _multiplied(few: Iterable[Segment], more: Iterable[Segment], n: int) -> Iter
         yield Segment(a.name, 0, 0, a.peak + times * (b.peak - a.peak), parts)
 
 
+def rows_per_pass(config: Config, setup: Setup) -> int:
+    """Examples of one process's part of a backward pass."""
+    return math.ceil(config.batch_size / config.gradient_accumulation_steps / setup.processes)
+
+
 def _trace(config: Config, model: PreTrainedModel, sizes: Sizes | None, setup: Setup) -> Traced:
-    rows = math.ceil(config.batch_size / config.gradient_accumulation_steps / setup.processes)
+    rows = rows_per_pass(config, setup)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         try:
-            return trace(config, model, sizes, setup.device, rows, setup.length or config.max_length)
+            return trace(
+                config,
+                model,
+                sizes,
+                device=setup.device,
+                rows=rows,
+                length=setup.length or config.max_length,
+                peers=setup.processes > 1 and config.trainer.name == "BasicTrainer",
+            )
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"{type(model).__name__} cannot be traced without its weights: {one_line(error)}"

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -14,7 +15,7 @@ from lota.config import Config
 from lota.masks import Mask
 from lota.masks.extract.units import DEFAULT_BLOCK, units_of
 from lota.masks.mask import kept_count
-from lota.masks.trainable import mask_or_dense, trainable_mask
+from lota.masks.trainable import is_dense, mask_or_dense, trainable_mask
 from lota.models.scope import find_scope, frozen_towers, layer_numbers
 from lota.optim.kept import tile_shape
 
@@ -52,7 +53,7 @@ class Sizes:
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.counts:
             groups[_within_block(name, prefixes)].append(name)
-        counts = {}
+        counts: dict[str, int] = {}
         for names in groups.values():
             mean = round(sum(self.counts[name] for name in names) / len(names))
             counts |= dict.fromkeys(names, mean)
@@ -111,6 +112,14 @@ def _of_layers(model: PreTrainedModel, config: Config) -> Sizes:
     return Sizes(counts, shapes)
 
 
+def _refuse_absent(config: Config) -> None:
+    path = config.mask_path
+    if path is not None and not Path(path).expanduser().exists() and not is_dense(path):
+        raise ValueError(
+            f"mask_path={path} does not exist: sparsity=0.9 plans for a mask that is not there yet"
+        )
+
+
 def of_run(model: PreTrainedModel, config: Config, sparsity: float | None) -> Sizes | None:
     """What a run trains: as its mask file says, or at a sparsity. None: it trains densely, or LoRA.
 
@@ -122,8 +131,9 @@ def of_run(model: PreTrainedModel, config: Config, sparsity: float | None) -> Si
         return at_sparsity(model, config, sparsity)
     if config.snip:
         return at_sparsity(model, config, config.snip_sparsity)
-    if config.mask_path is None and not config.protect_masks:
+    if is_dense(config.mask_path) and not config.protect_masks:
         return None if config.freeze_layers is None else _of_layers(model, config)
+    _refuse_absent(config)
     mask = trainable_mask(
         model,
         mask_or_dense(config.mask_path, mapped=True),
@@ -136,4 +146,3 @@ def of_run(model: PreTrainedModel, config: Config, sparsity: float | None) -> Si
     if mask is not None and mask.n_kept == 0:
         raise ValueError(f"mask_path={config.mask_path}: nothing would train: no kept entry is left")
     return None if mask is None else of_mask(mask)
-

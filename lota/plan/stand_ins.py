@@ -1,7 +1,7 @@
 """What stands for steps whose sizes only data tell, while a run is traced without data.
 
-Each allocates what its original does for random positions, evenly filled experts and no padding. The originals are
-those of the plain path on a CPU, and of the kernels on a GPU, which need not be there.
+Each allocates what its original does for random positions, evenly filled experts and no padding. The
+originals are those of the plain path on a CPU, and of the kernels on a GPU, which need not be there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,16 @@ def every_position(x: Tensor) -> Tensor:
     return x.new_empty(x.numel(), x.ndim, dtype=torch.int64)
 
 
+def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """For `_grouped_mm`, whose form without data knows bf16 only. offs: where each of the groups ends."""
+    if a.ndim == b.ndim == 2:  # (height, rows) x (rows, width): a product for each group
+        assert offs is not None
+        return a.new_empty(len(offs), a.shape[0], b.shape[1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
 OPERATIONS: dict[Any, Any] = {
+    torch.ops.aten._grouped_mm.default: grouped_product,
     torch.ops.aten.nonzero.default: every_position,
     # a question that the code asks of data: whether anything is wrong with them
     torch.ops.aten._local_scalar_dense.default: lambda x: x.dtype != torch.bool and 1,
@@ -169,7 +178,32 @@ def _gather(
 
 
 def _block_table(parts: list[tuple[int, int, Tensor, Tensor]]) -> launches.Blocks:
-    tall, wide = (max(part[n] for part in parts) for n in (0, 1))
+    tall, wide = max(part[0] for part in parts), max(part[1] for part in parts)
     number = sum(len(part[2]) for part in parts)
     table = torch.empty(number, 5, dtype=torch.int64, device=parts[0][2].device)
     return launches.Blocks(table, tall, wide, 16, number * tall * wide)
+
+
+# Other processes
+
+
+class Buckets:
+    """Other processes that hold the whole model: gradients of all kept entries lie in flat fp32 buckets."""
+
+    parts = False
+
+    def __init__(self, optimizer: masked.MaskedOptimizer):
+        sizes = [optimizer.kept[p].count for p in optimizer.names]
+        pieces = torch.empty(sum(sizes)).split(sizes)
+        self.places = dict(zip(optimizer.names, pieces, strict=True))
+
+    def begin(self, p: nn.Parameter, grad: Tensor) -> Tensor:
+        return self.places[p].copy_(grad)
+
+    def complete(self, p: nn.Parameter) -> None: ...
+
+    def gradients(self, grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        return grads
+
+    def squares(self, squares: Tensor) -> Tensor:
+        return squares

@@ -1,15 +1,16 @@
 """One optimizer step of a run and an evaluation, traced on fake tensors through the run's own code.
 
-The model is that of its config, with weights that have shapes and no values; optimizer, losses, reference and
-LoRA are the trainer's. A tensor of the device's memory lies on the fake CPU, and `stand_ins.py` chooses what a
-GPU would do.
+The model is that of its config, with weights that have shapes and no values; optimizer, losses, reference
+and LoRA are the trainer's. A tensor of the device's memory lies on the fake CPU, and `stand_ins.py` chooses
+what a GPU would do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,104 +22,121 @@ from transformers import PreTrainedModel
 from lota.config import Config
 from lota.data.batches import Batch
 from lota.models import head
-from lota.models.head_logps import After
+from lota.models.head_logps import After, HeadLogProbs
 from lota.models.loading import dtype_of, enable_activation_checkpointing, turn_dropout_off
 from lota.models.scope import frozen_towers, transformer_blocks
 from lota.optim.fused import fuse_in_backward
 from lota.optim.masked import MaskedOptimizer
 from lota.optim.optimizers import OPTIMIZERS
 from lota.plan.sizes import Sizes
-from lota.plan.stand_ins import OPERATIONS, without_data
+from lota.plan.stand_ins import OPERATIONS, Buckets, without_data
 from lota.plan.tracker import Segment, Tracker
 from lota.train import lora
+from lota.train.loaded_run import LoadedRun
 from lota.train.objectives import OBJECTIVES, Objective, PreferenceObjective
 from lota.train.reference import ModelReference, SwappedReference
-from lota.train.trainer import Trainer
 
 PASSES = 2  # of an accumulation that are traced: from the second one on, all but the last are alike
 
 
-class TracedRun(Trainer):
+class TracedRun(LoadedRun):
     """A run whose model has no values. device: `cpu` or `cuda`, what the run would be on."""
 
-    def __init__(self, config: Config, sizes: Sizes | None, device: str):
-        self.config, self.device = config, torch.device("cpu")
-        self.kind = device
-        self.data = cast(Any, SimpleNamespace(mask=sizes, resumable=None))
-
     second: PreTrainedModel | None  # of the loss
+
+    def __init__(self, config: Config, model: PreTrainedModel, sizes: Sizes | None):
+        self.config, self.device, self.model = config, torch.device("cpu"), model
+        self.data = cast(Any, SimpleNamespace(mask=sizes, resumable=None))
+        turn_dropout_off(model)
+        for name in frozen_towers(model, config.model.scope):
+            model.get_parameter(name).requires_grad_(False)
+        self.blocks = [block for _, block in transformer_blocks(model, config.model.block_name)]
+        self.dtypes = dict.fromkeys(model.parameters(), self.working_dtype)  # LoRA's own stay in fp32
+        self.second = _second_model(config, sizes, model)
+        self.lora = lora.adapt(model, config)
+        self.passes = min(config.gradient_accumulation_steps, PASSES)
 
     def base(self) -> Any:
         raise AssertionError("a plan reads no weights")
 
+    def fill(self, tracker: Tracker, peers: bool) -> None:
+        """What `LoadedRun.load` does, with fake weights. peers: whether other processes hold the model too."""
+        with tracker.making("weights"):
+            _fill(self.model, self.dtypes)
+            _presume_head(self.model)
+        tracker.mark("optimizer")
+        with tracker.making("state"):
+            rule, settings = OPTIMIZERS[self.config.optimizer], self.config.optimizer_settings
+            self.optimizer = rule(self.model, cast(Any, self.data.mask), **settings)
+            if self.config.activation_checkpointing:
+                enable_activation_checkpointing(self.model)
+            self.model.train()
+            fuse_in_backward(self.optimizer, self.passes)
+        if peers:
+            with tracker.making("gradients"):
+                self.optimizer.peers = Buckets(self.optimizer)
+        _label_gradients(self.optimizer, tracker)
+        with tracker.making("reference"):
+            self.objective = _objective(self)
 
+    def take_step(self, tracker: Tracker, rows: int, length: int) -> None:
+        """An optimizer step, in passes of `rows` examples."""
+        for number in range(self.passes):
+            tracker.mark("forward", number)
+            losses, _ = self.objective.losses(_batch(self.config, rows, length))
+            loss = losses.sum() / self.config.batch_size
+            del losses
+            tracker.mark("backward", number)
+            tracker.in_backward = True
+            loss.backward()
+            tracker.in_backward = False
+            del loss
+        tracker.mark("step")
+        with tracker.making("temporary"):
+            self.optimizer.step()
+        tracker.mark("idle")
+
+    def evaluate_once(self, tracker: Tracker, length: int) -> None:
+        self.model.eval()
+        tracker.mark("evaluate")
+        with torch.no_grad():
+            self.objective.losses(_batch(self.config, self.config.eval_batch_size, length))
+        tracker.mark("end")
+
+
+@dataclass
 class Traced:
     """What tracing a run has found."""
 
     segments: list[Segment]
     state_bytes: int  # of the optimizer: positions, masters, averages
     trained: int  # entries that train
-    parameters: int  # bytes of the model and its adapter
 
 
 def trace(
-    config: Config, model: PreTrainedModel, sizes: Sizes | None, device: str, rows: int, length: int
+    config: Config,
+    model: PreTrainedModel,
+    sizes: Sizes | None,
+    *,
+    device: str,
+    rows: int,
+    length: int,
+    peers: bool = False,
 ) -> Traced:
     """Load, one optimizer step and an evaluation of a run.
 
-    model: on the meta device; it is filled with fake weights. rows: examples of one backward pass. length:
-    tokens of each row; all of them count in the loss, and some rows are padded.
-    Raises ValueError for a model whose computation depends on data in a way that is not known here.
+    model: on the meta device; it is filled with fake weights. device: `cpu` or `cuda`, what the run would be
+    on. rows: examples of one backward pass. length: tokens of each row; all of them count in the loss, and
+    some rows are padded. peers: see `TracedRun.fill`.
+    Raises what torch raises for a model whose computation depends on data in a way that is not known here.
     """
-    run, found = TracedRun(config, sizes, device), Traced()
-    tracker = Tracker(OPERATIONS)
-    turn_dropout_off(model)
-    for name in frozen_towers(model, config.model.scope):
-        model.get_parameter(name).requires_grad_(False)
-    run.model, blocks = model, transformer_blocks(model, config.model.block_name)
-    dtypes = dict.fromkeys(model.parameters(), run.working_dtype)  # LoRA's own stay in fp32
-    run.second = _second_model(config, sizes, model)
-    run.lora = lora.adapt(model, config)
+    run, tracker = TracedRun(config, model, sizes), Tracker(OPERATIONS)
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, without_data(device), _labelled(tracker):
-        with tracker.making("weights"):
-            _fill(model, dtypes)
-            _presume_head(model)
-        tracker.mark("optimizer")
-        with tracker.making("state"):
-            optimizer = OPTIMIZERS[config.optimizer](
-                model, cast(Any, sizes), **config.optimizer_settings
-            )
-            run.optimizer = optimizer
-            if config.activation_checkpointing:
-                enable_activation_checkpointing(model)
-            model.train()
-            passes = min(config.gradient_accumulation_steps, PASSES)
-            fuse_in_backward(optimizer, passes)
-        _label_gradients(optimizer, tracker)
-        with tracker.making("reference"):
-            objective = _objective(run)
-        with _marked_blocks(tracker, [block for _, block in blocks]):
-            for number in range(passes):
-                tracker.mark("forward", number)
-                loss = objective.losses(_batch(config, rows, length))[0].sum() / config.batch_size
-                tracker.mark("backward", number)
-                tracker.in_backward = True
-                loss.backward()
-                tracker.in_backward = False
-                del loss
-            tracker.mark("step")
-            with tracker.making("temporary"):
-                optimizer.step()
-            tracker.mark("idle")
-            model.eval()
-            tracker.mark("evaluate")
-            with torch.no_grad():
-                objective.losses(_batch(config, config.eval_batch_size, length))
-            tracker.mark("end")
-        found.segments, found.state_bytes = tracker.segments, optimizer.state_bytes()
-        found.trained = optimizer.n_trained
-        found.parameters = sum(p.nbytes for p in model.parameters())
-    return found
+        run.fill(tracker, peers)
+        with _marked_blocks(tracker, run.blocks):
+            run.take_step(tracker, rows, length)
+            run.evaluate_once(tracker, length)
+        return Traced(tracker.segments, run.optimizer.state_bytes(), run.optimizer.n_trained)
 
 
 # The model
@@ -141,7 +159,9 @@ def _fill(model: PreTrainedModel, dtypes: Mapping[nn.Parameter, torch.dtype]) ->
         for name, p in module._parameters.items():
             if p is not None:
                 if p not in made:
-                    made[p] = nn.Parameter(torch.empty(p.shape, dtype=dtypes.get(p, p.dtype)), p.requires_grad)
+                    made[p] = nn.Parameter(
+                        torch.empty(p.shape, dtype=dtypes.get(p, p.dtype)), p.requires_grad
+                    )
                 module._parameters[name] = made[p]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -216,7 +236,7 @@ class _Unpadded(Batch):
 
 @contextlib.contextmanager
 def _marked_blocks(tracker: Tracker, blocks: list[nn.Module]) -> Iterator[None]:
-    """Mark where each block's forward and backward pass begins, and where the last one's forward pass ends."""
+    """Mark where each block's forward and backward pass begins, and where the last forward pass ends."""
     last = len(blocks) - 1
     handles = []
     for number, block in enumerate(blocks):
@@ -246,28 +266,22 @@ def _marked_blocks(tracker: Tracker, blocks: list[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _labelled(tracker: Tracker) -> Iterator[None]:
     """What the head makes beside its results is called logits."""
-    originals = head.HeadLogProbs, head.logps_of_logits
+    originals = {name: vars(HeadLogProbs)[name] for name in ("forward", "backward")}
 
-    class Labelled(head.HeadLogProbs):
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
+    def labelled(original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*arguments: Any) -> Any:
             with tracker.making("logits"):
-                return originals[0].forward(*arguments)
+                return original(*arguments)
 
-        @staticmethod
-        def backward(*arguments: Any) -> Any:
-            with tracker.making("logits"):
-                return originals[0].backward(*arguments)
+        return function
 
-    def of_logits(*arguments: Any) -> Tensor:
-        with tracker.making("logits"):
-            return originals[1](*arguments)
-
-    head.HeadLogProbs, head.logps_of_logits = Labelled, of_logits  # type: ignore[misc]
+    for name, original in originals.items():
+        setattr(HeadLogProbs, name, staticmethod(labelled(original.__func__)))
     try:
         yield
     finally:
-        head.HeadLogProbs, head.logps_of_logits = originals  # type: ignore[misc]
+        for name, original in originals.items():
+            setattr(HeadLogProbs, name, original)
 
 
 def _label_gradients(optimizer: MaskedOptimizer, tracker: Tracker) -> None:

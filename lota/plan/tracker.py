@@ -47,7 +47,9 @@ class Tracker(TorchDispatchMode):
         self.total = 0
         self._counted = 0
         self.segments: list[Segment] = []
-        self._known: dict[int, tuple[weakref.ref[Any], list[Any]]] = {}  # storage -> it, [kind, bytes, number]
+        self._known: dict[
+            int, tuple[weakref.ref[Any], list[Any]]
+        ] = {}  # storage -> it, [kind, bytes, number]
         self.mark("load")
 
     def __torch_dispatch__(

@@ -106,7 +106,8 @@ class LoadedRun:
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """Autocast for dense training and LoRA in mixed precision."""
         if self.data.mask is None and self.config.model.fsdp_policy_mp == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
+            # each weight is used once in a forward pass: a cache of narrow copies only keeps them all
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 
     @property

@@ -68,7 +68,7 @@ def run_skeleton(config: Config, tokenizer: PreTrainedTokenizerBase, key: str = 
     if archive is not None and not Path(archive).expanduser().exists():
         raise ValueError(f"model.{key}={archive} does not exist: give a Hugging Face folder or a policy.pt")
     model, _ = open_model(config.model.name_or_path, archive)
-    _check_positions(model, config.max_length)
+    check_positions(model, config.max_length)
     if key == "archive":
         check_tokenizer(tokenizer, model, archive or config.model.name_or_path)
     if config.model.pad_token is not None and len(tokenizer) > embedding_rows(model):
@@ -77,7 +77,7 @@ def run_skeleton(config: Config, tokenizer: PreTrainedTokenizerBase, key: str = 
     return model
 
 
-def _check_positions(model: PreTrainedModel, max_length: int) -> None:
+def check_positions(model: PreTrainedModel, max_length: int) -> None:
     """Raise ValueError if a model has fewer positions than max_length, stretched rotary ones counted."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
