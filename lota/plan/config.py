@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lota.config import Config
 from lota.config_checks import problems_of
+from lota.models.hub import is_hub_reference
 from lota.settings import neutral
 
 _plan = partial(neutral, None)
@@ -75,5 +76,5 @@ def _sparsity_problems(c: PlanConfig) -> Iterator[str]:
         yield f"sparsity={c.sparsity} with adapter=lora: LoRA has no mask; drop one of them"
     if c.snip:
         yield f"sparsity={c.sparsity} with snip=true: the mask of snip has snip_sparsity={c.snip_sparsity}"
-    if c.mask_path is not None and Path(c.mask_path).expanduser().exists():
+    if c.mask_path is not None and (is_hub_reference(c.mask_path) or Path(c.mask_path).expanduser().exists()):
         yield (f"sparsity={c.sparsity} with mask_path={c.mask_path}: the file says what it keeps; drop one")

@@ -89,17 +89,22 @@ def predict(config: Config, skeleton: PreTrainedModel, setup: Setup) -> Predicti
         made.host = copied
     made.disk = _disk(config, skeleton, sizes, traced, copied)
     if setup.processes > 1:
-        _share(made, config, skeleton, sizes, setup.processes)
+        _share(made, config, skeleton, sizes, traced.tensors, setup.processes)
     made.phases = {phase: phases[phase] for phase in PHASES}
     return made
 
 
 def _share(
-    made: Prediction, config: Config, skeleton: PreTrainedModel, sizes: Sizes | None, processes: int
+    made: Prediction,
+    config: Config,
+    skeleton: PreTrainedModel,
+    sizes: Sizes | None,
+    tensors: int,
+    processes: int,
 ) -> None:
-    """Turn what one process needs into what each of several needs and sends."""
+    """Turn what one process needs into what each of several needs and sends. tensors: that train."""
     if config.trainer.name != "FSDPTrainer":
-        made.sent = shared.sent_replicated(made.trained, processes)
+        made.sent = shared.sent_replicated(made.trained, tensors, processes)
         return
     units = shared.Units.of(skeleton, config, sizes)
     for phase, memory in made.phases.items():
@@ -130,6 +135,7 @@ def _traced(
         list(_multiplied(few.segments, more.segments, n)),
         few.state_bytes + times * (more.state_bytes - few.state_bytes),
         few.trained + times * (more.trained - few.trained),
+        few.tensors + times * (more.tensors - few.tensors),
     )
     return whole, f"{CUTS[0]} and {CUTS[1]} of {n} blocks, multiplied"
 

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from lota.config import Config
-from lota.models.loading import dtype_of
+from lota.models.loading import dtype_of, tied_names
 from lota.models.scope import layer_numbers
 from lota.plan.sizes import Sizes
 
@@ -24,63 +24,71 @@ FP32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Units:
-    """Entries that are whole at once."""
+    """Entries that are gathered together (lota/distributed/sharded.py)."""
 
     block: int  # of the largest block
     blocks: int  # of all of them
-    root: int  # outside of the blocks
+    embedding: int  # of one that is gathered for itself
+    root: int  # of all else, which stays gathered for the backward pass
     trained_block: int  # of one block's parameters that train, frozen entries of theirs included
     trained: int  # of all of these
 
     @classmethod
-    def of(cls, model: nn.Module, config: Config, sizes: Sizes | None) -> Units:
+    def of(cls, model: PreTrainedModel, config: Config, sizes: Sizes | None) -> Units:
         prefixes = layer_numbers(model, config.model.block_name)
+        embedding = None if tied_names(model) else model.get_input_embeddings().weight
         each: Counter[str] = Counter()
         trained: Counter[str] = Counter()
         for name, p in model.named_parameters():
-            place = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), "")
+            place = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), "root")
+            place = "embedding" if p is embedding else place
             each[place] += p.numel()
             if sizes is None or sizes.kept(name):
                 trained[place] += p.numel()
         of_blocks = [each[prefix] for prefix in prefixes]
         return cls(
-            max(of_blocks), sum(of_blocks), each[""],
+            max(of_blocks), sum(of_blocks), each["embedding"], each["root"],
             max(trained[prefix] for prefix in prefixes), sum(trained.values()),
         )  # fmt: skip
 
+    @property
+    def gathered(self) -> int:
+        """Most that is whole at once."""
+        return self.root + max(self.embedding, min(self.blocks, GATHERED_BLOCKS * self.block))
 
-def computed_in(config: Config) -> int:
-    """Bytes of an entry of a gathered weight."""
+
+def gathered_in(config: Config) -> int:
+    """Bytes of an entry of a gathered weight, and of its gradient before it is sent."""
     return dtype_of(config.model.fsdp_policy_mp or config.model.policy_dtype).itemsize
 
 
-def sharded(
-    parts: Mapping[str, int], phase: str, units: Units, config: Config, processes: int
-) -> Counter[str]:
-    """Parts of one process's memory, from those of a process that holds all."""
-    size = computed_in(config)
-    share = {kind: -(-parts.get(kind, 0) // processes) for kind in ("weights", "state", "reference")}
+def scattered_in(config: Config) -> int:
+    """Bytes of an entry of a gradient as it is sent."""
+    return FP32 if config.model.fsdp_policy_mp else dtype_of(config.model.policy_dtype).itemsize
+
+
+def sharded(parts: Mapping[str, int], phase: str, units: Units, config: Config, count: int) -> Counter[str]:
+    """Parts of the memory of one of `count` processes, from those of one that holds all."""
     made: Counter[str] = Counter(parts)
-    made.update({kind: share[kind] - parts.get(kind, 0) for kind in share})
+    made.update({kind: -(-made[kind] // count) - made[kind] for kind in ("weights", "state", "reference")})
     if phase in ("forward", "backward", "evaluate"):
-        made["gathered"] = (min(units.blocks, GATHERED_BLOCKS * units.block) + units.root) * size
+        made["gathered"] = units.gathered * gathered_in(config)
     if phase == "backward":
-        made["gradients"] = max(made["gradients"], 2 * units.trained_block * size)
+        whole = units.trained_block * (gathered_in(config) + scattered_in(config))
+        made["gradients"] = max(made["gradients"], whole)
     return made
 
 
-def sent_replicated(trained: int, processes: int) -> dict[str, int]:
-    """The sum of all kept entries' gradients in fp32, once per step."""
-    return {"gradients of kept entries": round(FP32 * trained * 2 * (processes - 1) / processes)}
+def sent_replicated(trained: int, tensors: int, count: int) -> dict[str, int]:
+    """The sum of all kept entries' gradients in fp32, and a flag for each tensor, once per step."""
+    return {"kept gradients": round(FP32 * (trained + tensors) * 2 * (count - 1) / count)}
 
 
-def sent_sharded(units: Units, config: Config, processes: int) -> dict[str, int]:
+def sent_sharded(units: Units, config: Config, count: int) -> dict[str, int]:
     """Weights before each block's forward and backward pass, gradients after it, for each part of a batch."""
-    size, parts, others = computed_in(config), config.gradient_accumulation_steps, (processes - 1) / processes
-    twice = (
-        2 * units.blocks + units.root
-    )  # what stands outside of the blocks stays whole for the backward pass
+    parts, others = config.gradient_accumulation_steps, (count - 1) / count
+    entries = 2 * units.blocks + units.embedding + units.root
     return {
-        "weights gathered": round(parts * twice * size * others),
-        "gradients scattered": round(parts * units.trained * size * others),
+        "weights gathered": round(parts * entries * gathered_in(config) * others),
+        "gradients scattered": round(parts * units.trained * scattered_in(config) * others),
     }

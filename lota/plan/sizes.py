@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,6 +15,7 @@ from lota.masks import Mask
 from lota.masks.extract.units import DEFAULT_BLOCK, units_of
 from lota.masks.mask import kept_count
 from lota.masks.trainable import is_dense, mask_or_dense, trainable_mask
+from lota.models.hub import MASK_FILE, local_copy
 from lota.models.scope import find_scope, frozen_towers, layer_numbers
 from lota.optim.kept import tile_shape
 
@@ -114,7 +114,7 @@ def _of_layers(model: PreTrainedModel, config: Config) -> Sizes:
 
 def _refuse_absent(config: Config) -> None:
     path = config.mask_path
-    if path is not None and not Path(path).expanduser().exists() and not is_dense(path):
+    if path is not None and not is_dense(path) and not local_copy(path, MASK_FILE).exists():
         raise ValueError(
             f"mask_path={path} does not exist: sparsity=0.9 plans for a mask that is not there yet"
         )

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lota.distributed.processes import Processes
+from lota.distributed.replicated import Replicated
 from lota.masks import Mask
 from lota.optim import compact_experts, launches, masked, products
 from lota.optim.kept import Entries, Everything, Kept, Part, Tiles
@@ -187,23 +189,20 @@ def _block_table(parts: list[tuple[int, int, Tensor, Tensor]]) -> launches.Block
 # Other processes
 
 
-class Buckets:
-    """Other processes that hold the whole model: gradients of all kept entries lie in flat fp32 buckets."""
-
-    parts = False
+class Buckets(Replicated):
+    """Other processes that hold the whole model, but for what they send."""
 
     def __init__(self, optimizer: masked.MaskedOptimizer):
-        sizes = [optimizer.kept[p].count for p in optimizer.names]
-        pieces = torch.empty(sum(sizes)).split(sizes)
-        self.places = dict(zip(optimizer.names, pieces, strict=True))
+        super().__init__(optimizer, Processes())
 
-    def begin(self, p: nn.Parameter, grad: Tensor) -> Tensor:
-        return self.places[p].copy_(grad)
-
-    def complete(self, p: nn.Parameter) -> None: ...
+    def _send(self, bucket: Any) -> None:
+        self._next += 1
 
     def gradients(self, grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        return grads
-
-    def squares(self, squares: Tensor) -> Tensor:
-        return squares
+        for bucket in self.buckets[self._next :]:
+            self._fill(bucket, grads)
+            self._send(bucket)
+        for bucket in self.buckets:
+            bucket.complete.clear()
+        self._next = 0
+        return {p: self.slots[p] for p in grads}

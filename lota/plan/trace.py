@@ -60,7 +60,7 @@ class TracedRun(LoadedRun):
         raise AssertionError("a plan reads no weights")
 
     def fill(self, tracker: Tracker, peers: bool) -> None:
-        """What `LoadedRun.load` does, with fake weights. peers: whether other processes hold the model too."""
+        """What `LoadedRun.load` does, with fake weights. peers: whether others hold the model too."""
         with tracker.making("weights"):
             _fill(self.model, self.dtypes)
             _presume_head(self.model)
@@ -111,6 +111,7 @@ class Traced:
     segments: list[Segment]
     state_bytes: int  # of the optimizer: positions, masters, averages
     trained: int  # entries that train
+    tensors: int  # that have such entries
 
 
 def trace(
@@ -136,7 +137,8 @@ def trace(
         with _marked_blocks(tracker, run.blocks):
             run.take_step(tracker, rows, length)
             run.evaluate_once(tracker, length)
-        return Traced(tracker.segments, run.optimizer.state_bytes(), run.optimizer.n_trained)
+        optimizer = run.optimizer
+        return Traced(tracker.segments, optimizer.state_bytes(), optimizer.n_trained, len(optimizer.names))
 
 
 # The model
