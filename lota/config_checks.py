@@ -61,7 +61,7 @@ def _folder_problems(c: Config) -> Iterator[str]:
     yield from _requeue_problems(c)
     if not re.fullmatch(r"\d*", size := os.environ.get("WORLD_SIZE", "")):
         yield f"WORLD_SIZE={size}: the environment variable must be a number of processes; unset it"
-    yield from _process_problems(c)
+    yield from process_problems(c, started_processes())
 
 
 def started_processes() -> int:
@@ -76,9 +76,9 @@ def own_rank() -> int:
     return int(rank) if rank.isdecimal() and started_processes() > 1 else 0
 
 
-def _process_problems(c: Config) -> Iterator[str]:
-    """Of a run in several processes."""
-    count, parts = started_processes(), c.gradient_accumulation_steps
+def process_problems(c: Config, count: int) -> Iterator[str]:
+    """Of a run in `count` processes."""
+    parts = c.gradient_accumulation_steps
     if count == 1:
         return
     if parts >= 1 and 0 < c.batch_size // parts < count:

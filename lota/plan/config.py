@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lota.config import Config
-from lota.config_checks import problems_of
+from lota.config_checks import problems_of, process_problems, started_processes
 from lota.models.hub import is_hub_reference
 from lota.settings import neutral
 
@@ -52,7 +51,7 @@ class PlanConfig(Config):
 def plan_problems(c: PlanConfig) -> Iterator[str]:
     """A line per problem of the run's settings or of the plan's."""
     yield from problems_of(c)
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if started_processes() > 1:
         yield "WORLD_SIZE is set: one process plans for all, processes=N of them; start it without torchrun"
     if c.gpu_memory is not None and c.device == "cpu":
         yield f"gpu_memory={c.gpu_memory:g} with device=cpu: it is the memory of a GPU; drop one of them"
@@ -61,12 +60,8 @@ def plan_problems(c: PlanConfig) -> Iterator[str]:
     if c.json is not None and not Path(c.json).expanduser().absolute().parent.is_dir():
         yield f"json={c.json}: there is no folder {Path(c.json).parent}"
     yield from _sparsity_problems(c)
-    masked = c.sparsity is not None or c.mask_path is not None or c.snip or c.adapter.name == "lora"
-    if c.processes > 1 and c.trainer.name == "BasicTrainer" and not masked:
-        yield (
-            f"processes={c.processes} with trainer=BasicTrainer and no mask: dense training on several "
-            "processes is sharded; set trainer=FSDPTrainer"
-        )
+    masked = c if c.sparsity is None else replace(c, mask_path="not there yet")
+    yield from process_problems(masked, c.processes)
 
 
 def _sparsity_problems(c: PlanConfig) -> Iterator[str]:

@@ -123,7 +123,11 @@ def smaller(run: Way) -> Iterator[Way]:
     parts = c.gradient_accumulation_steps
     if not c.activation_checkpointing:
         yield run.with_("activation_checkpointing=true")
-    finer = [n for n in range(2 * parts, c.batch_size + 1) if c.batch_size % n == 0]
+    finer = [
+        n
+        for n in range(2 * parts, c.batch_size + 1)
+        if c.batch_size % n == 0 and c.batch_size // n >= run.setup.processes
+    ]
     if finer:
         yield run.with_(f"gradient_accumulation_steps={finer[0]}")
         if finer[-1] != finer[0]:
@@ -141,7 +145,7 @@ def smaller(run: Way) -> Iterator[Way]:
             yield run.with_(*_sparser(run, sparsity))
     if not run.lora:
         for n in PROCESSES:
-            if n > run.setup.processes and n <= max(2, c.batch_size // parts):
+            if run.setup.processes < n <= c.batch_size // parts:
                 yield run.with_("trainer=FSDPTrainer", f"processes={n}")
 
 
