@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lota.distributed.processes import Processes
 from lota.distributed.replicated import Replicated
 from lota.masks import Mask
-from lota.optim import compact_experts, launches, masked, products
+from lota.optim import compact_experts, launches, low_precision, masked, products
 from lota.optim.kept import Entries, Everything, Kept, Part, Tiles
 from lota.plan.sizes import Sizes
 from lota.system import assumed_device
@@ -28,6 +29,8 @@ def without_data(device: str) -> Iterator[None]:
     """Inside, masked optimizers work on fake tensors, as they would on that type of device."""
     swaps: list[tuple[Any, str, Any]] = [
         (masked, "kept_entries", _kept_entries),
+        (low_precision, "pieces", _few(low_precision.pieces)),
+        (low_precision, "_row_pieces", _few(low_precision._row_pieces)),
         (products, "Sampled", _Sampled),
         (products, "_blocks", _blocks),
         (products.Tiled, "needed", _needed),
@@ -99,6 +102,11 @@ def _tiles(shape: torch.Size, count: int, tile: tuple[int, int], device: torch.d
     tiles = torch.empty(number, dtype=torch.int32, device=device)
     made.state = {"tiles": tiles, "tile_shape": (tall, wide)}
     return made
+
+
+def _few(pieces: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The first pieces of a tensor that is updated in pieces: all others are as large and come one by one."""
+    return lambda *arguments: islice(pieces(*arguments), 2)
 
 
 # Products
