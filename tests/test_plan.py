@@ -211,7 +211,8 @@ def test_parts_of_a_masked_run():
     assert found.peak.parts["weights"] // (2 * sum(p.numel() for p in model.parameters())) == 1  # and buffers
     assert found.peak.parts["state"] == 12 * found.trained  # position, master, square average
     assert found.trained == sum(round(0.1 * tensor.numel) for tensor in find_scope(model).values())
-    assert found.host == 4 * sum(p.numel() for p in model.parameters())
+    largest = max(p.numel() for p in model.parameters())
+    assert found.host == (4 + 4) * largest  # what is written, tensor by tensor, and what is read of the base
 
 
 def test_global_clipping_holds_all_gradients():
@@ -282,7 +283,21 @@ def test_a_shard_scatters_whole_gradients_of_what_trains_only():
     units = shared.Units.of(model, config, kept)
     scope = sum(tensor.numel for tensor in find_scope(model).values())
     assert (units.trained, units.trained_block) == (scope, scope // 5)
-    assert shared.sent_sharded(units, config, 2)["gradients scattered"] == round(4 * scope / 2)
+    sharing = shared.Sharing.of(config, True, 2)
+    assert shared.sent_sharded(units, sharing, 1)["gradients scattered"] == round(2 * scope / 2)
+    dense = shared.Sharing.of(composed("trainer=FSDPTrainer", "model.fsdp_policy_mp=bfloat16"), False, 8)
+    assert (dense.gathered, dense.scattered) == (2, 4)
+
+
+def test_replicas_of_shards_sum_their_parts_gradients():
+    config = composed("trainer=FSDPTrainer", "model.replicas=2", "processes=4")
+    sharing = shared.Sharing.of(config, False, 4)
+    units = shared.Units.of(llama(), config, None)
+    entries = sum(p.numel() for p in llama().parameters())
+    assert (sharing.holders, units.trained) == (2, entries)
+    sent = shared.sent_sharded(units, sharing, 1)
+    assert sent["gradients of replicas"] == round(4 * entries / 2)  # 2 (R-1)/R of a half
+    assert sent["gradients scattered"] == round(4 * entries / 2)
 
 
 # Ways to train, and what makes a run fit

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from lota.config import Config
@@ -33,11 +32,6 @@ class Memory:
 
     peak: int
     parts: Counter[str]  # kind -> bytes
-
-    def plus(self, **more: int) -> Memory:
-        parts = self.parts.copy()
-        parts.update(more)
-        return Memory(self.peak + sum(more.values()), parts)
 
 
 @dataclass(frozen=True)
@@ -80,14 +74,10 @@ def predict(config: Config, skeleton: PreTrainedModel, setup: Setup) -> Predicti
     traced, how = _traced(config, skeleton, sizes, setup)
     phases = _by_phase(traced.segments)
     made = Prediction(phases, 0, traced.trained, how)
-    copied = _policy_bytes(config, skeleton)
-    idle = next(s for s in traced.segments if s.name[0] == "idle")
-    phases["save"] = Memory(idle.peak, idle.parts)
-    if setup.device == "cpu":
-        phases["save"] = phases["save"].plus(saved=copied)
-    else:
-        made.host = copied
-    made.disk = _disk(config, skeleton, sizes, traced, copied)
+    if setup.device == "cuda":  # what is written is copied into main memory first
+        copied = phases["save"].parts.pop("saved")
+        made.host, phases["save"].peak = copied, phases["save"].peak - copied
+    made.disk = _disk(config, skeleton, sizes, traced)
     if setup.processes > 1:
         _share(made, config, skeleton, sizes, traced.tensors, setup.processes)
     made.phases = {phase: phases[phase] for phase in PHASES}
@@ -107,10 +97,11 @@ def _share(
         made.sent = shared.sent_replicated(made.trained, tensors, processes)
         return
     units = shared.Units.of(skeleton, config, sizes)
+    sharing = shared.Sharing.of(config, sizes is not None, processes)
     for phase, memory in made.phases.items():
-        memory.parts = shared.sharded(memory.parts, phase, units, config, processes)
+        memory.parts = shared.sharded(memory.parts, phase, units, sharing)
         memory.peak = sum(memory.parts.values())
-    made.sent = shared.sent_sharded(units, config, processes)
+    made.sent = shared.sent_sharded(units, sharing, config.gradient_accumulation_steps)
 
 
 # Blocks
@@ -198,7 +189,7 @@ def _trace(config: Config, model: PreTrainedModel, sizes: Sizes | None, setup: S
 def _by_phase(segments: Iterable[Segment]) -> dict[str, Memory]:
     phases: dict[str, Memory] = {}
     for segment in segments:
-        phase = {"optimizer": "load", "idle": "step", "end": "evaluate"}.get(segment.name[0], segment.name[0])
+        phase = {"optimizer": "load", "idle": "step", "end": "save"}.get(segment.name[0], segment.name[0])
         if phase not in phases or segment.peak > phases[phase].peak:
             phases[phase] = Memory(segment.peak, segment.parts)
     return phases
@@ -207,14 +198,8 @@ def _by_phase(segments: Iterable[Segment]) -> dict[str, Memory]:
 # Files
 
 
-def _policy_bytes(config: Config, model: nn.Module) -> int:
-    """Of the weights as policy.pt stores them, tied ones once."""
-    return sum(p.numel() for p in model.parameters()) * dtype_of(config.model.policy_dtype).itemsize
-
-
-def _disk(
-    config: Config, model: PreTrainedModel, sizes: Sizes | None, traced: Traced, policy: int
-) -> dict[str, int]:
+def _disk(config: Config, model: PreTrainedModel, sizes: Sizes | None, traced: Traced) -> dict[str, int]:
+    policy = sum(p.numel() for p in model.parameters()) * dtype_of(config.model.policy_dtype).itemsize
     disk = {"policy.pt": policy, "resume.pt": traced.state_bytes}
     if config.adapter.name == "lora":
         disk["adapter"] = 4 * traced.trained

@@ -57,24 +57,40 @@ class Units:
         return self.root + max(self.embedding, min(self.blocks, GATHERED_BLOCKS * self.block))
 
 
-def gathered_in(config: Config) -> int:
-    """Bytes of an entry of a gathered weight, and of its gradient before it is sent."""
-    return dtype_of(config.model.fsdp_policy_mp or config.model.policy_dtype).itemsize
+@dataclass(frozen=True)
+class Sharing:
+    """How a run is shared. gathered, scattered: bytes of an entry of a weight that is gathered (and of its
+    gradient), and of a gradient that is sent.
+    """
+
+    processes: int
+    replicas: int
+    gathered: int
+    scattered: int
+
+    @classmethod
+    def of(cls, config: Config, masked: bool, processes: int) -> Sharing:
+        narrow = config.model.fsdp_policy_mp == "bfloat16"
+        own = dtype_of(config.model.policy_dtype).itemsize
+        size = dtype_of("bfloat16").itemsize if narrow else own
+        # dense training in mixed precision holds and sums in the weights' dtype, and computes in bf16
+        scattered = FP32 if narrow and not masked and own > size else size
+        return cls(processes, config.model.replicas, size, scattered)
+
+    @property
+    def holders(self) -> int:
+        """Processes that hold the model together."""
+        return self.processes // self.replicas
 
 
-def scattered_in(config: Config) -> int:
-    """Bytes of an entry of a gradient as it is sent."""
-    return FP32 if config.model.fsdp_policy_mp else dtype_of(config.model.policy_dtype).itemsize
-
-
-def sharded(parts: Mapping[str, int], phase: str, units: Units, config: Config, count: int) -> Counter[str]:
-    """Parts of the memory of one of `count` processes, from those of one that holds all."""
-    made: Counter[str] = Counter(parts)
-    made.update({kind: -(-made[kind] // count) - made[kind] for kind in ("weights", "state", "reference")})
+def sharded(parts: Mapping[str, int], phase: str, units: Units, sharing: Sharing) -> Counter[str]:
+    """Parts of the memory of one process, from those of one that holds all."""
+    made, n = Counter(parts), sharing.holders
+    made.update({kind: -(-made[kind] // n) - made[kind] for kind in ("weights", "state", "reference")})
     if phase in ("forward", "backward", "evaluate"):
-        made["gathered"] = units.gathered * gathered_in(config)
+        made["gathered"] = units.gathered * sharing.gathered
     if phase == "backward":
-        whole = units.trained_block * (gathered_in(config) + scattered_in(config))
+        whole = units.trained_block * (sharing.gathered + sharing.scattered)
         made["gradients"] = max(made["gradients"], whole)
     return made
 
@@ -84,11 +100,15 @@ def sent_replicated(trained: int, tensors: int, count: int) -> dict[str, int]:
     return {"kept gradients": round(FP32 * (trained + tensors) * 2 * (count - 1) / count)}
 
 
-def sent_sharded(units: Units, config: Config, count: int) -> dict[str, int]:
+def sent_sharded(units: Units, sharing: Sharing, parts: int) -> dict[str, int]:
     """Weights before each block's forward and backward pass, gradients after it, for each part of a batch."""
-    parts, others = config.gradient_accumulation_steps, (count - 1) / count
+    n, replicas = sharing.holders, sharing.replicas
     entries = 2 * units.blocks + units.embedding + units.root
-    return {
-        "weights gathered": round(parts * entries * gathered_in(config) * others),
-        "gradients scattered": round(parts * units.trained * scattered_in(config) * others),
+    gradients = parts * units.trained * sharing.scattered
+    sent = {
+        "weights gathered": round(parts * entries * sharing.gathered * (n - 1) / n),
+        "gradients scattered": round(gradients * (n - 1) / n),
     }
+    if replicas > 1:
+        sent["gradients of replicas"] = round(gradients / n * 2 * (replicas - 1) / replicas)
+    return sent

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lota import rounding
 from lota.distributed.processes import Processes
 from lota.distributed.replicated import Replicated
 from lota.masks import Mask
@@ -29,7 +30,7 @@ def without_data(device: str) -> Iterator[None]:
     """Inside, masked optimizers work on fake tensors, as they would on that type of device."""
     swaps: list[tuple[Any, str, Any]] = [
         (masked, "kept_entries", _kept_entries),
-        (low_precision, "pieces", _few(low_precision.pieces)),
+        (low_precision, "pieces", _few(rounding.pieces)),
         (low_precision, "_row_pieces", _few(low_precision._row_pieces)),
         (products, "Sampled", _Sampled),
         (products, "_blocks", _blocks),

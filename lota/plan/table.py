@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB, MIB = 2**30, 2**20
-_PARTS = (*KINDS[:3], "gathered", *KINDS[3:], "saved")
+_PARTS = (*KINDS[:3], "gathered", *KINDS[3:])
 Planned = Sequence[tuple[Way, Prediction]]
 
 

@@ -57,7 +57,11 @@ class TracedRun(LoadedRun):
         self.passes = min(config.gradient_accumulation_steps, PASSES)
 
     def base(self) -> Any:
-        raise AssertionError("a plan reads no weights")
+        """The weights on disk, of the dtype that the config names."""
+        stored = self.model.config.get_text_config().dtype
+        dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        return SimpleNamespace(read=lambda name: torch.empty(shapes[name], dtype=dtype))
 
     def fill(self, tracker: Tracker, peers: bool) -> None:
         """What `LoadedRun.load` does, with fake weights. peers: whether others hold the model too."""
@@ -101,6 +105,17 @@ class TracedRun(LoadedRun):
         tracker.mark("evaluate")
         with torch.no_grad():
             self.objective.losses(_batch(self.config, self.config.eval_batch_size, length))
+
+    @torch.no_grad()
+    def save_once(self, tracker: Tracker) -> None:
+        """What `Trainer.save` looks at, and what it writes, tensor by tensor."""
+        tracker.mark("save")
+        with tracker.making("saved"):
+            for p in self.optimizer.names:
+                self.optimizer.exact_values(p).isfinite().all()
+            saved = self.saved_model()
+            for name in saved.parameters():
+                saved.whole(name)
         tracker.mark("end")
 
 
@@ -137,6 +152,7 @@ def trace(
         with _marked_blocks(tracker, run.blocks):
             run.take_step(tracker, rows, length)
             run.evaluate_once(tracker, length)
+            run.save_once(tracker)
         optimizer = run.optimizer
         return Traced(tracker.segments, optimizer.state_bytes(), optimizer.n_trained, len(optimizer.names))
 

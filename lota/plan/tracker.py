@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 # What bytes are of, in the order of tables.
-KINDS = ("weights", "reference", "state", "activations", "logits", "gradients", "temporary", "other")
+KINDS = ("weights", "reference", "state", "activations", "logits", "gradients", "temporary", "saved")
 # An operation whose result has a size that only data tell, and what stands for that result.
 StandIns = dict[Any, Callable[..., Any]]
 

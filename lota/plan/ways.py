@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lota.config import Config, LossConfig
+from lota.config_checks import problems_of, process_problems
 from lota.plan.predict import Prediction, Setup
 
 USUAL_SPARSITY = 0.9  # of the masks that are compared, if the run has none
@@ -53,6 +54,13 @@ class Way:
     def masked(self) -> bool:
         c = self.config
         return self.setup.sparsity is not None or c.mask_path is not None or c.snip
+
+    @property
+    def can_run(self) -> bool:
+        """Whether the settings agree with each other."""
+        c = self.config
+        as_masked = c if self.setup.sparsity is None else replace(c, mask_path="not there yet")
+        return not [*problems_of(c), *process_problems(as_masked, self.setup.processes)]
 
     @property
     def lora(self) -> bool:
@@ -101,14 +109,16 @@ def compared(run: Way) -> list[Way]:
         ),
         adapt.named("adapt"),
         masked.with_("loss=dpo").named("DPO"),
-        run.with_(*_DENSE, *_SFT, *_MASTERS, "adapter=lora").named(f"LoRA, r={run.config.lora_rank}"),
+        run.with_(*_DENSE, *_SFT, *_MASTERS, "adapter=lora", "trainer=BasicTrainer").named(
+            f"LoRA, r={run.config.lora_rank}"
+        ),
     ]
     if run.config.loss.on_preferences and run.masked:
         ways = [way for way in ways if way.name != "DPO"]
     known: list[tuple[Config, Setup]] = []
     kept = []
     for way in ways:
-        if (way.config, way.setup) not in known:
+        if (way.config, way.setup) not in known and (way is ways[0] or way.can_run):
             known.append((way.config, way.setup))
             kept.append(way)
     return kept
@@ -119,15 +129,15 @@ def compared(run: Way) -> list[Way]:
 
 def smaller(run: Way) -> Iterator[Way]:
     """Each single change that can lower the peak of a run, cheapest first."""
+    return (way for way in _changes(run) if way.can_run)
+
+
+def _changes(run: Way) -> Iterator[Way]:
     c = run.config
     parts = c.gradient_accumulation_steps
     if not c.activation_checkpointing:
         yield run.with_("activation_checkpointing=true")
-    finer = [
-        n
-        for n in range(2 * parts, c.batch_size + 1)
-        if c.batch_size % n == 0 and c.batch_size // n >= run.setup.processes
-    ]
+    finer = [n for n in range(2 * parts, c.batch_size + 1) if c.batch_size % n == 0]
     if finer:
         yield run.with_(f"gradient_accumulation_steps={finer[0]}")
         if finer[-1] != finer[0]:
@@ -143,10 +153,9 @@ def smaller(run: Way) -> Iterator[Way]:
     for sparsity in SPARSITIES:
         if _can_be_sparser(run, sparsity):
             yield run.with_(*_sparser(run, sparsity))
-    if not run.lora:
-        for n in PROCESSES:
-            if run.setup.processes < n <= c.batch_size // parts:
-                yield run.with_("trainer=FSDPTrainer", f"processes={n}")
+    for n in PROCESSES:
+        if n > run.setup.processes:
+            yield run.with_("trainer=FSDPTrainer", f"processes={n}")
 
 
 def _can_be_sparser(run: Way, sparsity: float) -> bool:
