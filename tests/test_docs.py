@@ -17,6 +17,7 @@ from tests.evaluations import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCALING = (ROOT / "docs" / "SCALING.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "masks/README.md", *ROOT.glob("docs/*.md")]
 BLOCK = re.compile(r"^```(?:bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TRAINING = ("train_single_gpu.py", "lotto.py")  # Hydra's overrides, not flags
@@ -162,6 +163,10 @@ def commands() -> list[list[str]]:
 
 def test_the_training_commands_compose():
     trainings = [words[1:] for words in commands() if words[0] == "train_single_gpu.py"]
+    for line in re.findall(r"^(?:torchrun|sbatch) .*", SCALING.replace("\\\n", " "), re.MULTILINE):
+        words = shlex.split(line)
+        script = next(i for i, word in enumerate(words) if word.endswith(("train_single_gpu.py", ".sbatch")))
+        trainings.append(words[script + 1 :])
     assert len(trainings) >= 8
     for words in trainings:
         given = [word.replace("$BASE", "base") for word in words if word != "-m"]

@@ -267,7 +267,7 @@ def test_a_launcher_is_for_sweeps_and_must_be_installed(monkeypatch):
     ]
     monkeypatch.setattr("lota.train.overrides.find_spec", lambda name: None)
     (line,) = problems("-m", "hydra/launcher=submitit_slurm")
-    assert "pip install 'lota[slurm]'" in line
+    assert "pip install hydra-submitit-launcher submitit" in line
     assert problems("-m", "hydra/launcher=basic") == []
 
 

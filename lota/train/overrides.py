@@ -160,7 +160,7 @@ class _Checks:
         if not self.sweeps:
             yield f"hydra/launcher={name}: it launches the jobs of a sweep; put -m in front of all settings"
         if name.startswith("submitit") and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
-            yield f"hydra/launcher={name}: it is not installed; pip install 'lota[slurm]' (docs/SCALING.md)"
+            yield f"hydra/launcher={name}: pip install hydra-submitit-launcher submitit (docs/SCALING.md)"
 
     def _unreadable(self, text: str, error: Exception) -> str:
         key, given, _ = text.partition("=")
