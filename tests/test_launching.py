@@ -237,10 +237,7 @@ def test_the_script_that_submitit_would_submit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{STAND_IN}:{os.environ['PATH']}")  # submitit looks for srun
     overrides = ["exp_name=x", "hydra/launcher=submitit_slurm", f"hydra.sweep.dir={tmp_path}"]
     overrides += ["hydra.launcher.gpus_per_node=8", "hydra.launcher.nodes=2", "hydra.launcher.partition=gpu"]
-    with (
-        initialize_config_dir(str(ROOT / "config"), version_base=None),
-        pytest.warns(UserWarning, match="validated"),
-    ):
+    with initialize_config_dir(str(ROOT / "config"), version_base=None):
         cfg = compose("config", overrides=overrides, return_hydra_config=True)
         launcher = instantiate(cfg.hydra.launcher)
     executors = []
