@@ -42,6 +42,7 @@ class Server:
     dies_after: int | None = None  # completions; then connections end without an answer
     delay: float = 0.0  # seconds, of the next completion
     key: str | None = None
+    page: bool = False  # it is a web server
     asked: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
     unanswered: int = 0  # requests since it died
@@ -112,14 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}
+        for name, value in sent.items():
             self.send_header(name, value)
-        self.send_header("Content-Type", "application/json")
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # the client has given up
             self.wfile.write(data)
 
     def do_GET(self):
+        if self.state.page:
+            return self.answer(200, "<html>", {"Content-Type": "text/html"})
         if self.path != "/v1/models":
             return self.answer(404, {"error": {"message": "no such path"}})
         if self.state.key and self.headers["Authorization"] != f"Bearer {self.state.key}":

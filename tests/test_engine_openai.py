@@ -8,8 +8,10 @@ import pytest
 
 import eval_model_all
 import generate_samples
+from lota.distributed.processes import Processes
 from lota.evaluate import engine_openai
 from lota.evaluate.decoding import Decoding
+from lota.evaluate.engine_choice import check_engine
 from lota.evaluate.engine_openai import OpenAIEngine, server_address
 from lota.evaluate.engine_outside import OutsideModel
 from tasks import get_task
@@ -165,10 +167,11 @@ def test_what_is_in_flight_is_given_up_when_the_user_stops(folder, server):
     [
         ({"name": "other"}, [], "serves other, not"),
         ({"name": "other"}, ["--served_model", "mine"], "serves other, not mine"),
-        ({"name": "mine", "root": "/"}, ["--served_model", "mine"], "has it from /, not from"),
+        ({"name": "mine", "root": "/"}, ["--served_model", "mine"], "has mine from /, not from"),
         ({"faults": [(404, {})]}, [], "a fault"),
         ({"dies_after": 0}, [], "Connection error"),
-        ({"key": "secret"}, [], "wrong key"),
+        ({"key": "secret"}, [], "give its key in OPENAI_API_KEY"),
+        ({"page": True}, [], "does not speak OpenAI's protocol"),
         ({}, ["--max_new_tokens", "256"], "the model has 256 positions"),
         ({"knows_vllm": False}, ["--sample"], "--top_k 50: the server"),
         (
@@ -258,6 +261,18 @@ def test_flags_that_an_engine_cannot_honour(folder, data, tmp_path, capsys, noth
     assert eval_model_all.main([*line, *flags]) == 1
     error = capsys.readouterr().err
     assert said in error and "gsm9k" in error  # all problems at once
+
+
+def test_several_processes_have_the_engine_in_each(monkeypatch):
+    monkeypatch.setattr("lota.evaluate.engine_choice.processes", lambda: Processes(0, 2))
+    base = ["--model", "m", "--datasets", "gsm8k"]
+    for flags, said in [
+        (["--engine", "openai", "--base_url", "http://x"], "start it without torchrun"),
+        (["--device", "cuda:1"], "--device cuda:1: each process has a GPU of its own"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            check_engine(eval_model_all.parse([*base, *flags]))
+    check_engine(eval_model_all.parse([*base, "--device", "cpu"]))
 
 
 def test_addresses():

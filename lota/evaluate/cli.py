@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -230,7 +231,7 @@ def _known_context(model: str) -> int | None:
 
 # Processes
 
-LOST = "another process has ended: look at its output; the same command continues from what is done"
+ANOTHER_ENDED = "another process has ended: look at its output; the same command continues from what is done"
 
 
 class _Told(Exception):
@@ -252,7 +253,10 @@ def run(
                 said = _work(parse, work, argv)
             except (ValueError, OSError, ProcessLost) as error:
                 if those.tells():
-                    print(f"error: {LOST if isinstance(error, ProcessLost) else error}", file=sys.stderr)
+                    print(
+                        f"error: {ANOTHER_ENDED if isinstance(error, ProcessLost) else error}",
+                        file=sys.stderr,
+                    )
                 raise _Told from error
             except BaseException:
                 those.tells()  # Python shows it, and the others need not
@@ -279,8 +283,9 @@ def _work(
         args = parse(argv)
     else:
         logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
         transformers.utils.logging.disable_progress_bar()
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             args = parse(argv)
     processes().same("the command line", list(sys.argv[1:] if argv is None else argv))
     return work(args)

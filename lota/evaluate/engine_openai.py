@@ -74,7 +74,7 @@ class OpenAIEngine:
         self._refusals = (openai.BadRequestError, openai.UnprocessableEntityError)
         try:
             card = self._find(served_model)
-            self.served, self._root = card.id, getattr(card, "root", None)
+            self.served = card.id
             self.context = getattr(card, "max_model_len", None) or context
             # a request generates at least one token, after all that it reads
             self.readable = None if self.context is None else self.context - 2
@@ -167,14 +167,18 @@ class OpenAIEngine:
             cards = self._start(self._cards()).result()
         except self._errors as error:
             raise self._failure(error, "start it, for example with `vllm serve`") from error
+        except (AttributeError, TypeError) as error:  # what the client makes of a web page
+            raise ValueError(
+                f"{self.address} does not speak OpenAI's protocol; is --base_url right?"
+            ) from error
         asked = served_model or self.model.name
         for card in cards:
             root = getattr(card, "root", None) or card.id
             if asked in (card.id, root) or (served_model is None and self._is_folder(root)):
                 if self.model.folder and Path(root).is_dir() and not self._is_folder(root):
                     raise ValueError(
-                        f"--served_model {asked}: the server at {self.address} has it from {root}, not from "
-                        f"{self.model.name}; name that folder as the model"
+                        f"the server at {self.address} has {asked} from {root}, not from {self.model.name}: "
+                        "name that folder as the model"
                     )
                 return card
         raise ValueError(
@@ -201,7 +205,7 @@ class OpenAIEngine:
                 refusal = refusal or error
                 continue
             except self._errors as error:
-                raise self._failure(error, "look at its output") from error
+                raise self._failure(error, "look at its output, and start it again") from error
             return sends_ids, knows_more, answer.model
         assert refusal is not None
         raise self._failure(refusal, "look at its output") from refusal
@@ -223,6 +227,8 @@ class OpenAIEngine:
         answer = await self._client.completions.create(
             model=self.served, prompt=prompt, extra_body=extra, **given
         )
+        if len(getattr(answer, "choices", None) or []) != 1:
+            raise ValueError(f"the server at {self.address} gave no completion, but: {str(answer)[:200]}")
         if self._says and answer.model != self._says:
             raise ValueError(f"the server now answers as {answer.model}, and not as {self._says}")
         return answer
@@ -268,20 +274,19 @@ class OpenAIEngine:
 
     async def _asked(self, asking: Coroutine[Any, Any, Completion]) -> Completion:
         try:
-            answer = await asking
+            return await asking
         except self._errors as error:
             raise self._failure(error, KEEP_DONE) from error
-        if len(getattr(answer, "choices", None) or []) != 1:
-            raise ValueError(f"the server at {self.address} gave no completion, but: {str(answer)[:200]}")
-        return answer
 
     def _failure(self, error: OpenAIError, remedy: str) -> Exception:
-        """ConnectionError if the server is to blame, ValueError if it refuses what was asked."""
+        """ValueError if the server refuses what was asked; else ConnectionError, with the remedy."""
         status = getattr(error, "status_code", None)
-        refused = status is not None and status < 500 and status not in (408, 409, 429)
-        said = " ".join(str(error).split())[:300]
-        kind = ValueError if refused else ConnectionError
-        return kind(f"the server at {self.address}: {said.rstrip('.')}; {remedy}")
+        said = f"the server at {self.address}: {' '.join(str(error).split())[:300].rstrip('.')}; "
+        if status in (401, 403):
+            return ValueError(f"{said}give its key in OPENAI_API_KEY")
+        if status is not None and status < 500 and status not in (408, 409, 429):
+            return ValueError(f"{said}look at its output")
+        return ConnectionError(said + remedy)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
