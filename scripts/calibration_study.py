@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import sys
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lota.masks import Mask
 from lota.storage import write_json
-from scripts.merge_study import as_command
+from scripts.stages import ROOT, Stages
 
-ROOT = Path(__file__).resolve().parent.parent
 BF16, ROUNDED = "model.policy_dtype=bfloat16", "stochastic_rounding=true"
 # name -> (what it is, settings)
 VARIANTS = {
@@ -56,23 +52,12 @@ TASKS = {
 }
 
 
-class Study:
-    """Stages in one folder, each a command of the project; those whose result is there are not run again."""
+class Study(Stages):
+    """The stages of this study."""
 
     def __init__(self, out: Path, data_dir: str, models: dict[str, Path]):
-        self.out, self.data_dir, self.models = out, data_dir, models
-
-    def run(self, line: str, result: Path) -> None:
-        """A command, unless it has been run; ends the study when it fails."""
-        if result.exists():
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        log = self.out / "log.txt"
-        child = get_context("fork").Process(target=as_command, args=(shlex.split(line), log))
-        child.start()
-        child.join()
-        if child.exitcode:
-            sys.exit(f"study stopped with exit code {child.exitcode}, see {log}:\n  python {line}")
+        super().__init__(out)
+        self.data_dir, self.models = data_dir, models
 
     def base(self, name: str) -> Path:
         """The model with its weights rounded to bf16."""

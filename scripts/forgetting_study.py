@@ -20,18 +20,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lota.plots import PALETTE, figure_at
-from scripts.study import (
-    COLUMNS,
-    DENSE,
-    Method,
-    Record,
-    Study,
-    line,
-    read_cells,
-    results,
-    run_study,
-    study_parser,
-)
+from scripts.cells import COLUMNS, Record, line, read_cells, results
+from scripts.study import DENSE, Method, Study, run_study, study_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,7 +163,9 @@ def report(out: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = study_parser(__doc__).parse_args(arguments)
+    parser = study_parser(__doc__)
+    parser.add_argument("--report", action="store_true", help="table and figure of what is there, no run")
+    args = parser.parse_args(arguments)
     if not args.report:
         run_study(args, run)
     print(report(args.out))

@@ -9,32 +9,30 @@ Writes table.md (granularities: step time, test loss and score; then ways to cho
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lota.evaluate.estimates import mean_and_stderr
 from lota.plots import MARKERS, PALETTE, ValueAndError, figure_at
-from lota.storage import whole_lines
+from scripts.cells import Record, line, read_cells
 from scripts.granularity_study import (
     CHOICES,
     CHOSEN_KINDS,
     CHOSEN_SPARSITIES,
-    DENSE,
     KINDS,
-    RATE_SEED,
     SPARSITIES,
+    TIMES,
     USUAL,
+    named,
 )
+from scripts.study import DENSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,54 +40,49 @@ class Measure:
     """What is reported of a task's runs: a number of their records."""
 
     task: str
-    key: str  # `nats`, or a name of the record's scores
+    key: str  # `nats` or `score`
     label: str
     factor: float = 1.0
     digits: int = 2
 
     def of(self, record: Record) -> float | None:
         """None for a run that diverged, or was not scored."""
-        value = record["nats"] if self.key == "nats" else record.get("scores", {}).get(self.key)
+        value = record.get(self.key)
         return None if value is None else self.factor * float(value)
 
 
 MEASURES = (
-    Measure("toy_sort", "exact_match", "toy_sort, exact match (%)", 100, 1),
+    Measure("toy_sort", "score", "toy_sort, exact match (%)", 100, 1),
     Measure("toy_sort", "nats", "toy_sort, nats per token", digits=3),
     Measure("sql", "nats", "sql, nats per token", digits=3),
-    Measure("sql", "rouge1", "sql, ROUGE-1 (%)", 100, 1),
+    Measure("sql", "score", "sql, ROUGE-1 (%)", 100, 1),
     Measure("gsm8k", "nats", "gsm8k, nats per token", digits=3),
 )
 
 
 class Found:
-    """The records of a study."""
+    """The records of a study, by workload."""
 
-    def __init__(self, records: Iterable[Record]):
-        self.records = list(records)
+    def __init__(self, records: Mapping[str, Sequence[Record]]):
+        self.records = records
 
-    @classmethod
-    def read(cls, path: Path) -> Found:
-        return cls(json.loads(line) for _, line in whole_lines(path))
-
-    def runs(self, task: str, kind: str, sparsity: float | None, choice: str | None) -> list[Record]:
-        """The records of the seeds that are reported."""
-        wanted = {"part": "main", "task": task, "kind": kind, "sparsity": sparsity, "choice": choice}
+    def runs(self, task: str, kind: str, sparsity: float | None, choice: str = USUAL) -> list[Record]:
+        """The records of what is reported."""
+        wanted = {"part": "main", "method": named(kind, choice), "sparsity": sparsity}
         return [
             record
-            for record in self.records
-            if record["cell"] == {**wanted, "seed": record["cell"].get("seed")}
-            and record["cell"]["seed"] != RATE_SEED
+            for record in self.records.get(task, ())
+            if {key: record["cell"].get(key) for key in wanted} == wanted
         ]
 
     def base(self, task: str) -> list[Record]:
-        return [r for r in self.records if r["cell"] == {"part": "main", "task": task, "kind": "base"}]
+        return [r for r in self.records.get(task, ()) if r["cell"]["part"] == "base"]
 
     def time(self, kind: str, sparsity: float) -> float | None:
         """Median step time as a multiple of the dense baseline's in the same minutes."""
-        for record in self.records:
-            if record["cell"]["part"] == "time" and record["cell"]["sparsity"] == sparsity:
-                return float(record["seconds"][kind] / record["seconds"][DENSE])
+        for record in self.records.get(Path(TIMES).stem, ()):
+            if record["cell"]["sparsity"] == sparsity:
+                return float(record["seconds"][kind] / record["seconds"][DENSE.name])
         return None
 
 
@@ -111,31 +104,27 @@ def shown(measure: Measure, runs: Sequence[Record]) -> str:
     return text if error is None else f"{text} ± {error:.{measure.digits}f}"
 
 
-def _line(cells: Iterable[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
 def granularity_table(found: Found) -> str:
     """Markdown: a line per kind of mask and sparsity, with the dense run and the base."""
     tasks = list(dict.fromkeys(measure.task for measure in MEASURES))
     seeds = {t: len({r["cell"]["seed"] for r in found.runs(t, "element", 0.9, USUAL)}) for t in tasks}
     header = ["mask", "s", "step time, dense = 1", *(measure.label for measure in MEASURES)]
     header += ["share of the squared change kept (%)", "learning rates"]
-    lines = [_line(header), "|---" * len(header) + "|"]
+    lines = [line(header), "|---" * len(header) + "|"]
 
     def add(name: str, sparsity: object, time: float | None, runs: dict[str, list[Record]]) -> None:
         cells: list[object] = [name, sparsity, "-" if time is None else f"{time:.2f}"]
         cells += [shown(measure, runs[measure.task]) for measure in MEASURES]
-        energies = [[r["energy"] for r in runs[t] if "energy" in r] for t in tasks]
-        rates = [f"{runs[t][0]['lr']:g}" if runs[t] and name != "base" else "-" for t in tasks]
+        energies = [[r["mask"]["energy"] for r in runs[t] if r.get("mask")] for t in tasks]
+        rates = [f"{runs[t][0]['cell']['lr']:g}" if runs[t] and name != "base" else "-" for t in tasks]
         means = (f"{100 * sum(part) / len(part):.0f}" if part else "-" for part in energies)
-        lines.append(_line([*cells, ", ".join(means), ", ".join(rates)]))
+        lines.append(line([*cells, ", ".join(means), ", ".join(rates)]))
 
     for kind in KINDS:
         for sparsity in SPARSITIES:
             runs = {task: found.runs(task, kind, sparsity, USUAL) for task in tasks}
             add(kind, sparsity, found.time(kind, sparsity), runs)
-    add(DENSE, "-", 1.0, {task: found.runs(task, DENSE, None, None) for task in tasks})
+    add(DENSE.name, "-", 1.0, {task: found.runs(task, DENSE.name, None) for task in tasks})
     add("base", "-", None, {task: found.base(task) for task in tasks})
     said = ", ".join(f"{task} {n}" for task, n in seeds.items())
     return "\n".join([*lines, "", f"Seeds: {said}. Lists in the last two columns: {', '.join(tasks)}."])
@@ -146,7 +135,7 @@ def choice_table(found: Found) -> str:
     measures = [measure for measure in MEASURES if measure.task in ("toy_sort", "sql")]
     header = ["mask", "s", "units chosen by", *(measure.label for measure in measures)]
     header += ["share of the squared change kept (%)", "entries that the sum of squares keeps too (%)"]
-    lines = [_line(header), "|---" * len(header) + "|"]
+    lines = [line(header), "|---" * len(header) + "|"]
     for kind in CHOSEN_KINDS:
         for sparsity in CHOSEN_SPARSITIES:
             for choice in CHOICES:
@@ -155,14 +144,16 @@ def choice_table(found: Found) -> str:
                 if not toy:
                     continue
                 cells = [shown(measure, runs[measure.task]) for measure in measures]
-                means = (f"{100 * fmean(run[key] for run in toy):.0f}" for key in ("energy", "shared"))
-                lines.append(_line([kind, sparsity, choice, *cells, *means]))
+                means = (
+                    f"{100 * fmean(run['mask'][key] for run in toy):.0f}" for key in ("energy", "shared")
+                )
+                lines.append(line([kind, sparsity, choice, *cells, *means]))
     return "\n".join(lines)
 
 
 def draw(found: Found, path: Path) -> None:
     """Score or loss of each task against step time: a line per kind of mask, a marker per sparsity."""
-    panels = [m for m in MEASURES if (m.task == "toy_sort") == (m.key != "nats") and m.key != "rouge1"]
+    panels = [m for m in MEASURES if (m.task == "toy_sort") == (m.key == "score")]
     with figure_at(path, 4.0 * len(panels), 3.6, "") as figure:
         for axes, measure in zip(figure.subplots(1, len(panels)), panels, strict=True):
             _panel(axes, found, measure)
@@ -181,7 +172,7 @@ def _panel(axes: Axes, found: Found, measure: Measure) -> None:
             points.append((time, value[0]))
             axes.errorbar(time, value[0], value[1] or 0.0, color=colour, marker=marker, capsize=3)
         axes.plot(*zip(*points, strict=True), color=colour, label=kind) if points else None
-    dense = estimate(measure, found.runs(measure.task, DENSE, None, None))
+    dense = estimate(measure, found.runs(measure.task, DENSE.name, None))
     if dense is not None:
         axes.errorbar(1.0, dense[0], dense[1] or 0.0, color=PALETTE[6], marker="*", capsize=3)
         axes.plot([], [], color=PALETTE[6], marker="*", linestyle="", label="dense")
@@ -198,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="of the study")
     args = parser.parse_args(arguments)
-    found = Found.read(args.folder / "cells.jsonl")
+    found = Found(read_cells(args.folder))
     text = f"{granularity_table(found)}\n\n{choice_table(found)}\n"
     (args.folder / "table.md").write_text(text, encoding="utf-8")
     draw(found, args.folder / "granularity.png")

@@ -3,7 +3,8 @@
     python -m scripts.merge_study --out study --seeds 0 1 2
 
 Each task is learnt alone by full fine-tuning (FFT), by LoTA under a mask of its own at two learning rates, or
-by LoTA under masks that share no entry. Then the three are merged by each method, and every merged model is
+by LoTA under masks that share no entry, at the rate that is best on validation rows, which no run trains on
+and no number reports. Then the three are merged by each method, and every merged model is
 scored on every task. Finished stages are not run again. Writes study/results.json, table.md, merging.png and
 commands.txt.
 """
@@ -13,12 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
-import shlex
-import sys
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,14 +35,22 @@ from lota.evaluate.scorers import TaskRequest
 from lota.models.loading import load_model, load_tokenizer
 from lota.plots import heatmap
 from lota.storage import write_json
+from scripts.stages import ROOT, Stages
 from tasks import get_task
 
 Record = dict[str, Any]  # plain values, as in results.json
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "assets" / "tiny-llama"
 TASKS = ("toy_sort", "toy_shift", "toy_reverse")
-LR = {"FFT": 1e-3, "LoTA": 1e-2, "LoTA, lr 3e-3": 3e-3, "LoTA, disjoint": 1e-2}
+# Kind of task vector -> learning rates, of which validation rows choose
+RATES = {
+    "FFT": (3e-4, 1e-3, 3e-3),
+    "LoTA": (3e-3, 1e-2, 3e-2),
+    "LoTA, lr 3e-3": (3e-3,),
+    "LoTA, disjoint": (3e-3, 1e-2, 3e-2),
+}
+RATE_SEED = 100  # of the runs that choose
+VALIDATION = 0.1  # share of the training rows
 SPARSITY = "0.9"
 METHODS = {
     "sum": "--method sum",
@@ -56,37 +62,41 @@ METHODS = {
 }
 
 
-class Study:
-    """Stages in one folder, each a command of the project; those whose result is there are not run again."""
+class Study(Stages):
+    """The stages of this study."""
 
     def __init__(self, out: Path, data_fraction: float, n_examples: int):
-        self.out, self.data_fraction, self.n_examples = out, data_fraction, n_examples
-        self.commands: list[str] = []
+        super().__init__(out)
+        self.data_fraction, self.n_examples = data_fraction, n_examples
 
-    def run(self, line: str, result: Path) -> None:
-        """A command, unless it has been run; ends the study when it fails."""
-        self.commands.append(f"python {line}")
-        if result.exists():
-            return
-        log = self.out / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        # a fork has torch and transformers loaded, which takes longer than most of these commands
-        child = get_context("fork").Process(target=as_command, args=(shlex.split(line), log))
-        child.start()
-        child.join()
-        if child.exitcode:
-            sys.exit(f"study stopped with exit code {child.exitcode}, see {log}:\n  python {line}")
+    def rate(self, kind: str) -> float:
+        """Of a kind's grid the one with the least validation loss, averaged over tasks."""
+        grid = RATES[kind]
+        return grid[0] if len(grid) == 1 else min(grid, key=lambda lr: self._validation_nats(kind, lr))
 
-    def learn(self, kind: str, task: str, seed: int) -> Path:
-        """A task learnt alone: the folder with its policy.pt."""
+    def _validation_nats(self, kind: str, lr: float) -> float:
+        found = []
+        for task in TASKS:
+            log = self.learn(kind, task, RATE_SEED, lr).parent / "metrics.jsonl"
+            lines = map(json.loads, log.read_text().splitlines())
+            found.append([line["nats_per_token/eval"] for line in lines if "nats_per_token/eval" in line][-1])
+        return fmean(found)
+
+    def learn(self, kind: str, task: str, seed: int, lr: float | None = None) -> Path:
+        """A task learnt alone: the folder with its policy.pt. lr: None for the kind's best."""
         mask = "null" if kind == "FFT" else self.mask(kind, task, seed)
-        folder = self.out / str(seed) / f"{slug(kind)}_{task}"
+        tried = "" if lr is None else f"_{lr:g}"
+        folder = self.out / str(seed) / f"{slug(kind)}_{task}{tried}"
         epoch = folder / "epoch-1"
+        # validation rows, of which a run is evaluated on a sample near its end and at its end
+        evaluations = (
+            f"validation_fraction={VALIDATION:g} eval_every={max(1, int(5000 * self.data_fraction))}"
+        )
         self.run(
             f"train_single_gpu.py exp_name={folder.name} 'local_dirs=[{folder.parent}]' model=tiny "
-            f"'datasets=[{task}]' mask_path={mask} lr={LR[kind]:g} seed={seed} batch_size=16 "
+            f"'datasets=[{task}]' mask_path={mask} lr={lr or self.rate(kind):g} seed={seed} batch_size=16 "
             f"data_fraction={self.data_fraction:g} lr_scheduler=linear warmup_steps=20 do_first_eval=false "
-            "eval_every=100000",
+            f"validation_fraction={VALIDATION:g} eval_every={every}",
             epoch / "policy.pt",
         )
         return epoch
@@ -137,15 +147,6 @@ class Study:
         return found
 
 
-def as_command(words: list[str], log: Path) -> None:
-    """Run a script of the project as `python` does, its output appended to `log`."""
-    sys.stdout = sys.stderr = log.open("a", buffering=1)
-    os.dup2(sys.stdout.fileno(), 1)
-    os.dup2(sys.stdout.fileno(), 2)
-    sys.argv = words
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-
-
 def held_out_nats(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row]
 ) -> float:
@@ -171,7 +172,7 @@ def methods_for(kind: str) -> list[str]:
 def collect(study: Study, seeds: list[int]) -> list[Record]:
     """A record per kind, method ("alone": before merging) and seed: scores by task, overlaps of pairs."""
     records = []
-    cases = [(kind, method) for kind in LR for method in ("alone", *methods_for(kind))]
+    cases = [(kind, method) for kind in RATES for method in ("alone", *methods_for(kind))]
     for seed, (kind, method) in tqdm(list(product(seeds, cases)), desc="study", disable=None):
         record: Record = {"seed": seed, "kind": kind, "method": method}
         if method == "alone":
@@ -226,7 +227,7 @@ def overlaps(records: list[Record]) -> str:
         "| vectors | entries of the smaller in both | signs differ there | cosine |",
         "|---|---|---|---|",
     ]
-    for kind in LR:
+    for kind in RATES:
         pairs = [pair for r in records if (r["kind"], r["method"]) == (kind, "sum") for pair in r["pairs"]]
         shared = mean_and_stderr([pair["overlap_share"] for pair in pairs])
         signs = [pair["sign_conflict_share"] for pair in pairs if pair["sign_conflict_share"] is not None]
@@ -239,10 +240,10 @@ def overlaps(records: list[Record]) -> str:
 def plot(rows: list[Record], path: Path) -> None:
     """Accuracy averaged over the tasks: a row per kind of vector, a column per method."""
     means = {(row["kind"], row["method"]): row["accuracy"]["mean"] for row in rows}
-    cells = [[means.get((kind, method), (None, None)) for method in ("alone", *METHODS)] for kind in LR]
+    cells = [[means.get((kind, method), (None, None)) for method in ("alone", *METHODS)] for kind in RATES]
     heatmap(
         [[None if mean is None else 100 * mean for mean, _ in line] for line in cells],
-        list(LR),
+        list(RATES),
         ["not merged", *METHODS],
         path,
         title=f"Three tasks merged into one model, mean of {rows[0]['seeds']} seeds",
@@ -263,7 +264,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=ROOT / "study", help="folder for everything (default: study)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order and samples")
-    parser.add_argument("--data_fraction", type=float, default=0.25, help="of each task's 6400 training rows")
+    parser.add_argument(
+        "--data_fraction",
+        type=float,
+        default=0.28,
+        help="of about 5,760 training rows per task",
+    )
     parser.add_argument("--n_examples", type=int, default=100, help="test rows per task")
     args = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))

@@ -17,18 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from lota.evaluate.estimates import mean_and_stderr
 from lota.plots import PALETTE, figure_at
-from scripts.study import (
-    COLUMNS,
-    DENSE,
-    Method,
-    Record,
-    Study,
-    line,
-    read_cells,
-    results,
-    run_study,
-    study_parser,
-)
+from scripts.cells import COLUMNS, Record, line, read_cells, results
+from scripts.study import DENSE, Method, Study, run_study, study_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,6 +130,7 @@ def report(out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = study_parser(__doc__)
+    parser.add_argument("--report", action="store_true", help="table and figure of what is there, no run")
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--methods", nargs="+", choices=families([0.9]), default=list(families([0.9])))
     args = parser.parse_args(arguments)

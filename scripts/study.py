@@ -10,22 +10,18 @@ measured on test rows. Forgetting is the loss on text of the base's own that it 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from assets import tiny_world
-from assets.study_texts import Texts
 from lota.config import Config
 from lota.data.batches import encode, seeded_sample
 from lota.data.examples import rows_of
@@ -33,106 +29,29 @@ from lota.data.prompts import Prompter
 from lota.data.task import Row, Task
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.engine import TransformersEngine
-from lota.evaluate.estimates import mean_and_stderr
 from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
 from lota.evaluate.text_loss import Text, nats_per_byte
-from lota.masks import kept_count
+from lota.masks import Mask, kept_count
 from lota.masks.extract.select import Quota, Rule, select
 from lota.models.hashing import remembered_hash
-from lota.models.loading import load_tokenizer
 from lota.models.pair import open_pair
 from lota.models.scope import find_scope, meta_model
 from lota.places import holding
-from lota.storage import content_key, cut, whole_lines
+from lota.storage import content_key
 from lota.train.lora import lora_targets
 from lota.train.saliency_gradients import SaliencySettings, collect, load_saliency_data
 from lota.train.trainer import Trainer
-from tasks import get_task
+from scripts.cells import Cells, Record
+from scripts.workloads import BASES, ROOT, SMOKE, WORKLOADS, Workload, short_rows
 
 logger = logging.getLogger("study")
-Record = dict[str, Any]  # plain values, as in the files of results
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-DATA = SHARED / "data"
 SEEDS = (0, 1, 2)
 RATE_SEED = 100  # of the runs that choose learning rates
 VALIDATION = 0.1  # share of the training rows
 RATES = tuple(digit * 10.0**power for power in range(-5, 1) for digit in (1, 2, 5))
 RESULTS = ("validation", "nats", "own", "score")  # losses of splits and of the base's own text, the score
 GRADIENTS = ("gradient", "fisher", "snip")  # saliencies that are read off the base's gradients
-
-
-# Bases and their own text
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model that is adapted, and text like that which it was trained on."""
-
-    folder: Path
-    own_text: Callable[[], Sequence[Text]]
-
-
-def _world_text() -> list[Text]:
-    return [document for _, document in islice(tiny_world.documents(3, held_out=True), 300)]
-
-
-def _held_out_text() -> list[Text]:
-    """Documents of every source in turn, so that the first bytes of them are of all sources."""
-    sources = list(Texts(DATA).held_out().values())
-    longest = max(map(len, sources))
-    return [documents[i] for i in range(longest) for documents in sources if i < len(documents)]
-
-
-def _stories() -> list[Text]:
-    text = (SHARED / "models" / "stories260K" / "tinystories_sample.txt").read_text(encoding="utf-8")
-    return [("", story.strip()) for story in text.split("<|endoftext|>") if story.strip()]
-
-
-BASES = {
-    "tiny-llama": Base(ROOT / "assets" / "tiny-llama", _world_text),
-    "study-llama": Base(ROOT / "assets" / "study-llama", _held_out_text),
-    "stories260K": Base(SHARED / "models" / "stories260K", _stories),
-}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A task on a base, and how much of it a run sees."""
-
-    task: str
-    base: str  # a name of BASES
-    n_examples: int  # of a run
-    batch_size: int
-    max_length: int  # tokens; longer rows are left out of every split
-    n_validation: int = 100  # rows that choose
-    n_test: int = 200  # rows for the loss, a seeded sample
-    n_scored: int = 100  # the first of them, for the score; 0: none
-    own_bytes: int = 60_000  # of the base's own text
-    new_tokens: int | None = None  # of a completion; None: the task's own
-    data_dir: str | None = str(DATA)
-
-    @property
-    def steps(self) -> int:
-        return self.n_examples // self.batch_size
-
-
-def _on_both(name: str, **sizes: Any) -> dict[str, Workload]:
-    """A real task on the two bases with knowledge to lose."""
-    return {f"{name} on {base}": Workload(name, base, **sizes) for base in ("study-llama", "stories260K")}
-
-
-WORKLOADS: dict[str, Workload] = {
-    # as scripts/sweep_sparsity.sh trains it
-    "toy_sort": Workload("toy_sort", "tiny-llama", 3200, 16, 128, 200, 400, 400, data_dir=None),
-    **_on_both("sql", n_examples=480, batch_size=8, max_length=192, new_tokens=64),
-    **_on_both("gsm8k", n_examples=480, batch_size=8, max_length=224, n_scored=0),
-    **_on_both("samsum", n_examples=480, batch_size=8, max_length=320, new_tokens=64),
-    **_on_both("boolq", n_examples=480, batch_size=8, max_length=128, new_tokens=8),
-}
-SMOKE = Workload("toy_sort", "tiny-llama", 16, 8, 128, 8, 8, 4, own_bytes=500, data_dir=None, new_tokens=4)
 
 
 # Methods
@@ -160,71 +79,10 @@ class Method:
 
 
 DENSE = Method("full fine-tuning", start=1e-3)
-
-
-# Results on disk
-
-
-class Cells:
-    """Results by what they are results of, in a file of one line each."""
-
-    def __init__(self, path: Path):
-        self.path, self.found = path, dict[str, Record]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        lines = list(whole_lines(path))
-        cut(path, lines[-1][0] if lines else 0)  # what an interrupted process left of a line
-        for _, line in lines:
-            record = json.loads(line)
-            self.found[self._name(record["cell"])] = record
-
-    @staticmethod
-    def _name(cell: Record) -> str:
-        return json.dumps(cell, sort_keys=True)
-
-    def get(self, **cell: Any) -> Record | None:
-        return self.found.get(self._name(cell))
-
-    def add(self, result: Record, **cell: Any) -> Record:
-        record = {"cell": cell, **result}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self.found[self._name(cell)] = record
-        shown = {key: value for key, value in {**cell, **result}.items() if key not in ("base", "sizes")}
-        logger.info("%s", ", ".join(f"{key} {value}" for key, value in shown.items()))
-        return record
-
-
-def read_cells(folder: Path) -> dict[str, list[Record]]:
-    """Workload -> its results, of all files of a study; those of the newest sizes and base only."""
-    found = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        records = [json.loads(line) for _, line in whole_lines(path)]
-        newest = records[-1]["cell"].get("sizes") if records else None
-        found[path.stem] = [record for record in records if record["cell"].get("sizes") == newest]
-    return found
+USUAL = ("toy_sort", "sql on study-llama", "gsm8k on study-llama")  # workloads
 
 
 # Runs
-
-
-def short_rows(workload: Workload) -> Task:
-    """The task without the rows that are too long for a run."""
-    task = copy.copy(get_task(workload.task))
-    load, tokenizer = task.load, load_tokenizer(BASES[workload.base].folder)
-    prompter, whole = Prompter(tokenizer), {"max_length": 10**6, "max_prompt_length": 10**6}
-    known: dict[str, list[Row]] = {}
-
-    def short(split: str, data_dir: str | os.PathLike[str] = "") -> list[Row]:
-        if split not in known:
-            rows = load(split, workload.data_dir or data_dir)
-            lengths = (len(encode(tokenizer, prompter.example(task, row), **whole)) for row in rows)
-            pairs = zip(rows, lengths, strict=True)
-            known[split] = [row for row, length in pairs if length <= workload.max_length]
-        return list(known[split])
-
-    task.load = short  # type: ignore[method-assign]
-    return task
 
 
 class Study:
@@ -297,6 +155,7 @@ class Study:
                 raise
             diverged = True
         found: Record = {"base": self.base_hash, "trained": trainer.optimizer.n_trained}
+        found |= {"mask": Mask.load(config.mask_path).meta} if config.mask_path and test else {}
         found |= dict.fromkeys(RESULTS) if diverged else self.results(trainer, test=test)
         found |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
         return found, trainer
@@ -390,20 +249,24 @@ class Study:
     def mask(self, method: Method, seed: int) -> Path:
         """The mask of a method and seed; those of all sparsities are made together."""
         assert method.saliency is not None and method.sparsity is not None
-        name = f"{method.saliency}-{method.granularity}".replace(" ", "_")
+        name = re.sub(r"\W+", "_", method.name)
         path = self.out / "masks" / self.name / self.sizes / str(seed) / name / f"{method.sparsity}_mask.pt"
         if not path.is_file():
             tuned = self.calibration(seed) if method.saliency == "task_vector" else None
             needs = ("base",) if tuned is None else ("base", "tuned")
             pair = open_pair(self.folder, tuned, needs=needs)
             kind = {"granularity": method.granularity, "block": method.block, **method.rule}
-            quota = Quota(
-                pair, sorted({*self.sparsities, method.sparsity}), Rule(method.saliency, seed=seed, **kind)
-            )
+            rule = Rule(method.saliency, seed=seed, **kind)
+            quota = Quota(pair, sorted({*self.sparsities, method.sparsity}), rule)
             collected = self._gradients(method.saliency, seed) if method.saliency in GRADIENTS else None
             for sparsity, mask in select(quota, collected=collected).items():
+                mask.meta |= self.about(replace(method, sparsity=sparsity), seed, mask)
                 mask.save(path.with_name(f"{sparsity}_mask.pt"))
         return path
+
+    def about(self, method: Method, seed: int, mask: Mask) -> Record:
+        """What a study wants to know of a new mask: goes into its file, and into results under "mask"."""
+        return {}
 
     def _gradients(self, kind: str, seed: int) -> Any:
         """Of the batches that a calibration sees, summed at the base's weights."""
@@ -425,51 +288,29 @@ class Study:
         return max(1, round(kept_count(sparsity, total) / sum(sum(shape) for shape in shapes)))
 
 
-# Tables and the command line
+# The command line
+
+S = TypeVar("S", bound=Study)
 
 
-def shown(values: Sequence[float | None], factor: float = 1, digits: int = 3) -> str:
-    """Mean ± standard error; a value that is not known: a run that diverged."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
-        return "diverged" if values else "-"
-    mean, error = mean_and_stderr(known)
-    text = f"{factor * mean:.{digits}f}"
-    return text if error is None else f"{text} ± {factor * error:.{digits}f}"
-
-
-COLUMNS = {  # key of a result -> heading, factor and digits
-    "score": ("score (%)", 100, 1),
-    "nats": ("nats per token", 1, 3),
-    "own": ("own text, nats per byte", 1, 4),
-}
-
-
-def results(runs: Sequence[Record]) -> list[str]:
-    """A cell per column: means over runs, "-" for what the task does not have."""
-    return [shown([run[key] for run in runs if key in run], *how) for key, (_, *how) in COLUMNS.items()]
-
-
-def line(cells: Iterable[object]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def study_parser(about: str | None) -> argparse.ArgumentParser:
+def study_parser(
+    about: str | None, workloads: Mapping[str, Workload] = WORKLOADS, default: Sequence[str] = USUAL
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=ROOT / "study", help="folder of all studies, which share calibrations")
-    add("--workloads", nargs="+", choices=WORKLOADS, default=["toy_sort", "sql on study-llama"])
-    add("--seeds", type=int, nargs="+", default=list(SEEDS))
+    add("--out", type=Path, default=ROOT / "study", help="folder of studies that share calibrations (study)")
+    add("--workloads", nargs="+", choices=workloads, default=default, help=f"({', '.join(default)})")
+    add("--seeds", type=int, nargs="+", default=list(SEEDS), help="of what is reported (0 1 2)")
     add("--smoke", action="store_true", help="a few steps of a toy task, to see that everything runs")
-    add("--report", action="store_true", help="make table and figure of what is there, without any run")
     return parser
 
 
 def run_study(
     args: argparse.Namespace,
-    run: Callable[[Study, argparse.Namespace], None],
+    run: Callable[[S, argparse.Namespace], None],
     sparsities: Sequence[float] = (0.9,),
+    workloads: Mapping[str, Workload] = WORKLOADS,
+    kind: type[S] = Study,  # type: ignore[assignment]
 ) -> None:
     """Call `run` for every workload, each by one process at a time."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -477,10 +318,10 @@ def run_study(
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {"smoke": SMOKE} if args.smoke else {name: WORKLOADS[name] for name in args.workloads}
+    chosen = {"smoke": SMOKE} if args.smoke else {name: workloads[name] for name in args.workloads}
     for name, workload in chosen.items():
         with holding(out / f"{name}.jsonl"):
             rates = (1e-3, 1e-2) if args.smoke else RATES
-            study = Study(out, name, workload, sparsities=sparsities, rates=rates)
+            study = kind(out, name, workload, sparsities=sparsities, rates=rates)
             study.base()
             run(study, args)

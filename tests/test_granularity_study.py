@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,105 +11,58 @@ from lota.masks import Mask
 from lota.models.loading import load_model
 from scripts import granularity_report as report
 from scripts import granularity_study as study
+from scripts.cells import Cells
 from scripts.granularity_report import Found
-from scripts.granularity_study import DENSE, KINDS, RATES, USUAL, WORKLOADS, Cells, Study, carved
-from tasks import get_task
-
-TINY = replace(WORKLOADS["toy_sort"], n_examples=32, n_test=12, n_scored=4)
+from scripts.granularity_study import KINDS, USUAL, WORKLOADS, GranularityStudy
+from scripts.study import DENSE, Study
+from scripts.workloads import BASES, SMOKE
 
 
 @pytest.mark.slow
 def test_stages(tmp_path, monkeypatch):
-    """A calibration, a mask, an adaptation; nothing is run twice, and a later process goes on."""
-    made = Study(tmp_path, {"toy_sort": TINY})
-    monkeypatch.setattr(Study, "rate", lambda self, name, kind, sparsity: 1e-3)
-    made.base("toy_sort")
-    made.adapt("toy_sort", 0, "block 16", 0.9)
-    made.adapt("toy_sort", 0, "block 16", 0.9, "max")
-    cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
-    base, dense, usual, largest = cells
-    assert usual["kept"] < dense["kept"] and usual["nats"] != dense["nats"] != base["nats"]
-    assert usual["shared"] == 1.0 > largest["shared"] and usual["energy"] >= largest["energy"] > 0
-    assert all(set(cell["scores"]) == {"exact_match"} for cell in cells)
-    made.adapt("toy_sort", 0, "block 64", 0.99, "sum of squares, per tensor")  # 1 % of a matrix is no block
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 4
+    """A calibration, masks, adaptations; nothing is run twice, and a later process goes on."""
+    study.main(["--smoke", "--seeds", "0", "--out", str(tmp_path), "--parts", "train"])
+    lines = (tmp_path / "smoke.jsonl").read_text().splitlines()
+    main = [cell for cell in map(json.loads, lines) if cell["cell"]["part"] == "main"]
+    dense, usual, largest = main
+    assert usual["trained"] < dense["trained"] and usual["nats"] != dense["nats"]
+    assert usual["cell"]["lr"] == largest["cell"]["lr"]  # the rate of the usual choice
+    assert usual["mask"]["shared"] == 1.0 > largest["mask"]["shared"]
+    assert usual["mask"]["energy"] >= largest["mask"]["energy"] > 0
+    made = GranularityStudy(tmp_path, "smoke", SMOKE, sparsities=study.SPARSITIES)
+    method = study.mask_of("block 64", 0.99, "sum of squares, per tensor")
+    assert Mask.load(made.mask(method, 0)).n_kept == 0  # 1 % of a matrix is no block
+    made.adapt("block 64", 0.99, "sum of squares, per tensor", 0)
+    assert len((tmp_path / "smoke.jsonl").read_text().splitlines()) == len(lines)
     # what lies in the kept entries, from the models as transformers loads them
-    before = load_model(TINY.base).state_dict()
-    after = load_model(TINY.base, archive=dense["folder"]).state_dict()
-    mask = Mask.load(made.mask("toy_sort", 0, "block 16", 0.9))
+    folder = BASES["tiny-llama"].folder
+    before = load_model(folder).state_dict()
+    after = load_model(folder, archive=made.calibration(0)).state_dict()
+    mask = Mask.load(made.mask(study.mask_of("block 16", 0.9), 0))
     change = {name: (after[name].double() - before[name].double()).square() for name in mask.names}
     kept = sum(float(change[name][mask.dense(name)].sum()) for name in mask.names)
-    assert usual["energy"] == pytest.approx(kept / sum(float(c.sum()) for c in change.values()), rel=1e-9)
-
-    def never(*_):
-        raise AssertionError("run again")
-
-    monkeypatch.setattr(Study, "run", never)
-    again = Study(tmp_path, {"toy_sort": TINY})
-    again.base("toy_sort")
-    again.adapt("toy_sort", 0, "block 16", 0.9, "max")
-    with pytest.raises(AssertionError, match="run again"):
-        again.adapt("toy_sort", 0, "block 16", 0.95)
+    total = sum(float(c.sum()) for c in change.values())
+    assert usual["mask"]["energy"] == pytest.approx(kept / total, rel=1e-9)
+    monkeypatch.setattr(Study, "_trained", None)
+    study.main(["--smoke", "--seeds", "0", "--out", str(tmp_path), "--parts", "train"])
 
 
-def test_rows_that_choose_rates_are_no_others():
-    seen = {}
-    for held_out in ("validation", "test"):
-        task = carved(TINY, held_out, "toy_sort")
-        assert task.held_out == held_out
-        seen = {
-            split: [row["question"] for row in task.load(split, "")] for split in ("train", held_out)
-        } | seen
-    rows = {
-        split: {row["question"] for row in get_task("toy_sort").load(split)} for split in ("train", "test")
-    }
-    assert set(seen["train"]) | set(seen["validation"]) == rows["train"]
-    assert not set(seen["train"]) & set(seen["validation"])
-    assert set(seen["test"]) < rows["test"] and len(set(seen["test"])) == 12
-    short = carved(replace(TINY, max_length=20), "test", "toy_sort")
-    assert 0 <= len(short.load("train", "")) < len(seen["train"])
+def test_rates_of_kinds(tmp_path, monkeypatch):
+    """A kind that is like another takes its rate; each search begins at the rate of the sparsity before."""
+    asked = []
 
+    def rate(self, method, start=None):
+        asked.append((method.name, method.sparsity, start))
+        return 1e-3 * len(asked)
 
-@pytest.mark.parametrize("best", [1e-4, 1e-3, 1e-2, 1.0])
-@pytest.mark.parametrize("kind, sparsity", [("row", 0.9), ("column", 0.9), (DENSE, None)])
-def test_a_rate_has_a_worse_one_on_either_side(best, kind, sparsity, tmp_path, monkeypatch):
-    tried = []
-
-    def nats(self, name, kind, sparsity, lr):
-        tried.append((kind, lr))
-        return math.inf if lr > 20 * best else abs(math.log(lr / best))
-
-    monkeypatch.setattr(Study, "_validation_nats", nats)
-    assert Study(tmp_path).rate("sql", kind, sparsity) == best
-    at = RATES.index(best)
-    assert {RATES[i] for i in (at - 1, at + 1) if 0 <= i < len(RATES)} <= {lr for _, lr in tried}
-    assert len(tried) == len(set(tried)) and {kind for kind, _ in tried} == {kind.replace("column", "row")}
-
-
-def test_between_two_rates_only_theirs_are_tried(tmp_path, monkeypatch):
-    wanted, tried = {0.9: 1e-3, 0.95: 3e-3, 0.99: 1e-2}, []
-
-    def nats(self, name, kind, sparsity, lr):
-        tried.append((sparsity, lr))
-        return abs(math.log(lr / wanted[sparsity]))
-
-    monkeypatch.setattr(Study, "_validation_nats", nats)
-    assert Study(tmp_path).rate("toy_sort", "row", 0.95) == 3e-3
-    assert sorted(lr for s, lr in tried if s == 0.95) == [1e-3, 3e-3, 1e-2]
-    wanted[0.99], tried[:] = 1e-3, []
-    assert Study(tmp_path).rate("toy_sort", "row", 0.95) == 1e-3
-    assert not [lr for s, lr in tried if s == 0.95]
-
-
-def test_half_a_line_is_cut(tmp_path):
-    cells = Cells(tmp_path / "cells.jsonl")
-    cells.add({"nats": 1.5}, part="main", seed=0)
-    with cells.path.open("a") as file:
-        file.write('{"cell": {"part"')
-    again = Cells(cells.path)
-    assert again.get(seed=0, part="main") == {"cell": {"part": "main", "seed": 0}, "nats": 1.5}
-    again.add({"nats": None}, part="main", seed=1)
-    assert len(Cells(cells.path).found) == 2
+    monkeypatch.setattr(Study, "rate", rate)
+    made = GranularityStudy(tmp_path, "toy", SMOKE, sparsities=study.SPARSITIES)
+    made.rate_of("column", 0.9)
+    assert asked == [("column", 0.9, None)]
+    asked.clear()
+    made.workload = WORKLOADS["sql"]
+    assert made.rate_of("column", 0.95) == 2e-3
+    assert asked == [("row", 0.9, None), ("row", 0.95, 1e-3)]
 
 
 @pytest.mark.slow
@@ -120,30 +71,35 @@ def test_times_of_every_kind(tmp_path):
     for _ in range(2):
         study.time_steps(cells, rounds=1, shape="tiny", sparsities=[0.5])
     (record,) = cells.found.values()
-    assert record["seconds"].keys() == {DENSE, *KINDS} and min(record["seconds"].values()) > 0
+    assert record["seconds"].keys() == {DENSE.name, *KINDS} and min(record["seconds"].values()) > 0
     assert record["torch"] == torch.__version__
 
 
 @pytest.fixture
 def found() -> Found:
-    records = []
+    records: dict[str, list[dict]] = {}
     for task in WORKLOADS:
-        records.append({"cell": {"part": "main", "task": task, "kind": "base"}, "nats": 5.0, "lr": 0.0})
-        for seed in (0, 1, study.RATE_SEED):
+        score = {"score": 0.0} if task == "toy_sort" else {}
+        records[task] = [{"cell": {"part": "base"}, "nats": 5.0, **score}]
+        for seed in (0, 1):
             for kind, sparsity, choice in [
-                (DENSE, None, None),
+                (DENSE.name, None, USUAL),
                 ("element", 0.9, USUAL),
                 ("row", 0.9, USUAL),
                 ("row", 0.9, "max"),
             ]:
-                cell = {"part": "main", "task": task, "seed": seed, "kind": kind, "sparsity": sparsity}
+                cell = {"part": "main", "method": study.named(kind, choice), "sparsity": sparsity}
                 nats = None if (kind, seed, task) == ("row", 1, "sql") else 0.5 + 0.2 * seed
-                scores = {"exact_match": 0.25 + 0.5 * seed} if task == "toy_sort" else {}
-                record = {"cell": cell | {"choice": choice}, "nats": nats, "lr": 0.01, "scores": scores}
-                records.append(record | ({"energy": 0.375, "shared": 0.5} if sparsity else {}))
-    seconds = {DENSE: 2.0} | dict.fromkeys(KINDS, 1.5)
-    records.append({"cell": {"part": "time", "shape": "124m", "sparsity": 0.9}, "seconds": seconds})
-    return Found(records)
+                score = {"score": 0.25 + 0.5 * seed} if task == "toy_sort" else {}
+                mask = {"mask": {"energy": 0.375, "shared": 0.5}} if sparsity else {}
+                records[task].append(
+                    {"cell": cell | {"seed": seed, "lr": 0.01}, "nats": nats, **score, **mask}
+                )
+        rate = {"part": "rate", "method": "element", "sparsity": 0.9, "seed": 100, "lr": 0.1}
+        records[task].append({"cell": rate, "validation": 0.0})
+    seconds = {DENSE.name: 2.0} | dict.fromkeys(KINDS, 1.5)
+    time = {"cell": {"part": "time", "shape": "124m", "sparsity": 0.9}, "seconds": seconds}
+    return Found(records | {"times": [time]})
 
 
 def test_tables(found):

@@ -13,8 +13,9 @@ from scripts.merge_study import METHODS, TASKS, Study
 
 
 @pytest.mark.slow
-def test_stages(tmp_path):
+def test_stages(tmp_path, monkeypatch):
     """Two tasks learnt under masks that share nothing, merged and scored; nothing is run twice."""
+    monkeypatch.setattr(Study, "rate", lambda self, kind: 1e-2)
     study = Study(tmp_path, data_fraction=0.01, n_examples=4)
     kind, few = "LoTA, disjoint", TASKS[:2]
     folders = [study.learn(kind, task, seed=0) for task in few]
@@ -38,6 +39,35 @@ def test_stages(tmp_path):
     assert "nowhere" in (tmp_path / "log.txt").read_text()
 
 
+def test_rates_are_those_of_the_least_validation_loss(tmp_path, monkeypatch):
+    """Over the three tasks together; what is run says that validation rows are left out."""
+    nats = {3e-3: (1.0, 1.0, 1.0), 1e-2: (0.1, 0.2, 2.6), 3e-2: (2.0, 0.0, 1.1)}
+    said = []
+
+    def learn(self, kind, task, seed, lr):
+        said.append((kind, task, seed, lr))
+        folder = tmp_path / task / f"{lr:g}"
+        (folder / "epoch-1").mkdir(parents=True)
+        lines = [
+            {"nats_per_token/eval": 9.0},
+            {"nats_per_token/eval": nats[lr][TASKS.index(task)]},
+            {"step": 3},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder / "epoch-1"
+
+    study = Study(tmp_path, 0.01, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "learn", learn)
+        assert study.rate("LoTA") == 1e-2
+        assert {(kind, seed) for kind, _, seed, _ in said} == {("LoTA", 100)} and len(said) == 9
+        assert study.rate("LoTA, lr 3e-3") == 3e-3 and len(said) == 9
+    asked = []
+    monkeypatch.setattr(Study, "run", lambda self, line, result: asked.append(line))
+    study.learn("FFT", "toy_sort", 100, 1e-3)
+    assert "validation_fraction=0.1" in asked[0] and "lr=0.001" in asked[0]
+
+
 @pytest.fixture
 def records() -> list[dict]:
     def scores(accuracy: float) -> dict:
@@ -46,7 +76,7 @@ def records() -> list[dict]:
     pair = {"overlap_share": 0.25, "sign_conflict_share": 0.5, "cosine": 0.125}
     none = {"overlap_share": 0.0, "sign_conflict_share": None, "cosine": 0.0}
     found = []
-    for kind in merge_study.LR:
+    for kind in merge_study.RATES:
         for seed, accuracy in enumerate((0.5, 0.7)):
             found.append({"kind": kind, "method": "alone", "seed": seed, "scores": scores(0.9)})
             pairs = [none if "disjoint" in kind else pair] * 3

@@ -19,8 +19,10 @@ from lota.masks import Mask
 from lota.models.loading import load_model, load_tokenizer
 from lota.models.scope import find_scope
 from scripts import forgetting_study, sparsity_study
+from scripts.cells import Cells, read_cells, shown
 from scripts.forgetting_study import Point, budget_table, frontier, frontier_table, points
-from scripts.study import BASES, DENSE, RATES, SMOKE, VALIDATION, Cells, Method, Study, read_cells, shown
+from scripts.study import DENSE, RATES, VALIDATION, Method, Study
+from scripts.workloads import BASES, SMOKE
 from tasks import get_task
 from tests.evaluations import write_rows
 
@@ -177,8 +179,8 @@ def test_sparsity_study(tmp_path, tiny, monkeypatch):
         assert f"{record['nats']:.3f} | {record['own']:.4f} | 1 |" in line
     assert (tmp_path / "sparsity.png").read_bytes().startswith(b"\x89PNG")
     masks = {path.parent.name: Mask.load(path) for path in (tmp_path / "masks").rglob("0.9_mask.pt")}
-    assert set(masks) == {"task_vector-element", "snip-element"}
-    assert masks["snip-element"].n_kept == main["SNIP mask"]["trained"] == main["LoTA"]["trained"]
+    assert set(masks) == {"LoTA", "SNIP_mask"}
+    assert masks["SNIP_mask"].n_kept == main["SNIP mask"]["trained"] == main["LoTA"]["trained"]
     # the base's losses, from logits
     base = next(record for record in records if record["cell"]["part"] == "base")
     study, (model, tokenizer) = Study(tmp_path, "smoke", SMOKE), tiny

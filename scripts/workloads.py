@@ -1,0 +1,111 @@
+"""Bases of the studies with text of their own, and the tasks that they are adapted to, in sizes for a CPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from assets import tiny_world
+from assets.study_texts import Texts
+from lota.data.batches import encode
+from lota.data.prompts import Prompter
+from lota.data.task import Row, Task
+from lota.evaluate.text_loss import Text
+from lota.models.loading import load_tokenizer
+from tasks import get_task
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+DATA = SHARED / "data"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that is adapted, and text like that which it was trained on."""
+
+    folder: Path
+    own_text: Callable[[], Sequence[Text]]
+
+
+def _world_text() -> list[Text]:
+    return [document for _, document in islice(tiny_world.documents(3, held_out=True), 300)]
+
+
+def _held_out_text() -> list[Text]:
+    """Documents of every source in turn, so that the first bytes of them are of all sources."""
+    sources = list(Texts(DATA).held_out().values())
+    longest = max(map(len, sources))
+    return [documents[i] for i in range(longest) for documents in sources if i < len(documents)]
+
+
+def _stories() -> list[Text]:
+    text = (SHARED / "models" / "stories260K" / "tinystories_sample.txt").read_text(encoding="utf-8")
+    return [("", story.strip()) for story in text.split("<|endoftext|>") if story.strip()]
+
+
+BASES = {
+    "tiny-llama": Base(ROOT / "assets" / "tiny-llama", _world_text),
+    "study-llama": Base(ROOT / "assets" / "study-llama", _held_out_text),
+    "stories260K": Base(SHARED / "models" / "stories260K", _stories),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A task on a base, and how much of it a run sees."""
+
+    task: str
+    base: str  # a name of BASES
+    n_examples: int  # of a run
+    batch_size: int
+    max_length: int  # tokens; longer rows are left out of every split
+    n_validation: int = 100  # rows that choose
+    n_test: int = 200  # rows for the loss, a seeded sample
+    n_scored: int = 100  # the first of them, for the score; 0: none
+    own_bytes: int = 60_000  # of the base's own text
+    new_tokens: int | None = None  # of a completion; None: the task's own
+    data_dir: str | None = str(DATA)
+
+    @property
+    def steps(self) -> int:
+        return self.n_examples // self.batch_size
+
+
+def _on_both(name: str, **sizes: Any) -> dict[str, Workload]:
+    """A real task on the two bases with knowledge to lose."""
+    return {f"{name} on {base}": Workload(name, base, **sizes) for base in ("study-llama", "stories260K")}
+
+
+WORKLOADS: dict[str, Workload] = {
+    # as scripts/sweep_sparsity.sh trains it
+    "toy_sort": Workload("toy_sort", "tiny-llama", 3200, 16, 128, 200, 400, 400, data_dir=None),
+    **_on_both("sql", n_examples=480, batch_size=8, max_length=192, new_tokens=64),
+    **_on_both("gsm8k", n_examples=480, batch_size=8, max_length=224, n_scored=0),
+    **_on_both("samsum", n_examples=480, batch_size=8, max_length=320, new_tokens=64),
+    **_on_both("boolq", n_examples=480, batch_size=8, max_length=128, new_tokens=8),
+}
+SMOKE = Workload("toy_sort", "tiny-llama", 16, 8, 128, 8, 8, 4, own_bytes=500, data_dir=None, new_tokens=4)
+
+
+def short_rows(workload: Workload) -> Task:
+    """The task without the rows that are too long for a run."""
+    task = copy.copy(get_task(workload.task))
+    load, tokenizer = task.load, load_tokenizer(BASES[workload.base].folder)
+    prompter, whole = Prompter(tokenizer), {"max_length": 10**6, "max_prompt_length": 10**6}
+    known: dict[str, list[Row]] = {}
+
+    def short(split: str, data_dir: str | os.PathLike[str] = "") -> list[Row]:
+        if split not in known:
+            rows = load(split, workload.data_dir or data_dir)
+            lengths = (len(encode(tokenizer, prompter.example(task, row), **whole)) for row in rows)
+            pairs = zip(rows, lengths, strict=True)
+            known[split] = [row for row, length in pairs if length <= workload.max_length]
+        return list(known[split])
+
+    task.load = short  # type: ignore[method-assign]
+    return task
