@@ -89,9 +89,7 @@ class Study(Stages):
         folder = self.out / str(seed) / f"{slug(kind)}_{task}{tried}"
         epoch = folder / "epoch-1"
         # validation rows, of which a run is evaluated on a sample near its end and at its end
-        evaluations = (
-            f"validation_fraction={VALIDATION:g} eval_every={max(1, int(5000 * self.data_fraction))}"
-        )
+        every = max(1, int(5000 * self.data_fraction))
         self.run(
             f"train_single_gpu.py exp_name={folder.name} 'local_dirs=[{folder.parent}]' model=tiny "
             f"'datasets=[{task}]' mask_path={mask} lr={lr or self.rate(kind):g} seed={seed} batch_size=16 "
