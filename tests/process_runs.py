@@ -81,6 +81,7 @@ ARRANGED = {"!astray": one_goes_astray, "!stopped": one_is_stopped, "!mask": oth
 def digest(tensors) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a sharded model
         sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 

@@ -29,6 +29,7 @@ from lota.train.preflight import Prepared, add_snip_mask, prepare
 from lota.train.run_folder import Resumable
 from lota.train.run_model import load_run_model
 from lota.train.saved_model import SavedModel, Source, saved_model
+from lota.train.snip import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,10 @@ class LoadedRun:
         """
         return load_run_model(self.config, self.data.tokenizer, archive, dtype, self.device)
 
+    def snip_sharder(self) -> Shard | None:
+        """See `SnipMask.compute`."""
+        return None
+
     def saved_model(self) -> SavedModel:
         """The whole model as a checkpoint stores it."""
         dtype = dtype_of(self.config.model.policy_dtype)
@@ -124,7 +129,7 @@ class LoadedRun:
     def load(self) -> None:
         """Model, optimizer and objective as training starts, or as the checkpoint has left them."""
         config, resumable = self.config, self.data.resumable
-        add_snip_mask(self.data, config, self.device, self.stop.check, self.processes)
+        add_snip_mask(self.data, config, self.device, self.stop.check, self.processes, self.snip_sharder())
         set_seed(config.seed)  # of torch, NumPy and Python: all of them are stored in checkpoints
         archive: str | Path | None = config.model.archive
         if resumable is not None and config.adapter.name != "lora":  # which has the base and its adapter

@@ -32,7 +32,7 @@ from lota.train.lora import lora_targets, refuse_rank
 from lota.train.run_folder import FollowedFolder, Resumable, RunFolder, look_together
 from lota.train.run_model import load_run_tokenizer, run_skeleton
 from lota.train.saved_model import folder_like, folder_source
-from lota.train.snip import SnipMask, prepare_snip
+from lota.train.snip import Shard, SnipMask, prepare_snip
 from lota.utils import Problems
 
 logger = logging.getLogger(__name__)
@@ -121,14 +121,16 @@ def add_snip_mask(
     device: torch.device,
     check: Callable[[], object],
     together: Processes = ALONE,
+    shard: Shard | None = None,
 ) -> None:
     """Compute the mask that `prepare` has prepared, if there is one, and let the run train with it.
 
-    Raises ValueError if a run that is continued was trained with another one. check: see `SnipMask.compute`.
+    Raises ValueError if a run that is continued was trained with another one. The arguments behind `config`
+    are those of `SnipMask.compute`.
     """
     if data.snip is None:
         return
-    mask = _checked_mask(config, data.skeleton, data.snip.compute(device, check, together))
+    mask = _checked_mask(config, data.skeleton, data.snip.compute(device, check, together, shard))
     assert mask is not None
     together.same("the mask of snip=true", mask.fingerprint())
     data.mask, data.snip, data.seen["mask"] = mask, None, mask.fingerprint()

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import CHAT_TEMPLATES, Config, ModelConfig
 from lota.config_checks import validated
@@ -171,27 +171,34 @@ def collect(
     kind: str,
     progress: Callable[[int], object] | None = None,
     together: Processes = ALONE,
+    sharded: PreTrainedModel | None = None,
 ) -> Collected:
     """Load the base, sum its gradients for `names`, and let it go.
 
     progress: called with 1 for each batch. together: the processes that share the examples of each batch; the
-    sums of gradients are those of all of them.
+    sums of gradients are those of all of them. sharded: the base if these processes hold it together; then
+    each has the sums of its parts.
     """
     config = data.config
     device = data.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_run_model(config, data.tokenizer, config.model.archive, dtype_of(data.dtype), device)
+    model = sharded
+    if model is None:
+        model = load_run_model(config, data.tokenizer, config.model.archive, dtype_of(data.dtype), device)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
     model.train()
     objective = OBJECTIVES[config.loss.name](config, data.tokenizer, model)
 
-    def loss_of(examples: Sequence[Example]) -> torch.Tensor:
-        return objective.losses(objective.batch(examples))[0].sum()
+    def loss_of(share: tuple[Sequence[Example], float]) -> torch.Tensor:
+        examples, weight = share
+        return objective.losses(objective.batch(examples))[0].sum() * weight
 
-    def own_batches() -> Iterator[list[Example]]:
+    def own_batches() -> Iterator[tuple[list[Example], float]]:
         for batch in data.batches:
             if own := together.share(batch):
-                yield own
+                yield own, 1.0
+            elif sharded is not None:  # its parts are needed for the others' examples
+                yield batch[:1], 0.0
             if progress:
                 progress(1)
 
@@ -199,7 +206,7 @@ def collect(
     collected = collect_gradients(
         model, loss_of, own_batches(), names=names, kind=kind, dtype=sums, meta=data.meta
     )
-    if together.count > 1:
+    if together.count > 1 and sharded is None:
         for total in collected.values.values():
             total.copy_(together.sum_(total.float()))
     return collected

@@ -29,6 +29,7 @@ from lota.train.run_folder import Resumable
 from lota.train.run_model import finish_run_model, run_skeleton
 from lota.train.runlog import Meter
 from lota.train.saved_model import SavedModel, Source, trained_values
+from lota.train.snip import Shard
 from lota.train.trainer import Trainer
 
 STATE = "optimizer"  # folder of a checkpoint
@@ -83,6 +84,11 @@ class ShardedTrainer(Trainer):
         refuse_not_causal(model.eval(), start)
         finish_run_model(model, config, start)
         return shards
+
+    def snip_sharder(self) -> Shard | None:
+        if self.processes.count == 1:
+            return None
+        return lambda dtype: self._load_sharded(self.config.model.archive, dtype, "archive")
 
     @property
     def dense(self) -> bool:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import gc
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import Example
 from lota.distributed.processes import ALONE, Processes
+from lota.distributed.sharded import Shards
 from lota.masks import Mask
+from lota.masks.extract.gradients import Collected
 from lota.masks.extract.saliency import SALIENCIES
 from lota.masks.extract.select import Quota, Rule, select
 from lota.models.hashing import remembered_hash
+from lota.models.loading import dtype_of
 from lota.models.pair import open_pair
 from lota.models.policy import is_policy
 from lota.storage import key_differences, set_aside
 from lota.train.saliency_gradients import SaliencyData, collect, first_batches
 
 logger = logging.getLogger(__name__)
+Shard = Callable[[torch.dtype], Shards]
 KEY = "snip_key"  # of a mask's meta
 
 
@@ -57,17 +64,35 @@ class SnipMask:
         logger.info("snip: reusing the mask %s", self.path)
         return mask
 
-    def compute(self, device: torch.device, check: Callable[[], object], together: Processes = ALONE) -> Mask:
+    def compute(
+        self,
+        device: torch.device,
+        check: Callable[[], object],
+        together: Processes = ALONE,
+        shard: Shard | None = None,
+    ) -> Mask:
         """Load the base, collect its gradients, choose, and store the mask; an older one is set aside.
 
         check: called for each batch; raises when the run has been asked to stop. together: the processes that
-        share each batch; all choose the same, and the first one stores it.
+        share each batch; all choose the same, and the first one stores it. shard: loads the base in a dtype
+        as one that these processes hold together; then the first one chooses, from sums that it puts on disk.
         """
         self.data.device = str(device)
         scope, kind = self.quota.pair.scope, SALIENCIES["snip"].collects
-        collected = collect(self.data, scope, kind, lambda _: check(), together)
-        gc.collect()  # a model refers to itself: its memory is needed for the one that trains
-        (mask,) = select(self.quota, with_hash=False, collected=collected).values()
+        if shard is None:
+            collected = collect(self.data, scope, kind, lambda _: check(), together)
+            gc.collect()  # a model refers to itself: its memory is needed for the one that trains
+            mask = self._chosen(collected)
+        else:
+            shards = shard(dtype_of(self.data.dtype))
+            parts = collect(self.data, scope, kind, lambda _: check(), together, shards.model)
+            with tempfile.TemporaryFile(dir=self.data.config.cache_dir) as file:
+                collected = _on_disk(shards, parts, file)
+                del shards, parts
+                gc.collect()
+                found = together.broadcast(self._chosen(collected) if together.first else None)
+            assert found is not None
+            mask = found
         mask.meta |= {"base_hash": self.key["base"], KEY: self.key}
         logger.info(
             "snip: %s of %s entries kept, from the gradients of %d examples",
@@ -81,6 +106,25 @@ class SnipMask:
             mask.save(self.path)
             logger.info("snip: mask stored as %s", self.path)
         return mask
+
+    def _chosen(self, collected: Collected) -> Mask:
+        (mask,) = select(self.quota, with_hash=False, collected=collected).values()
+        return mask
+
+
+def _on_disk(shards: Shards, parts: Collected, file: BinaryIO) -> Collected:
+    """The sums of all processes in the first one, mapped from the file; in the others those of parts."""
+    values: dict[str, Tensor] = {}
+    for name, part in parts.values.items():
+        whole = shards.whole(name, part.cpu())
+        if whole is None:
+            continue
+        start = file.tell()
+        file.write(whole.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        mapped = np.memmap(file, np.uint8, "c", start, (whole.nbytes,))
+        values[name] = torch.from_numpy(mapped).view(whole.dtype).view(whole.shape)
+    return Collected(values or parts.values, parts.kind, parts.meta)
 
 
 def prepare_snip(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from lota.models.scope import find_scope
 from lota.rounding import add_by_lot_
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Batch = TypeVar("Batch")
 KINDS = ("sum", "squares")
@@ -77,7 +80,8 @@ def collect_gradients(
     per batch: the diagonal of the empirical Fisher information). dtype: of the sums; in bfloat16 (2 bytes
     per entry) each sum is rounded up or down by lot, a function of parameter name, batch and position, so
     that small gradients add up on average.
-    Activation checkpointing must be the non-reentrant kind. Raises ValueError for unknown names or kinds, no
+    Activation checkpointing must be the non-reentrant kind. Of a sharded model (FSDP2) each process has the
+    sums of its parts. Raises ValueError for unknown names or kinds, no
     batches, a loss that is not finite, or a model whose parameters hold gradients already.
     """
     if kind not in KINDS:
@@ -85,7 +89,9 @@ def collect_gradients(
     parameters = dict(model.named_parameters())
     wanted = list(find_scope(model) if names is None else names)
     _check_parameters(parameters, wanted)
-    sums = {name: torch.zeros_like(parameters[name], dtype=dtype, requires_grad=False) for name in wanted}
+    sums = {
+        name: torch.zeros_like(_own(parameters[name]), dtype=dtype, requires_grad=False) for name in wanted
+    }
     n_batches = 0
     with _hooked(parameters, sums, kind):
         for batch in batches:
@@ -99,6 +105,11 @@ def collect_gradients(
     if n_batches == 0:
         raise ValueError("no batches: there is nothing to take gradients of")
     return Collected(sums, kind, {"batches": n_batches, **(meta or {})})
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Of a sharded model's parameter the part that this process holds."""
+    return cast("DTensor", tensor.detach()).to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _check_parameters(parameters: Mapping[str, nn.Parameter], wanted: list[str]) -> None:
@@ -126,6 +137,7 @@ def _hooked(parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], 
             nonlocal added
             grad, p.grad = p.grad, None
             assert grad is not None  # the hook runs once it is complete
+            grad = _own(grad)
             if total.dtype == torch.bfloat16:
                 added += 1
                 add_by_lot_(total, grad, f"{name}/{added}", squared=kind == "squares")
