@@ -31,7 +31,7 @@ RUNS = {
     "bf16": (*MASKED, "model.fsdp_policy_mp=bfloat16"),
     "mixed": (*SHORT, "model.fsdp_policy_mp=bfloat16", "optimizer=SGD", "lr=1e-3"),
     "narrow": (*MASKED, "optimizer_state=bfloat16", "packing=true", "grad_norm_strategy=none"),
-    "experts": (EXPERTS, "mask_path=experts_mask.pt", *SHORT),
+    "moe": (EXPERTS, "mask_path=experts_mask.pt", *SHORT),
     "swap": (*PAIRS, "mask_path=units_mask.pt"),
     "model": (*PAIRS, "eval_batch_size=3"),
     "precomputed": (*PAIRS, "mask_path=units_mask.pt", "model.reference=precomputed", "eval_batch_size=5"),

@@ -262,6 +262,8 @@ class PartSource:
     def read(self, name: str) -> Tensor:
         """The part, in the file's dtype."""
         start, stop = self.shards.spans[name]
+        if start == stop:
+            return torch.empty(self.shards.parts[name].shape, dtype=self.source.dtype(name))
         stored = min(self.source.numel(name), stop)
         values = self.source.read_flat(name, min(start, stored), stored)
         if stored < stop:
