@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -19,6 +20,8 @@ import lota
 from lota.config import absolute
 from lota.delta import Delta, apply, extract, verify
 from lota.evaluate.cli import choose_results_folder, load_chosen_model, make_prompter, model_parser
+from lota.lotto.config import LottoConfig
+from lota.lotto.driver import Lotto
 from lota.masks import Mask
 from lota.masks import __main__ as masks
 from lota.masks.trainable import mask_or_dense
@@ -540,6 +543,16 @@ def test_a_mask_of_the_hub_keeps_its_name_in_settings(hub, writer, made, workpla
     assert trainer.data.mask.fingerprint() == Mask.load(workplace / "own.pt").fingerprint()
     with pytest.raises(ValueError, match="shows you no repository org/none"):
         train("mask_path=hub:org/none", "exp_name=none")
+
+
+def test_a_sequence_keeps_the_names_of_masks_of_the_hub(tmp_path):
+    given = {"gsm8k": {"mask_path": "hub:org/own@v1"}, "sql": {"mask_path": "own.pt"}}
+    config = LottoConfig(task_overrides=given)
+    config.resolve_paths()
+    assert config.mask_files == [None, "hub:org/own@v1", "own.pt"]
+    sequence = SimpleNamespace(folder=tmp_path)
+    assert Lotto.mask_file(sequence, "hub:org/own@v1") == "hub:org/own@v1"
+    assert Lotto.mask_file(sequence, "1_sql/0.9_mask.pt") == str(tmp_path / "1_sql/0.9_mask.pt")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import nn
 
 from lota.masks import Mask
 from lota.models.hashing import remembered_hash
-from lota.models.hub import MASK_FILE, local_copy
+from lota.models.hub import is_hub_reference
 from lota.models.scope import find_scope, frozen_towers, layer_numbers
 
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ def mask_or_dense(path: str | Path | None, mapped: bool = False) -> Mask | None:
 
     mapped: see `Mask.load`.
     """
-    return None if path is None or is_dense(path) else Mask.load(local_copy(path, MASK_FILE), mapped)
+    return None if path is None or is_dense(path) else Mask.load(path, mapped)
 
 
 def is_dense(path: str | Path | None) -> bool:
     """Whether `mask_path` asks for dense training; see `mask_or_dense`."""
     if path is None:
         return True
+    if is_hub_reference(path):  # a file that is there, or an error
+        return False
     path = Path(path).expanduser()
     return not path.exists() and re.fullmatch(r"0(\.0*)?_mask\.pt", path.name) is not None
 

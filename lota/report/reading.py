@@ -17,6 +17,7 @@ from lota.lotto.forgetting import SUMMARIES
 from lota.lotto.ledger import LEDGER, Entry, Ledger
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense
+from lota.models.hub import is_hub_reference
 from lota.settings import check_types, flat, has_type, stored_settings
 from lota.train.checkpoint import CHECKPOINT_NAME
 from lota.utils import short_names
@@ -239,7 +240,8 @@ def _read_mask(run: RunRecord) -> None:
     try:
         run.mask = mask_or_dense(path, mapped=True)
     except (ValueError, OSError) as error:
-        reason = f"cannot be read: {error}" if Path(str(path)).exists() else "is not there any more"
+        there = is_hub_reference(str(path)) or Path(str(path)).exists()
+        reason = f"cannot be read: {error}" if there else "is not there any more"
         run.lost_mask = True
         run.notes.append(f"its mask {path} {reason}: its density, overlap and sparsity are left out")
 
