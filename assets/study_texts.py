@@ -81,7 +81,7 @@ def _document(task: Task, row: Row) -> Document:
     return (question, answer) if task.chat else ("", question + answer)
 
 
-class TestRows:
+class RowsOfTests:
     """Texts of test rows, to be kept out of training."""
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -105,10 +105,10 @@ class Texts:
         self.data_dir = data_dir
 
     @cached_property
-    def tested(self) -> TestRows:
+    def tested(self) -> RowsOfTests:
         tasks = [get_task(name) for name in TESTED]
         rows = (row for task in tasks for row in self._rows(task, task.held_out or "eval"))
-        return TestRows([question_of(row) for row in rows])
+        return RowsOfTests([question_of(row) for row in rows])
 
     def _rows(self, task: Task, split: str) -> list[Row]:
         return task.load(split, self.data_dir)
