@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> None:
         config = resolve(cfg, ROOT, LottoConfig, sequence_problems, get_task)
         from lota.distributed.processes import processes  # slow to import: settings are checked first
         from lota.lotto.driver import Lotto
-        from lota.lotto.together import follow, led
+        from lota.lotto.together import follow
         from trainers import TRAINERS
 
         def train(stage: Config) -> Path | None:
@@ -69,10 +69,9 @@ def run(cfg: DictConfig) -> None:
             return folder
 
         if processes().first:
-            with led(train, processes()) as lead:
-                Lotto(config, lead, get_task).run()
+            Lotto(config, train, get_task, processes()).run()
         else:
-            follow(train, processes())
+            follow(config, train, processes())
 
 
 @hydra.main(version_base=None, config_path="config", config_name="lotto")

@@ -96,6 +96,7 @@ SMALLER = {
     "meta-llama/Llama-3.2-1B": "{root}/assets/tiny-llama",
     "py exp_name=": "py max_length=64 max_prompt_length=32 n_eval_examples=2 exp_name=",
     "py -m exp_name=": "py -m max_length=64 max_prompt_length=32 n_eval_examples=2 exp_name=",
+    "torchrun --standalone --nproc-per-node 8": "python -m torch.distributed.run --nproc-per-node=2",
     '--datasets "gsm8k"': '--datasets "gsm8k" --max_new_tokens 4',
     "--temperatures 0.7": "--temperatures 0.7 --max_length 64 --max_prompt_length 32",
 }
@@ -129,7 +130,7 @@ def test_the_commands_of_the_readme_run_in_their_order_and_leave_nothing_behind(
     path = tmp_path / "bin"
     path.mkdir()
     (path / "python").symlink_to(python())
-    places = {"PATH": f"{path}:{os.environ['PATH']}", "PYTHONPATH": str(checkout)}
+    places = {"PATH": f"{path}:{os.environ['PATH']}", "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
 
     def run(*command: str) -> str:
         environment = os.environ | places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -120,7 +121,7 @@ def test_results_are_those_of_the_weights(tmp_path, caplog):
     rows = [Rows("a"), Rows("b")]
 
     def found(model: float, weights: str) -> list[float]:
-        results = measure_all(rows, lambda: (model, None), tmp_path, weights)
+        results = measure_all(rows, lambda: contextlib.nullcontext((model, None)), tmp_path, weights)
         return [results[name].score.value for name in ("a", "b")]
 
     assert found(1.0, "first") == found(9.0, "first") == [1.0, 1.0]

@@ -14,27 +14,26 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.task import FindTask
+from lota.distributed.processes import ALONE, Processes
 from lota.lotto.check import Checked, check
 from lota.lotto.config import LottoConfig
 from lota.lotto.forgetting import table, write_results
 from lota.lotto.held_out import Measured, measure_all
 from lota.lotto.ledger import Entry, Ledger, values_hash
+from lota.lotto.together import Leader, Train
 from lota.masks import Mask
 from lota.masks.extract.select import extract
 from lota.models.hashing import config_key, remembered_hash, tokenizer_key
 from lota.models.hub import is_hub_reference
-from lota.models.loading import dtype_of, load_model
 from lota.models.weights import open_weights
 from lota.storage import content_key, set_aside
 from lota.train.checkpoint import newest_checkpoint, weights_of
@@ -60,14 +59,14 @@ class Stage:
 class Lotto:
     """A sequence of tasks: `Lotto(config, train, find_task).run()`.
 
-    train: runs a training to its end and returns its last checkpoint. find_task: the task of a name.
+    find_task: the task of a name. processes: of which this is the first one, and the others `follow`.
     Raises ValueError for an invalid sequence before anything is trained or written.
     """
 
-    def __init__(self, config: LottoConfig, train: Callable[[Config], Path | None], find_task: FindTask):
+    def __init__(self, config: LottoConfig, train: Train, find_task: FindTask, processes: Processes = ALONE):
         for line in config.unused():
             logger.info("not used here: %s", line)
-        self.config, self.train = config, train
+        self.config, self.leader = config, Leader(config, train, processes)
         self.stages = [Stage(at, task) for at, task in enumerate(config.sequence, start=1)]
         self.checked: Checked = check(config, find_task)
         self.folder = config.run_dir.absolute()
@@ -89,6 +88,7 @@ class Lotto:
                 results.append(found)
             self.ledger.write_table()
             content = write_results(self.folder, self.config.sequence, results, base)
+        self.leader.end()
         logger.info("\n%s\n\n%s", self.ledger.table(), table(content))
         return content
 
@@ -145,7 +145,7 @@ class Lotto:
 
     def start(self, config: Config) -> Path:
         """Train to the end and give back the memory; returns the last checkpoint."""
-        folder = self.train(config)
+        folder = self.leader.train(config)
         assert folder is not None  # of a debug run only, which a sequence refuses
         gc.collect()
         if torch.cuda.is_available():
@@ -219,7 +219,7 @@ class Lotto:
         model = self.config.model
         weights = remembered_hash(policy or model.archive or model.name_or_path, self.checked.model)
         key = content_key([weights, model.policy_dtype, model.pad_token, self.prompting])
-        return measure_all(self.checked.held_out, lambda: self.load(policy), folder, key)
+        return measure_all(self.checked.held_out, lambda: self.leader.opened(policy), folder, key)
 
     @functools.cached_property
     def prompting(self) -> list[str]:
@@ -227,18 +227,6 @@ class Lotto:
         tokenizer = load_run_tokenizer(self.config)
         template = content_key(tokenizer.chat_template)
         return [tokenizer_key(tokenizer), template, config_key(self.checked.model.config)]
-
-    def load(self, policy: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model, tokenizer = self.config.model, load_run_tokenizer(self.config)
-        loaded = load_model(
-            model.name_or_path,
-            archive=policy or model.archive,
-            dtype=dtype_of(model.policy_dtype),
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            pad_token=model.pad_token,
-            tokenizer=tokenizer,
-        )
-        return loaded, tokenizer
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import encoder, seeded_sample
@@ -18,10 +19,9 @@ from lota.data.examples import run_held_out_rows
 from lota.data.prompts import Limits, Prompter
 from lota.data.task import Task
 from lota.evaluate.decoding import Decoding
-from lota.evaluate.engine import TransformersEngine
+from lota.evaluate.engine import Engine
 from lota.evaluate.estimates import Estimate, ratio
 from lota.evaluate.evaluator import Evaluator
-from lota.evaluate.loglik import logliks
 from lota.evaluate.scorers import TaskRequest
 from lota.storage import DAMAGED, content_key, set_aside, write_json
 
@@ -74,14 +74,13 @@ class HeldOut:
             }
         )
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Measured:
+    def measure(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Measured:
         """Returns the model's loss and score; its predictions go to <folder>/metrics."""
         limits = Limits(self.config.max_length, self.config.max_prompt_length)
         prompter = Prompter(tokenizer, self.config.chat_template, limits)
-        loss = self._loss(model, prompter)
+        loss = self._loss(engine, prompter)
         if self.task.metric is None:
             return Measured(None, None, loss)
-        engine = TransformersEngine(model, tokenizer, self.config.eval_batch_size)
         evaluator = Evaluator(engine, prompter, model_name=folder.name, out_dir=folder)
         decoding = Decoding(self.task.max_new_tokens, seed=self.config.seed, stop=self.task.stop)
         request = TaskRequest(self.task, self.rows, decoding, self.chosen)
@@ -89,23 +88,23 @@ class HeldOut:
             result = evaluator.evaluate(request, on_done=lambda prediction: bar.update())
         return Measured(result.metric, result.estimates[result.metric], loss)
 
-    def _loss(self, model: PreTrainedModel, prompter: Prompter) -> Estimate:
+    def _loss(self, engine: Engine, prompter: Prompter) -> Estimate:
         """Nats per target token, of prompts and targets cut as in training."""
         encode = encoder(self.config, prompter.tokenizer)
         rows = [encode(prompter.example(self.task, self.rows[i]))[0] for i in self.chosen]
         requests = [(row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :]) for row in rows]
-        found = logliks(model, requests, batch_size=self.config.eval_batch_size)
-        nats = {i: -value for i, value in zip(self.chosen, found, strict=True)}
+        nats: dict[int, float] = {}
+        engine.logliks(requests, on_done=lambda at, value: nats.update({self.chosen[at]: -value}))
         return ratio(nats, {i: len(target) for i, (_, target) in zip(self.chosen, requests, strict=True)})
 
 
 def measure_all(
     held_out: Sequence[HeldOut],
-    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    opened: Callable[[], AbstractContextManager[tuple[Engine, PreTrainedTokenizerBase]]],
     folder: Path,
     weights: str,
 ) -> dict[str, Measured]:
-    """Returns task name -> results of the model that `load` gives.
+    """Returns task name -> results of the model that `opened` gives.
 
     What <folder>/held_out.json holds for the same weights, rows and settings is not measured again; the model
     is loaded only if something is missing. weights: the model's content hash.
@@ -115,11 +114,11 @@ def measure_all(
     stored = _stored(path)
     missing = [one for one in held_out if stored.get(one.task.name, {}).get("key") != keys[one.task.name]]
     if missing:
-        model, tokenizer = load()
-        for one in missing:
-            found = one.measure(model, tokenizer, folder)
-            stored[one.task.name] = {"key": keys[one.task.name], **found.to_dict()}
-            write_json(path, stored)
+        with opened() as (engine, tokenizer):
+            for one in missing:
+                found = one.measure(engine, tokenizer, folder)
+                stored[one.task.name] = {"key": keys[one.task.name], **found.to_dict()}
+                write_json(path, stored)
     return {one.task.name: Measured.from_dict(stored[one.task.name]) for one in held_out}
 
 
