@@ -87,11 +87,8 @@ def process_problems(c: Config, count: int) -> Iterator[str]:
             f"{c.batch_size // parts} examples of a part, so that some would never have any; start fewer "
             f"processes, or set batch_size={count * parts} or more"
         )
-    dense = c.adapter.name == "none" and not any(getattr(c, key) for key in MASK_KEYS)
     if c.trainer.name == "FSDPTrainer":
         yield from _sharded_problems(c, count)
-    elif dense:
-        yield dense_problem("mask_path=null", count)
 
 
 def _sharded_problems(c: Config, count: int) -> Iterator[str]:

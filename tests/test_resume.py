@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lota import delta
 from lota.config import default_cache
+from lota.distributed.processes import ALONE
 from lota.models.policy import read_policy
 from lota.share.convert import convert_policy
 from lota.train import checkpoint
@@ -237,7 +238,7 @@ def test_a_log_is_continued_after_its_last_whole_line(tmp_path):
 
 
 def test_repeated_signals_do_not_lose_the_save():
-    with StopBetweenSteps() as stop:
+    with StopBetweenSteps(ALONE) as stop:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         with pytest.raises(Interrupted) as stopped:

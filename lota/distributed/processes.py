@@ -20,12 +20,13 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from lota.distributed.watch import ERROR, Watch
+from lota.distributed.watch import ERROR, GRACE, Watch
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 START = timedelta(minutes=5)  # that processes which have started wait for the others
 WAIT = timedelta(hours=2)  # for each other later: the first may be writing a large checkpoint
+LAST = timedelta(seconds=GRACE + 2)  # that the first one waits for the others to end after an error
 TOGETHER = timedelta(seconds=5)  # within which processes that fail alike do so
 # What torch raises when a process does not answer, beside RuntimeError of gloo's pairs
 LOST = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
@@ -144,8 +145,9 @@ class Processes:
             return True
         try:
             teller = self.store.compare_set(ERROR, "", str(self.rank))
-        except (RuntimeError, *LOST):  # the process that held the store has gone
-            return self.first
+            self.store.set(_ENDED.format(self.rank), "")
+        except (RuntimeError, *LOST):  # the first one held the store, and was killed
+            return self.rank == 1
         return teller.decode() == str(self.rank)
 
     def all_fail(self, what: str) -> bool:
@@ -179,6 +181,7 @@ def lost() -> Iterator[None]:
 
 ALONE = Processes()
 _current = ALONE
+_ENDED = "lota/ended/{}"  # key of the store: a process that ends with an error
 _watch: Watch | None = None
 
 
@@ -233,6 +236,10 @@ def leave(failed: bool = False) -> None:
     finally:
         watch.stop()
         dist.destroy_process_group()
+        if failed and joined.first and joined.store is not None:  # the others ask it whether to tell
+            others = [_ENDED.format(rank) for rank in range(1, joined.count)]
+            with contextlib.suppress(RuntimeError, *LOST):
+                joined.store.wait(others, LAST)
 
 
 def _join(port: int | None, start: timedelta) -> Processes:

@@ -89,8 +89,9 @@ class Watch:
 
 def _connected(rank: int, count: int, store: Store) -> tuple[socket.socket, socket.socket]:
     """Connections to the next process and from the one before."""
-    with socket.create_server(("", 0), backlog=1) as server:
-        store.set(f"lota/watch/{rank}", f"{_own_address()}:{server.getsockname()[1]}")
+    family, own_address = _own_address()
+    with socket.create_server(("", 0), family=family, backlog=1) as server:
+        store.set(f"lota/watch/{rank}", f"{own_address}:{server.getsockname()[1]}")
         address, _, port = store.get(f"lota/watch/{(rank + 1) % count}").decode().rpartition(":")
         following = socket.create_connection((address, int(port)), timeout=60)
         server.settimeout(60)
@@ -104,8 +105,9 @@ def _connected(rank: int, count: int, store: Store) -> tuple[socket.socket, sock
     return following, previous
 
 
-def _own_address() -> str:
+def _own_address() -> tuple[socket.AddressFamily, str]:
     """Of this machine, as seen from where the first process is."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
-        return str(probe.getsockname()[0])
+    family, kind, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        return family, str(probe.getsockname()[0])

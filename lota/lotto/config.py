@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lota.config import GRANULARITIES, OPTIMIZER_STATES, Config, absolute
-from lota.config_checks import problems_of, unused_settings
+from lota.config_checks import dense_problem, problems_of, started_processes, unused_settings
 from lota.settings import did_you_mean, setting, value_problems
 
 ADAPT_FACTOR = 10  # a mask wants about ten times the learning rate of dense training
@@ -182,6 +182,9 @@ def sequence_problems(c: LottoConfig) -> Iterator[str]:
         yield f"method=random with freeze_{c.freeze_layers}_layers=true: its masks span all layers"
     yield from value_problems(c)
     yield from _override_problems(c)
+    dense = c.method in METHODS and (c.learning.calibrated or c.method == "fft")
+    if dense and started_processes() > 1 and c.trainer.name == "BasicTrainer":
+        yield dense_problem(f"method={c.method}", started_processes())
     if c.method in METHODS:
         yield from _stage_problems(c)
         yield from dict.fromkeys(_factored_problems(c))

@@ -182,6 +182,8 @@ def _guarded(port: int | None) -> Iterator[None]:
             raise JobFailed(str(error)) from error  # the other jobs run all the same
         sys.exit(1)
     except Interrupted as stop:
+        if several:
+            _leave()
         sys.exit(0 if stop.passed_on() else stop.exit_code)
     except Exception as error:
         if not several:
@@ -205,17 +207,21 @@ def left_at_the_end() -> Iterator[None]:
     if started_processes() == 1:
         yield
         return
-    from lota.distributed.processes import ProcessLost, leave
-
     failed = True
     try:
         yield
         failed = False
     finally:
-        try:
-            leave(failed)
-        except ProcessLost:  # which has told its error, or was killed while this one was at its end
-            sys.exit(1)
+        _leave(failed)
+
+
+def _leave(failed: bool = False) -> None:
+    from lota.distributed.processes import ProcessLost, leave
+
+    try:
+        leave(failed)
+    except ProcessLost:  # which has told its error, or was killed while this one was at its end
+        sys.exit(1)
 
 
 def _tells() -> bool:
@@ -238,6 +244,8 @@ def to_console(level: int = logging.INFO) -> None:
         level = logging.ERROR
         warnings.simplefilter("ignore")
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if started_processes() > 1:  # torch, when it is loaded, would tell of each connection that breaks
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("lota", "tasks", "trainers", "__main__"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lota.distributed.processes import ALONE, Processes
+if TYPE_CHECKING:
+    from lota.distributed.processes import Processes  # slow to import: torch
 
 PREEMPTION = (signal.SIGUSR1, signal.SIGUSR2)  # what clusters send before they take a machine away
 
@@ -41,7 +42,7 @@ class StopBetweenSteps:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION)
 
-    def __init__(self, processes: Processes = ALONE) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.received: int | None = None
         self.received_at = 0.0

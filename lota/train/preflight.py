@@ -17,7 +17,7 @@ from lota.data.batches import Example, batch_order, cut_text, encoder, examples_
 from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
-from lota.distributed.processes import ALONE, Processes, processes
+from lota.distributed.processes import ALONE, Processes
 from lota.masks import Mask
 from lota.masks.trainable import mask_or_dense, refuse_other_base, trainable_mask
 from lota.models.hashing import config_file_key, remembered_hash, tokenizer_key
@@ -83,6 +83,8 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
         if config.snip and data is not None:
             snip = attempt(prepare_snip, config, tokenizer, model, data[0])
         mask = attempt(_find_mask, config, model, snip)
+        if together.count > 1 and mask is None and not config.snip and not problems.found:
+            attempt(_refuse_dense_replicas, config, together.count)
     problems.found = [problem for found in together.gather(problems.found) for problem in found]
     problems.refuse()
     assert tokenizer is not None and model is not None and data is not None
@@ -243,13 +245,15 @@ def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) ->
         if given is not None and not config.flip_mask and not config.mask_of_other_base:
             start = config.model.archive or config.model.name_or_path
             refuse_other_base(given, f"mask_path={config.mask_path}", start, model)
-        mask, count = _checked_mask(config, model, given), processes().count
-        dense = mask is None and config.adapter.name == "none"
-        if dense and count > 1 and config.trainer.name == "BasicTrainer":
-            raise ValueError(dense_problem(f"mask_path={config.mask_path}", count))
-        return mask
+        return _checked_mask(config, model, given)
     stored = snip.stored() if snip is not None else None
     return None if stored is None else _checked_mask(config, model, stored)
+
+
+def _refuse_dense_replicas(config: Config, count: int) -> None:
+    """Raise ValueError if a run without a mask would send whole gradients."""
+    if config.adapter.name == "none" and config.trainer.name == "BasicTrainer":
+        raise ValueError(dense_problem(f"mask_path={config.mask_path}", count))
 
 
 def _checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> Mask | None:
