@@ -103,19 +103,19 @@ def make_files(folder: Path, name: str) -> list[str]:
     if on_preferences:
         rows = [{"instruction": "say", "output_1": t, "output_2": f"a {t}", "preference": 1} for t in texts]
         (folder / "pairs.json").write_text(json.dumps(rows))
-        overrides += ("datasets=[sharegpt]", f"prefs_path={folder / 'pairs.json'}")
+        overrides += ("datasets=[sharegpt]", f"prefs_path={folder / 'pairs.json'}", "eval_every=100")
     else:
         data = folder / "tasks" / "gsm8k"
         data.mkdir(parents=True)
         rows = [{"question": f"{n} cats?", "answer": f"{t}\n#### {n}"} for n, t in enumerate(texts)]
         for split in ("train", "test"):
             (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        overrides += ("datasets=[gsm8k]",)
+        overrides += ("datasets=[gsm8k]", "eval_every=8")
     return [
         "exp_name=measured", "model=blank_model", f"model.name_or_path={folder / 'model'}",
         f"data_dir={folder}", f"local_dirs=[{folder / 'runs'}]", f"batch_size={ROWS}", f"max_length={LENGTH}",
         "max_prompt_length=16", f"n_examples={2 * ROWS}", f"eval_batch_size={ROWS}", "n_eval_examples=4",
-        "do_first_eval=false", "eval_every=8", "save_every=8", "lr=1e-4", "warmup_steps=0", *overrides,
+        "do_first_eval=false", "save_every=8", "lr=1e-4", "warmup_steps=0", *overrides,
     ]  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def _line(name: str, plan: dict[str, int], measured: dict[str, dict[str, int]]) 
 
 
 def _highest(peaks: dict[str, int]) -> int:
-    return max(peaks[phase] for phase in ("steps", "evaluate", "save"))
+    return max(peaks.get(phase, 0) for phase in ("steps", "evaluate", "save"))
 
 
 if __name__ == "__main__":
