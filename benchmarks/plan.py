@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
+
+from lota.distributed.processes import joined
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -64,8 +67,12 @@ SETTINGS: dict[str, tuple[str, tuple[float, str] | None, tuple[str, ...]]] = {
     "packed": ("41m", (0.9, "element"), ("packing=true",)),
     "gpt2": ("gpt2", (0.9, "element"), ()),
     "mixtral": ("mixtral", (0.9, "element"), ()),
+    "replicas": ("41m", (0.9, "element"), ()),
+    "shards": ("41m", None, ("trainer=FSDPTrainer",)),
+    "shards, entries": ("41m", (0.9, "element"), ("trainer=FSDPTrainer",)),
     "large": ("124m", (0.9, "element"), ()),
 }  # fmt: skip
+PROCESSES = {"replicas": 2, "shards": 2, "shards, entries": 2}  # of settings that have several
 ROWS, LENGTH = 4, 256
 
 
@@ -155,11 +162,10 @@ class Phases:
         self.moments.append((time.time_ns(), phase))
 
 
-def measured_trainer(phases: Phases, loaded: Callable[[Any], None]) -> type:
-    """BasicTrainer that notes its phases. loaded: called when all is there that stays."""
-    from trainers import BasicTrainer
+def measured_trainer(trainer: type, phases: Phases, loaded: Callable[[Any], None]) -> type:
+    """A trainer that notes its phases. loaded: called when all is there that stays."""
 
-    class Measured(BasicTrainer):
+    class Measured(trainer):  # type: ignore[misc, valid-type]
         def load(self) -> None:
             super().load()
             loaded(self)
@@ -181,10 +187,13 @@ def measured_trainer(phases: Phases, loaded: Callable[[Any], None]) -> type:
 
 def measure(overrides: list[str], profiled: bool) -> dict[str, int]:
     """Peak bytes of each phase: of torch's allocator, or resident above what the imports took."""
+    from trainers import TRAINERS
+
     config = composed(overrides)
     kept: list[int] = []
     phases = Phases()
-    trainer = measured_trainer(phases, lambda run: kept.append(_live_bytes()))(config)
+    kind: Any = TRAINERS[config.trainer.name]
+    trainer = measured_trainer(kind, phases, lambda run: kept.append(_live_bytes()))(config)
     imports = resident("VmRSS")
     phases.start("load")
     if not profiled:
@@ -204,6 +213,8 @@ def _live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
+        if isinstance(thing, DTensor):
+            thing = thing.to_local()
         if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and not thing.is_meta:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -233,19 +244,24 @@ def _allocated(profile: Any, moments: list[tuple[int, str]], live: int) -> dict[
 # The table
 
 
-def predicted(overrides: list[str]) -> dict[str, int]:
-    """Peak bytes of each phase, as a plan says."""
+def predicted(overrides: list[str], processes: int = 1) -> dict[str, int]:
+    """Peak bytes of each phase of one process, as a plan says."""
     from lota.models.scope import meta_model
     from lota.plan.predict import Setup, predict
 
     config = composed(overrides)
-    found = predict(config, meta_model(config.model.name_or_path), Setup(device="cpu", length=LENGTH))
+    setup = Setup(device="cpu", processes=processes, length=LENGTH)
+    found = predict(config, meta_model(config.model.name_or_path), setup)
     peaks = {phase: memory.peak for phase, memory in found.phases.items()}
     return peaks | {"steps": max(peaks[phase] for phase in ("forward", "backward", "step"))}
 
 
-def in_own_process(what: str, overrides: list[str], **environment: str) -> dict[str, int]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.plan", "--measure", what, *overrides]
+def in_own_process(what: str, overrides: list[str], n: int = 1, **environment: str) -> dict[str, int]:
+    module = ["-m", "benchmarks.plan", "--measure", what, *overrides]
+    if n > 1:
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        module = [*start, *module]
+    command = [sys.executable, "-W", "ignore", *module]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
     if done.returncode:
         sys.exit(f"{what} of {overrides} failed:\n{done.stderr[-3000:]}")
@@ -262,7 +278,10 @@ def main() -> None:
     parser.add_argument("--measure", choices=["profiled", "resident"], help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
     if args.measure:
-        print("\n" + json.dumps(measure(overrides, args.measure == "profiled")))
+        with joined() as together:
+            found = measure(overrides, args.measure == "profiled")
+            if together.first:
+                print("\n" + json.dumps(found))
         return
     print(
         "| setting | model | predicted MiB | allocated | p / it | resident, no holes | p / it "
@@ -273,11 +292,12 @@ def main() -> None:
     for name in args.settings:
         with tempfile.TemporaryDirectory() as folder:
             given = make_files(Path(folder), name)
-            plan = predicted(given)
-            allocated = in_own_process("profiled", given)
+            plan = predicted(given, PROCESSES.get(name, 1))
+            n = PROCESSES.get(name, 1)
+            allocated = in_own_process("profiled", given, n)
             again = [*given, "overwrite=true"]
-            no_holes = in_own_process("resident", again, MALLOC_MMAP_THRESHOLD_="131072")
-            whole = in_own_process("resident", again)
+            no_holes = in_own_process("resident", again, n, MALLOC_MMAP_THRESHOLD_="131072")
+            whole = in_own_process("resident", again, n)
         measured = {"allocated": allocated, "resident, no holes": no_holes, "resident": whole}
         numbers[name] = {"predicted": plan, **measured}
         print(_line(name, plan, measured), flush=True)

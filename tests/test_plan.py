@@ -260,6 +260,10 @@ def test_replicas_send_the_kept_gradients_and_nothing_else():
     assert four.phases["forward"].parts["activations"] < 0.4 * one.phases["forward"].parts["activations"]
 
 
+def units_of(model: nn.Module) -> shared.Units:
+    return shared.Units.of(model, composed(), None)
+
+
 def test_shards_hold_their_share_and_what_is_gathered():
     one = planned(device="cuda")
     four = planned("trainer=FSDPTrainer", device="cuda", processes=4)
@@ -271,6 +275,8 @@ def test_shards_hold_their_share_and_what_is_gathered():
     assert load["state"] == -(-one.phases["load"].parts["state"] // 4)
     embedding = model.model.embed_tokens.weight.numel()
     assert forward["gathered"] == 4 * (2 * block + outside - embedding)
+    backward = units_of(model).gathered(("backward", 0))  # at the head, no block is whole
+    assert backward == outside - embedding
     assert four.sent == {
         "weights gathered": round(4 * (10 * block + outside) * 3 / 4),
         "gradients scattered": round(4 * (5 * block + outside) * 3 / 4),

@@ -72,36 +72,20 @@ def predict(config: Config, skeleton: PreTrainedModel, setup: Setup) -> Predicti
     """
     sizes = entry_sizes.of_run(skeleton, config, setup.sparsity)
     traced, how = _traced(config, skeleton, sizes, setup)
-    phases = _by_phase(traced.segments)
-    made = Prediction(phases, 0, traced.trained, how)
+    segments, sent = traced.segments, {}
+    if setup.processes > 1 and config.trainer.name == "FSDPTrainer":
+        units = shared.Units.of(skeleton, config, sizes)
+        sharing = shared.Sharing.of(config, sizes is not None, setup.processes)
+        segments = [shared.sharded(segment, units, sharing) for segment in segments]
+        sent = shared.sent_sharded(units, sharing, config.gradient_accumulation_steps)
+    elif setup.processes > 1:
+        sent = shared.sent_replicated(traced.trained, traced.tensors, setup.processes)
+    phases, host = _by_phase(segments), 0
     if setup.device == "cuda":  # what is written is copied into main memory first
-        copied = phases["save"].parts.pop("saved")
-        made.host, phases["save"].peak = copied, phases["save"].peak - copied
-    made.disk = _disk(config, skeleton, sizes, traced)
-    if setup.processes > 1:
-        _share(made, config, skeleton, sizes, traced.tensors, setup.processes)
-    made.phases = {phase: phases[phase] for phase in PHASES}
-    return made
-
-
-def _share(
-    made: Prediction,
-    config: Config,
-    skeleton: PreTrainedModel,
-    sizes: Sizes | None,
-    tensors: int,
-    processes: int,
-) -> None:
-    """Turn what one process needs into what each of several needs and sends. tensors: that train."""
-    if config.trainer.name != "FSDPTrainer":
-        made.sent = shared.sent_replicated(made.trained, tensors, processes)
-        return
-    units = shared.Units.of(skeleton, config, sizes)
-    sharing = shared.Sharing.of(config, sizes is not None, processes)
-    for phase, memory in made.phases.items():
-        memory.parts = shared.sharded(memory.parts, phase, units, sharing)
-        memory.peak = sum(memory.parts.values())
-    made.sent = shared.sent_sharded(units, sharing, config.gradient_accumulation_steps)
+        host = phases["save"].parts.pop("saved")
+        phases["save"].peak -= host
+    ordered = {phase: phases[phase] for phase in PHASES}
+    return Prediction(ordered, host, traced.trained, how, _disk(config, skeleton, sizes, traced), sent)
 
 
 # Blocks
@@ -191,7 +175,7 @@ def _by_phase(segments: Iterable[Segment]) -> dict[str, Memory]:
     for segment in segments:
         phase = {"optimizer": "load", "idle": "step", "end": "save"}.get(segment.name[0], segment.name[0])
         if phase not in phases or segment.peak > phases[phase].peak:
-            phases[phase] = Memory(segment.peak, segment.parts)
+            phases[phase] = Memory(segment.peak, segment.parts.copy())
     return phases
 
 

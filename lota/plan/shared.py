@@ -8,8 +8,8 @@ once as it is computed and once as it is sent. Bytes are those of ring collectiv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from lota.config import Config
 from lota.models.loading import dtype_of, tied_names
 from lota.models.scope import layer_numbers
 from lota.plan.sizes import Sizes
+from lota.plan.tracker import Segment
 
 GATHERED_BLOCKS = 2  # whole at once: the one at work, and the next one, which is on its way
 FP32 = 4  # bytes
@@ -31,6 +32,7 @@ class Units:
     embedding: int  # of one that is gathered for itself
     root: int  # of all else, which stays gathered for the backward pass
     trained_block: int  # of one block's parameters that train, frozen entries of theirs included
+    trained_root: int  # of such parameters outside of blocks
     trained: int  # of all of these
 
     @classmethod
@@ -48,13 +50,17 @@ class Units:
         of_blocks = [each[prefix] for prefix in prefixes]
         return cls(
             max(of_blocks), sum(of_blocks), each["embedding"], each["root"],
-            max(trained[prefix] for prefix in prefixes), sum(trained.values()),
+            max(trained[prefix] for prefix in prefixes), trained["root"], sum(trained.values()),
         )  # fmt: skip
 
-    @property
-    def gathered(self) -> int:
-        """Most that is whole at once."""
-        return self.root + max(self.embedding, min(self.blocks, GATHERED_BLOCKS * self.block))
+    def gathered(self, name: tuple[Any, ...]) -> int:
+        """Most that is whole at once in a segment of a step (lota/plan/trace.py)."""
+        if name[0] not in ("forward", "backward", "evaluate"):
+            return 0
+        if "block" in name:
+            return self.root + min(self.blocks, GATHERED_BLOCKS * self.block)
+        at_the_end = "head" in name or name[0] == "backward"
+        return self.root if at_the_end else self.root + self.embedding
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,18 @@ class Sharing:
         return self.processes // self.replicas
 
 
-def sharded(parts: Mapping[str, int], phase: str, units: Units, sharing: Sharing) -> Counter[str]:
-    """Parts of the memory of one process, from those of one that holds all."""
-    made, n = Counter(parts), sharing.holders
-    made.update({kind: -(-made[kind] // n) - made[kind] for kind in ("weights", "state", "reference")})
-    if phase in ("forward", "backward", "evaluate"):
-        made["gathered"] = units.gathered * sharing.gathered
-    if phase == "backward":
-        whole = units.trained_block * (sharing.gathered + sharing.scattered)
-        made["gradients"] = max(made["gradients"], whole)
-    return made
+def sharded(segment: Segment, units: Units, sharing: Sharing) -> Segment:
+    """A segment of one process, from that of a process that holds all."""
+    parts, n = segment.parts.copy(), sharing.holders
+    parts.update({kind: -(-parts[kind] // n) - parts[kind] for kind in ("weights", "state", "reference")})
+    parts["gathered"] = units.gathered(segment.name) * sharing.gathered
+    if segment.name[0] == "backward" and "block" in segment.name:
+        # a block's gradients, whole and as they are sent; those outside of blocks wait for the end, as the
+        # trace has it where the head is tied to the embedding
+        block = units.trained_block * (sharing.gathered + sharing.scattered)
+        root = units.trained_root * sharing.gathered if units.embedding else 0
+        parts["gradients"] = max(parts["gradients"], block + root)
+    return Segment(segment.name, segment.began, segment.peaked, sum(parts.values()), parts)
 
 
 def sent_replicated(trained: int, tensors: int, count: int) -> dict[str, int]:
