@@ -86,7 +86,7 @@ def check_engine(args: argparse.Namespace) -> None:
 
 def _check_installed(engine: str, problems: Problems) -> None:
     if engine == OPENAI and importlib.util.find_spec("openai") is None:
-        problems.found.append("--engine openai: openai is not installed; pip install 'lota[openai]'")
+        problems.found.append("--engine openai: openai is not installed: pip install openai")
     if engine == VLLM and importlib.util.find_spec("vllm") is None:
         problems.found.append(
             "--engine vllm: vllm is not installed here (it needs an environment of its own). Start "
