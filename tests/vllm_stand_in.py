@@ -46,12 +46,12 @@ def load_checkpoint_weight_patches(model, patches, *, max_chunk_bytes):
     for patch in patches:
         whole = torch.full((math.prod(patch.shape),), math.nan, dtype=patch.dtype)
         whole[patch.indices.long()] = patch.values.to(patch.dtype)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        held = model.get_parameter(model.rows[patch.name][0].replace(".", "/")).data
+        before = held.clone()
         try:
             model.load_weights([(patch.name, whole.view(patch.shape))])
         finally:
-            for name, p in model.named_parameters():
-                p.data.copy_(torch.where(p.isnan(), before[name], p))
+            held.copy_(torch.where(held.isnan(), before, held))
 
 
 def install(monkeypatch) -> None:
