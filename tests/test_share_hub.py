@@ -483,8 +483,10 @@ def test_the_card_of_a_delta_under_a_mask_tells_its_sparsity(hub, made, tmp_path
     assert "Training" not in said  # of no run
 
 
-def test_what_the_owner_wrote_stays_when_a_file_is_pushed_again(hub, writer, made):
-    push(made)
+def test_what_the_owner_wrote_stays_when_a_file_is_pushed_again(hub, writer, made, tmp_path):
+    scores(tmp_path / "out")
+    push(made, "--scores", str(tmp_path / "out"))
+    assert len(card_of(hub).data.eval_results) == 1
     repo = hub.repos["org/sql"]
     card = card_of(hub)
     card.data["license"], card.data["language"] = "mit", ["en"]
@@ -498,6 +500,7 @@ def test_what_the_owner_wrote_stays_when_a_file_is_pushed_again(hub, writer, mad
     assert "mine" in again.data.tags and again.data.tags.count("lota") == 1
     assert again.text.count("My own words.") == again.text.count("And more.") == 1
     assert again.text.count("## Use") == before == 1
+    assert again.data.eval_results is None and "## Scores" not in again.text  # those of what was there before
 
 
 def test_a_card_of_the_owners_gets_ours_behind_it(hub, writer, made):
