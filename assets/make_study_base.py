@@ -20,7 +20,6 @@ import transformers
 
 from assets.pretrain import (
     Checkpoints,
-    Document,
     Shape,
     make_model,
     make_optimizers,
@@ -30,6 +29,7 @@ from assets.pretrain import (
     trapezoid,
 )
 from assets.study_texts import SOURCES, VALIDATION, WORLD, WORLD_WEIGHT, Texts
+from assets.tiny_world import Document
 from lota.evaluate.text_loss import nats_per_byte
 from lota.models.hashing import content_hash
 from lota.models.weights import open_weights

@@ -1,6 +1,6 @@
 """Pre-training of the models in assets/: tokenizer, model, rows of packed documents, optimizers and the loop.
 
-A document is (question, answer): a question is given, not learned; plain text has an empty one.
+Of a document (question, answer) the question is given, not learned; plain text has an empty one.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import trange
 
+from assets.tiny_world import Document
 from lota.storage import atomic_path
 
 BOS, EOS = "<s>", "</s>"
-Document = tuple[str, str]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 
 from assets import tiny_world
-from assets.pretrain import Document, shuffled_forever
+from assets.pretrain import shuffled_forever
+from assets.tiny_world import Document
 from lota.data.examples import hash_number, in_validation
 from lota.data.task import Row, Task
 from tasks import get_task

@@ -46,6 +46,7 @@ from lota.system import package_versions
 from tasks import get_task
 
 WIKI_TOKENS = 768  # of each article, the token for the beginning included
+EVERY = 250  # steps of an entry of the results
 CONTEXT, NEW_TOKENS = 800, 300  # tokens of question and answer, and of the answer
 
 
@@ -112,18 +113,25 @@ def test_accuracy(
 
 
 def progress(log: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What is known of the run after each line of its log; the time and tokens of training alone."""
+    """What is known of the run after every EVERY steps; time and tokens of training alone."""
     seconds = tokens = 0.0
-    for before, now in itertools.pairwise([{"examples": 0}, *log]):
-        new = now["examples"] - before["examples"]
-        taken = new / now["examples_per_second"]
-        seconds, tokens = seconds + taken, tokens + taken * now["tokens_per_second"]
+    before = {"examples": 0}
+    for _, group in itertools.groupby(log, key=lambda line: (line["step"] - 1) // EVERY):
+        time_ = tokens_ = nats = 0.0
+        start = before["examples"]
+        for line in group:
+            new = line["examples"] - before["examples"]
+            taken = new / line["examples_per_second"]
+            time_, tokens_ = time_ + taken, tokens_ + taken * line["tokens_per_second"]
+            nats += new * line["nats_per_token/train"]
+            before = line
+        seconds, tokens = seconds + time_, tokens + tokens_
         yield {
-            "step": now["step"],
-            "train loss": now["nats_per_token/train"],
-            "train samples": now["examples"],
-            "train time": taken,
-            "tokens / sec": now["tokens_per_second"],
+            "step": before["step"],
+            "train loss": nats / (before["examples"] - start),
+            "train samples": before["examples"],
+            "train time": time_,
+            "tokens / sec": tokens_ / time_,
             "elapsed train time": seconds,
             "train total tokens": round(tokens),
         }

@@ -114,6 +114,32 @@ def wiki_loss(model, tokenizer, texts: list[str]) -> float:
     return torch.cat(losses).mean().item()
 
 
+def test_progress_of_a_run():
+    """An entry per 250 steps: losses weigh by their examples, rates are of the time that training took."""
+    lines = [
+        (100, 400, 2.0, 4.0),
+        (250, 1000, 1.0, 8.0),
+        (300, 1200, 0.5, 10.0),
+    ]  # step, examples, loss, rate
+    log = [  # of (step, examples, loss, examples per second)
+        {
+            "step": step,
+            "examples": examples,
+            "nats_per_token/train": loss,
+            "examples_per_second": rate,
+            "tokens_per_second": 10 * rate,
+        }
+        for step, examples, loss, rate in lines
+    ]
+    first, second = script.progress(log)
+    assert (first["step"], first["train samples"], second["step"]) == (250, 1000, 300)
+    assert first["train loss"] == pytest.approx((400 * 2.0 + 600 * 1.0) / 1000)
+    assert first["train time"] == pytest.approx(400 / 4 + 600 / 8)
+    assert first["tokens / sec"] == pytest.approx(10_000 / 175)
+    assert second["elapsed train time"] == pytest.approx(175 + 20)
+    assert second["train total tokens"] == 12_000
+
+
 @pytest.mark.slow
 def test_a_run_is_measured(data, tmp_path, monkeypatch):
     monkeypatch.setenv("PROJECT_CACHE", str(tmp_path))

@@ -39,7 +39,7 @@ METHODS = {
 _SHARED = (
     "exp_name", "local_dirs", "model", "adapter", "datasets", "tasks", "order", "method", "task_overrides",
     "protect_masks", "granularity", "block", "flip_mask", "overwrite", "resume", "debug", "n_eval_examples",
-    "chat_template",
+    "chat_template", "validation_fraction",
 )  # fmt: skip
 _SET_BY_STAGES = {
     "datasets": "tasks=[...] names the tasks",
