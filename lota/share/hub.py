@@ -23,6 +23,7 @@ from lota.models.hub import (
     hub_errors,
     hub_file,
     hub_is_used,
+    local_copy,
 )
 from lota.models.provenance import run_file
 from lota.share.card import delta_card, find_base, find_scores, mask_card, merged_card, read_run
@@ -78,21 +79,21 @@ def add_pull_flags(add: Add) -> None:
 
 def push_delta(args: argparse.Namespace) -> str:
     """Send a delta, and the mask that it was trained under if there is one; returns what to print."""
-    path = Path(args.delta).expanduser()
-    delta, place = Delta.open(path), _place(args, DELTA_FILE)
+    delta, place = Delta.open(args.delta), _place(args, DELTA_FILE)
+    path = delta.path
     base = find_base(delta.meta["base"], delta.meta["base_hash"], args.base)
     card = delta_card(delta, place, base, _run(args, path), find_scores(path, args.scores))
     files = {place.file: path}
     if args.mask is not None:
-        mask = Mask.load(args.mask, mapped=True)
+        files[MASK_FILE] = local_copy(args.mask, MASK_FILE)
+        mask = Mask.load(files[MASK_FILE], mapped=True)
         mask.check({name: parameter.shape for name, parameter in delta.parameters.items()})
-        files[MASK_FILE] = Path(args.mask).expanduser()
     return push(Upload(place, files, card), args)
 
 
 def push_mask(args: argparse.Namespace) -> str:
     """Send a mask file; returns what to print."""
-    path = Path(args.file).expanduser()
+    path = local_copy(args.file, MASK_FILE)
     mask, place = Mask.load(path, mapped=True), _place(args, MASK_FILE)
     recorded = {key: value for key, value in mask.meta.items() if isinstance(value, str)}
     base = find_base(recorded.get("base"), recorded.get("base_hash"), args.base)
