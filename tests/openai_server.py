@@ -143,18 +143,20 @@ class _Handler(BaseHTTPRequestHandler):
             delay, state.delay = state.delay, 0.0
             state.at_once += 1
             state.most_at_once = max(state.most_at_once, state.at_once)
-        try:
-            if dead:
-                self.close_connection = True
-            elif fault:
-                self.answer(fault[0], {"error": {"message": "a fault"}}, fault[1])
-            elif not state.takes_ids and isinstance(body["prompt"], list):
-                self.answer(400, {"error": {"message": "prompt: a text is wanted"}})
-            elif not state.knows_vllm and VLLM_FIELDS & body.keys():
-                self.answer(400, {"error": {"message": "unrecognized arguments"}})
-            else:
-                time.sleep(delay)
-                self.answer(200, state.completion(body))
-        finally:
-            with state.lock:
-                state.at_once -= 1
+        if not dead and not fault:
+            time.sleep(delay)
+        answer = fault and (fault[0], {"error": {"message": "a fault"}}, fault[1])
+        answer = answer or (None if dead else self.answer_to(body))
+        with state.lock:  # before the client can ask for more
+            state.at_once -= 1
+        if answer:
+            self.answer(*answer)
+        else:
+            self.close_connection = True
+
+    def answer_to(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if not self.state.takes_ids and isinstance(body["prompt"], list):
+            return 400, {"error": {"message": "prompt: a text is wanted"}}
+        if not self.state.knows_vllm and VLLM_FIELDS & body.keys():
+            return 400, {"error": {"message": "unrecognized arguments"}}
+        return 200, self.state.completion(body)
