@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
 
@@ -190,10 +191,10 @@ def measure(overrides: list[str], profiled: bool) -> dict[str, int]:
     from trainers import TRAINERS
 
     config = composed(overrides)
-    kept: list[int] = []
+    kept, before = [], _live_bytes()
     phases = Phases()
     kind: Any = TRAINERS[config.trainer.name]
-    trainer = measured_trainer(kind, phases, lambda run: kept.append(_live_bytes()))(config)
+    trainer = measured_trainer(kind, phases, lambda run: kept.append(_live_bytes() - before))(config)
     imports = resident("VmRSS")
     phases.start("load")
     if not profiled:
@@ -213,9 +214,12 @@ def _live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
+        kind = type(thing)  # isinstance would ask things that warn
+        if not issubclass(kind, torch.Tensor) or issubclass(kind, FakeTensor):
+            continue
         if isinstance(thing, DTensor):
             thing = thing.to_local()
-        if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and not thing.is_meta:
+        if thing.layout == torch.strided and not thing.is_meta:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
