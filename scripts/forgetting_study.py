@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 AROUND = range(-3, 3)  # places of the grid of rates around the best one: a tenth to five times
 BUDGETS = (0.01, 0.03, 0.1, 0.3)  # allowed increase of the loss on the base's own text, as a share
+SPARSITIES = (0.5, 0.9, 0.99)
 ADAMW = {"optimizer": "AdamW"}
 METHODS = [
     DENSE,
-    *(Method("LoTA", sparsity, "task_vector", start=1e-2) for sparsity in (0.5, 0.9, 0.99)),
+    *(Method("LoTA", sparsity, "task_vector", start=1e-2) for sparsity in SPARSITIES),
     *(Method("random mask", sparsity, "random", start=1e-2) for sparsity in (0.9, 0.99)),
     *(Method("gradient mask", sparsity, "gradient", start=1e-2) for sparsity in (0.9, 0.99)),
-    *(Method("LoRA, AdamW", s, settings=ADAMW, lora=True, start=5e-3) for s in (0.5, 0.9, 0.99)),
+    *(Method("LoRA, AdamW", s, settings=ADAMW, lora=True, start=5e-3) for s in SPARSITIES),
 ]
 
 
@@ -147,6 +148,7 @@ def _panel(axes: Axes, found: Mapping[str, Sequence[Point]], base: Record, key: 
         axes.plot(base["own"], base[key], color="black", marker="*", linestyle="", label="base")
     axes.set_ylabel("test loss, nats per token" if key == "nats" else "score")
     axes.grid(alpha=0.3)
+    axes.set_visible(axes.has_data())  # a task without a score has an empty place
 
 
 def report(out: Path) -> str:
@@ -167,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="table and figure of what is there, no run")
     args = parser.parse_args(arguments)
     if not args.report:
-        run_study(args, run)
+        run_study(args, run, SPARSITIES)
     print(report(args.out))
 
 

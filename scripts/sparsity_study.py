@@ -85,15 +85,16 @@ def table(records: Sequence[Record]) -> str:
 
 
 def draw(found: dict[str, list[Record]], path: Path) -> None:
-    """A column per workload: score and loss against the share of entries that train."""
+    """A column per workload: score and loss against the number of entries that train."""
     with figure_at(path, 4.2 * len(found), 6.4, "") as figure:
         panels = figure.subplots(2, len(found), squeeze=False)
         for column, (name, records) in enumerate(found.items()):
             groups = grouped(records)
-            smallest = min((1 - sparsity for _, sparsity in groups if sparsity), default=0.1)
+            entries = [runs[0]["trained"] for (_, sparsity), runs in groups.items() if sparsity] or [1]
             for axes, key in zip(panels[:, column], ("score", "nats"), strict=True):
                 _panel(axes, groups, key)
-                axes.set(xlim=(smallest / 1.5, 1), xlabel="share of entries that train, 1 - s", title=name)
+                axes.set(xlabel="entries that train", title=name)
+                axes.set_xlim(min(entries) / 1.5, max(entries) * 1.5)
                 axes.set_xscale("log")
         handles, labels = panels[1][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -104,19 +105,21 @@ def _panel(axes: Axes, groups: Mapping[tuple[str, float | None], list[Record]], 
     for number, name in enumerate(names):
         looks: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "label": name}
         looks["linestyle"] = "-" if number < len(PALETTE) else "--"
-        points = []
+        points, dense = [], False
         for (method, sparsity), runs in groups.items():
             values = [run[key] for run in runs if run.get(key) is not None]
             if method == name and len(values) == len(runs):
-                points.append((sparsity, *mean_and_stderr(values)))
-        sparse = [(1 - s, mean, error or 0) for s, mean, error in points if s is not None]
-        if sparse:
-            shares, means, errors = zip(*sparse, strict=True)
-            axes.errorbar(shares, means, errors, capsize=2, **looks)
-        elif points:
+                mean, error = mean_and_stderr(values)
+                points.append((runs[0]["trained"], mean, error or 0))
+                dense = sparsity is None
+        if points and dense:
             axes.axhline(points[0][1], **looks)
+        elif points:
+            entries, means, errors = zip(*points, strict=True)
+            axes.errorbar(entries, means, errors, capsize=2, **looks)
     axes.set_ylabel("score" if key == "score" else "test loss, nats per token")
     axes.grid(alpha=0.3)
+    axes.set_visible(axes.has_data())  # a task without a score has an empty place
 
 
 def report(out: Path) -> str:

@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -319,6 +320,10 @@ def run_study(
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     chosen = {"smoke": SMOKE} if args.smoke else {name: workloads[name] for name in args.workloads}
+    for workload in chosen.values():
+        base = BASES[workload.base]
+        if not base.folder.is_dir():
+            sys.exit(f"{base.folder} is not there: {base.remedy}")
     for name, workload in chosen.items():
         with holding(out / f"{name}.jsonl"):
             rates = (1e-3, 1e-2) if args.smoke else RATES

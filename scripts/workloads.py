@@ -30,6 +30,7 @@ class Base:
 
     folder: Path
     own_text: Callable[[], Sequence[Text]]
+    remedy: str = "it belongs to the shared data"  # if the folder is not there
 
 
 def _world_text() -> list[Text]:
@@ -50,7 +51,11 @@ def _stories() -> list[Text]:
 
 BASES = {
     "tiny-llama": Base(ROOT / "assets" / "tiny-llama", _world_text),
-    "study-llama": Base(ROOT / "assets" / "study-llama", _held_out_text),
+    "study-llama": Base(
+        ROOT / "assets" / "study-llama",
+        _held_out_text,
+        "python -m assets.make_study_base --data_dir ../shared/data makes it",
+    ),
     "stories260K": Base(SHARED / "models" / "stories260K", _stories),
 }
 

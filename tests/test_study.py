@@ -138,6 +138,13 @@ def test_half_a_line_is_cut(tmp_path):
     assert len(Cells(cells.path).found) == 2
 
 
+def test_a_base_that_is_not_there_is_said_with_the_remedy(tmp_path, monkeypatch):
+    missing = replace(BASES["tiny-llama"], folder=tmp_path / "x", remedy="make it")
+    monkeypatch.setitem(BASES, "tiny-llama", missing)
+    with pytest.raises(SystemExit, match=f"{tmp_path}/x is not there: make it"):
+        sparsity_study.main(["--smoke", "--out", str(tmp_path / "out")])
+
+
 def test_results_of_other_sizes_are_not_mixed(tmp_path):
     cells = Cells(tmp_path / "a.jsonl")
     for sizes in ("old", "new"):
