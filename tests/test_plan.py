@@ -260,6 +260,11 @@ def test_replicas_send_the_kept_gradients_and_nothing_else():
     assert four.phases["forward"].parts["activations"] < 0.4 * one.phases["forward"].parts["activations"]
 
 
+def test_dense_training_of_replicas_is_refused_as_the_run_refuses_it():
+    with pytest.raises(ValueError, match="2 processes would send whole gradients"):
+        planned(processes=2)
+
+
 def units_of(model: nn.Module) -> shared.Units:
     return shared.Units.of(model, composed(), None)
 

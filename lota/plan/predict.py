@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from lota.config import Config
+from lota.config_checks import dense_problem
 from lota.models.damaged import one_line
 from lota.models.loading import dtype_of
 from lota.models.scope import layer_numbers
@@ -68,9 +69,13 @@ class Prediction:
 def predict(config: Config, skeleton: PreTrainedModel, setup: Setup) -> Prediction:
     """Trace the run and multiply its blocks; add what is arithmetic. skeleton: on the meta device.
 
-    Raises ValueError for a mask of another model, and for a model that cannot be traced.
+    Raises ValueError for a mask of another model, for dense training of replicas, and for a model that cannot
+    be traced.
     """
     sizes = entry_sizes.of_run(skeleton, config, setup.sparsity)
+    dense = sizes is None and config.adapter.name == "none"
+    if dense and setup.processes > 1 and config.trainer.name == "BasicTrainer":
+        raise ValueError(dense_problem(f"mask_path={config.mask_path}", setup.processes))
     traced, how = _traced(config, skeleton, sizes, setup)
     segments, sent = traced.segments, {}
     if setup.processes > 1 and config.trainer.name == "FSDPTrainer":
