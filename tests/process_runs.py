@@ -1,13 +1,15 @@
 """Training runs in each of several processes: `process_runs.py runs.json`, a list of lists of overrides.
 
-What each process found goes to found-RANK.json, one entry per run: hashes of the replica, bytes that left the
-process, the end of the run. An override `!name` arranges something first (see ARRANGED).
+What each process found goes to found-RANK.json, one entry per run: hashes of the replica or the parts, bytes
+that left the process and by which it grew, the end of the run. An override `!name` arranges something first
+(see ARRANGED).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from runs import stopped_after, train
 from benchmarks.processes import tcp_bytes
 from lota.distributed.processes import join, leave, processes
 from lota.masks import Mask
+from lota.system import peak_memory_bytes
 from lota.train.loaded_run import LoadedRun
 from lota.train.trainer import Trainer
 
@@ -120,16 +123,21 @@ def counted(sent: list[int]) -> Iterator[None]:
         yield
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def run(overrides: list[str]) -> dict:
     arranged = next((name for name in overrides if name in ARRANGED), "")
     sent: list[int] = []
-    trainer = None
+    trainer, before = None, resident_bytes()
     try:
         with counted(sent), ARRANGED[arranged]():
             trainer, _ = train(*(each for each in overrides if each != arranged))
     except ValueError as error:
         return {"error": str(error)}
-    return {"stopped": True} if trainer is None else found(trainer, sent[-1] - sent[0])
+    grown = peak_memory_bytes(torch.device("cpu")) - before
+    return {"stopped": True} if trainer is None else found(trainer, sent[-1] - sent[0]) | {"grown": grown}
 
 
 def main() -> None:
