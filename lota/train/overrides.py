@@ -46,7 +46,8 @@ def start(main: Callable[[], None], schema: type[Config], config: Path) -> None:
     # config/hydra/launcher/submitit_*.yaml are checked by schemas of the same names, which the plugin stores
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/submitit_\w+' is validated against", UserWarning)
     if os.environ.get(FULL_ERROR):
-        return main()
+        with left_at_the_end():
+            return main()
     os.environ[FULL_ERROR] = "1"
     try:
         with left_at_the_end():
