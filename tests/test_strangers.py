@@ -243,6 +243,16 @@ def test_what_torch_saves_is_read_as_torch_loads_it(tmp_path, content):
     assert plain(found) == plain(expected)
 
 
+@pytest.mark.parametrize(
+    "value", [torch.float32, torch.device("cpu"), {1, 2}, b"x", bytearray(2), torch.zeros(2).to_sparse(), 1j]
+)
+def test_what_is_neither_tensor_nor_plain_is_refused(tmp_path, value):
+    for metrics in ({"m": value}, {"m": [value]}):
+        torch.save({"step_idx": 1, "state": {"w": torch.zeros(2)}, "metrics": metrics}, tmp_path / "p.pt")
+        with pytest.raises(ValueError, match=r"p\.pt was not read: it holds Python objects"):
+            read_policy(tmp_path / "p.pt")
+
+
 @fuzzed
 @given(JSON | st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=4), JSON, max_size=3)}))
 def test_indices_of_shards(tmp_path, content):

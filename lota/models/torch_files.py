@@ -225,6 +225,8 @@ class _Structure:
 
     def deepen(self, whole: Any, parts: Any) -> None:
         """Note that a dict, list or tuple has these in it."""
+        if not isinstance(whole, tuple) and any(isinstance(part, _Global | _Storage) for part in parts):
+            raise HoldsObjects("Unsupported class: a class or storage by itself")
         depth = max((1 + self.depth.get(id(part), 0) for part in parts), default=0)
         if depth > _DEPTH:
             raise ValueError(f"its structure is more than {_DEPTH} deep")
