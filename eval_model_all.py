@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         max_new_tokens=args.max_new_tokens,
         split=args.split,
         validation_fraction=validation_fraction(args) if args.split else 0.0,
-        compare=cli.results_folder(args.compare) if args.compare else None,
+        compare=of_split(cli.results_folder(args.compare), args) if args.compare else None,
     )
     out_dir = results_folder(args)
     problems = Problems()
@@ -135,8 +135,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def results_folder(args: argparse.Namespace) -> Path:
+    """Where results go."""
+    return of_split(cli.choose_results_folder(args), args)
+
+
+def of_split(folder: Path, args: argparse.Namespace) -> Path:
     """Results on validation rows stand apart from those on the held-out split."""
-    folder = cli.choose_results_folder(args)
     return folder / args.split if args.split else folder
 
 

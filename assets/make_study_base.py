@@ -84,6 +84,7 @@ def make(args: argparse.Namespace) -> None:
         "vocabulary": len(tokenizer),
         "training_tokens": rows[0].numel(),
         "share_of_bytes": weights,
+        "licences": {name: source.licence for name, source in SOURCES.items()},
         "validation_share_left_out": VALIDATION,
         "texts_sha256": texts.digest(),
         "weights_hash": content_hash(open_weights(args.out)),

@@ -33,18 +33,24 @@ class Source:
 
     tasks: tuple[str, ...]
     weight: float  # share of the text, in bytes
+    licence: str
     seen: float = 1.0  # share of the rows, by hash
     held_out: float = 0.08  # share of the seen rows that is not learnt, by hash
     split: str = "train"
 
 
 SOURCES = {
-    "wikitext": Source(("wikitext",), 0.36, held_out=0.12, split="validation"),
-    "gsm8k": Source(("gsm8k",), 0.15, seen=0.25),
-    "sql": Source(("sql",), 0.08, seen=0.25),
-    "commonsense": Source(("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"), 0.17, seen=0.25),
-    "chats": Source(("sharegpt",), 0.04),
-    "answers": Source(("se",), 0.01),
+    "wikitext": Source(("wikitext",), 0.36, "CC BY-SA 3.0", held_out=0.12, split="validation"),
+    "gsm8k": Source(("gsm8k",), 0.15, "MIT", seen=0.25),
+    "sql": Source(("sql",), 0.08, "CC BY 4.0", seen=0.25),
+    "commonsense": Source(
+        ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"),
+        0.17,
+        "ARC: CC BY-SA 4.0; others: ODC-By, or the set's own",
+        seen=0.25,
+    ),
+    "chats": Source(("sharegpt",), 0.04, "Apache-2.0"),
+    "answers": Source(("se",), 0.01, "CC BY-SA"),
 }
 WORLD = "world"
 _REQUEST = re.compile(r"\APlease (?:[^:]{10,90}: ?|answer the following question with true or false, )")

@@ -41,7 +41,7 @@ def texts(tmp_path, monkeypatch) -> Texts:
     write_rows(tmp_path, "gsm8k", "train", rows)
     write_rows(tmp_path, "gsm8k", "test", [{"question": text, "answer": "#### 1"} for text in tested])
     monkeypatch.setattr(study_texts, "TESTED", ("gsm8k",))
-    monkeypatch.setattr(study_texts, "SOURCES", {"gsm8k": Source(("gsm8k",), 0.8, seen=0.5)})
+    monkeypatch.setattr(study_texts, "SOURCES", {"gsm8k": Source(("gsm8k",), 0.8, "MIT", seen=0.5)})
     return Texts(tmp_path)
 
 

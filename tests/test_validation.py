@@ -115,6 +115,20 @@ def test_a_model_is_scored_on_what_its_run_left_out(trained, data, tmp_path):
     fewer = evaluated(trained, data, tmp_path, "--split", "validation", "--validation_fraction", "0.1")
     assert fewer == [GSM8K.prompt(row) for row in ROWS if by_hand(row, 0.1)]
     assert not (tmp_path / "metrics").exists()  # where results on the test split stand
+    again = tmp_path / "again"
+    evaluated(
+        trained,
+        data,
+        again,
+        "--split",
+        "validation",
+        "--validation_fraction",
+        "0.1",
+        "--compare",
+        str(tmp_path),
+    )
+    summary = json.loads((again / "validation" / "metrics" / "summary.json").read_text())
+    assert summary["tasks"][0]["difference"]["exact_match"]["score"] == 0.0  # with its results on such rows
 
 
 def test_rows_that_a_run_saw_are_refused(trained, data, tmp_path, capsys):
