@@ -253,7 +253,7 @@ def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) ->
 def _refuse_dense_replicas(config: Config, count: int) -> None:
     """Raise ValueError if a run without a mask would send whole gradients."""
     if config.adapter.name == "none" and config.trainer.name == "BasicTrainer":
-        raise ValueError(dense_problem(f"mask_path={config.mask_path}", count))
+        raise ValueError(dense_problem(f"mask_path={config.mask_path or 'null'}", count))
 
 
 def _checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> Mask | None:
