@@ -495,3 +495,23 @@ def test_unknown_tasks_and_unreadable_masks_are_told_with_the_settings(tmp_path)
         resolve(cfg, ROOT, Config, find_task=get_task)
     for words in ("lr=-1", "gsm8kk", "no_mask.pt does not exist", f"{tmp_path} is a folder"):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["adapter=lora"],
+            "adapter=lora with trainer=FSDPTrainer on 3 processes: .* use trainer=BasicTrainer",
+        ),
+        (["compile=true"], "compile=true with .* use compile=false"),
+        (["optimizer_state=factored"], "optimizer_state=factored with .* choose optimizer_state=bfloat16"),
+        (["model.replicas=2"], "model.replicas=2 does not divide the 3 processes"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(overrides, message, monkeypatch):
+    assert composed("trainer=FSDPTrainer", *overrides)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert composed("trainer=FSDPTrainer")
+    with pytest.raises(ValueError, match=message):
+        composed("trainer=FSDPTrainer", *overrides)
