@@ -12,6 +12,7 @@ from lota.evaluate.estimates import mean_and_stderr
 from lota.storage import cut, whole_lines
 
 logger = logging.getLogger("study")
+UNTOLD = ("base", "sizes", "mask", "folder", "cpu_seconds")  # of a result that is shown while a study runs
 Record = dict[str, Any]  # plain values, as in the files of results
 
 
@@ -40,8 +41,8 @@ class Cells:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.found[self._name(cell)] = record
-        shown = {key: value for key, value in {**cell, **result}.items() if key not in ("base", "sizes")}
-        logger.info("%s", ", ".join(f"{key} {value}" for key, value in shown.items()))
+        told = {key: value for key, value in {**cell, **result}.items() if key not in UNTOLD}
+        logger.info("%s", ", ".join(f"{key} {value}" for key, value in told.items()))
         return record
 
 

@@ -68,6 +68,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, `Config`'s keys
     lora: bool = False
     passes: int = 1  # length over that of the workload's run
+    budget: int | None = None  # steps that the mask's saliency comes from; None: as many as a run has
     start: float = 1e-3  # rate that the search begins with
     granularity: str = "element"
     block: int = 64
@@ -235,13 +236,16 @@ class Study:
 
     # Masks
 
-    def calibration(self, seed: int) -> Path:
-        """A dense run at its best rate: the folder of its checkpoint."""
-        cell = {"part": "calibration", "seed": seed, "sizes": self.sizes}
+    def calibration(self, seed: int, steps: int | None = None) -> Path:
+        """A dense run at the best rate of a whole one: the folder of its checkpoint."""
+        steps = steps or self.workload.steps
+        cell = {"part": "calibration", "steps": steps, "seed": seed, "sizes": self.sizes}
         found = self.cells.get(**cell)
         if found is None or not Path(found["folder"]).is_dir():
             config = self.config(DENSE, seed, self.rate(DENSE))
-            named = replace(config, exp_name=f"dense-{seed}-{self.sizes}", debug=False, overwrite=True)
+            config = replace(config, n_examples=steps * config.batch_size, warmup_steps=steps // 10)
+            name = f"dense-{steps}-{seed}-{self.sizes}"
+            named = replace(config, exp_name=name, debug=False, overwrite=True)
             result, trainer = self._trained(named, test=False)
             assert trainer.saved is not None, "a dense run at the best rate diverged"
             found = self.cells.add({**result, "folder": str(trainer.saved[1])}, **cell)
@@ -253,13 +257,13 @@ class Study:
         name = re.sub(r"\W+", "_", method.name)
         path = self.out / "masks" / self.name / self.sizes / str(seed) / name / f"{method.sparsity}_mask.pt"
         if not path.is_file():
-            tuned = self.calibration(seed) if method.saliency == "task_vector" else None
+            tuned = self.calibration(seed, method.budget) if method.saliency == "task_vector" else None
             needs = ("base",) if tuned is None else ("base", "tuned")
             pair = open_pair(self.folder, tuned, needs=needs)
             kind = {"granularity": method.granularity, "block": method.block, **method.rule}
             rule = Rule(method.saliency, seed=seed, **kind)
             quota = Quota(pair, sorted({*self.sparsities, method.sparsity}), rule)
-            collected = self._gradients(method.saliency, seed) if method.saliency in GRADIENTS else None
+            collected = self._gradients(method, seed) if method.saliency in GRADIENTS else None
             for sparsity, mask in select(quota, collected=collected).items():
                 mask.meta |= self.about(replace(method, sparsity=sparsity), seed, mask)
                 mask.save(path.with_name(f"{sparsity}_mask.pt"))
@@ -269,17 +273,18 @@ class Study:
         """What a study wants to know of a new mask: goes into its file, and into results under "mask"."""
         return {}
 
-    def _gradients(self, kind: str, seed: int) -> Any:
+    def _gradients(self, method: Method, seed: int) -> Any:
         """Of the batches that a calibration sees, summed at the base's weights."""
         workload = self.workload
         settings = SaliencySettings(
-            datasets=workload.task, score_batches=workload.steps, batch_size=workload.batch_size,
-            data_dir=workload.data_dir, validation_fraction=VALIDATION, max_length=workload.max_length,
+            datasets=workload.task, score_batches=method.budget or workload.steps,
+            batch_size=workload.batch_size, data_dir=workload.data_dir,
+            validation_fraction=VALIDATION, max_length=workload.max_length,
             max_prompt_length=workload.max_length - 1, seed=seed,
         )  # fmt: skip
         data = load_saliency_data(settings, self.find_task, self.folder, str(self.folder))
         names = list(find_scope(meta_model(self.folder)))
-        return collect(data, names, "squares" if kind == "fisher" else "sum")
+        return collect(data, names, "squares" if method.saliency == "fisher" else "sum")
 
     def rank_for(self, sparsity: float) -> int:
         """LoRA's rank with about as many entries as a mask of that sparsity keeps, at least 1."""

@@ -18,7 +18,7 @@ from lota.evaluate.text_loss import nats_per_byte
 from lota.masks import Mask
 from lota.models.loading import load_model, load_tokenizer
 from lota.models.scope import find_scope
-from scripts import forgetting_study, sparsity_study
+from scripts import budget_study, forgetting_study, sparsity_study
 from scripts.cells import Cells, read_cells, shown
 from scripts.forgetting_study import Point, budget_table, frontier, frontier_table, points
 from scripts.study import DENSE, RATES, VALIDATION, Method, Study
@@ -266,3 +266,29 @@ def test_forgetting_study(tmp_path):
     curve = [record["cell"] for record in records if record["cell"]["part"] == "curve"]
     assert {(c["method"], c["sparsity"]) for c in curve} == {("full fine-tuning", None), ("LoTA", 0.9)}
     assert all(cell["lr"] in (1e-3, 1e-2) and cell["seed"] == 0 for cell in curve)
+
+
+@pytest.mark.slow
+def test_budget_study(tmp_path):
+    budget_study.main(["--smoke", "--seeds", "0", "1", "--out", str(tmp_path)])
+    records = read_cells(tmp_path)["smoke"]
+    study = Study(tmp_path, "smoke", SMOKE, rates=(1e-3, 1e-2))
+    names = ["LoTA, 1 steps", "LoTA", "gradient mask, 1 steps", "gradient mask"]  # a run has two steps
+    assert list(budget_study.trained(records)) == names
+    assert {run["cell"]["lr"] for runs in budget_study.trained(records).values() for run in runs} == {
+        study.rate(budget_study.WHOLE)
+    }
+    assert {r["cell"]["steps"] for r in records if r["cell"]["part"] == "calibration"} == {1, 2}
+    for method in budget_study.methods(2):
+        same, others = budget_study.overlaps(records, method.name)
+        masks = [Mask.load(study.mask(method, seed)) for seed in (0, 1)]
+        whole = [Mask.load(study.mask(budget_study.WHOLE, seed)) for seed in (0, 1)]
+        kept = [torch.cat([m.dense(name).flatten() for name in m.names]) for m in (*masks, *whole)]
+        pairs = ((0, 2), (1, 3), (0, 1))
+        by_hand = [float((kept[a] & kept[b]).sum() / (kept[a] | kept[b]).sum()) for a, b in pairs]
+        assert [*same, *others] == pytest.approx(by_hand)
+    assert budget_study.overlaps(records, "LoTA")[0] == [1.0, 1.0]
+    text = (tmp_path / "budget.md").read_text()
+    assert "| LoTA | 1.000 ± 0.000 | " in text and "drawn by lot: 0.053." in text
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+    assert [steps for steps, *_ in budget_study.points(records, "gradient mask", "nats")] == [1, 2]

@@ -1,0 +1,156 @@
+"""Masks against the calibration's length: how much calibration is enough, and do gradients alone do?
+
+    OMP_NUM_THREADS=1 python -m scripts.budget_study --workloads toy_sort "sql on study-llama"
+
+Masks of one sparsity come from calibrations of 1, 4, 16, ... steps and of a whole run, and from the gradients
+of as many batches at the base's weights. Of each: the overlap with the whole calibration's mask of the same
+seed and with the masks of the same budget of other seeds (intersection over union), and what training under
+it gives. All adapt at the rate that validation rows choose for the whole calibration's mask, so that the
+masks alone differ. Goes on where it was interrupted, and shares results with scripts/sparsity_study.py. Writes
+budget.md and budget.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lota.evaluate.estimates import mean_and_stderr
+from lota.masks import Mask
+from lota.plots import PALETTE, figure_at
+from scripts.calibration_study import iou
+from scripts.cells import COLUMNS, Record, line, read_cells, results, shown
+from scripts.study import Method, Study, run_study, study_parser
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SPARSITY = 0.9
+CHANCE = (1 - SPARSITY) / (1 + SPARSITY)  # expected overlap of two masks of that size, drawn by lot
+BUDGETS = (1, 4, 16, 64, 256)
+KINDS = {"LoTA": "task_vector", "gradient mask": "gradient"}
+WHOLE = Method("LoTA", SPARSITY, "task_vector", start=1e-2)
+
+
+def methods(steps: int) -> list[Method]:
+    """Every kind of mask from every budget that is shorter than a run, and from a whole run."""
+    found = []
+    for kind, saliency in KINDS.items():
+        for budget in [*(b for b in BUDGETS if b < steps), None]:
+            name = kind if budget is None else f"{kind}, {budget} steps"
+            found.append(Method(name, SPARSITY, saliency, budget=budget, start=1e-2))
+    return found
+
+
+def run(study: Study, args: argparse.Namespace) -> None:
+    """All masks of one workload."""
+    lr = study.rate(WHOLE)
+    for method in methods(study.workload.steps):
+        for seed in args.seeds:
+            study.measured(method, seed, lr, "budget", test=True)
+            overlap(study, method, seed, WHOLE, seed)
+        for one, other in combinations(args.seeds, 2):
+            overlap(study, method, one, method, other)
+
+
+def overlap(study: Study, method: Method, seed: int, other: Method, other_seed: int) -> None:
+    """Store the intersection over union of two masks."""
+    cell = {"part": "overlap", **method.key, "seed": seed, "with": [other.name, other_seed]}
+    cell["sizes"] = study.sizes
+    if study.cells.get(**cell) is None:
+        masks = [Mask.load(study.mask(*which)) for which in ((method, seed), (other, other_seed))]
+        study.cells.add({"iou": iou(*masks)}, **cell)
+
+
+def overlaps(records: Sequence[Record], name: str) -> tuple[list[float], list[float]]:
+    """Of a method's masks: with the whole calibration's of the same seed, and with those of other seeds."""
+    same: list[float] = []
+    others: list[float] = []
+    for record in records:
+        cell = record["cell"]
+        if cell["part"] == "overlap" and cell["method"] == name:
+            (same if cell["with"][1] == cell["seed"] else others).append(record["iou"])
+    return same, others
+
+
+def trained(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Method -> its runs."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record["cell"]["part"] == "budget":
+            found.setdefault(record["cell"]["method"], []).append(record)
+    return found
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: a line per kind of mask and budget."""
+    header = ["mask", "IoU with the whole calibration's", "IoU with other seeds'"]
+    header += [*(name for name, *_ in COLUMNS.values()), "seeds"]
+    lines = [line(header), "|---" * len(header) + "|"]
+    for name, runs in trained(records).items():
+        lines.append(line([name, *map(shown, overlaps(records, name)), *results(runs), len(runs)]))
+    return "\n".join([*lines, "", f"Two masks of this size drawn by lot: {CHANCE:.3f}."])
+
+
+def points(records: Sequence[Record], kind: str, key: str) -> list[tuple[int, float, float]]:
+    """(steps, mean, standard error) of a kind's masks. key: `iou`, or of a result."""
+    longest = max(r["cell"]["steps"] for r in records if r["cell"]["part"] == "calibration")
+    found = []
+    for name, runs in trained(records).items():
+        own, _, rest = name.partition(", ")
+        values = overlaps(records, name)[0] if key == "iou" else [run.get(key) for run in runs]
+        known = [value for value in values if value is not None]
+        if own == kind and known and len(known) == len(values):
+            mean, error = mean_and_stderr(known)
+            found.append((int(rest.split()[0]) if rest else longest, mean, error or 0.0))
+    return sorted(found)
+
+
+def draw(found: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """A column per workload: overlap and test loss against the calibration's steps."""
+    with figure_at(path, 4.2 * len(found), 6.4, "") as figure:
+        panels = figure.subplots(2, len(found), squeeze=False)
+        for column, (name, records) in enumerate(found.items()):
+            for axes, key in zip(panels[:, column], ("iou", "nats"), strict=True):
+                _panel(axes, records, key)
+                axes.set(title=name, xlabel="calibration, steps")
+                axes.set_xscale("log", base=2)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+
+
+def _panel(axes: Axes, records: Sequence[Record], key: str) -> None:
+    for color, kind in zip(PALETTE, KINDS, strict=False):
+        looks: dict[str, Any] = {"color": color, "label": kind, "marker": "o", "capsize": 2}
+        if own := points(records, kind, key):
+            steps, means, errors = zip(*own, strict=True)
+            axes.errorbar(steps, means, errors, **looks)
+    if key == "iou":
+        axes.axhline(CHANCE, color="black", linestyle=":", label="by lot")
+    axes.set_ylabel("IoU with the whole calibration" if key == "iou" else "test loss, nats per token")
+    axes.grid(alpha=0.3)
+
+
+def report(out: Path) -> str:
+    """Write and return the tables of all workloads; draw the figure."""
+    found = {name: records for name, records in read_cells(out).items() if trained(records)}
+    text = "\n\n".join(f"### {name}\n\n{table(records)}" for name, records in found.items()) + "\n"
+    (out / "budget.md").write_text(text, encoding="utf-8")
+    draw(found, out / "budget.png")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--report", action="store_true", help="table and figure of what is there, no run")
+    args = parser.parse_args(arguments)
+    if not args.report:
+        run_study(args, run, [SPARSITY])
+    print(report(args.out))
+
+
+if __name__ == "__main__":
+    main()
