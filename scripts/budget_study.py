@@ -6,7 +6,7 @@ Masks of one sparsity come from calibrations of 1, 4, 16, ... steps and of a who
 of as many batches at the base's weights. Of each: the overlap with the whole calibration's mask of the same
 seed and with the masks of the same budget of other seeds (intersection over union), and what training under
 it gives. All adapt at the rate that validation rows choose for the whole calibration's mask, so that the
-masks alone differ. Goes on where it was interrupted, and shares results with scripts/sparsity_study.py. Writes
+masks alone differ. Goes on where it was interrupted; shares results with scripts/sparsity_study.py. Writes
 budget.md and budget.png.
 """
 
