@@ -178,12 +178,13 @@ def stop_after_a_checkpoint(argv: list[str]) -> None:
     import signal
     import sys
 
+    from lota.data.batches import ScheduledBatch
     from lota.train.trainer import Trainer
 
     log_step = Trainer.log_step
 
-    def stopping(trainer: Trainer, batch: object) -> None:
-        log_step(trainer, batch)  # type: ignore[arg-type]
+    def stopping(trainer: Trainer, batch: ScheduledBatch, due: bool) -> None:
+        log_step(trainer, batch, due)
         if trainer.saved is not None:
             os.kill(os.getpid(), signal.SIGKILL)
 
