@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -236,10 +236,14 @@ def leave(failed: bool = False) -> None:
     finally:
         watch.stop()
         dist.destroy_process_group()
-        if failed and joined.first and joined.store is not None:  # the others ask it whether to tell
-            others = [_ENDED.format(rank) for rank in range(1, joined.count)]
-            with contextlib.suppress(RuntimeError, *LOST):
-                joined.store.wait(others, LAST)
+        if failed and joined.first and joined.store is not None:
+            _let_others_end(joined.store, range(1, joined.count))
+
+
+def _let_others_end(store: Store, others: Iterable[int]) -> None:
+    """Called by the first process when it fails: the others ask its store whether they are to tell."""
+    with contextlib.suppress(RuntimeError, *LOST):
+        store.wait([_ENDED.format(rank) for rank in others], LAST)
 
 
 def _join(port: int | None, start: timedelta) -> Processes:
@@ -260,8 +264,14 @@ def _join(port: int | None, start: timedelta) -> Processes:
         )
     where = f"{os.environ['MASTER_ADDR']}:{address}"
     try:
-        url = "env://" if os.environ.get("MASTER_PORT") else f"tcp://{where}"
-        store, _, _ = next(rendezvous(url, rank, count, timeout=start))
+        store: Store
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun holds it
+            store, _, _ = next(rendezvous("env://", rank, count, timeout=start))
+        else:  # not waiting for all, so that those which are absent can be named
+            host, number = os.environ["MASTER_ADDR"], int(address)
+            store = dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
+                host, number, count, rank == 0, start, wait_for_workers=False
+            )
     except (RuntimeError, ValueError, *LOST) as error:
         raise ValueError(
             f"the processes cannot meet at {where}: {_first_line(error)}. Is the port in use, or a machine "
@@ -272,7 +282,10 @@ def _join(port: int | None, start: timedelta) -> Processes:
         store.wait([f"lota/here/{other}" for other in range(count)], start)
     except (RuntimeError, *LOST) as error:
         absent = [other for other in range(count) if not store.check([f"lota/here/{other}"])]
-        if not Processes(rank, count, local, store).tells():
+        tells = Processes(rank, count, local, store).tells()
+        if rank == 0:
+            _let_others_end(store, [other for other in range(1, count) if other not in absent])
+        if not tells:
             gone = ProcessLost(f"processes {absent} did not start")
             gone.told = True
             raise gone from error
