@@ -360,3 +360,8 @@ def test_a_policy_of_integers_is_refused(llama):
     save_policy(epoch / "policy.pt", {name: value.int() for name, value in tuned.state_dict().items()})
     with pytest.raises(SystemExit, match=r"policy\.pt is quantized \(.* is torch\.int32\)"):
         run_script(base, epoch, epoch)
+
+
+def test_a_hugging_face_folder_needs_no_conversion(stories, tmp_path):
+    with pytest.raises(ValueError, match="is a Hugging Face folder already, with nothing to convert"):
+        convert_policy(stories, stories, tmp_path / "converted")

@@ -53,6 +53,10 @@ def find_policy(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path).expanduser()
     file = path / "policy.pt" if path.is_dir() else path
+    if not file.is_file() and (path / "config.json").is_file():
+        raise ValueError(
+            f"no policy file at {file}: {path} is a Hugging Face folder already, with nothing to convert"
+        )
     if not file.is_file():
         raise ValueError(f"no policy file at {file}: give a policy.pt or a folder with one (RUN/epoch-1)")
     if file.suffix == ".safetensors":
