@@ -288,21 +288,28 @@ def test_shards_hold_their_share_and_what_is_gathered():
     }
 
 
+@pytest.mark.parametrize("setting", ["grad_norm_strategy=even", "grad_norm_strategy=global"])
+def test_a_shard_holds_its_parts_gradients_until_the_step(setting):
+    four = planned("trainer=FSDPTrainer", setting, device="cuda", processes=4)
+    share = 4 * sum(p.numel() for p in llama().parameters()) / 4  # bytes
+    assert four.phases["step"].parts["gradients"] == pytest.approx(share, rel=1e-3)
+    assert four.phases["backward"].parts["gradients"] >= share
+
+
 def test_a_shard_scatters_whole_gradients_of_what_trains_only():
     model, config = llama(), composed("trainer=FSDPTrainer", "model.fsdp_policy_mp=bfloat16")
     kept = sizes.at_sparsity(model, config, 0.9)
     units = shared.Units.of(model, config, kept)
     scope = sum(tensor.numel for tensor in find_scope(model).values())
     assert (units.trained, units.trained_block) == (scope, scope // 5)
-    sharing = shared.Sharing.of(config, True, 2)
-    assert shared.sent_sharded(units, sharing, 1)["gradients scattered"] == round(2 * scope / 2)
-    dense = shared.Sharing.of(composed("trainer=FSDPTrainer", "model.fsdp_policy_mp=bfloat16"), False, 8)
-    assert (dense.gathered, dense.scattered) == (2, 4)
+    sharing = shared.Sharing.of(config, 2)
+    assert sharing.gathered == 2  # bytes; gradients are summed in fp32
+    assert shared.sent_sharded(units, sharing, 1)["gradients scattered"] == round(4 * scope / 2)
 
 
 def test_replicas_of_shards_sum_their_parts_gradients():
     config = composed("trainer=FSDPTrainer", "model.replicas=2", "processes=4")
-    sharing = shared.Sharing.of(config, False, 4)
+    sharing = shared.Sharing.of(config, 4)
     units = shared.Units.of(llama(), config, None)
     entries = sum(p.numel() for p in llama().parameters())
     assert (sharing.holders, units.trained) == (2, entries)

@@ -130,7 +130,8 @@ def shard(
     """
     cast_parameters(model, dtype)
     _keep_wide(model, dtype)
-    policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32 if computed else None)
+    narrow = (computed or dtype).itemsize < torch.float32.itemsize  # a sum would be rounded at every process
+    policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32 if narrow else None)
     _shard_blocks(model, mesh, policy, block_name)
     model.to_empty(device=processes.device)
     model.tie_weights()  # which to_empty has undone

@@ -80,7 +80,7 @@ def predict(config: Config, skeleton: PreTrainedModel, setup: Setup) -> Predicti
     segments, sent = traced.segments, {}
     if setup.processes > 1 and config.trainer.name == "FSDPTrainer":
         units = shared.Units.of(skeleton, config, sizes)
-        sharing = shared.Sharing.of(config, sizes is not None, setup.processes)
+        sharing = shared.Sharing.of(config, setup.processes)
         segments = [shared.sharded(segment, units, sharing) for segment in segments]
         sent = shared.sent_sharded(units, sharing, config.gradient_accumulation_steps)
     elif setup.processes > 1:
@@ -167,7 +167,7 @@ def _trace(config: Config, model: PreTrainedModel, sizes: Sizes | None, setup: S
                 device=setup.device,
                 rows=rows,
                 length=setup.length or config.max_length,
-                peers=setup.processes > 1 and config.trainer.name == "BasicTrainer",
+                peers=setup.processes > 1,
             )
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise ValueError(

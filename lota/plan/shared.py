@@ -65,23 +65,19 @@ class Units:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How a run is shared. gathered, scattered: bytes of an entry of a weight that is gathered (and of its
-    gradient), and of a gradient that is sent.
+    """How a run is shared. gathered: bytes of an entry of a weight that is gathered and of its gradient,
+    which is then sent in fp32.
     """
 
     processes: int
     replicas: int
     gathered: int
-    scattered: int
 
     @classmethod
-    def of(cls, config: Config, masked: bool, processes: int) -> Sharing:
+    def of(cls, config: Config, processes: int) -> Sharing:
         narrow = config.model.fsdp_policy_mp == "bfloat16"
-        own = dtype_of(config.model.policy_dtype).itemsize
-        size = dtype_of("bfloat16").itemsize if narrow else own
-        # dense training in mixed precision holds and sums in the weights' dtype, and computes in bf16
-        scattered = FP32 if narrow and not masked and own > size else size
-        return cls(processes, config.model.replicas, size, scattered)
+        dtype = dtype_of("bfloat16" if narrow else config.model.policy_dtype)
+        return cls(processes, config.model.replicas, dtype.itemsize)
 
     @property
     def holders(self) -> int:
@@ -92,14 +88,15 @@ class Sharing:
 def sharded(segment: Segment, units: Units, sharing: Sharing) -> Segment:
     """A segment of one process, from that of a process that holds all."""
     parts, n = segment.parts.copy(), sharing.holders
-    parts.update({kind: -(-parts[kind] // n) - parts[kind] for kind in ("weights", "state", "reference")})
+    shares = ("weights", "state", "reference", "gradients")  # those that wait for the step
+    parts.update({kind: -(-parts[kind] // n) - parts[kind] for kind in shares})
     parts["gathered"] = units.gathered(segment.name) * sharing.gathered
     if segment.name[0] == "backward" and "block" in segment.name:
         # a block's gradients, whole and as they are sent; those outside of blocks wait for the end, as the
         # trace has it where the head is tied to the embedding
-        block = units.trained_block * (sharing.gathered + sharing.scattered)
+        block = units.trained_block * (sharing.gathered + FP32)
         root = units.trained_root * sharing.gathered if units.embedding else 0
-        parts["gradients"] = max(parts["gradients"], block + root)
+        parts["gradients"] += block + root
     return Segment(segment.name, segment.began, segment.peaked, sum(parts.values()), parts)
 
 
@@ -112,7 +109,7 @@ def sent_sharded(units: Units, sharing: Sharing, parts: int) -> dict[str, int]:
     """Weights before each block's forward and backward pass, gradients after it, for each part of a batch."""
     n, replicas = sharing.holders, sharing.replicas
     entries = 2 * units.blocks + units.embedding + units.root
-    gradients = parts * units.trained * sharing.scattered
+    gradients = parts * units.trained * FP32
     sent = {
         "weights gathered": round(parts * entries * sharing.gathered * (n - 1) / n),
         "gradients scattered": round(gradients * (n - 1) / n),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lota import rounding
 from lota.distributed.processes import Processes
 from lota.distributed.replicated import Replicated
+from lota.distributed.sharded import SumsOfParts
 from lota.masks import Mask
 from lota.optim import compact_experts, launches, low_precision, masked, products
 from lota.optim.kept import Entries, Everything, Kept, Part, Tiles
@@ -215,3 +216,12 @@ class Buckets(Replicated):
             bucket.complete.clear()
         self._next = 0
         return {p: self.slots[p] for p in grads}
+
+
+class Parts(SumsOfParts):
+    """Other processes that hold parts of the model: complete gradients wait for the step."""
+
+    parts = False  # whose norms take a few bytes
+
+    def __init__(self) -> None:
+        pass

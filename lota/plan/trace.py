@@ -29,7 +29,7 @@ from lota.optim.fused import fuse_in_backward
 from lota.optim.masked import MaskedOptimizer
 from lota.optim.optimizers import OPTIMIZERS
 from lota.plan.sizes import Sizes
-from lota.plan.stand_ins import OPERATIONS, Buckets, without_data
+from lota.plan.stand_ins import OPERATIONS, Buckets, Parts, without_data
 from lota.plan.tracker import Segment, Tracker
 from lota.train import lora
 from lota.train.loaded_run import LoadedRun
@@ -64,7 +64,7 @@ class TracedRun(LoadedRun):
         return SimpleNamespace(read=lambda name: torch.empty(shapes[name], dtype=dtype))
 
     def fill(self, tracker: Tracker, peers: bool) -> None:
-        """What `LoadedRun.load` does, with fake weights. peers: whether others hold the model too."""
+        """What `LoadedRun.load` does, with fake weights. peers: whether there are other processes."""
         with tracker.making("weights"):
             _fill(self.model, self.dtypes)
             _presume_head(self.model)
@@ -78,7 +78,8 @@ class TracedRun(LoadedRun):
             fuse_in_backward(self.optimizer, self.passes)
         if peers:
             with tracker.making("gradients"):
-                self.optimizer.peers = Buckets(self.optimizer)
+                whole = self.config.trainer.name == "BasicTrainer"
+                self.optimizer.peers = Buckets(self.optimizer) if whole else Parts()
         _label_gradients(self.optimizer, tracker)
         with tracker.making("reference"):
             self.objective = _objective(self)
