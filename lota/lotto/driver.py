@@ -12,14 +12,11 @@ from the result of the task before, evaluate on all tasks. The other methods lea
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lota.config import Config
 from lota.data.task import FindTask
@@ -144,12 +141,9 @@ class Lotto:
         return path
 
     def start(self, config: Config) -> Path:
-        """Train to the end and give back the memory; returns the last checkpoint."""
+        """Train to the end; returns the last checkpoint."""
         folder = self.leader.train(config)
         assert folder is not None  # of a debug run only, which a sequence refuses
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return folder
 
     def place(self, stage: Stage, part: str, before: Path | None) -> dict[str, Any]:

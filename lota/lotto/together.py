@@ -5,10 +5,12 @@ measures.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lota.config import Config
@@ -36,7 +38,7 @@ class Leader:
 
     def train(self, run: Config) -> Path | None:
         self.processes.broadcast(run)
-        return self._train(run)
+        return _trained(self._train, run)
 
     @contextlib.contextmanager
     def opened(self, policy: Path | None) -> Iterator[tuple[Engine, PreTrainedTokenizerBase]]:
@@ -60,7 +62,16 @@ def follow(config: Config, train: Train, processes: Processes) -> None:
         if isinstance(what, Measure):
             answer_first(_engine(config, what.policy, processes)[0], processes)
         else:
-            train(what)
+            _trained(train, what)
+
+
+def _trained(train: Train, run: Config) -> Path | None:
+    """Train to the end and give back the memory, for the next model."""
+    folder = train(run)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return folder
 
 
 def _engine(
