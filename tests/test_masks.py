@@ -477,3 +477,13 @@ def test_the_older_layout_trains_what_it_keeps_and_fits_an_embedding_that_grew()
         == 0
         < by_name.kept("model.layers.2.mlp.up_proj.weight")
     )
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 30), (8, 19), (5, 24), (13, 14), (30, 30), (16, 30)])
+def test_the_part_of_a_stretch_keeps_what_lies_in_it(start, stop):
+    kept = torch.rand(10, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = Mask.from_dense({"a": kept, "b": kept})
+    part = mask.part({"a": (start, stop)}, {"a": (stop - start,)})
+    assert part.names == ["a"]
+    assert torch.equal(part.dense("a"), kept.view(-1)[start:stop])
+    assert torch.equal(mask.dense("a"), kept)

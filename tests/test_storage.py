@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
+import zipfile
 
 import pytest
+import torch
 
 from lota.storage import (
     atomic_path,
+    blank,
     cut,
+    file_hash,
     naming,
     read_checksums,
     refuse_foreign,
@@ -95,3 +100,36 @@ def test_lines_end_at_newlines_alone(tmp_path):
     inode = path.stat().st_ino
     cut(path, ends[-1])
     assert path.read_bytes() == b"\n".join(lines) + b"\n" and path.stat().st_ino == inode
+
+
+def test_a_file_written_tensor_by_tensor_is_what_torch_save_writes(tmp_path):
+    """Tied tensors share their place, and no two values are asked for at once."""
+    a, b = torch.randn(5, 7), torch.randn(600).to(torch.bfloat16)
+    content = {"step": 3, "state": {"a": a, "b": b, "tied": a, "n": torch.arange(3), "none": torch.empty(0)}}
+    save_tensors(content, tmp_path / "whole.pt")
+    first = blank(a.shape, a.dtype)
+    blanks = {"a": first, "b": blank(b.shape, b.dtype), "tied": first}
+    blanks |= {"n": blank((3,), torch.int64), "none": blank((0,), torch.float32)}
+    alive = []
+
+    def values():
+        for name in ("a", "b", "n", "none"):
+            assert not [ref for ref in alive if ref() is not None]
+            value = content["state"][name].clone()
+            alive.append(weakref.ref(value))
+            yield value
+            del value
+
+    digest = save_tensors({"step": 3, "state": blanks}, tmp_path / "filled.pt", values())
+    assert digest == file_hash(tmp_path / "filled.pt")
+    with zipfile.ZipFile(tmp_path / "filled.pt") as filled, zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        assert filled.testzip() is None
+        sizes = [
+            [(i.filename.partition("/")[2], i.file_size) for i in z.infolist()][1:] for z in (filled, whole)
+        ]
+    assert sizes[0] == sizes[1]
+    read = torch.load(tmp_path / "filled.pt", weights_only=True)
+    assert read["step"] == 3 and list(read["state"]) == list(content["state"])
+    for name, value in content["state"].items():
+        assert torch.equal(read["state"][name], value) and read["state"][name].dtype == value.dtype
+    assert read["state"]["tied"].data_ptr() == read["state"]["a"].data_ptr()
