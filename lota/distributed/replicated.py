@@ -12,6 +12,7 @@ tensors).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -127,14 +128,21 @@ class Replicated:
         raise AssertionError("replicas hold whole tensors")
 
 
-def refuse_difference(optimizer: MaskedOptimizer, processes: Processes, step: int, holders: int = 1) -> None:
-    """Raise ValueError, naming the parameter, unless all processes hold the same trained values.
+def refuse_difference(
+    weights: Mapping[str, Tensor],
+    optimizer: MaskedOptimizer,
+    processes: Processes,
+    step: int,
+    holders: int = 1,
+) -> None:
+    """Raise ValueError, naming the parameter, unless all processes hold the same weights and trained values.
 
-    holders: processes that hold a replica together, one after the other by rank.
+    weights: all that this process holds, frozen ones too. holders: processes that hold a replica together,
+    one after the other by rank.
     """
-    own = [hashlib.sha256(_bytes(values)).hexdigest() for _, _, values in optimizer.kept_values()]
-    hashes = processes.gather(own)
-    for at, name in enumerate(optimizer.names.values()):
+    values = [*weights.items(), *((name, exact) for name, _, exact in optimizer.kept_values())]
+    hashes = processes.gather([hashlib.sha256(_bytes(value)).hexdigest() for _, value in values])
+    for at, (name, _) in enumerate(values):
         for rank, other in enumerate(hashes):
             first = rank % holders
             if other[at] != hashes[first][at]:
@@ -146,4 +154,4 @@ def refuse_difference(optimizer: MaskedOptimizer, processes: Processes, step: in
 
 
 def _bytes(values: Tensor) -> memoryview:  # of bits, whatever the dtype
-    return values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return values.detach().cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -282,7 +282,9 @@ class SumsOfParts:
         self.shards = shards
 
     def begin(self, p: nn.Parameter, grad: Tensor) -> Tensor:
-        return grad
+        # of a whole tensor it may be a view of all that FSDP2 has summed for its block, which would stay too
+        shares = grad.untyped_storage().nbytes() > grad.nbytes
+        return grad.clone() if shares else grad
 
     def complete(self, p: nn.Parameter) -> None:
         pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -91,11 +92,14 @@ def _connected(rank: int, count: int, store: Store) -> tuple[socket.socket, sock
     """Connections to the next process and from the one before."""
     family, own_address = _own_address()
     with socket.create_server(("", 0), family=family, backlog=1) as server:
-        store.set(f"lota/watch/{rank}", f"{own_address}:{server.getsockname()[1]}")
-        address, _, port = store.get(f"lota/watch/{(rank + 1) % count}").decode().rpartition(":")
+        password = secrets.token_bytes(16)  # anybody on the network may call
+        place = f"{own_address}:{server.getsockname()[1]}:{password.hex()}"
+        store.set(f"lota/watch/{rank}", place)
+        place = store.get(f"lota/watch/{(rank + 1) % count}").decode()
+        address, port, own_password = place.rsplit(":", 2)
         following = socket.create_connection((address, int(port)), timeout=60)
-        server.settimeout(60)
-        previous, _ = server.accept()
+        following.sendall(bytes.fromhex(own_password))
+        previous = _caller(server, password)
     for connection in (following, previous):
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -103,6 +107,18 @@ def _connected(rank: int, count: int, store: Store) -> tuple[socket.socket, sock
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return following, previous
+
+
+def _caller(server: socket.socket, password: bytes) -> socket.socket:
+    """The connection of the one that knows the password."""
+    server.settimeout(60)
+    while True:
+        connection, _ = server.accept()
+        connection.settimeout(10)
+        with contextlib.suppress(OSError):
+            if connection.recv(len(password), socket.MSG_WAITALL) == password:
+                return connection
+        connection.close()
 
 
 def _own_address() -> tuple[socket.AddressFamily, str]:

@@ -191,11 +191,11 @@ def _guarded(port: int | None) -> Iterator[None]:
         from lota.distributed.processes import is_loss
         from lota.distributed.watch import MESSAGE
 
-        told = getattr(error, "told", False) or not _tells()
+        if getattr(error, "told", False) or not _tells():
+            sys.exit(1)
         if not is_loss(error):
-            raise
-        if not told:
-            logger.error(MESSAGE)
+            raise  # the only traceback: if the others have one, it is most often the same
+        logger.error(MESSAGE)
         sys.exit(1)
 
 

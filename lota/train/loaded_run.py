@@ -121,8 +121,10 @@ class LoadedRun:
         return self.optimizer.n_trained
 
     def refuse_difference(self) -> None:
-        """Raise ValueError unless all processes hold the same trained values."""
-        refuse_difference(self.optimizer, self.processes, self.progress.step)
+        """Raise ValueError unless all processes hold the same weights and trained values."""
+        refuse_difference(
+            dict(self.model.named_parameters()), self.optimizer, self.processes, self.progress.step
+        )
 
     # Setup
 

@@ -139,8 +139,10 @@ class ShardedTrainer(Trainer):
 
     def refuse_difference(self) -> None:
         """Parts differ; of replicas, those of the same rows are the same."""
-        holders = 1 if self.shards is None else len(self.shards.holders)
-        refuse_difference(self.optimizer, self.processes, self.progress.step, holders)
+        if self.shards is None:
+            return super().refuse_difference()
+        holders = len(self.shards.holders)
+        refuse_difference(self.shards.parts, self.optimizer, self.processes, self.progress.step, holders)
 
     # Every process takes part in every forward and backward pass, for its parts are needed
 
