@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,11 +65,13 @@ def pickled(path: Path, program: bytes, **records: bytes) -> Path:
     return zipped(path, {"data.pkl": b"\x80\x02" + program, "version": b"3\n", **extra})
 
 
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nByteStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+
+
 def tensor_program(size: bytes, stride: bytes, numel: bytes = b"K\x08") -> bytes:
     """Of a tensor on the 8 bytes of storage 0. size, stride, numel: instructions that push them."""
-    storage = b"(X\x07\x00\x00\x00storagectorch\nByteStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
     return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + numel + b"tQK\x00" + size + stride
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + numel + b"tQK\x00" + size + stride
         + b"\x89ccollections\nOrderedDict\n)RtR"
     )  # fmt: skip
 
@@ -138,6 +141,14 @@ def whole_segment(path: Path) -> Path:
     return delta_file(path, zstandard.compress(text), sized + part * 3, 1, 1 << 20)
 
 
+def directory_of_two_sizes(path: Path) -> Path:
+    """300,000 records in a directory whose last record has the mark of a last record within itself."""
+    head = b"PK\x01\x02" + struct.pack("<6H3L5H2L", 20, 20, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0)
+    records = b"".join(head + b"%06d" % i for i in range(300_000))
+    end = struct.pack("<2H2LH", 37_856, 37_856, len(records), 0, 0)
+    return written(path, records + b"PK\x05\x06" * 2 + end)
+
+
 TORCH_FILES: dict[str, Callable[[Path], Path]] = {
     "bytearray": lambda p: pickled(p, named(b"cbuiltins\nbytearray\n" + long(1 << 35) + b"\x85R")),
     "new tensor": lambda p: pickled(p, named(b"ctorch\nFloatTensor\n" + long(1 << 33) + b"\x85R")),
@@ -168,4 +179,15 @@ TORCH_FILES: dict[str, Callable[[Path], Path]] = {
         p, {"data.pkl": b"\x80\x02" + b"}" * 100_000_000 + b".", "version": b"3\n"}, zipfile.ZIP_DEFLATED
     ),
     "records": lambda p: zipped(p, {f"{i}": b"" for i in range(70_000)}),
+    "directory of two sizes": lambda p: directory_of_two_sizes(p),
+    "dimensions of nothing": lambda p: pickled(  # the products of all but the last take a second per 3,000
+        p,
+        b"(" + tensor_program(b"(" + long(1 << 62) * 63 + b"K\x00tq\x07", b"h\x07")
+        + b"ctorch._utils\n_rebuild_tensor_v2\nq\x08" + STORAGE + b"K\x08tQq\x09"
+        + b"h\x08(h\x09K\x00h\x07h\x07\x89NtR" * 34_000 + b"t.",
+        _0=bytes(8),
+    ),
+    "one tuple often": lambda p: pickled(
+        p, b"}X\x01\x00\x00\x00a(" + b"K\x01" * 64 + b"tq\x00](" + b"h\x00" * 255_000 + b"es."
+    ),
 }  # fmt: skip

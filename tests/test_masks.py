@@ -263,7 +263,7 @@ BAD_FILES = {
     "integers": (saved({"w": torch.ones(3, dtype=torch.int64)}), "whether 1 means kept or frozen"),
     "one entry for all": (
         saved({"w": torch.zeros(1, dtype=torch.bool).expand(10**12)}),
-        "than the file holds",
+        "entries of a tensor share a place",
     ),
     "one tensor for all": (
         saved(dict.fromkeys("abcdefgh", torch.zeros(10_000, dtype=torch.bool))),

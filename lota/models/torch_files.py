@@ -16,7 +16,7 @@ import pickletools
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +31,7 @@ _PER_FILE = 200  # one byte more of data.pkl for so many of the file
 _DIMENSIONS = 64  # of a tensor; torch's operations take no more
 _DEPTH = 20  # of dicts, lists and tuples within each other
 _BLOCK = 1 << 20  # bytes read at a time
+_PLAIN = {str, int, float, bool, type(None)}
 _BEFORE_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that such files begin with
 _STORAGES = {
     "torch DoubleStorage": torch.float64, "torch FloatStorage": torch.float32,
@@ -42,6 +43,19 @@ _STORAGES = {
 }  # fmt: skip
 
 _whole: set[tuple[Path, int, int, int]] = set()  # files whose records this process has found as they were
+
+
+class _Bounded:
+    """A file of which zipfile, which reads a directory as long as any of its records says, reads little."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.seek, self.tell, self.file, self.most = file.seek, file.tell, file, SLACK + size // 64
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises ValueError for a directory that is too large."""
+        if size > self.most:
+            raise ValueError("its directory is too large for it")
+        return self.file.read(size)
 
 
 class HoldsObjects(ValueError):
@@ -78,7 +92,7 @@ def read_torch_file(path: Path, check_crc: bool = True) -> Any:
         if file.read(len(_BEFORE_1_6)) == _BEFORE_1_6:
             raise ValueError("it is in the layout of before torch 1.6: load it and torch.save it again")
         try:
-            if not zipfile.is_zipfile(file):
+            if not zipfile.is_zipfile(_Bounded(file, size)):
                 raise ValueError("it is no zip archive, or its end is missing")
             records = dict(_records(file, size))
         except (zipfile.BadZipFile, OSError, NotImplementedError, IndexError) as error:
@@ -107,10 +121,8 @@ def read_torch_file(path: Path, check_crc: bool = True) -> Any:
 
 def _records(file: BinaryIO, size: int) -> Iterator[tuple[str, _Record]]:
     """The records of an archive that lie in it uncompressed, one after another."""
-    if _directory_bytes(file, size) > SLACK + size // 64:
-        raise ValueError("its directory is too large for it")
     total = 0
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(_Bounded(file, size)) as archive:
         listed = archive.infolist()
     if len({info.filename for info in listed}) < len(listed):
         raise ValueError("it has two records of one name")
@@ -128,16 +140,6 @@ def _records(file: BinaryIO, size: int) -> Iterator[tuple[str, _Record]]:
         if offset + info.file_size > size or total > size:
             raise ValueError(f"its record {info.filename[:100]} lies outside of it")
         yield info.filename, _Record(offset, info.file_size, info.CRC)
-
-
-def _directory_bytes(file: BinaryIO, size: int) -> int:
-    """Of the archive's directory, as its last record says, or the one for archives over 4 GiB before it."""
-    file.seek(max(0, size - (1 << 16) - 22))
-    tail = file.read()
-    place = tail.rfind(b"PK\x05\x06")
-    if tail[max(0, place - 20) : place].startswith(b"PK\x06\x07"):
-        return int.from_bytes(tail[max(0, place - 36) : place - 28], "little")
-    return int.from_bytes(tail[place + 12 : place + 16], "little")
 
 
 def _content(file: BinaryIO, record: _Record) -> bytes:
@@ -243,9 +245,8 @@ class _Structure:
     def remembered(self, place: int) -> Any:
         """Something from before. A dict, list or nested tuple twice could be written out without end."""
         value = self.memo[place]
-        flat = isinstance(value, tuple) and len(value) <= _DIMENSIONS
-        if isinstance(value, dict | list | tuple) and not (flat and all(type(n) is int for n in value)):
-            raise ValueError("its structure holds one part in two places")
+        if isinstance(value, dict | list | tuple) and not (len(value) <= _DIMENSIONS and _is_flat(value)):
+            raise ValueError("its structure holds one part in two places: save a copy of it in each")
         return value
 
     def set_items(self, whole: Any, parts: list[Any]) -> None:
@@ -300,20 +301,36 @@ class _Structure:
     ) -> StoredTensor:
         """A tensor, checked: every entry of it has a place of its own in its storage."""
         (offset,) = _whole_numbers([offset])
-        plain = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        contiguous = all(s == p or d == 1 for d, s, p in zip(shape, stride, plain, strict=True))
+        if math.prod(max(size, 1) for size in shape) >= 1 << 63:  # torch has no such tensor, even if empty
+            raise ValueError("a tensor of it has more entries than the file holds")
         begin = storage.offset + offset * dtype.itemsize
-        kept = None if contiguous or 0 in shape else tuple(stride)
+        kept = None if 0 in shape or _is_contiguous(shape, stride) else tuple(stride)
         found = StoredTensor(self.path, begin, dtype, tuple(shape), kept)
         end = (offset + found.span) * dtype.itemsize
-        if found.numel and (found.numel > found.span or end > storage.numel * storage.dtype.itemsize):
+        if found.numel and end > storage.numel * storage.dtype.itemsize:
             raise ValueError("a tensor of it has more entries than the file holds")
+        if found.numel > found.span:
+            raise ValueError("entries of a tensor share a place, as after expand: save a clone() of it")
         if found not in self.places:
             self.places.add(found)
             self.left -= found.numel * dtype.itemsize
         if self.left < 0:
             raise ValueError("its tensors have more entries than the file holds")
         return found
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether this is a tuple of plain values: it takes no more memory for being in many places."""
+    return isinstance(value, tuple) and all(type(part) in _PLAIN for part in value)
+
+
+def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    step = 1  # entries between two neighbours of a dimension
+    for size, found in zip(reversed(shape), reversed(stride), strict=True):
+        if found != step and size != 1:
+            return False
+        step *= size
+    return True
 
 
 def _whole_numbers(numbers: Any) -> list[int]:
@@ -334,7 +351,7 @@ def map_tensors(path: Path, content: Any) -> Any:
     def with_tensors(part: Any) -> Any:
         if isinstance(part, StoredTensor):
             return made.setdefault(part, _tensor_in(storage, part))
-        if isinstance(part, tuple):
+        if isinstance(part, tuple) and not _is_flat(part):
             return tuple(map(with_tensors, part))
         for key, value in part.items() if isinstance(part, dict) else ():
             part[key] = with_tensors(value)
