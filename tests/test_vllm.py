@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -110,6 +111,24 @@ def test_a_failure_halfway_stops_the_worker_until_it_is_restored(three):
     assert worker.execute_model("a request") == "answered a request"
     worker.attach_delta(str(three / "1.safetensors"))
     assert same(worker, three / "t1")
+
+
+def test_a_served_revision_of_the_hub_is_the_base(three, monkeypatch):
+    """Not the newest one, which is another model here."""
+    name, cache = "org/name", three / "hub/models--org--name"
+    shutil.copytree(three / "base", cache / "snapshots/c0ffee")
+    shutil.copytree(three / "t2", cache / "snapshots/newest")
+    (cache / "refs").mkdir()
+    for branch, commit in (("main", "newest"), ("v1", "c0ffee")):
+        (cache / "refs" / branch).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(three / "hub"))
+    worker = make(three / "base")
+    worker.model_config.model, worker.model_config.revision = name, "v2"
+    with pytest.raises(ValueError, match="served at the revision v2, which the hub's cache lacks"):
+        worker.attach_delta(str(three / "0.safetensors"))
+    worker.model_config.revision = "v1"
+    worker.attach_delta(str(three / "0.safetensors"))
+    assert same(worker, three / "t0")
 
 
 def test_weights_that_were_replaced_on_disk_are_another_base(three):

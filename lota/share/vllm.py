@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lota.models.hashing import remembered_hash
+from lota.models.hub import HubFile, cached_snapshot
 from lota.share.delta.indices import Patch, checkpoint_patches
 from lota.share.delta.reader import Delta
 from lota.share.hf_weights import open_folder
@@ -89,7 +91,7 @@ class _State:
 
     def __init__(self, worker: _Worker):
         self.worker = worker
-        self.base = str(worker.model_config.model)  # folder or hub id
+        self.base = _loaded(worker.model_config)  # folder or hub id
         self.attached: list[Delta] = []
         self.patches: dict[Delta, list[Patch]] = {}  # of every delta used so far, so that it is decoded once
         self.broken: str | None = None  # why the weights are those of no model
@@ -171,6 +173,19 @@ class _State:
     def refuse_requests(self, *args: Any, **kwargs: Any) -> None:
         """Stands for the worker's `execute_model` while its weights are those of no model."""
         self.refuse_broken()
+
+
+def _loaded(config: Any) -> str:
+    """Folder or hub id that vLLM has loaded; with a revision, that one in the hub's cache."""
+    name, revision = str(config.model), getattr(config, "revision", None)
+    if revision is None or Path(name).expanduser().exists():
+        return name
+    snapshot = cached_snapshot(HubFile(name, revision, "config.json"))
+    if snapshot is None:
+        raise ValueError(
+            f"{name} is served at the revision {revision}, which the hub's cache lacks: serve a folder"
+        )
+    return str(snapshot)
 
 
 def _state_of(worker: Any) -> _State:
