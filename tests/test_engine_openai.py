@@ -109,6 +109,17 @@ def test_engines_do_not_share_results_and_a_comparison_names_them(run, tmp_path,
     assert (local / "gsm8k_predictions.1.journal").is_file()
 
 
+@pytest.mark.parametrize(("attribute", "value"), [("max_model_len", 60), ("knows_vllm", False)])
+def test_a_server_that_was_started_otherwise_gives_other_results(run, server, caplog, attribute, value):
+    """Its context cuts prompts; without vLLM's fields it may penalise repetitions."""
+    run("gsm8k")
+    n_asked = len(server.asked)
+    setattr(server, attribute, value)
+    served = run("gsm8k")
+    assert len(server.asked) >= n_asked + 11 and "made with another" in caplog.text
+    assert (served / "gsm8k_predictions.1.journal").is_file()
+
+
 def test_faults_are_tried_again(run, server):
     local = run("gsm8k", *LOCAL, out="local")
     server.faults = [(500, {}), (429, {"Retry-After": "0.05"}), (503, {}), (500, {}), (408, {})]

@@ -99,8 +99,9 @@ class OpenAIEngine:
 
     @property
     def key(self) -> dict[str, Any]:
-        found = {"engine": "openai", "served": self.served, **self.model.key}
-        return found if self._sends_ids else {**found, "prompts": "text"}
+        found = {"engine": "openai", "served": self.served, **self.model.key, "context": self.context}
+        found |= {} if self._sends_ids else {"prompts": "text"}
+        return found if self._knows_more else {**found, "fields": "openai"}
 
     @property
     def settings(self) -> Mapping[str, Any]:

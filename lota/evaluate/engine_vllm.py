@@ -38,7 +38,7 @@ class VllmEngine:
         self.context: int | None = config.max_model_len
         # a request generates at least one token, after all that it reads
         self.readable = None if self.context is None else self.context - 2
-        self.key = {"engine": "vllm", **model.key}
+        self.key = {"engine": "vllm", **model.key, "context": self.context}
         if deltas:
             self.key["deltas"] = [delta.checksum for delta in deltas]
         self.settings = {"dtype": str(config.dtype).removeprefix("torch.")}
