@@ -9,7 +9,7 @@ import hf_models
 import pytest
 import torch
 from delta_models import bits, change, delta_pair, save_model, tensors
-from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, ShiraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import random_mask
@@ -244,6 +244,14 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be merged"):
         import_peft(tmp_path / "wider", tmp_path / "adapter", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_an_adapter_without_weights_to_merge_is_refused(tmp_path):
+    base = masked_pair(tmp_path)[0]
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load(base, torch.bfloat16), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter cannot be merged into .*: .*merge_and_unload"):
+        import_peft(base, tmp_path / "adapter", tmp_path / "x.safetensors")
 
 
 def test_the_command_line(tmp_path, capsys):

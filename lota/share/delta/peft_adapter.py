@@ -194,7 +194,8 @@ def import_peft(base: Place, adapter: Place, out: Place) -> dict[str, Any]:
             for of_peft in ("`is_gradient_checkpointing` is deprecated", "Sparse invariant checks"):
                 warnings.filterwarnings("ignore", message=of_peft)
             merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (ValueError, RuntimeError, TypeError, KeyError, UserWarning) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, UserWarning) as error:
+        # AttributeError: prompts and prefixes have no weights to merge
         raise ValueError(f"{folder} cannot be merged into {source.id}: {str(error)[:300]}") from error
     values = {name: value.detach() for name, value in merged.named_parameters()}
     if strange := [n for n, v in values.items() if n not in source or source.shape(n) != tuple(v.shape)]:
