@@ -159,6 +159,9 @@ def test_files_have_the_predicted_sizes(tmp_path):
     for file, key in (("mask.pt", "mask"), ("policy.pt", "policy.pt")):
         overhead = (tmp_path / file).stat().st_size - disk[key]  # names, and torch's alignment of each tensor
         assert 0 < overhead < 400 * (len(model.state_dict()) + 10), key
+    sharded = composed("save_format=folder", "trainer=FSDPTrainer", "freeze_odd_layers=true")
+    disk = predict(sharded, skeleton, Setup("cpu", processes=2, length=16)).disk
+    assert set(disk) == {"model.safetensors", "optimizer/", "delta"}  # and no mask file
 
 
 # Blocks

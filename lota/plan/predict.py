@@ -90,7 +90,8 @@ def predict(config: Config, skeleton: PreTrainedModel, setup: Setup) -> Predicti
         host = phases["save"].parts.pop("saved")
         phases["save"].peak -= host
     ordered = {phase: phases[phase] for phase in PHASES}
-    return Prediction(ordered, host, traced.trained, how, _disk(config, skeleton, sizes, traced), sent)
+    disk = _disk(config, skeleton, sizes, traced, setup.processes)
+    return Prediction(ordered, host, traced.trained, how, disk, sent)
 
 
 # Blocks
@@ -187,15 +188,20 @@ def _by_phase(segments: Iterable[Segment]) -> dict[str, Memory]:
 # Files
 
 
-def _disk(config: Config, model: PreTrainedModel, sizes: Sizes | None, traced: Traced) -> dict[str, int]:
-    policy = sum(p.numel() for p in model.parameters()) * dtype_of(config.model.policy_dtype).itemsize
-    disk = {"policy.pt": policy, "resume.pt": traced.state_bytes}
+def _disk(
+    config: Config, model: PreTrainedModel, sizes: Sizes | None, traced: Traced, processes: int
+) -> dict[str, int]:
+    weights = sum(p.numel() for p in model.parameters()) * dtype_of(config.model.policy_dtype).itemsize
+    stored_as = "policy.pt" if config.save_format == "policy" else "model.safetensors"
+    state_in = "optimizer/" if processes > 1 and config.trainer.name == "FSDPTrainer" else "resume.pt"
+    disk = {stored_as: weights, state_in: traced.state_bytes}
     if config.adapter.name == "lora":
         disk["adapter"] = 4 * traced.trained
         return disk
     if sizes is not None:
         shapes = [math.prod(shape) for shape in sizes.shapes.values()]
-        disk["mask"] = sum(math.ceil(count / 8) for count in shapes)
+        if config.freeze_layers is None:  # else there may be no mask file
+            disk["mask"] = sum(math.ceil(count / 8) for count in shapes)
         disk["delta"] = _delta_bytes(sum(shapes), sizes.n_kept, config)
     return disk
 
