@@ -44,8 +44,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ended_by(place: Path, number: signal.Signals, rank: int, count: int = 2):
-    with Launched([TRAIN, *LONG], count, place) as launched:
+def ended_by(place: Path, number: signal.Signals, rank: int, *more: str, count: int = 2):
+    with Launched([TRAIN, *LONG, *more], count, place) as launched:
         launched.until(place / "run" / "step-16" / "policy.pt")
         launched.signal(rank, number)
         return launched.ended()
@@ -63,6 +63,19 @@ def test_a_kill_of_one_ends_the_others_with_one_message_and_a_whole_checkpoint(p
         place = place / "again"
         place.mkdir()
         write_mask(with_mini_task(place) / "0.9_mask.pt")
+
+
+def test_a_sharded_run_that_was_killed_continues_in_more_processes(place):
+    ended = ended_by(place, signal.SIGKILL, 1, "trainer=FSDPTrainer")
+    assert ended.codes == [1, -signal.SIGKILL] and ended.output.count("error:") == 1
+    found = newest_checkpoint(place / "run")
+    assert found is not None
+    with Launched([TRAIN, *LONG, "trainer=FSDPTrainer"], 3, place) as launched:
+        launched.until(place / "run" / f"step-{found[1]['progress']['examples'] + 16}" / "policy.pt")
+        launched.signal(0, signal.SIGTERM)
+        ended = launched.ended()
+    assert ended.codes == [128 + signal.SIGTERM] * 3
+    assert f"continuing {found[0]}" in ended.outputs[0] and "error" not in ended.output
 
 
 def test_a_stop_of_any_process_saves_and_stops_all_at_one_step(place):
