@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import vllm_stand_in
 from delta_models import bits, change, disjoint_deltas, save_model
+from launched import Launched
 
 from examples import vllm_switch
 from lota.delta import extract
@@ -113,6 +116,51 @@ def test_a_failure_halfway_stops_the_worker_until_it_is_restored(three):
     assert same(worker, three / "t1")
 
 
+def test_what_vllm_cannot_patch_is_refused_before_the_first_write(three):
+    """Though it is noticed when the tensor is written, and this is not the first tensor."""
+    worker = make(three / "base")
+    worker.attach_delta(str(three / "0.safetensors"))
+    worker.lota_deltas.tried.clear()
+    worker.model.refused = "model.layers.1.mlp.down_proj.weight"
+    for call in (
+        lambda: worker.switch_delta(str(three / "1.safetensors")),
+        lambda: worker.attach_delta(str(three / "1.safetensors")),
+        worker.detach_delta,
+    ):
+        with pytest.raises(NotImplementedError, match="is quantized"):
+            call()
+        assert same(worker, three / "t0") and worker.execute_model("a request") == "answered a request"
+        assert worker.attached_deltas() == [str(three / "0.safetensors")]
+    worker.model.refused = None
+    worker.switch_delta(str(three / "1.safetensors"))
+    assert same(worker, three / "t1")
+
+
+def test_workers_change_together_or_not_at_all(three):
+    """A file that one machine lacks, other files, a model that one cannot patch, a failure halfway."""
+    with Launched([str(Path(__file__).parent / "vllm_workers.py"), str(three)], 2, three) as workers:
+        ended = workers.ended(120)
+    assert ended.codes == [0, 0], ended.output
+    first, second = (json.loads((three / f"answers{rank}.json").read_text()) for rank in range(2))
+    t0, served = ("t0", "answered it"), "answered it"
+    for steps, node in ((first, "node0"), (second, "node1")):
+        assert [tuple(step[1:]) for step in steps[:4]] == [t0] * 4
+        for step in steps[4:6]:
+            assert (
+                "failed halfway (RuntimeError: the device was lost)" in step[0] == f"RuntimeError: {step[2]}"
+            )
+        assert steps[4][1] is None or node == "node0"
+        assert steps[6] == ["None", "base", served]
+        assert steps[7] == [f"['{three / node / '1.safetensors'}']", "t1", served]
+    told = "RuntimeError: worker {} cannot make this change, so none has made it: "
+    assert second[1][0].startswith("ValueError: ") and "does not exist" in second[1][0]
+    assert first[1][0] == told.format(1) + second[1][0]
+    assert first[2][0].startswith("ValueError: worker 1 has read other deltas")
+    assert second[2][0].startswith("ValueError: worker 0 has read other deltas")
+    assert first[3][0].startswith("NotImplementedError: ") and second[3][0] == told.format(0) + first[3][0]
+    assert first[4][1] == "t1"  # it has written all, and yet serves no request
+
+
 def test_a_served_revision_of_the_hub_is_the_base(three, monkeypatch):
     """Not the newest one, which is another model here."""
     name, cache = "org/name", three / "hub/models--org--name"
@@ -127,6 +175,24 @@ def test_a_served_revision_of_the_hub_is_the_base(three, monkeypatch):
     with pytest.raises(ValueError, match="served at the revision v2, which the hub's cache lacks"):
         worker.attach_delta(str(three / "0.safetensors"))
     worker.model_config.revision = "v1"
+    worker.attach_delta(str(three / "0.safetensors"))
+    assert same(worker, three / "t0")
+
+
+def test_the_base_is_what_the_cache_had_at_the_first_call(three, monkeypatch):
+    """Of a hub id without a revision, and the hub is not asked: there, and later here, main has moved."""
+    cache = three / "hub/models--org--name"
+    shutil.copytree(three / "base", cache / "snapshots/loaded")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("loaded")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(three / "hub"))
+    monkeypatch.setattr("lota.models.tensor_files._fetch", lambda _: three / "t2")
+    monkeypatch.setattr("lota.models.tensor_files.refuse_absent", lambda _: None)
+    worker = make(three / "base")
+    worker.model_config.model, worker.model_config.revision = "org/name", None
+    assert worker.attached_deltas() == []
+    shutil.copytree(three / "t2", cache / "snapshots/newest")
+    (cache / "refs/main").write_text("newest")
     worker.attach_delta(str(three / "0.safetensors"))
     assert same(worker, three / "t0")
 

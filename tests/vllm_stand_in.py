@@ -68,6 +68,10 @@ def install(monkeypatch) -> None:
     for i in range(1, len(parts)):
         monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
     monkeypatch.setitem(sys.modules, NAME, module)
+    state = ModuleType("vllm.distributed.parallel_state")
+    state.get_world_group = lambda: SimpleNamespace(cpu_group=torch.distributed.group.WORLD)
+    monkeypatch.setitem(sys.modules, "vllm.distributed", ModuleType("vllm.distributed"))
+    monkeypatch.setitem(sys.modules, state.__name__, state)
 
 
 class PackedModel(nn.Module):
@@ -75,7 +79,9 @@ class PackedModel(nn.Module):
 
     def __init__(self, folder: Path, rank: int = 0, size: int = 1, dtype=torch.bfloat16):
         super().__init__()
-        self.rank, self.size, self.failing = rank, size, None
+        self.rank, self.size = rank, size
+        self.failing = None  # a tensor at whose first change the device is lost
+        self.refused = None  # one of a form that cannot be patched, such as a quantized one
         state = tensors_of(folder)
         self.rows: dict[str, tuple[str, int]] = {}  # checkpoint name -> (own name, first row there)
         heights: dict[str, int] = {}
@@ -110,7 +116,9 @@ class PackedModel(nn.Module):
     def load_weights(self, weights):
         loaded = set()
         for name, value in weights:
-            if name == self.failing:
+            if name == self.refused:
+                raise NotImplementedError(f"{name} is quantized")
+            if name == self.failing and not value.isnan().all():
                 raise RuntimeError("the device was lost")
             own, first = self.rows[name]
             part = self.part(name, value)
