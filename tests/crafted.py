@@ -187,6 +187,9 @@ TORCH_FILES: dict[str, Callable[[Path], Path]] = {
         + b"h\x08(h\x09K\x00h\x07h\x07\x89NtR" * 34_000 + b"t.",
         _0=bytes(8),
     ),
+    # as much structure as a small file may have
+    "tuples in tuples": lambda p: pickled(p, b"(" + (b"N" + b"\x85" * 19) * 26_200 + b"t."),
+    "dicts": lambda p: pickled(p, b"(" + b"}" * 524_000 + b"t."),
     "one tuple often": lambda p: pickled(
         p, b"}X\x01\x00\x00\x00a(" + b"K\x01" * 64 + b"tq\x00](" + b"h\x00" * 255_000 + b"es."
     ),

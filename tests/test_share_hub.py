@@ -503,6 +503,22 @@ def test_what_the_owner_wrote_stays_when_a_file_is_pushed_again(hub, writer, mad
     assert again.data.eval_results is None and "## Scores" not in again.text  # those of what was there before
 
 
+def test_metadata_that_the_owner_changed_stay_and_the_base_of_the_last_push_does_not(hub, writer, made):
+    push(made, "--base", "org/base", "--license", "mit")
+    repo, card = hub.repos["org/sql"], card_of(hub)
+    card.data["pipeline_tag"], card.data["library_name"] = "text2text-generation", "transformers"
+    repo.commit("main", {"README.md": str(card).encode()}, "by hand")
+    push(made, "--base", "org/other", "--license", "apache-2.0")
+    again = card_of(hub)
+    assert (again.data.pipeline_tag, again.data.library_name) == ("text2text-generation", "transformers")
+    assert (again.data.base_model, again.data.license) == ("org/other", "apache-2.0")
+    again.data["base_model"] = ["org/mine", "org/second"]
+    repo.commit("main", {"README.md": str(again).encode()}, "by hand")
+    push(made, "--base", "org/base")
+    assert card_of(hub).data.base_model == ["org/mine", "org/second"]
+    assert "[org/base](" in card_of(hub).text
+
+
 def test_a_card_of_the_owners_gets_ours_behind_it(hub, writer, made):
     hub.add("org/sql", {"README.md": b"---\nlicense: mit\n---\nOnly mine.\n"})
     push(made)

@@ -253,6 +253,53 @@ def test_what_is_neither_tensor_nor_plain_is_refused(tmp_path, value):
             read_policy(tmp_path / "p.pt")
 
 
+def test_attributes_of_parameters_are_left_out(tmp_path):
+    path, weight = tmp_path / "p.pt", torch.nn.Parameter(torch.rand(2, 3))
+    weight.tensor_parallel, weight.split, weight.about = True, (2, 1), {"from": ["a", None]}
+    torch.save({"step_idx": 1, "state": {"w": weight}, "metrics": {}}, path)
+    assert torch.load(path, weights_only=True)["state"]["w"].split == (2, 1)
+    assert torch.equal(read_policy(path).state["w"], weight.data)
+    weight.loader = Path("x")
+    torch.save({"step_idx": 1, "state": {"w": weight}, "metrics": {}}, path)
+    with pytest.raises(ValueError, match="it holds Python objects"):
+        read_policy(path)
+
+
+def levels(n: int) -> Any:
+    return 1 if n == 0 else ([levels(n - 1)] if n % 2 else (levels(n - 1),))
+
+
+SHARED = {"a": 1}
+WHOLE = {
+    "one place for all": ({"w": torch.zeros(1).expand(9)}, {}, r"save a clone\(\) of it$"),
+    "one storage often": (
+        dict(zip("abc", torch.rand(5000).as_strided((3, 4990), (1, 1)), strict=True)), {},
+        r"save a clone\(\) of each$",
+    ),
+    "two places": ({"w": torch.zeros(2)}, {"a": SHARED, "b": SHARED}, "save a copy of it in each$"),
+    "much beside": ({"w": torch.zeros(2)}, {"a": list(range(300_000))}, "its structure takes"),
+    "deep": ({"w": torch.zeros(2)}, {"a": levels(19)}, "more than 20 deep: save it with fewer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_whole_file_that_is_not_read_is_not_called_damaged(tmp_path, kind):
+    state, metrics, remedy = WHOLE[kind]
+    path = tmp_path / "p.pt"
+    torch.save({"step_idx": 1, "state": state, "metrics": metrics}, path)
+    torch.load(path, weights_only=True)
+    for read in (read_policy, Mask.load):
+        with pytest.raises(ValueError, match=remedy) as caught:
+            read(path)
+        assert f"{path} was not read: " in str(caught.value)
+        assert "damaged" not in str(caught.value) and "opy it again" not in str(caught.value)
+
+
+def test_the_deepest_structure_that_is_read(tmp_path):
+    torch.save({"step_idx": 1, "state": {"w": torch.zeros(2)}, "metrics": {"a": levels(18)}}, tmp_path / "p")
+    assert read_policy(tmp_path / "p").metrics == {"a": levels(18)}
+
+
 @fuzzed
 @given(JSON | st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=4), JSON, max_size=3)}))
 def test_indices_of_shards(tmp_path, content):
@@ -356,5 +403,6 @@ def test_crafted_files_are_refused_in_little_memory(tmp_path, kind, files):
     assert 99 * MIB < control < 110 * MIB  # 100 MiB that were taken are seen
     for i, (refused, taken) in enumerate(zip(found[::2], found[1::2], strict=True)):
         name = list(files)[i % len(files)]
-        assert taken <= MOST, f"{name}: {taken / MIB:.0f} MiB"
+        most = MOST * 3 // 4 if name in ("tuples in tuples", "dicts") else MOST  # as large as they may be
+        assert taken <= most, f"{name}: {taken / MIB:.0f} MiB"
         assert refused or name == "segments of a real size"

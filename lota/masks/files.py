@@ -16,6 +16,7 @@ from lota.models.hub import MASK_FILE, local_copy
 from lota.models.policy import LAYOUT
 from lota.models.tensor_files import DELTA_FORMAT, read_metadata
 from lota.models.torch_files import HoldsObjects, map_tensors, read_torch_file
+from lota.models.zip_records import NotSupported
 from lota.storage import atomic_path, refuse_foreign, save_tensors
 from lota.utils import first_few
 
@@ -128,6 +129,8 @@ def _load(path: Path) -> Any:
             "was not read: it holds Python objects, which no mask does, and loading them could run code. "
             f"{error}"
         ) from error
+    except NotSupported as error:
+        raise ValueError(f"was not read: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             "cannot be read: it is truncated, damaged or not written by torch.save; copy it again, or "

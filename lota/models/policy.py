@@ -15,6 +15,7 @@ from torch import Tensor
 from lota.models.damaged import refuse_stranger
 from lota.models.tensor_files import StoredTensor, refuse_delta
 from lota.models.torch_files import HoldsObjects, map_tensors, read_torch_file
+from lota.models.zip_records import NotSupported
 from lota.storage import verify_checksum
 
 LAYOUT = ("step_idx", "state", "metrics")
@@ -142,6 +143,8 @@ def _read(file: Path) -> Any:
             " could run code. Save it again from where it was made, as torch.save({'step_idx': int, 'state':"
             f" {{name: tensor}}, 'metrics': {{name: Python number}}}}). {error}"
         ) from error
+    except NotSupported as error:
+        raise ValueError(f"{file} was not read: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} ({file.stat().st_size:,} bytes) cannot be read: it is truncated, damaged or not written"

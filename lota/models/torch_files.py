@@ -5,8 +5,8 @@ take any amount of memory: keys of nested tuples, copies of copies, tensors larg
 compressed records. This reader knows what torch.save writes of tensors and plain values, refuses everything
 else, and takes no more memory than the file has bytes and `SLACK`.
 
-A file: a zip archive whose records are stored as they are, ARCHIVE/data.pkl with the structure as a pickle,
-ARCHIVE/data/KEY for each storage (torch's notes on serialization). Every record has a CRC-32.
+A file: a zip archive (lota/models/zip_records.py) with ARCHIVE/data.pkl, the structure as a pickle, and
+ARCHIVE/data/KEY for each storage (torch's notes on serialization).
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from __future__ import annotations
 import math
 import pickletools
 import sys
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lota.models.tensor_files import StoredTensor
+from lota.models.zip_records import NotSupported, Record, check_records, content_of, read_records
 
 SLACK = 1 << 19  # bytes of data.pkl, each of which can become a hundred in memory, that every file may have
 _PER_FILE = 200  # one byte more of data.pkl for so many of the file
 _DIMENSIONS = 64  # of a tensor; torch's operations take no more
 _DEPTH = 20  # of dicts, lists and tuples within each other
-_BLOCK = 1 << 20  # bytes read at a time
 _PLAIN = {str, int, float, bool, type(None)}
 _BEFORE_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that such files begin with
 _STORAGES = {
@@ -42,30 +40,9 @@ _STORAGES = {
     "torch.storage UntypedStorage": torch.uint8,
 }  # fmt: skip
 
-_whole: set[tuple[Path, int, int, int]] = set()  # files whose records this process has found as they were
-
-
-class _Bounded:
-    """A file of which zipfile, which reads a directory as long as any of its records says, reads little."""
-
-    def __init__(self, file: BinaryIO, size: int):
-        self.seek, self.tell, self.file, self.most = file.seek, file.tell, file, SLACK + size // 64
-
-    def read(self, size: int = -1) -> bytes:
-        """Raises ValueError for a directory that is too large."""
-        if size > self.most:
-            raise ValueError("its directory is too large for it")
-        return self.file.read(size)
-
 
 class HoldsObjects(ValueError):
     """A file has something else in it than tensors and plain values."""
-
-
-class _Record(NamedTuple):
-    offset: int  # byte of the file at which its content begins
-    size: int
-    crc: int
 
 
 @dataclass(frozen=True)
@@ -85,88 +62,48 @@ def read_torch_file(path: Path, check_crc: bool = True) -> Any:
 
     check_crc: compare every record with its CRC-32, which reads the whole file, once per process. Raises
     ValueError, without the file's name, for anything that torch.save does not write of tensors and plain
-    values (HoldsObjects), and for what is truncated or damaged.
+    values (HoldsObjects), for what it writes and is not read (NotSupported: the error has the remedy), and
+    for what is truncated or damaged.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         if file.read(len(_BEFORE_1_6)) == _BEFORE_1_6:
-            raise ValueError("it is in the layout of before torch 1.6: load it and torch.save it again")
-        try:
-            if not zipfile.is_zipfile(_Bounded(file, size)):
-                raise ValueError("it is no zip archive, or its end is missing")
-            records = dict(_records(file, size))
-        except (zipfile.BadZipFile, OSError, NotImplementedError, IndexError) as error:
-            raise ValueError(f"its directory is damaged: {error}") from error
-        status = path.stat()
-        whole = (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
-        if check_crc and whole not in _whole:
-            for name, record in records.items():
-                _check_crc(file, name, record)
-            _whole.add(whole)
+            raise NotSupported("it is in the layout of before torch 1.6: load it and torch.save it again")
+        records = read_records(file, size)
+        if check_crc:
+            check_records(path, file, records)
         structures = [name for name in records if name.partition("/")[2] == "data.pkl"]
         if len(structures) != 1:
             raise ValueError("it has no data.pkl, or more than one")
         archive, structure = structures[0].partition("/")[0], records[structures[0]]
         order = records.get(f"{archive}/byteorder")
-        if order is not None and _content(file, order) != sys.byteorder.encode():
-            raise ValueError(f"its numbers are not in {sys.byteorder}-endian order")
+        if order is not None and content_of(file, order) != sys.byteorder.encode():
+            raise NotSupported(
+                f"its numbers are not in {sys.byteorder}-endian order: load it and torch.save it again here"
+            )
         if structure.size > SLACK + size // _PER_FILE:
-            raise ValueError(f"its structure takes {structure.size:,} bytes of only {size:,}")
+            raise NotSupported(
+                f"its structure takes {structure.size:,} bytes of only {size:,}: save it without other values"
+                " than its tensors need, or the smallest tensors in a file of their own"
+            )
         reader = _Structure(path, archive, records, size)
         try:
-            return reader.run(_content(file, structure))
+            return reader.run(content_of(file, structure))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"its structure is damaged: {type(error).__name__} {error}") from error
-
-
-def _records(file: BinaryIO, size: int) -> Iterator[tuple[str, _Record]]:
-    """The records of an archive that lie in it uncompressed, one after another."""
-    total = 0
-    with zipfile.ZipFile(_Bounded(file, size)) as archive:
-        listed = archive.infolist()
-    if len({info.filename for info in listed}) < len(listed):
-        raise ValueError("it has two records of one name")
-    for info in listed:
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise ValueError("it is compressed, which torch.save never does")
-        file.seek(info.header_offset)
-        head = file.read(30)
-        if head[:4] != b"PK\x03\x04":
-            raise ValueError(f"its record {info.filename[:100]} is not where it should be")
-        # behind the head: the name and an extra field, of these lengths
-        offset = info.header_offset + 30 + int.from_bytes(head[26:28], "little")
-        offset += int.from_bytes(head[28:30], "little")
-        total += info.file_size
-        if offset + info.file_size > size or total > size:
-            raise ValueError(f"its record {info.filename[:100]} lies outside of it")
-        yield info.filename, _Record(offset, info.file_size, info.CRC)
-
-
-def _content(file: BinaryIO, record: _Record) -> bytes:
-    file.seek(record.offset)
-    return file.read(record.size)
-
-
-def _check_crc(file: BinaryIO, name: str, record: _Record) -> None:
-    """Raise ValueError for a record with another CRC-32 than its directory has; there, 0 stands for none."""
-    file.seek(record.offset)
-    found, left = 0, record.size
-    while left > 0 and (block := file.read(min(left, _BLOCK))):
-        found, left = zlib.crc32(block, found), left - len(block)
-    if left or (record.crc and found != record.crc):
-        raise ValueError(f"its record {name[:100]} has changed since it was written: its CRC-32 does not fit")
 
 
 class _Structure:
     """The machine that a pickle is a program for, as far as tensors and plain values need it."""
 
-    def __init__(self, path: Path, archive: str, records: dict[str, _Record], size: int):
+    def __init__(self, path: Path, archive: str, records: dict[str, Record], size: int):
         self.path, self.archive, self.records, self.left = path, archive, records, size
         self.stack: list[Any] = []
         self.marks: list[int] = []  # lengths of the stack
         self.memo: dict[int, Any] = {}
-        self.depth: dict[int, int] = {}  # id of a dict, list or tuple that is not empty -> how deep it is
-        self.held: list[Any] = []  # these, so that no id is used twice
+        # id of a dict, list or tuple with others in it -> how deep they are, until it is itself in another:
+        # nothing but a flat tuple is in two places
+        self.depth: dict[int, int] = {}
         self.places: set[StoredTensor] = set()  # of tensors: without tied ones no more than the file holds
 
     def run(self, program: bytes) -> Any:
@@ -210,9 +147,11 @@ class _Structure:
                 self.stack.append(self.storage(self.stack.pop()))
             case "REDUCE":
                 arguments = self.stack.pop()
+                self.depth.pop(id(arguments), None)
                 self.push(self.call(self.stack.pop(), arguments))
             case "BUILD":  # what an OrderedDict carries besides its items, such as `_metadata`
                 state = self.stack.pop()
+                self.depth.pop(id(state), None)
                 if not isinstance(state, dict) or not isinstance(self.stack[-1], dict):
                     raise HoldsObjects("Unsupported class: an object with a state")
             case "PROTO":
@@ -229,11 +168,14 @@ class _Structure:
         """Note that a dict, list or tuple has these in it."""
         if not isinstance(whole, tuple) and any(isinstance(part, _Global | _Storage) for part in parts):
             raise HoldsObjects("Unsupported class: a class or storage by itself")
-        depth = max((1 + self.depth.get(id(part), 0) for part in parts), default=0)
-        if depth > _DEPTH:
-            raise ValueError(f"its structure is more than {_DEPTH} deep")
+        inner = (part for part in parts if isinstance(part, dict | list | tuple))
+        depth = max((1 + self.depth.pop(id(part), 0) for part in inner), default=0)
+        if depth >= _DEPTH:
+            raise NotSupported(
+                f"its structure is more than {_DEPTH} deep: save it with fewer dicts, lists and tuples within"
+                " each other"
+            )
         if depth > self.depth.get(id(whole), 0):
-            self.held.append(whole)
             self.depth[id(whole)] = depth
 
     def since_mark(self) -> list[Any]:
@@ -246,7 +188,7 @@ class _Structure:
         """Something from before. A dict, list or nested tuple twice could be written out without end."""
         value = self.memo[place]
         if isinstance(value, dict | list | tuple) and not (len(value) <= _DIMENSIONS and _is_flat(value)):
-            raise ValueError("its structure holds one part in two places: save a copy of it in each")
+            raise NotSupported("its structure holds one part in two places: save a copy of it in each")
         return value
 
     def set_items(self, whole: Any, parts: list[Any]) -> None:
@@ -281,9 +223,9 @@ class _Structure:
         if name == "torch Size":
             (sizes,) = arguments
             return tuple(_whole_numbers(sizes))
-        if name == "torch._utils _rebuild_parameter":
-            value, _, _ = arguments
-            if isinstance(value, StoredTensor):
+        if name in ("torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"):
+            value, _, _, *state = arguments  # attributes, or a pair with those of __slots__: left out
+            if isinstance(value, StoredTensor) and all(isinstance(part, dict | tuple) for part in state):
                 return value
         if name in ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"):
             storage, offset, shape, stride, _, _, *rest = arguments
@@ -310,12 +252,14 @@ class _Structure:
         if found.numel and end > storage.numel * storage.dtype.itemsize:
             raise ValueError("a tensor of it has more entries than the file holds")
         if found.numel > found.span:
-            raise ValueError("entries of a tensor share a place, as after expand: save a clone() of it")
+            raise NotSupported("entries of a tensor share a place, as after expand: save a clone() of it")
         if found not in self.places:
             self.places.add(found)
             self.left -= found.numel * dtype.itemsize
         if self.left < 0:
-            raise ValueError("its tensors have more entries than the file holds")
+            raise NotSupported(
+                "its tensors share places and have more entries than it: save a clone() of each"
+            )
         return found
 
 

@@ -194,13 +194,18 @@ def merged_card(new: ModelCard, old: str | None) -> ModelCard:
         raise ValueError(
             f"README.md of the repository cannot be read ({error}): mend its metadata"
         ) from error
+    begin, end = card.text.find(BEGIN), card.text.find(END)
+    last = card.text[begin:end] if 0 <= begin < end else ""
     ours, theirs = new.data.to_dict(), card.data.to_dict()
     theirs.pop("model-index", None)  # scores of what the file was before
+    if "license" in ours:  # given with this push
+        theirs.pop("license", None)
+    if "base_model" in ours and f"| Base | [{theirs.get('base_model')}](" in last:  # not the owner's
+        theirs.pop("base_model")
     tags = theirs.get("tags") or []
     tags = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *ours["tags"]]))
-    data = ModelCardData(**{**theirs, **ours, "tags": tags})
-    begin, end = card.text.find(BEGIN), card.text.find(END)
-    if 0 <= begin < end:
+    data = ModelCardData(**{**ours, **theirs, "tags": tags})
+    if last:
         text = card.text[:begin] + new.text.strip() + card.text[end + len(END) :]
     else:
         text = f"{card.text.rstrip()}\n\n{new.text.strip()}\n"
