@@ -13,7 +13,6 @@ import argparse
 import itertools
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lota
-from benchmarks.delta import MB, ROOT, SPARSITIES, medians, two_tasks
+from benchmarks.delta import MB, SPARSITIES, medians, two_tasks
 from benchmarks.step import LINEAR, build_model
 from lota.delta import Delta, apply, extract
 from lota.share.delta.indices import export_indices
@@ -119,10 +118,8 @@ def super_tuned(folder: Path, s: float) -> dict[str, Work]:
 
 
 def served(base: Path) -> object:
-    sys.path.insert(0, str(ROOT / "tests"))
-    import vllm_stand_in
-
     from lota.share.vllm import DeltaWorker
+    from tests import vllm_stand_in
 
     vllm_stand_in.install(pytest.MonkeyPatch())
     return vllm_stand_in.worker_class(DeltaWorker)(base)

@@ -213,5 +213,5 @@ def test_a_checkpoint_that_was_being_written_begins_no_sequence(tmp_path):
     for name, begun in ((".epoch-1.0badcafe-1-1.tmp", False), ("epoch-1", True)):
         inside = folder.path / "1_one" / "calibrate" / name
         inside.mkdir(parents=True)
-        (inside / "policy.pt").touch()
+        (inside / "resume.pt").touch()
         assert folder.begun() is begun

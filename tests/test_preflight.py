@@ -216,7 +216,7 @@ SNIP = ("snip=true", "snip_batches=2", "save_snip_mask_path=snip.pt", "eval_ever
 def test_a_mask_of_snip_is_computed_once(model, monkeypatch):
     """By `add_snip_mask`, unless it is stored already; a run that had another one is refused."""
     mask = write_mask(Path("made.pt"))
-    monkeypatch.setattr(SnipMask, "compute", lambda self, device, check: mask)
+    monkeypatch.setattr(SnipMask, "compute", lambda self, *given: mask)
     data = prepared(*SNIP)
     config = settings("model.name_or_path=model", *SNIP)
     assert data.mask is None and data.snip.key["data"]["examples"] == 16 and data.seen["mask"] is None

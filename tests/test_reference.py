@@ -227,7 +227,7 @@ def test_a_reference_with_the_same_tokenizer_is_taken():
 
 
 def test_no_reference_is_loaded_without_one(monkeypatch):
-    monkeypatch.setattr("lota.train.reference.load_run_model", None)
+    monkeypatch.setattr("lota.train.objectives.make_reference", None)
     trainer, _ = train(*DPO, "loss.reference_free=true")
     assert trainer.objective.reference is None
 
