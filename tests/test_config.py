@@ -285,9 +285,9 @@ def test_a_number_of_processes_that_is_no_number(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     with pytest.raises(ValueError, match="WORLD_SIZE=abc: the environment variable must be a number"):
         composed()
-    for size in ("", "4", "8"):
+    for size in ("", "8", "16"):
         monkeypatch.setenv("WORLD_SIZE", size)
-        assert composed()
+        assert composed("batch_size=16")
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_what_hydra_would_refuse_is_told_with_its_remedy(given, words):
     [
         "lr=1 seed=0 datasets=[a,b] do_first_eval=0 wandb.enabled=yes save_every=epoch_2 n_epochs=null",
         "-m lr=1e-4,1e-3 seed=range(0,3) model=tiny,gpt2 +experiment=fft",
-        "hydra.job.name=x ~lr model.name_or_path=${exp_name} loss.beta=null",
+        "hydra/launcher=basic hydra.job.name=x ~lr model.name_or_path=${exp_name} loss.beta=null",
         "--config-dir mine +own=key model=mine",
         "--help x",
         "--cfg job debug=true",

@@ -418,6 +418,7 @@ def test_the_table_and_the_numbers_agree():
         ("tokens=600", "tokens=600: an example is cut to max_length=512"),
         ("sparsity=0.9 adapter=lora", "LoRA has no mask"),
         ("sparsity=0.9 snip=true", "snip_sparsity=0.9"),
+        ("processes=2", "use trainer=FSDPTrainer, a mask or adapter=lora"),
         ("processes=16 sparsity=0.9", "16 processes share the 8 examples of a part"),
         ("device=tpu", "device=tpu"),
         ("json=/nowhere/at/all.json", "there is no folder"),
@@ -433,8 +434,8 @@ def test_settings_that_cannot_be_planned(overrides, words):
 def test_all_problems_at_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError) as error:
-        composed("lr=-1", "tokens=600", "gpu_memory=-1")
-    assert len(str(error.value).splitlines()) == 5 and "start it without torchrun" in str(error.value)
+        composed("lr=-1", "tokens=600", "gpu_memory=-1", "processes=2")
+    assert len(str(error.value).splitlines()) == 6 and "start it without torchrun" in str(error.value)
 
 
 def test_masks_that_cannot_be_planned(tmp_path):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lota.config import Config
-from lota.config_checks import problems_of, process_problems, started_processes
+from lota.config_checks import dense_problem, problems_of, process_problems, started_processes
 from lota.models.hub import is_hub_reference
 from lota.settings import neutral
 
@@ -62,6 +62,9 @@ def plan_problems(c: PlanConfig) -> Iterator[str]:
     yield from _sparsity_problems(c)
     masked = c if c.sparsity is None else replace(c, mask_path="not there yet")
     yield from process_problems(masked, c.processes)
+    no_mask = masked.mask_path is None and not (c.snip or c.protect_masks) and c.freeze_layers is None
+    if no_mask and c.processes > 1 and c.adapter.name == "none" and c.trainer.name == "BasicTrainer":
+        yield dense_problem(f"mask_path={c.mask_path or 'null'}", c.processes)
 
 
 def _sparsity_problems(c: PlanConfig) -> Iterator[str]:

@@ -158,7 +158,7 @@ class _Checks:
     def _launcher_problems(self, override: Override) -> Iterator[str]:
         """A line if the launcher is not installed, or would not be used."""
         name = str(override.value())
-        if not self.sweeps:
+        if not self.sweeps and name != "basic":  # Hydra's own, which is there in any case
             yield f"hydra/launcher={name}: it launches the jobs of a sweep; put -m in front of all settings"
         if name.startswith("submitit") and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
             yield f"hydra/launcher={name}: pip install hydra-submitit-launcher submitit (docs/SCALING.md)"
