@@ -127,16 +127,30 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@contextmanager
+def held_before_loading(held: list[int]) -> Iterator[None]:
+    """Resident bytes when a run has prepared, and its modules are imported."""
+    load = Trainer.load
+
+    def loading(trainer):
+        held.append(resident_bytes())
+        load(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "load", loading)
+        yield
+
+
 def run(overrides: list[str]) -> dict:
     arranged = next((name for name in overrides if name in ARRANGED), "")
     sent: list[int] = []
-    trainer, before = None, resident_bytes()
+    trainer, before = None, []
     try:
-        with counted(sent), ARRANGED[arranged]():
+        with counted(sent), held_before_loading(before), ARRANGED[arranged]():
             trainer, _ = train(*(each for each in overrides if each != arranged))
     except ValueError as error:
         return {"error": str(error)}
-    grown = peak_memory_bytes(torch.device("cpu")) - before
+    grown = peak_memory_bytes(torch.device("cpu")) - before[0] if before else 0
     return {"stopped": True} if trainer is None else found(trainer, sent[-1] - sent[0]) | {"grown": grown}
 
 

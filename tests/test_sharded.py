@@ -232,9 +232,9 @@ def started_alone(folder: Path, runs: dict[str, tuple[str, ...]]) -> None:
 
 
 def test_no_process_holds_the_whole_model(alone, of_four):
-    """By as much a process grows over preparing, loading, training and saving."""
+    """By as much a process grows over loading, training and saving."""
     whole = sum(value.nbytes for value in of_model(alone[0], RUNS["long"]).values())
     (one,), parts = alone[1]["long"], of_four[1]["long"]
     assert one["grown"] > 1.2 * whole
-    for each in parts:  # of 96 MB: a quarter, its state, blocks that are gathered, activations, preparations
+    for each in parts:  # of 96 MB: a quarter, its state, blocks that are gathered, activations
         assert each["grown"] < 0.95 * whole, (each["grown"], whole)
