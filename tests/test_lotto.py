@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lotto_runs import ledger, mask, run, with_tasks
+from lotto_runs import Trainings, ledger, mask, run, settings, with_tasks
 from runs import MODEL, ROOT, policy, same, write_mask
 from transformers import AutoModelForCausalLM
 
@@ -68,6 +68,24 @@ def test_each_task_trains_its_own_entries_and_nothing_else(two):
         for at, (old, new) in enumerate([(start, states[0][name]), (states[0][name], states[1][name])]):
             moved[at] += int((old != new).sum())
     assert min(moved) > 60_000  # of 71,270
+
+
+def test_stages_are_learnt_without_measuring_and_measured_later(two, monkeypatch):
+    """What `run` adds is results alone: models and masks are the same, bit for bit."""
+    trainings = Trainings()
+    lotto = Lotto(settings(), trainings, get_task)
+    with monkeypatch.context() as patch, lotto.opened():
+        patch.setattr("lota.lotto.driver.measure_all", lambda *_: pytest.fail("nothing is to be measured"))
+        found = [(stage.task, weights) for stage, weights in lotto.learnt()]
+    assert [task for task, _ in found] == ["one", "two"]
+    assert trainings.names == two[1].names
+    for at, (_, weights) in enumerate(found):
+        assert same(policy(weights.parent), after(two[0], at))
+    assert not (lotto.folder / "forgetting.json").exists()
+    assert [row["losses"] for row in ledger(lotto)] == [{}, {}]
+    resumed, trainings = run()
+    assert trainings.names == []
+    assert (resumed.folder / "ledger.json").read_bytes() == (two[0].folder / "ledger.json").read_bytes()
 
 
 def test_the_mask_is_the_largest_changes_among_the_free_entries(two):

@@ -11,8 +11,10 @@ from the result of the task before, evaluate on all tasks. The other methods lea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -54,7 +56,7 @@ class Stage:
 
 
 class Lotto:
-    """A sequence of tasks: `Lotto(config, train, find_task).run()`.
+    """A sequence of tasks: `Lotto(config, train, find_task).run()`; without results, `learnt` within `opened`.
 
     find_task: the task of a name. processes: of which this is the first one, and the others `follow`.
     Raises ValueError for an invalid sequence before anything is trained or written.
@@ -70,24 +72,37 @@ class Lotto:
 
     def run(self) -> dict[str, Any]:
         """Learn what is not learnt yet; returns the content of forgetting.json."""
-        with self.checked.folder as opened:
-            self.ledger = Ledger(self.folder)
+        with self.opened():
             base = self.measure(self.folder / "base", None)
             results = []
-            for at, stage in enumerate(self.stages):
-                if at == len(self.ledger.entries):
-                    logger.info("\n%d of %d: %s", stage.number, len(self.stages), stage.task)
-                    self.learn(stage)
-                    opened.keep()
-                found = self.measure(self.folder / stage.name, self.weights(stage))
+            for at, (stage, weights) in enumerate(self.learnt()):
+                found = self.measure(self.folder / stage.name, weights)
                 scores = {task: one.score.value for task, one in found.items() if one.score is not None}
                 self.ledger.measured(at, scores, {task: one.loss.value for task, one in found.items()})
                 results.append(found)
             self.ledger.write_table()
             content = write_results(self.folder, self.config.sequence, results, base)
-        self.leader.end()
         logger.info("\n%s\n\n%s", self.ledger.table(), table(content))
         return content
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The run folder, held; at the end the other processes may go."""
+        with self.checked.folder:
+            self.ledger = Ledger(self.folder)
+            yield
+        self.leader.end()
+
+    def learnt(self) -> Iterator[tuple[Stage, Path]]:
+        """Every stage and its policy.pt, once it is learnt, in the run folder that is `opened`. Nothing is
+        measured.
+        """
+        for at, stage in enumerate(self.stages):
+            if at == len(self.ledger.entries):
+                logger.info("\n%d of %d: %s", stage.number, len(self.stages), stage.task)
+                self.learn(stage)
+                self.checked.folder.keep()
+            yield stage, self.weights(stage)
 
     # One stage
 
