@@ -56,7 +56,7 @@ class Stage:
 
 
 class Lotto:
-    """A sequence of tasks: `Lotto(config, train, find_task).run()`; without results, `learnt` within `opened`.
+    """A sequence of tasks: `Lotto(config, train, find_task).run()`, or `opened` and `learnt` without results.
 
     find_task: the task of a name. processes: of which this is the first one, and the others `follow`.
     Raises ValueError for an invalid sequence before anything is trained or written.
