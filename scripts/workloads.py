@@ -88,11 +88,22 @@ def _on_both(name: str, **sizes: Any) -> dict[str, Workload]:
 
 WORKLOADS: dict[str, Workload] = {
     # as scripts/sweep_sparsity.sh trains it
-    "toy_sort": Workload("toy_sort", "tiny-llama", 3200, 16, 128, 200, 400, 400, data_dir=None),
+    **{
+        task: Workload(task, "tiny-llama", 3200, 16, 128, 200, 400, 400, data_dir=None)
+        for task in ("toy_sort", "toy_shift", "toy_reverse")
+    },
     **_on_both("sql", n_examples=480, batch_size=8, max_length=192, new_tokens=64),
     **_on_both("gsm8k", n_examples=480, batch_size=8, max_length=224, n_scored=0),
     **_on_both("samsum", n_examples=480, batch_size=8, max_length=320, new_tokens=64),
     **_on_both("boolq", n_examples=480, batch_size=8, max_length=128, new_tokens=8),
+}
+# Three tasks on one base that one model is to learn, in the order in which they come one after the other
+GROUPS: dict[str, tuple[str, ...]] = {
+    "toy tasks": ("toy_shift", "toy_sort", "toy_reverse"),
+    **{
+        f"real tasks on {base}": tuple(f"{task} on {base}" for task in ("sql", "samsum", "boolq"))
+        for base in ("study-llama", "stories260K")
+    },
 }
 SMOKE = Workload("toy_sort", "tiny-llama", 16, 8, 128, 8, 8, 4, own_bytes=500, data_dir=None, new_tokens=4)
 
