@@ -166,6 +166,12 @@ class Config:
     data_fraction: float = setting(
         1.0, "share of each task's training rows, a seeded sample", above=0, at_most=1
     )
+    replay: list[str] = setting(
+        [], "tasks of which a sample of training rows joins those of datasets, so that they are not forgotten"
+    )
+    replay_fraction: float = setting(
+        0.01, "share of each replayed task's training rows, a seeded sample", above=0, at_most=1
+    )
     validation_fraction: float = setting(
         0.0,
         "share of each task's training rows, by hash, that is not trained on and that the run is evaluated "
@@ -391,7 +397,7 @@ class Config:
     @property
     def task_names(self) -> list[str]:
         """Every task that is named."""
-        return self.datasets
+        return [*self.datasets, *self.replay]
 
     @property
     def mask_files(self) -> list[str | None]:

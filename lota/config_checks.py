@@ -131,6 +131,10 @@ def _data_and_length_problems(c: Config) -> Iterator[str]:
         yield "datasets is empty: name at least one task, as in datasets=[gsm8k]"
     if len(set(c.datasets)) < len(c.datasets):
         yield f"datasets={c.datasets}: a task is named twice"
+    if len(set(c.replay)) < len(c.replay):
+        yield f"replay={c.replay}: a task is named twice"
+    for task in (task for task in c.replay if task in c.datasets):
+        yield f"replay={c.replay}: datasets={c.datasets} trains on all rows of {task} already; drop one"
     if c.max_prompt_length >= c.max_length:
         yield (
             f"max_prompt_length={c.max_prompt_length} leaves no room for a response in "
@@ -264,6 +268,8 @@ def _unused_keys(c: Config) -> dict[str, str]:
         reasons["fsdp_port"] = f"MASTER_PORT={os.environ['MASTER_PORT']} says where processes meet"
     if not (c.flip_mask or c.snip) and c.adapter.name == "none":
         reasons["model.scope"] = "flip_mask=false, snip=false, adapter=none; a mask file has its own scope"
+    if not c.replay:
+        reasons["replay_fraction"] = "replay=[]"
     if c.optimizer == "SGD" and not c.momentum:
         reasons["optimizer_state"] = "optimizer=SGD, momentum=0: there is none"
     if c.model.reference_archive is None and c.model.reference in ("swap", "precomputed"):

@@ -215,3 +215,15 @@ def test_a_checkpoint_that_was_being_written_begins_no_sequence(tmp_path):
         inside.mkdir(parents=True)
         (inside / "resume.pt").touch()
         assert folder.begun() is begun
+
+
+def test_earlier_tasks_are_replayed_from_the_second_stage_on():
+    config = settings("tasks=[one,two,three]", "retain.replay_fraction=0.2")
+    for run in (config.adaptation, config.calibration):
+        assert [run(task).replay for task in NAMES] == [[], ["one"], ["one", "two"]]
+        assert run("three").replay_fraction == 0.2
+    reversed_order = settings("tasks=[one,two]", "order=reversed", "retain.replay_fraction=0.2")
+    assert [reversed_order.adaptation(task).replay for task in ("one", "two")] == [["two"], []]
+    assert all(settings().adaptation(task).replay == [] for task in ("one", "two"))
+    assert "retain.replay_fraction replays rows of the earlier tasks" in refused("replay=[three]")
+    assert "replay_fraction=0.5: not with a sequence" in refused("replay_fraction=0.5")

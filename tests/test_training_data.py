@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lota.data.examples import load_examples, load_held_out
+from lota.data.examples import load_examples, load_held_out, rows_of
 from lota.data.prompts import Prompter
 from lota.data.task import Preference
 from tasks import get_task
@@ -87,6 +87,39 @@ def test_what_a_run_will_not_do_is_said_before_a_model_loads(caplog, override, s
     prepare(settings(*override.split()), get_task)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (said is not None) and (not said or warnings[0].startswith(said))
+
+
+def prepared(*overrides: str):
+    from lota.train.preflight import prepare
+
+    return prepare(settings(*overrides), get_task)
+
+
+def test_replayed_rows_join_the_training_rows_and_are_not_held_out():
+    """A sample of the replayed task, after all rows of the run's own; another share is other data."""
+    plain = prepared("do_first_eval=true")
+    replayed = prepared("do_first_eval=true", "replay=[toy_shift]", "replay_fraction=0.02")
+    texts = [example.prompt.text for example in replayed.train]
+    own, more = texts[: len(plain.train)], texts[len(plain.train) :]
+    assert own == [example.prompt.text for example in plain.train]
+    every = prompts("toy_shift", "train")
+    assert len(more) == round(0.02 * len(every)) and set(more) <= set(every)
+    places = [every.index(prompt) for prompt in more]
+    assert places == sorted(places) and places != list(range(len(more)))
+    assert [e.prompt.text for e in replayed.held_out] == [e.prompt.text for e in plain.held_out]
+    assert len({data.seen["data"] for data in (plain, replayed, prepared("replay=[toy_shift]"))}) == 3
+    fraction = "validation_fraction=0.3"
+    kept = prepared("replay=[toy_shift]", "replay_fraction=1", "do_first_eval=true", fraction)
+    task = get_task("toy_shift")
+    trained = {row for row in map(task.prompt, rows_of(task, "train", "", 0.3))}
+    assert {e.prompt.text for e in kept.train if e.prompt.text in every} == trained != set(every)
+
+
+def test_a_replayed_task_is_checked_like_the_others():
+    with pytest.raises(ValueError, match="unknown task 'toy_shif'"):
+        prepared("replay=[toy_shif]")
+    with pytest.raises(ValueError, match=r"learns from preference pairs, and task mini has none"):
+        prepared("datasets=[pairs]", "loss=dpo", "replay=[mini]")
 
 
 @pytest.mark.slow

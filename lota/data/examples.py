@@ -33,12 +33,14 @@ def with_options(find_task: FindTask, name: str, config: Config) -> Task:
     return task
 
 
-def load_examples(tasks: Sequence[Task], split: str, config: Config, prompter: Prompter) -> list[Example]:
-    """Examples of all tasks, in order, of each a seeded sample of `data_fraction`."""
-    examples = []
+def load_examples(
+    tasks: Sequence[Task], split: str, config: Config, prompter: Prompter, fraction: float | None = None
+) -> list[Example]:
+    """Examples of all tasks, in order, of each a seeded sample of `fraction`, None: of `data_fraction`."""
+    examples, share = [], config.data_fraction if fraction is None else fraction
     for task in tasks:
         rows = rows_of(task, split, config.data_folder, config.validation_fraction)
-        kept = fraction_of(rows, config.data_fraction, config.seed)
+        kept = fraction_of(rows, share, config.seed)
         logger.info("%s: %d of %d %s rows", task.name, len(kept), len(rows), split)
         found = [prompter.example(task, row, config.loss.on_preferences) for row in kept]
         examples += _without_pointless(found, f"{task.name}, {split}")

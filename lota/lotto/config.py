@@ -39,7 +39,7 @@ METHODS = {
 _SHARED = (
     "exp_name", "local_dirs", "model", "adapter", "datasets", "tasks", "order", "method", "task_overrides",
     "protect_masks", "granularity", "block", "flip_mask", "overwrite", "resume", "debug", "n_eval_examples",
-    "chat_template", "validation_fraction",
+    "chat_template", "validation_fraction", "retain", "replay", "replay_fraction",
 )  # fmt: skip
 _SET_BY_STAGES = {
     "datasets": "tasks=[...] names the tasks",
@@ -48,6 +48,8 @@ _SET_BY_STAGES = {
     "snip": "masks are chosen by method=lotto, lota or random",
     "save_snip_mask_path": "the masks stand in the run folder",
     "debug": "each task starts from the checkpoint of the one before",
+    "replay": "retain.replay_fraction replays rows of the earlier tasks",
+    "replay_fraction": "retain.replay_fraction is the share of each earlier task",
 }
 _CALIBRATED = tuple(f"method={name}" for name, method in METHODS.items() if method.calibrated)
 _MASKED = tuple(f"method={name}" for name, method in METHODS.items() if method.saliency is not None)
@@ -72,6 +74,18 @@ class CalibrateConfig:
         "of the averages that the optimizer holds; null = the task's", choices=(None, *OPTIMIZER_STATES)
     )
     stochastic_rounding: bool | None = _calibrated("hold the weights in bfloat16 alone; null = the task's")
+
+
+@dataclass
+class RetainConfig:
+    """What keeps the behaviour of earlier tasks, from the second task on; all off by default."""
+
+    replay_fraction: float = setting(
+        0.0,
+        "share of each earlier task's training rows, a seeded sample, that joins those of a task; 0 = none",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass
@@ -107,6 +121,7 @@ class LottoConfig(Config):
     )
     order: str = setting("given", "given, or reversed: the last task first", choices=("given", "reversed"))
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    retain: RetainConfig = field(default_factory=RetainConfig)
     task_overrides: dict[str, Any] = setting(
         {}, "task -> keys and values of its own, in place of those above"
     )
@@ -140,11 +155,17 @@ class LottoConfig(Config):
         """A setting of the sequence or, if the task has one of its own, the task's."""
         return self.task_overrides.get(task, {}).get(key, getattr(self, key))
 
+    def earlier(self, task: str) -> list[str]:
+        """The tasks that are learnt before a task."""
+        return self.sequence[: self.sequence.index(task)]
+
     def adaptation(self, task: str, **changes: Any) -> Config:
         """The training run of a task. changes: fields that the stage sets."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(Config)}
         own = {key: value for key, value in self.task_overrides.get(task, {}).items() if key in values}
         fixed = {"datasets": [task], "overwrite": False, "adapter": {"name": self.learning.adapter}}
+        if self.retain.replay_fraction and self.earlier(task):
+            fixed |= {"replay": self.earlier(task), "replay_fraction": self.retain.replay_fraction}
         # a mask of yours is not of the weights that the tasks before have left
         fixed["mask_of_other_base"] = self.mask_of_other_base or "model" in changes
         for key, value in {**own, **fixed, **changes}.items():
@@ -174,7 +195,7 @@ def sequence_problems(c: LottoConfig) -> Iterator[str]:
     for task in dict.fromkeys(t for t in c.tasks if c.tasks.count(t) > 1):
         yield f"tasks={c.tasks}: {task} is named twice"
     for key, remedy in _SET_BY_STAGES.items():
-        if getattr(c, key):
+        if getattr(c, key) != getattr(LottoConfig(), key):
             yield f"{key}={getattr(c, key)}: not with a sequence of tasks; {remedy}"
     if c.adapter.name not in ("none", "lora" if c.method == "lora" else "none"):
         yield f"adapter={c.adapter.name} with method={c.method}: choose method=lora or adapter=none"

@@ -66,7 +66,7 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
     attempt = problems.attempt
     folder = RunFolder(config) if together.first else FollowedFolder(config)
     resumable = attempt(look_together, folder, together)
-    found = [attempt(with_options, find_task, name, config) for name in config.datasets]
+    found = [attempt(with_options, find_task, name, config) for name in config.task_names]
     tasks = [task for task in found if task is not None]
     tokenizer = attempt(load_run_tokenizer, config)
     data = model = snip = mask = None
@@ -103,7 +103,7 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
             **({} if config.debug else _model_hashes(config, tokenizer, model, together)),
         },
         lengths=[max(map(len, encode(example))) for example in train] if config.group_by_length else None,
-        stop=tuple({text for task in tasks for text in task.stop}),
+        stop=tuple({text for task in tasks[: len(config.datasets)] for text in task.stop}),
         resumable=resumable,
         folder=folder,
     )
@@ -186,9 +186,13 @@ def _refuse_other(data: Prepared) -> None:
 def _load_data(
     config: Config, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Example]]:
-    """Training examples and, if the run evaluates, held-out ones."""
+    """Training examples and, if the run evaluates, held-out ones. tasks: the replayed ones last, of which no
+    rows are held out.
+    """
     prompter = Prompter(tokenizer, config.chat_template)
+    tasks, replayed = tasks[: len(config.datasets)], tasks[len(config.datasets) :]
     train = load_examples(tasks, "train", config, prompter)
+    train += load_examples(replayed, "train", config, prompter, config.replay_fraction)
     if cut := cut_text(config, tokenizer, train):
         logger.warning("%s", cut)
     steps = [len(batch.rows) for batch in batch_order(config, len(train), None)]
