@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import encode, seeded_sample
@@ -36,6 +37,7 @@ from lota.evaluate.text_loss import Text, nats_per_byte
 from lota.masks import Mask, kept_count
 from lota.masks.extract.select import Quota, Rule, select
 from lota.models.hashing import remembered_hash
+from lota.models.loading import load_tokenizer
 from lota.models.pair import open_pair
 from lota.models.scope import find_scope, meta_model
 from lota.places import holding
@@ -84,6 +86,18 @@ DENSE = Method("full fine-tuning", start=1e-3)
 USUAL = ("toy_sort", "sql on study-llama", "gsm8k on study-llama")  # workloads
 
 
+def best_rate(rates: Sequence[float], start: float, loss: Callable[[float], float]) -> float:
+    """The rate with the least loss of those around `start` and around the best; its neighbours are worse,
+    unless the grid ends.
+    """
+    best = min(range(len(rates)), key=lambda i: abs(rates[i] - start))
+    tried: dict[int, float] = {}
+    while wanted := {i for i in (best - 1, best, best + 1) if 0 <= i < len(rates)} - tried.keys():
+        tried |= {i: loss(rates[i]) for i in sorted(wanted)}
+        best = min(tried, key=lambda i: tried[i])
+    return rates[best]
+
+
 # Runs
 
 
@@ -104,6 +118,10 @@ class Study:
         self.cells = Cells(out / f"{name}.jsonl")
         self.folder = BASES[workload.base].folder
         self.task = short_rows(workload)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.folder)
 
     @cached_property
     def base_hash(self) -> str:
@@ -184,14 +202,17 @@ class Study:
     def results(self, trainer: Trainer, *, test: bool) -> Record:
         """Validation loss; with test also test loss and score, and the loss on the base's own text."""
         model, tokenizer = trainer.model.eval(), trainer.data.tokenizer
-        found: Record = {"validation": self._nats(model, tokenizer, self.rows("validation"))}
+        found: Record = {"validation": self.nats(model, tokenizer, self.rows("validation"))}
         if test:
-            own = nats_per_byte(model, tokenizer, self.own_text)
-            found |= {"nats": self._nats(model, tokenizer, self.rows("test")), "own": own.value}
-            found |= {"score": self._score(model, tokenizer)} if self.workload.n_scored else {}
+            found |= {"nats": self.nats(model, tokenizer, self.rows("test")), "own": self.own(model, tokenizer)}
+            found |= {"score": self.score(model, tokenizer)} if self.workload.n_scored else {}
         return found
 
-    def _nats(self, model: Any, tokenizer: Any, rows: Iterable[Row]) -> float:
+    def own(self, model: Any, tokenizer: Any) -> float:
+        """Loss on the base's own text, in nats per byte."""
+        return nats_per_byte(model, tokenizer, self.own_text).value
+
+    def nats(self, model: Any, tokenizer: Any, rows: Iterable[Row]) -> float:
         """Loss per response token, in nats."""
         requests, prompter = [], Prompter(tokenizer)
         limits = {"max_length": self.workload.max_length, "max_prompt_length": self.workload.max_length - 1}
@@ -200,7 +221,7 @@ class Study:
             requests.append((coded.input_ids[: coded.prompt_length], coded.input_ids[coded.prompt_length :]))
         return -sum(logliks(model, requests, batch_size=50)) / sum(len(after) for _, after in requests)
 
-    def _score(self, model: Any, tokenizer: Any) -> float:
+    def score(self, model: Any, tokenizer: Any) -> float:
         """The task's metric over completions of the first test rows."""
         task, rows = self.task, self.rows("test")[: self.workload.n_scored]
         decoding = Decoding(self.workload.new_tokens or task.max_new_tokens, stop=task.stop)
@@ -222,17 +243,12 @@ class Study:
 
     def rate(self, method: Method, start: float | None = None) -> float:
         """The rate with the least validation loss; its neighbours are worse, unless the grid ends."""
-        rates = self.rates
-        at = min(range(len(rates)), key=lambda i: abs(rates[i] - (start or method.start)))
-        tried: dict[int, float] = {}
-        wanted = {at - 1, at, at + 1}
-        while wanted := {i for i in wanted if 0 <= i < len(rates)} - tried.keys():
-            for i in sorted(wanted):
-                found = self.measured(method, RATE_SEED, rates[i], "rate", test=False)["validation"]
-                tried[i] = float("inf") if found is None else found
-            best = min(tried, key=lambda i: tried[i])
-            wanted = {best - 1, best, best + 1}
-        return rates[best]
+
+        def loss(lr: float) -> float:
+            found = self.measured(method, RATE_SEED, lr, "rate", test=False)["validation"]
+            return float("inf") if found is None else found
+
+        return best_rate(self.rates, start or method.start, loss)
 
     # Masks
 
