@@ -7,23 +7,23 @@ of as many batches at the base's weights. Of each: the overlap with the whole ca
 seed and with the masks of the same budget of other seeds (intersection over union), and what training under
 it gives. All adapt at the rate that validation rows choose for the whole calibration's mask, so that the
 masks alone differ. Goes on where it was interrupted; shares results with scripts/sparsity_study.py. Writes
-budget.md and budget.png.
+budget.md, .png and .html.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lota.evaluate.estimates import mean_and_stderr
 from lota.masks import Mask
-from lota.plots import PALETTE, figure_at
+from lota.plots import PALETTE
 from scripts.calibration_study import iou
-from scripts.cells import COLUMNS, Record, line, read_cells, results, shown
-from scripts.study import Method, Study, run_study, study_parser
+from scripts.cells import COLUMNS, LABELS, Record, results, shown
+from scripts.study import Method, Study, study_parser
+from scripts.study_report import Report, Table, study_main
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,14 +85,14 @@ def trained(records: Sequence[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def table(records: Sequence[Record]) -> str:
-    """Markdown: a line per kind of mask and budget."""
+def tables(records: Sequence[Record]) -> list[Table]:
+    """A line per kind of mask and budget."""
     header = ["mask", "IoU with the whole calibration's", "IoU with other seeds'"]
-    header += [*(name for name, *_ in COLUMNS.values()), "seeds"]
-    lines = [line(header), "|---" * len(header) + "|"]
+    lines = [[*header, *(name for name, *_ in COLUMNS.values()), "seeds"]]
     for name, runs in trained(records).items():
-        lines.append(line([name, *map(shown, overlaps(records, name)), *results(runs), len(runs)]))
-    return "\n".join([*lines, "", f"Two masks of this size drawn by lot: {CHANCE:.3f}."])
+        lines.append([name, *map(shown, overlaps(records, name)), *results(runs), str(len(runs))])
+    note = f"Two masks of this size drawn by lot: an IoU of {CHANCE:.3f}."
+    return [Table("Masks and what training under them gives", lines, note)]
 
 
 def points(records: Sequence[Record], kind: str, key: str) -> list[tuple[int, float, float]]:
@@ -109,20 +109,8 @@ def points(records: Sequence[Record], kind: str, key: str) -> list[tuple[int, fl
     return sorted(found)
 
 
-def draw(found: Mapping[str, Sequence[Record]], path: Path) -> None:
-    """A column per workload: overlap and test loss against the calibration's steps."""
-    with figure_at(path, 4.2 * len(found), 6.4, "") as figure:
-        panels = figure.subplots(2, len(found), squeeze=False)
-        for column, (name, records) in enumerate(found.items()):
-            for axes, key in zip(panels[:, column], ("iou", "nats"), strict=True):
-                _panel(axes, records, key)
-                axes.set(title=name, xlabel="calibration, steps")
-                axes.set_xscale("log", base=2)
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
-
-
-def _panel(axes: Axes, records: Sequence[Record], key: str) -> None:
+def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
+    """Overlap or test loss against the calibration's steps."""
     for color, kind in zip(PALETTE, KINDS, strict=False):
         looks: dict[str, Any] = {"color": color, "label": kind, "marker": "o", "capsize": 2}
         if own := points(records, kind, key):
@@ -130,26 +118,30 @@ def _panel(axes: Axes, records: Sequence[Record], key: str) -> None:
             axes.errorbar(steps, means, errors, **looks)
     if key == "iou":
         axes.axhline(CHANCE, color="black", linestyle=":", label="by lot")
-    axes.set_ylabel("IoU with the whole calibration" if key == "iou" else "test loss, nats per token")
-    axes.grid(alpha=0.3)
+    label = "IoU with the whole calibration's mask" if key == "iou" else LABELS[key]
+    axes.set(xlabel="calibration, steps", ylabel=label)
+    axes.set_xscale("log", base=2)
 
 
-def report(out: Path) -> str:
-    """Write and return the tables of all workloads; draw the figure."""
-    found = {name: records for name, records in read_cells(out).items() if trained(records)}
-    text = "\n\n".join(f"### {name}\n\n{table(records)}" for name, records in found.items()) + "\n"
-    (out / "budget.md").write_text(text, encoding="utf-8")
-    draw(found, out / "budget.png")
-    return text
+REPORT = Report(
+    name="budget",
+    title="Masks against the length of the calibration",
+    asked="""LoTA first fine-tunes all weights, to see which of them change most. How long must this \
+calibration be for a good mask? And is it needed at all, or do the base's gradients say as much?""",
+    measured=f"""All masks are of sparsity {SPARSITY}. They come from calibrations of a few steps up to \
+those of a whole run, and (gradient mask) from the gradients of as many batches at the base's weights. All \
+adapt at the learning rate that was chosen for the mask of the whole calibration, so that they differ in \
+the mask alone. Masks are also compared with each other, by IoU: with the whole calibration's of the same \
+seed, and with those of the same kind and length of other seeds.""",
+    part="budget",
+    tables=tables,
+    panels=("iou", "nats"),
+    panel=panel,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = study_parser(__doc__)
-    parser.add_argument("--report", action="store_true", help="table and figure of what is there, no run")
-    args = parser.parse_args(arguments)
-    if not args.report:
-        run_study(args, run, [SPARSITY])
-    print(report(args.out))
+    study_main(study_parser(__doc__).parse_args(arguments), run, REPORT, [SPARSITY])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,9 @@ COLUMNS = {  # key of a result -> heading, factor and digits
     "nats": ("nats per token", 1, 3),
     "own": ("own text, nats per byte", 1, 4),
 }
+LABELS = {"score": "score", "nats": "test loss, nats per token"}  # of axes
 
 
 def results(runs: Sequence[Record]) -> list[str]:
     """A cell per column: means over runs, "-" for what the task does not have."""
     return [shown([run[key] for run in runs if key in run], *how) for key, (_, *how) in COLUMNS.items()]
-
-
-def line(cells: Iterable[object]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"

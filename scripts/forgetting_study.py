@@ -7,21 +7,21 @@ validation loss), with several seeds. The frontier of a method are those of its 
 settings beats in both losses; which they are is decided on validation rows, their numbers are of test rows.
 Own text is held-out text like that the base was trained on, in nats per byte (PEFT's MetaMathQA comparison
 measures forgetting on Wikipedia, in nats per token). Shares results with scripts/sparsity_study.py. Writes
-forgetting.md and forgetting.png.
+forgetting.md, .png and .html.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lota.plots import PALETTE, figure_at
-from scripts.cells import COLUMNS, Record, line, read_cells, results
-from scripts.study import DENSE, Method, Study, run_study, study_parser
+from lota.plots import PALETTE
+from scripts.cells import COLUMNS, LABELS, Record, results
+from scripts.study import DENSE, Method, Study, study_parser
+from scripts.study_report import Report, Table, study_main
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,47 +97,41 @@ def base_of(records: Iterable[Record]) -> Record:
     return next(record for record in records if record["cell"]["part"] == "base")
 
 
-def frontier_table(records: Sequence[Record]) -> str:
-    """Markdown: every setting on its method's frontier, the base first."""
-    header = ["method", "s", "lr", *(name for name, *_ in COLUMNS.values()), "seeds"]
-    lines = [line(header), "|---" * len(header) + "|"]
-    lines.append(line(["base", "-", "-", *results([base_of(records)]), "-"]))
+def tables(records: Sequence[Record]) -> list[Table]:
+    return [budget_table(records), frontier_table(records)]
+
+
+def frontier_table(records: Sequence[Record]) -> Table:
+    """Every setting on its method's frontier, the base first."""
+    lines = [["method", "sparsity", "lr", *(name for name, *_ in COLUMNS.values()), "seeds"]]
+    lines.append(["base", "-", "-", *results([base_of(records)]), "-"])
     for method, settings in points(records).items():
         for point in frontier(settings):
-            numbers = [*results(point.runs), len(point.runs)]
-            lines.append(line([method, point.sparsity or "-", f"{point.lr:g}", *numbers]))
-    return "\n".join(lines)
+            numbers = [*results(point.runs), str(len(point.runs))]
+            lines.append([method, str(point.sparsity or "-"), f"{point.lr:g}", *numbers])
+    return Table("Frontier of each method", lines, "From little forgetting to much.")
 
 
-def budget_table(records: Sequence[Record]) -> str:
-    """Markdown: test loss of the setting that is best on validation rows within each budget of forgetting."""
+def budget_table(records: Sequence[Record]) -> Table:
+    """Test loss of the setting that is best on validation rows within each budget of forgetting."""
     base = base_of(records)["own"]
-    header = ["own text gets worse by at most", *(f"{budget:.0%}" for budget in BUDGETS), "any"]
-    lines = [line(header), "|---" * len(header) + "|"]
+    lines = [["method", *(f"at most {budget:.0%}" for budget in BUDGETS), "any"]]
     for method, settings in points(records).items():
         cells = []
         for budget in (*BUDGETS, float("inf")):
             allowed = [point for point in settings if point.losses[1] <= base * (1 + budget)]
             best = min(allowed, key=lambda point: point.losses[0], default=None)
             cells.append("-" if best is None else results(best.runs)[list(COLUMNS).index("nats")])
-        lines.append(line([method, *cells]))
-    return "\n".join(lines)
+        lines.append([method, *cells])
+    text = """Test loss in nats per token of each method's best setting, if the loss on own text may grow \
+by at most so much over the base's. "-": no setting of the method forgets so little."""
+    return Table("What is learnt within a limit of forgetting", lines, text)
 
 
-def draw(found: Mapping[str, Sequence[Record]], path: Path) -> None:
-    """A column per workload: test loss and score against the loss on the base's own text."""
-    with figure_at(path, 4.4 * len(found), 6.4, "") as figure:
-        panels = figure.subplots(2, len(found), squeeze=False)
-        for column, (name, records) in enumerate(found.items()):
-            for axes, key in zip(panels[:, column], ("nats", "score"), strict=True):
-                _panel(axes, points(records), base_of(records), key)
-                axes.set(title=name, xlabel="loss on the base's own text, nats per byte")
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
-
-
-def _panel(axes: Axes, found: Mapping[str, Sequence[Point]], base: Record, key: str) -> None:
-    for color, (method, settings) in zip(PALETTE, found.items(), strict=False):
+def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
+    """Test loss or score against the loss on own text: all settings; the frontier as a line."""
+    base = base_of(records)
+    for color, (method, settings) in zip(PALETTE, points(records).items(), strict=False):
         known = [point for point in settings if all(run.get(key) is not None for run in point.runs)]
         best: list[Any] = [(point.mean("own"), point.mean(key)) for point in frontier(known)]
         every: list[Any] = [(point.mean("own"), point.mean(key)) for point in known]
@@ -146,31 +140,28 @@ def _panel(axes: Axes, found: Mapping[str, Sequence[Point]], base: Record, key: 
             axes.plot(*zip(*best, strict=True), color=color, marker="o", markersize=4, label=method)
     if base.get(key) is not None:
         axes.plot(base["own"], base[key], color="black", marker="*", linestyle="", label="base")
-    axes.set_ylabel("test loss, nats per token" if key == "nats" else "score")
-    axes.grid(alpha=0.3)
-    axes.set_visible(axes.has_data())  # a task without a score has an empty place
+    axes.set(xlabel="loss on the base's own text, nats per byte", ylabel=LABELS[key])
 
 
-def report(out: Path) -> str:
-    """Write and return the tables of all workloads; draw the figure."""
-    found = {name: records for name, records in read_cells(out).items() if points(records)}
-    parts = [
-        f"### {name}\n\n{budget_table(records)}\n\n{frontier_table(records)}"
-        for name, records in found.items()
-    ]
-    text = "\n\n".join(parts) + "\n"
-    (out / "forgetting.md").write_text(text, encoding="utf-8")
-    draw(found, out / "forgetting.png")
-    return text
+REPORT = Report(
+    name="forgetting",
+    title="Forgetting against learning",
+    asked="""A model that learns a new task forgets some of what it knew. Which method learns most for the \
+same forgetting? Learning is the test loss on the new task, forgetting the growth of the loss on the base's \
+own text.""",
+    measured="""Each method is trained at several sparsities and at learning rates from a tenth of its best \
+one to five times that. Which of its settings are on the frontier is decided on validation rows; their \
+numbers are of test rows. In the figures faint dots are all settings, lines are frontiers; the better \
+corner is at the left.""",
+    part="curve",
+    tables=tables,
+    panels=("nats", "score"),
+    panel=panel,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = study_parser(__doc__)
-    parser.add_argument("--report", action="store_true", help="table and figure of what is there, no run")
-    args = parser.parse_args(arguments)
-    if not args.report:
-        run_study(args, run, SPARSITIES)
-    print(report(args.out))
+    study_main(study_parser(__doc__).parse_args(arguments), run, REPORT, SPARSITIES)
 
 
 if __name__ == "__main__":

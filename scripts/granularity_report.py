@@ -2,8 +2,9 @@
 
     python -m scripts.granularity_report study/granularity
 
-Writes table.md (granularities: step time, test loss and score; then ways to choose units) and granularity.png
-(score and loss against step time) into the folder. Means over seeds ± standard error.
+Writes granularity.md (granularities: step time, test loss and score; then ways to choose units),
+granularity.png (score and loss against step time) and granularity.html (all of it) into the folder. Means
+over seeds ± standard error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from lota.evaluate.estimates import mean_and_stderr
 from lota.plots import MARKERS, PALETTE, ValueAndError, figure_at
-from scripts.cells import Record, line, read_cells
+from lota.report.page import Section
+from scripts.cells import Record, read_cells
 from scripts.granularity_study import (
     CHOICES,
     CHOSEN_KINDS,
@@ -27,12 +29,15 @@ from scripts.granularity_study import (
     SPARSITIES,
     TIMES,
     USUAL,
+    WORKLOADS,
     named,
 )
 from scripts.study import DENSE
+from scripts.study_report import SIZE, Table, about_sections, facts, study_sections, write_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -104,21 +109,20 @@ def shown(measure: Measure, runs: Sequence[Record]) -> str:
     return text if error is None else f"{text} ± {error:.{measure.digits}f}"
 
 
-def granularity_table(found: Found) -> str:
-    """Markdown: a line per kind of mask and sparsity, with the dense run and the base."""
+def granularity_table(found: Found) -> Table:
+    """A line per kind of mask and sparsity, with the dense run and the base."""
     tasks = list(dict.fromkeys(measure.task for measure in MEASURES))
     seeds = {t: len({r["cell"]["seed"] for r in found.runs(t, "element", 0.9, USUAL)}) for t in tasks}
-    header = ["mask", "s", "step time, dense = 1", *(measure.label for measure in MEASURES)]
-    header += ["share of the squared change kept (%)", "learning rates"]
-    lines = [line(header), "|---" * len(header) + "|"]
+    header = ["mask", "sparsity", "step time, dense = 1", *(measure.label for measure in MEASURES)]
+    lines = [[*header, "share of the squared change kept (%)", "learning rates"]]
 
     def add(name: str, sparsity: object, time: float | None, runs: dict[str, list[Record]]) -> None:
-        cells: list[object] = [name, sparsity, "-" if time is None else f"{time:.2f}"]
+        cells = [name, str(sparsity), "-" if time is None else f"{time:.2f}"]
         cells += [shown(measure, runs[measure.task]) for measure in MEASURES]
         energies = [[r["mask"]["energy"] for r in runs[t] if r.get("mask")] for t in tasks]
         rates = [f"{runs[t][0]['cell']['lr']:g}" if runs[t] and name != "base" else "-" for t in tasks]
         means = (f"{100 * sum(part) / len(part):.0f}" if part else "-" for part in energies)
-        lines.append(line([*cells, ", ".join(means), ", ".join(rates)]))
+        lines.append([*cells, ", ".join(means), ", ".join(rates)])
 
     for kind in KINDS:
         for sparsity in SPARSITIES:
@@ -127,15 +131,16 @@ def granularity_table(found: Found) -> str:
     add(DENSE.name, "-", 1.0, {task: found.runs(task, DENSE.name, None) for task in tasks})
     add("base", "-", None, {task: found.base(task) for task in tasks})
     said = ", ".join(f"{task} {n}" for task, n in seeds.items())
-    return "\n".join([*lines, "", f"Seeds: {said}. Lists in the last two columns: {', '.join(tasks)}."])
+    text = f"Seeds: {said}. Lists in the last two columns: {', '.join(tasks)}."
+    return Table("Granularities", lines, text)
 
 
-def choice_table(found: Found) -> str:
-    """Markdown: a line per kind of units, sparsity and way to choose them."""
+def choice_table(found: Found) -> Table:
+    """A line per kind of units, sparsity and way to choose them."""
     measures = [measure for measure in MEASURES if measure.task in ("toy_sort", "sql")]
-    header = ["mask", "s", "units chosen by", *(measure.label for measure in measures)]
+    header = ["mask", "sparsity", "units chosen by", *(measure.label for measure in measures)]
     header += ["share of the squared change kept (%)", "entries that the sum of squares keeps too (%)"]
-    lines = [line(header), "|---" * len(header) + "|"]
+    lines = [header]
     for kind in CHOSEN_KINDS:
         for sparsity in CHOSEN_SPARSITIES:
             for choice in CHOICES:
@@ -147,18 +152,21 @@ def choice_table(found: Found) -> str:
                 means = (
                     f"{100 * fmean(run['mask'][key] for run in toy):.0f}" for key in ("energy", "shared")
                 )
-                lines.append(line([kind, sparsity, choice, *cells, *means]))
-    return "\n".join(lines)
+                lines.append([kind, str(sparsity), choice, *cells, *means])
+    return Table("Ways to choose units", lines)
 
 
-def draw(found: Found, path: Path) -> None:
+PANELS = [m for m in MEASURES if (m.task == "toy_sort") == (m.key == "score")]
+
+
+def draw(found: Found, measures: Sequence[Measure] = PANELS) -> Figure:
     """Score or loss of each task against step time: a line per kind of mask, a marker per sparsity."""
-    panels = [m for m in MEASURES if (m.task == "toy_sort") == (m.key == "score")]
-    with figure_at(path, 4.0 * len(panels), 3.6, "") as figure:
-        for axes, measure in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    with figure_at(None, SIZE[0] * len(measures), SIZE[1], "") as figure:
+        for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
             _panel(axes, found, measure)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=3 * len(measures))
+    return figure
 
 
 def _panel(axes: Axes, found: Found, measure: Measure) -> None:
@@ -178,9 +186,37 @@ def _panel(axes: Axes, found: Found, measure: Measure) -> None:
         axes.plot([], [], color=PALETTE[6], marker="*", linestyle="", label="dense")
     for sparsity, marker in zip(SPARSITIES, MARKERS, strict=False):
         axes.plot([], [], color="#888888", marker=marker, linestyle="", label=f"s = {sparsity:g}")
-    better = "higher" if measure.key != "nats" else "lower"
-    axes.set(xlabel="step time of a 124M model, dense = 1", ylabel=f"{measure.label}, {better} is better")
+    axes.set(xlabel="step time of a 124M model, dense = 1", ylabel=measure.label)
     axes.grid(alpha=0.3)
+
+
+ASKED = """A mask of single entries is hard to make fast use of. What does it cost to choose whole rows or \
+columns of a matrix, or square blocks, and how much faster is a step of training? And by what should such \
+units be chosen: by the sum, the mean, the largest of their entries' changes, or by lot?"""
+MEASURED = """All masks of a seed are read off one calibration of that seed. Rates are chosen for each kind \
+of mask and sparsity; the ways to choose units share the rates of the sum of squares. The share of the \
+squared change that a mask keeps: of the squares of the calibration's changes, how much lies in the mask's \
+entries. "inf": the run diverged.
+
+Step time is measured on another model, of 124 million weights with random masks, on one core, in turns \
+with full training (dense) of the same model, whose time is 1; it is the median of several rounds."""
+
+
+def write(out: Path) -> str:
+    """Write tables, figure and page of what is there; returns the tables in Markdown."""
+    records = read_cells(out)
+    found = Found(records)
+    results = [
+        Section(name, items=list(facts(name, records[name], "main", WORKLOADS)))
+        for name in WORKLOADS
+        if name in records
+    ]
+    results.append(Section("Results"))
+    results += [Section("", figure=draw(found, [measure])) for measure in PANELS]
+    results += study_sections([granularity_table(found), choice_table(found)])
+    about = about_sections(ASKED, MEASURED)
+    title = "Single entries against rows, columns and blocks"
+    return write_report(out, "granularity", title, about, results, draw(found))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -188,12 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="of the study")
-    args = parser.parse_args(arguments)
-    found = Found(read_cells(args.folder))
-    text = f"{granularity_table(found)}\n\n{choice_table(found)}\n"
-    (args.folder / "table.md").write_text(text, encoding="utf-8")
-    draw(found, args.folder / "granularity.png")
-    print(text)
+    print(write(parser.parse_args(arguments).folder))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,20 @@
 Every method at every sparsity has the best learning rate of a grid with factors of 2 to 2.5, by validation
 loss, and is measured on test rows with several seeds. A seed repeats everything: data order, calibration,
 masks. LoTA's calibration is a run of the same length; "twice the steps" is full fine-tuning that gets both.
-Goes on where it was interrupted. Writes sparsity.md and sparsity.png beside the results (scripts/study.py).
+Goes on where it was interrupted. Writes sparsity.md, .png and .html beside the results.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lota.evaluate.estimates import mean_and_stderr
-from lota.plots import PALETTE, figure_at
-from scripts.cells import COLUMNS, Record, line, read_cells, results
-from scripts.study import DENSE, Method, Study, run_study, study_parser
+from lota.plots import PALETTE
+from scripts.cells import COLUMNS, LABELS, Record, results
+from scripts.study import DENSE, Method, Study, study_parser
+from scripts.study_report import Report, Table, study_main
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,35 +72,28 @@ def grouped(records: Sequence[Record]) -> dict[tuple[str, float | None], list[Re
     return found
 
 
-def table(records: Sequence[Record]) -> str:
-    """Markdown: score, losses and rate of every method and sparsity, the base last."""
-    header = ["method", "s", "trained entries", "lr", *(name for name, *_ in COLUMNS.values()), "seeds"]
-    lines = [line(header), "|---" * len(header) + "|"]
+def tables(records: Sequence[Record]) -> list[Table]:
+    """Score, losses and rate of every method and sparsity, the base last."""
+    header = [
+        "method",
+        "sparsity",
+        "trained entries",
+        "lr",
+        *(name for name, *_ in COLUMNS.values()),
+        "seeds",
+    ]
+    lines = [header]
     for (name, sparsity), runs in grouped(records).items():
         rates = ", ".join(f"{rate:g}" for rate in sorted({run["cell"]["lr"] for run in runs}))
-        entries = [sparsity or "-", f"{runs[0]['trained']:,}", rates]
-        lines.append(line([name, *entries, *results(runs), len(runs)]))
+        entries = [str(sparsity or "-"), f"{runs[0]['trained']:,}", rates]
+        lines.append([name, *entries, *results(runs), str(len(runs))])
     base = [record for record in records if record["cell"]["part"] == "base"]
-    return "\n".join([*lines, line(["base", "-", 0, "-", *results(base), "-"])])
+    return [Table("All methods", [*lines, ["base", "-", "0", "-", *results(base), "-"]])]
 
 
-def draw(found: dict[str, list[Record]], path: Path) -> None:
-    """A column per workload: score and loss against the number of entries that train."""
-    with figure_at(path, 4.2 * len(found), 6.4, "") as figure:
-        panels = figure.subplots(2, len(found), squeeze=False)
-        for column, (name, records) in enumerate(found.items()):
-            groups = grouped(records)
-            entries = [runs[0]["trained"] for (_, sparsity), runs in groups.items() if sparsity] or [1]
-            for axes, key in zip(panels[:, column], ("score", "nats"), strict=True):
-                _panel(axes, groups, key)
-                axes.set(xlabel="entries that train", title=name)
-                axes.set_xlim(min(entries) / 1.5, max(entries) * 1.5)
-                axes.set_xscale("log")
-        handles, labels = panels[1][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
-
-
-def _panel(axes: Axes, groups: Mapping[tuple[str, float | None], list[Record]], key: str) -> None:
+def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
+    """Score or loss against the number of entries that train; full fine-tuning is a level."""
+    groups = grouped(records)
     names = dict.fromkeys(name for name, _ in groups)
     for number, name in enumerate(names):
         looks: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "label": name}
@@ -117,29 +110,33 @@ def _panel(axes: Axes, groups: Mapping[tuple[str, float | None], list[Record]], 
         elif points:
             entries, means, errors = zip(*points, strict=True)
             axes.errorbar(entries, means, errors, capsize=2, **looks)
-    axes.set_ylabel("score" if key == "score" else "test loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.set_visible(axes.has_data())  # a task without a score has an empty place
+    counts = [runs[0]["trained"] for (_, sparsity), runs in groups.items() if sparsity] or [1]
+    axes.set(xlabel="entries that train", ylabel=LABELS[key], xscale="log")
+    axes.set_xlim(min(counts) / 1.5, max(counts) * 1.5)
 
 
-def report(out: Path) -> str:
-    """Write and return the tables of all workloads; draw the figure."""
-    found = read_cells(out)
-    text = "\n\n".join(f"### {name}\n\n{table(records)}" for name, records in found.items()) + "\n"
-    (out / "sparsity.md").write_text(text, encoding="utf-8")
-    draw(found, out / "sparsity.png")
-    return text
+REPORT = Report(
+    name="sparsity",
+    title="Accuracy against sparsity",
+    asked="""A model that is adapted to a task usually has all its weights changed. How few of them are \
+enough, and does it matter which? LoTA lets only those entries train that a first full fine-tuning changed \
+most. It is compared with masks of the same size that are chosen otherwise, with LoRA of about as many \
+entries, and with full fine-tuning, also of twice the steps, since LoTA's calibration costs as many steps \
+as its training.""",
+    measured="""Every method has, at every sparsity, a learning rate of its own. A seed repeats everything: \
+the order of the rows, the calibration, the masks, the training.""",
+    part="main",
+    tables=tables,
+    panel=panel,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--report", action="store_true", help="table and figure of what is there, no run")
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--methods", nargs="+", choices=families([0.9]), default=list(families([0.9])))
     args = parser.parse_args(arguments)
-    if not args.report:
-        run_study(args, run, [0.9] if args.smoke else args.sparsities)
-    print(report(args.out))
+    study_main(args, run, REPORT, [0.9] if args.smoke else args.sparsities)
 
 
 if __name__ == "__main__":

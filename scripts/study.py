@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,12 +41,11 @@ from lota.models.loading import load_tokenizer
 from lota.models.pair import open_pair
 from lota.models.scope import find_scope, meta_model
 from lota.places import holding
-from lota.storage import content_key
 from lota.train.lora import lora_targets
 from lota.train.saliency_gradients import SaliencySettings, collect, load_saliency_data
 from lota.train.trainer import Trainer
 from scripts.cells import Cells, Record
-from scripts.workloads import BASES, ROOT, SMOKE, WORKLOADS, Workload, short_rows
+from scripts.workloads import BASES, ROOT, SMOKE, WORKLOADS, Workload, short_rows, sizes_key
 
 logger = logging.getLogger("study")
 SEEDS = (0, 1, 2)
@@ -129,9 +128,7 @@ class Study:
 
     @cached_property
     def sizes(self) -> str:
-        """A key of the workload and the base: results of other sizes are other results."""
-        sizes = {key: value for key, value in asdict(self.workload).items() if key != "data_dir"}
-        return content_key([sizes, self.base_hash])[:12]
+        return sizes_key(self.workload, self.base_hash)
 
     def find_task(self, name: str) -> Task:
         assert name == self.workload.task, name
@@ -324,6 +321,7 @@ def study_parser(
     add("--workloads", nargs="+", choices=workloads, default=default, help=f"({', '.join(default)})")
     add("--seeds", type=int, nargs="+", default=list(SEEDS), help="of what is reported (0 1 2)")
     add("--smoke", action="store_true", help="a few steps of a toy task, to see that everything runs")
+    add("--report", action="store_true", help="tables, figure and page of what is there, no run")
     return parser
 
 

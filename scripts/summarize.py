@@ -14,7 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-from lota.report.method_table import markdown, score_on, summarize_methods, write_table
+from lota.report.method_table import score_on, summarize_methods, summary_text, write_table
 from lota.report.reading import read_base
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_table(out, rows, args.task, base)
     except (ValueError, OSError) as error:
         sys.exit(f"summarize.py: {error}")
-    print(markdown(rows, args.task, base))
+    print(summary_text(rows, args.task, base))
     print(f"\nfiles: {out}/summary.md, summary.json, summary.csv")
 
 

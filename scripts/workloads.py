@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lota.data.prompts import Prompter
 from lota.data.task import Row, Task
 from lota.evaluate.text_loss import Text
 from lota.models.loading import load_tokenizer
+from lota.storage import content_key
 from tasks import get_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,7 @@ class Base:
 
     folder: Path
     own_text: Callable[[], Sequence[Text]]
+    about: str  # for readers of a page
     remedy: str = "it belongs to the shared data"  # if the folder is not there
 
 
@@ -50,13 +52,16 @@ def _stories() -> list[Text]:
 
 
 BASES = {
-    "tiny-llama": Base(ROOT / "assets" / "tiny-llama", _world_text),
+    "tiny-llama": Base(
+        ROOT / "assets" / "tiny-llama", _world_text, "a Llama that learnt a small made-up world"
+    ),
     "study-llama": Base(
         ROOT / "assets" / "study-llama",
         _held_out_text,
+        "a Llama that learnt encyclopaedia articles, questions with answers, and chats",
         "python -m assets.make_study_base --data_dir ../shared/data makes it",
     ),
-    "stories260K": Base(SHARED / "models" / "stories260K", _stories),
+    "stories260K": Base(SHARED / "models" / "stories260K", _stories, "a Llama of stories for children"),
 }
 
 
@@ -79,6 +84,12 @@ class Workload:
     @property
     def steps(self) -> int:
         return self.n_examples // self.batch_size
+
+
+def sizes_key(workload: Workload, base_hash: str) -> str:
+    """A key of the workload and the base: results of other sizes are other results."""
+    sizes = {key: value for key, value in asdict(workload).items() if key != "data_dir"}
+    return content_key([sizes, base_hash])[:12]
 
 
 def _on_both(name: str, **sizes: Any) -> dict[str, Workload]:

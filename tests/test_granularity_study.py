@@ -9,6 +9,7 @@ import torch
 
 from lota.masks import Mask
 from lota.models.loading import load_model
+from lota.report.page import markdown
 from scripts import granularity_report as report
 from scripts import granularity_study as study
 from scripts.cells import Cells
@@ -103,7 +104,7 @@ def found() -> Found:
 
 
 def test_tables(found):
-    lines = report.granularity_table(found).splitlines()
+    lines = markdown(report.granularity_table(found).lines).splitlines()
     element = next(line for line in lines if line.startswith("| element | 0.9 "))
     loss = "0.600 ± 0.100"
     expected = f"0.75 | 50.0 ± 25.0 | {loss} | {loss} | - | {loss} | 38, 38, 38 | 0.01, 0.01, 0.01 |"
@@ -111,12 +112,7 @@ def test_tables(found):
     assert "| row | 0.9 | 0.75 | 50.0 ± 25.0 | 0.600 ± 0.100 | inf |" in "\n".join(lines)
     assert "| row | 0.99 | - | - | - |" in "\n".join(lines)
     assert next(line for line in lines if line.startswith("| base")).count("5.000") == 3
-    assert lines[-1].startswith("Seeds: toy_sort 2, sql 2, gsm8k 2.")
-    (usual, largest) = report.choice_table(found).splitlines()[2:]
+    assert report.granularity_table(found).text.startswith("Seeds: toy_sort 2, sql 2, gsm8k 2.")
+    (usual, largest) = markdown(report.choice_table(found).lines).splitlines()[2:]
     assert usual.startswith(f"| row | 0.9 | {USUAL} | 50.0 ± 25.0") and usual.endswith("| 38 | 50 |")
     assert largest.startswith("| row | 0.9 | max | ")
-
-
-def test_figure(found, tmp_path):
-    report.draw(found, tmp_path / "granularity.png")
-    assert (tmp_path / "granularity.png").read_bytes().startswith(b"\x89PNG")

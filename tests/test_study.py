@@ -18,6 +18,7 @@ from lota.evaluate.text_loss import nats_per_byte
 from lota.masks import Mask
 from lota.models.loading import load_model, load_tokenizer
 from lota.models.scope import find_scope
+from lota.report.page import markdown
 from scripts import budget_study, forgetting_study, sparsity_study
 from scripts.cells import Cells, read_cells, shown
 from scripts.forgetting_study import Point, budget_table, frontier, frontier_table, points
@@ -220,7 +221,15 @@ def runs(method, sparsity, lr, validation, own, nats=1.0, part="curve"):
 @pytest.fixture
 def records():
     """Two settings of LoTA that are on the frontier, two that are not, one that diverged; the base first."""
-    base = {"cell": {"part": "base"}, "validation": 9.0, "own": 1.0, "nats": 9.0, "score": 0.0}
+    base = {
+        "cell": {"part": "base"},
+        "base": "0" * 64,
+        "trained": 8,
+        "validation": 9.0,
+        "own": 1.0,
+        "nats": 9.0,
+        "score": 0.0,
+    }
     found = [
         base,
         *runs("LoTA", 0.9, 1e-3, 3.0, 1.02, nats=3.0),
@@ -247,14 +256,14 @@ def test_frontier(records):
 
 
 def test_forgetting_tables(records, tmp_path):
-    lines = frontier_table(records).splitlines()
+    lines = markdown(frontier_table(records).lines).splitlines()
     assert lines[2].startswith("| base | - | - | 0.0 | 9.000 | 1.0000 |")
     assert lines[3] == "| LoTA | 0.9 | 0.001 | 50.0 ± 0.0 | 3.500 ± 0.500 | 1.0200 ± 0.0000 | 2 |"
     assert len(lines) == 5
-    (line,) = budget_table(records).splitlines()[2:]
+    (line,) = markdown(budget_table(records).lines).splitlines()[2:]
     assert line == "| LoTA | - | 3.500 ± 0.500 | 3.500 ± 0.500 | 2.500 ± 0.500 | 2.500 ± 0.500 |"
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert line in forgetting_study.report(tmp_path)
+    assert line in forgetting_study.REPORT.write(tmp_path)
     assert (tmp_path / "forgetting.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "forgetting.md").read_text().startswith("### a\n")
 
@@ -289,6 +298,6 @@ def test_budget_study(tmp_path):
         assert [*same, *others] == pytest.approx(by_hand)
     assert budget_study.overlaps(records, "LoTA")[0] == [1.0, 1.0]
     text = (tmp_path / "budget.md").read_text()
-    assert "| LoTA | 1.000 ± 0.000 | " in text and "drawn by lot: 0.053." in text
+    assert "| LoTA | 1.000 ± 0.000 | " in text and "drawn by lot: an IoU of 0.053." in text
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
     assert [steps for steps, *_ in budget_study.points(records, "gradient mask", "nats")] == [1, 2]

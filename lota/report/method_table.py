@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lota.evaluate.estimates import mean_and_stderr
-from lota.report.page import cell
+from lota.report.page import cell, markdown
 from lota.report.reading import TaskScore, read_runs
 from lota.report.replicates import Replicates, find_replicates
 from lota.storage import atomic_path, write_json
@@ -81,7 +81,7 @@ def _summarize(replicates: Replicates, task: str) -> MethodSummary:
     )
 
 
-def markdown(rows: Sequence[MethodSummary], task: str, base: float | None = None) -> str:
+def summary_text(rows: Sequence[MethodSummary], task: str, base: float | None = None) -> str:
     """The rows as a table. base: the score of the model that training started from."""
     lines = [
         {
@@ -99,15 +99,14 @@ def markdown(rows: Sequence[MethodSummary], task: str, base: float | None = None
     header = list(lines[0])
     if base is not None:
         lines.append({"method": "base model", "trained entries": "0", "score": f"{base:.3f}"})
-    cells = [header, ["---"] * len(header), *([line.get(key, "-") for key in header] for line in lines)]
-    text = [f"| {' | '.join(line)} |" for line in cells]
-    return "\n".join([*text, "", f"score: on {task}, mean ± standard error over seeds"])
+    table = [header, *([line.get(key, "-") for key in header] for line in lines)]
+    return "\n".join([markdown(table), "", f"score: on {task}, mean ± standard error over seeds"])
 
 
 def write_table(folder: Path, rows: Sequence[MethodSummary], task: str, base: float | None = None) -> None:
     """summary.md, summary.json and summary.csv; the CSV has a line per method and seed."""
     with atomic_path(folder / "summary.md") as temporary:
-        temporary.write_text(markdown(rows, task, base) + "\n", encoding="utf-8")
+        temporary.write_text(summary_text(rows, task, base) + "\n", encoding="utf-8")
     methods = [asdict(row) for row in rows]
     write_json(folder / "summary.json", {"task": task, "base": base, "methods": methods})
     with atomic_path(folder / "summary.csv") as temporary, temporary.open("w", newline="") as file:

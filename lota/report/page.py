@@ -33,16 +33,26 @@ th:first-child, td:first-child {{ text-align: left; }}
 <h1>{title}</h1>"""
 
 
+Lines = Sequence[Sequence[str]]  # a table: lines of cells, the header first
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page."""
 
     title: str
-    text: str = ""
+    text: str = ""  # paragraphs, parted by empty lines
     figure: Figure | None = None
-    file: str = ""  # name of the picture, without its ending
-    table: Sequence[Sequence[str]] = ()  # lines of cells, the header first
+    file: str = ""  # name of the picture, without its ending; "": it is in the page alone
+    table: Lines = ()
     items: Sequence[str] = ()
+    level: int = 2  # of the heading; "" as title: none, the section goes on with the one before
+
+
+def markdown(table: Lines) -> str:
+    """The table in Markdown."""
+    header, *lines = ([cell.replace("|", "\\|") for cell in line] for line in table)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
 
 
 def file_name(*words: str) -> str:
@@ -57,8 +67,8 @@ def cell(value: float | None, fmt: str, stderr: float | None = None) -> str:
     return f"{value:{fmt}}" + ("" if stderr is None else f" ± {stderr:{fmt}}")
 
 
-def write_page(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
-    """Write index.html and a PNG per figure; returns their paths, the page first.
+def write_page(folder: Path, title: str, sections: Sequence[Section], name: str = PAGE) -> list[Path]:
+    """Write the page and a PNG per figure that has a file; returns their paths, the page first.
 
     All is drawn before anything is written. Each file replaces one of its name that an earlier page was made
     of; others in the folder stay. Raises ValueError if a file of its name is somebody else's.
@@ -68,22 +78,21 @@ def write_page(folder: Path, title: str, sections: Sequence[Section]) -> list[Pa
     files = {}
     for section, picture in zip(sections, pictures, strict=True):
         parts += _html(section, picture)
-        if picture is not None:
+        if picture is not None and section.file:
             files[folder / f"{section.file}.png"] = picture
-    _refuse_foreign(folder, files)
-    files = {folder / PAGE: "\n".join([*parts, "</body></html>", ""]).encode(), **files}
+    _refuse_foreign(folder / name, files)
+    files = {folder / name: "\n".join([*parts, "</body></html>", ""]).encode(), **files}
     for path, content in files.items():
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return list(files)
 
 
-def _refuse_foreign(folder: Path, pictures: Iterable[Path]) -> None:
+def _refuse_foreign(page: Path, pictures: Iterable[Path]) -> None:
     """Raise ValueError for files in the way that no earlier page wrote.
 
     A page has our heading; a picture says what drew it, or stands in the page beside it.
     """
-    page = folder / PAGE
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     before, style, _ = HEAD.format(title="\0").split("\0")
     own_page = text.startswith(before) and style in text
@@ -95,17 +104,19 @@ def _refuse_foreign(folder: Path, pictures: Iterable[Path]) -> None:
             foreign.append(picture)
     if foreign:
         names = ", ".join(path.name for path in foreign)
-        raise ValueError(f"{folder} holds {names}, which no page of runs wrote: give another --out")
+        raise ValueError(f"{page.parent} holds {names}, which no page of runs wrote: give another --out")
 
 
 def _html(section: Section, picture: bytes | None) -> Iterator[str]:
     """picture: content of a PNG file, which is embedded."""
-    yield f"<h2>{escape(section.title)}</h2>"
-    if section.text:
-        yield f"<p>{escape(section.text)}</p>"
-    if picture is not None:
+    if section.title:
+        yield f"<h{section.level}>{escape(section.title)}</h{section.level}>"
+    for paragraph in filter(None, section.text.split("\n\n")):
+        yield f"<p>{escape(paragraph)}</p>"
+    if picture is not None and section.figure is not None:
+        width = round(96 * section.figure.get_figwidth())  # as large as drawn: its letters are those of text
         source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        yield f'<p><img alt="{escape(section.title)}" src="{source}"></p>'
+        yield f'<p><img alt="{escape(section.title)}" width="{width}" src="{source}"></p>'
     if section.table:
         yield '<div class="wide"><table>'
         for tag, line in zip(["th", *["td"] * len(section.table)], section.table, strict=False):
