@@ -5,7 +5,7 @@
 For each task a base whose weights are bf16 numbers, as released ones are, is calibrated in fp32 with several
 seeds, and with one seed at lower precision: all that saves memory together, and each part of it alone. Of
 each run a mask is extracted. Also: masks from gradients, summed in fp32 and in bf16. Finished stages are not
-run again. Writes study/results.json and table.md.
+run again. Writes study/results.json, calibration.md, .png and .html.
 """
 
 from __future__ import annotations
@@ -14,15 +14,25 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lota.masks import Mask
+from lota.models.hashing import remembered_hash
+from lota.plots import bars
+from lota.report.page import Section
 from lota.storage import write_json
 from scripts.stages import ROOT, Stages
+from scripts.study_report import Table, about_sections, study_sections, write_report
+from scripts.terms import TASKS as TASK_TEXTS
+from scripts.workloads import BASES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BF16, ROUNDED = "model.policy_dtype=bfloat16", "stochastic_rounding=true"
 # name -> (what it is, settings)
@@ -50,6 +60,8 @@ TASKS = {
         f"{SHORT} n_eval_examples=64",
     ),
 }
+NAMES = {"seeds": "fp32, another seed"} | {name: about for name, (about, _) in list(VARIANTS.items())[1:]}
+ABOUT = {"tiny": BASES["tiny-llama"].about, "stories": BASES["stories260K"].about}
 
 
 class Study(Stages):
@@ -121,6 +133,7 @@ def measure(study: Study, task: str, seeds: list[int]) -> dict[str, Any]:
     exact = {seed: study.mask(task, "fp32", seed) for seed in seeds}
     pairs = [(a, b) for a in seeds for b in seeds if a < b]
     rows: dict[str, Any] = {
+        "base": remembered_hash(study.base(TASKS[task][0])),
         "seeds": {"iou": [iou(exact[a], exact[b]) for a, b in pairs],
                   "nats": [study.nats(task, "fp32", seed) for seed in seeds]},
     }  # fmt: skip
@@ -143,41 +156,84 @@ def measure(study: Study, task: str, seeds: list[int]) -> dict[str, Any]:
     return rows
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown."""
+ASKED = """A calibration trains all weights of the base, and so needs much more memory than the training \
+under its mask. Does it give the same mask if weights and the optimizer's average of squared gradients are \
+kept in fewer bits?"""
+MEASURED = """For each task the weights of the base are rounded to bf16, as those of released models are. \
+It is calibrated in fp32 with several seeds, and with the first seed at lower precision. Of each \
+calibration the mask of sparsity 0.9 is compared with the fp32 mask of the same seed, by IoU. "fp32, \
+another seed": each pair of fp32 masks, which shows what the order of the rows alone changes. Losses: nats \
+per token on held-out rows after the calibration. "bf16 average": the optimizer's average in bf16; \
+"factored": its sums by row and by column alone; "rounded by lot": up or down at random, so that the mean \
+is right. Nothing was chosen on these rows."""
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
     tasks = list(results)
-    lines = [
-        "| calibration | " + " | ".join(f"{task}: IoU | nats" for task in tasks) + " |",
-        "|---|" + "---|" * (2 * len(tasks)),
-    ]
-
-    def numbers(values: list[float], digits: int) -> str:
-        return ", ".join(f"{value:.{digits}f}" for value in values)
-
-    names = {"seeds": "fp32, another seed"} | {name: about for name, (about, _) in VARIANTS.items()}
-    for key in results[tasks[0]]:
-        if key == "gradient":
-            continue
-        cells = [
-            f"{numbers(results[task][key]['iou'], 3)} | {numbers(results[task][key]['nats'], 3)}"
-            for task in tasks
-        ]
-        lines.append(f"| {names[key]} | " + " | ".join(cells) + " |")
-    lines += ["", "| mask from gradients | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
+    lines = [["calibration", *(f"{task}: {what}" for task in tasks for what in ("IoU", "nats per token"))]]
+    for key, name in NAMES.items():
+        found = [results[task][key][what] for task in tasks for what in ("iou", "nats")]
+        lines.append([name, *(", ".join(f"{value:.3f}" for value in part) for part in found)])
+    gradients = [["mask from gradients", *(f"{task}: IoU" for task in tasks)]]
     for key in results[tasks[0]]["gradient"]:
-        cells = [f"{results[task]['gradient'][key]:.3f}" for task in tasks]
-        lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        gradients.append([key, *(f"{results[task]['gradient'][key]:.3f}" for task in tasks)])
+    return [Table("Calibrations", lines), Table("Masks from gradients, summed in fewer bits", gradients)]
 
 
-def main() -> None:
+def draw(results: dict[str, Any]) -> Figure:
+    """IoU of each variant, a panel per task."""
+    panels = {
+        f"{task}: IoU": [(fmean(found[key]["iou"]), None) for key in NAMES] for task, found in results.items()
+    }
+    return bars(panels, list(NAMES.values()))
+
+
+def sections(results: dict[str, Any]) -> list[Section]:
+    """Heading and facts of each task, figure, tables."""
+    found = []
+    for task, own in results.items():
+        base, settings = TASKS[task]
+        items = [
+            f"Task: {task}, {TASK_TEXTS[task]}.",
+            f"Base: {ABOUT[base]}; SHA-256 of the weights {own.get('base', 'not noted')}.",
+            f"Settings of a calibration: {settings}, with a learning rate that falls to zero.",
+            f"Calibrations in fp32: {len(own['seeds']['nats'])} seeds.",
+        ]
+        found.append(Section(task, items=items))
+    figure = Section("Results", figure=draw(results), alt="IoU with the fp32 mask of the same seed")
+    return [*found, figure, *study_sections(tables(results))]
+
+
+def report(out: Path) -> str:
+    """Write what results.json says, return the Markdown."""
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    about = about_sections(ASKED, MEASURED, shared="")
+    return write_report(
+        out,
+        "calibration",
+        "Masks from calibrations of little memory",
+        about,
+        sections(results),
+        draw(results),
+    )
+
+
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--data_dir", required=True, help="has tasks/gsm8k and tasks/sql")
-    parser.add_argument("--stories", type=Path, required=True, help="folder of stories260K")
+    parser.add_argument("--data_dir", help="has tasks/gsm8k and tasks/sql")
+    parser.add_argument("--stories", type=Path, help="folder of stories260K")
+    parser.add_argument(
+        "--report", action="store_true", help="tables, figure and page of results.json, no run"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fp32 calibrations")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    if arguments.report:
+        print(report(arguments.out))
+        return
+    if arguments.data_dir is None or arguments.stories is None:
+        parser.error("--data_dir and --stories are needed to run")
     if len(arguments.seeds) < 2:
         parser.error("--seeds: at least two, whose masks are compared")
     os.chdir(ROOT)
@@ -187,9 +243,7 @@ def main() -> None:
     for task in tqdm(arguments.tasks, desc="study", disable=None):
         results[task] = measure(study, task, arguments.seeds)
         write_json(study.out / "results.json", results)
-    text = table(results)
-    (study.out / "table.md").write_text(text)
-    print(text)
+    print(report(study.out))
 
 
 if __name__ == "__main__":

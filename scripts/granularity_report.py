@@ -1,15 +1,10 @@
-"""Tables and figure of what `python -m scripts.granularity_study` has found so far.
+"""What `python -m scripts.granularity_study` shows: granularities and step times, then ways to choose units.
 
-    python -m scripts.granularity_report study/granularity
-
-Writes granularity.md (granularities: step time, test loss and score; then ways to choose units),
-granularity.png (score and loss against step time) and granularity.html (all of it) into the folder. Means
-over seeds ± standard error.
+Means over seeds ± standard error.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -212,20 +207,9 @@ def write(out: Path) -> str:
         if name in records
     ]
     results.append(Section("Results"))
-    results += [Section("", figure=draw(found, [measure])) for measure in PANELS]
+    for measure in PANELS:
+        results.append(Section("", figure=draw(found, [measure]), alt=f"{measure.label} against step time"))
     results += study_sections([granularity_table(found), choice_table(found)])
     about = about_sections(ASKED, MEASURED)
     title = "Single entries against rows, columns and blocks"
     return write_report(out, "granularity", title, about, results, draw(found))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="of the study")
-    print(write(parser.parse_args(arguments).folder))
-
-
-if __name__ == "__main__":
-    main()

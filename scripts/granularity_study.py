@@ -5,7 +5,7 @@
 Per task and seed one dense calibration, from which all masks are taken; per mask one adaptation. Rates are
 chosen, results stored and runs resumed as in all studies (scripts/study.py). A second part compares ways to
 choose units, such as what makes one saliency of those of their entries, at the rates of the sum of squares; a
-third times steps. `python -m scripts.granularity_report` makes tables and a figure of what is there.
+third times steps. Writes granularity.md, .png and .html beside the results.
 """
 
 from __future__ import annotations
@@ -171,10 +171,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=step.SHAPES, default="124m", help="of the model that is timed")
     parser.set_defaults(out=ROOT / "study" / "granularity")
     args = parser.parse_args(arguments)
-    if "train" in args.parts:
+    parts = [] if args.report else args.parts
+    if "train" in parts:
         run_study(args, run, SPARSITIES, WORKLOADS, GranularityStudy)
-    if "time" in args.parts:
+    if "time" in parts:
         time_steps(Cells(args.out / TIMES), args.rounds, args.shape)
+    from scripts.granularity_report import write  # it reads what is above
+
+    print(write(args.out))
 
 
 if __name__ == "__main__":

@@ -115,8 +115,9 @@ class Report:
         yield Section(name, items=list(facts(name, records, self.part, self.workloads)))
         for key in self.panels:
             figure = self.draw({name: records}, [key])
-            if figure.axes:
-                yield Section("", figure=figure)
+            for axes in figure.axes:
+                alt = f"{name}: {axes.get_ylabel()} against {axes.get_xlabel()}"
+                yield Section("", figure=figure, alt=alt)
         yield from study_sections(self.tables(records))
 
     def draw(self, found: Mapping[str, Sequence[Record]], keys: Sequence[str]) -> Figure:

@@ -25,7 +25,9 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto;
   color: #222; }}
 h2 {{ margin-top: 2em; border-bottom: 1px solid #ccc; }}
 img {{ max-width: 100%; height: auto; }}
+.figure {{ display: inline-block; margin: 0.5em 0; vertical-align: top; }}
 .wide {{ overflow-x: auto; }}
+li {{ overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; font-size: 13px; margin: 1em 0; }}
 th, td {{ padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
@@ -47,6 +49,7 @@ class Section:
     table: Lines = ()
     items: Sequence[str] = ()
     level: int = 2  # of the heading; "" as title: none, the section goes on with the one before
+    alt: str = ""  # what the figure shows, for who cannot see it; "": the title
 
 
 def markdown(table: Lines) -> str:
@@ -95,7 +98,8 @@ def _refuse_foreign(page: Path, pictures: Iterable[Path]) -> None:
     """
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     before, style, _ = HEAD.format(title="\0").split("\0")
-    own_page = text.startswith(before) and style in text
+    start = "\n".join(style.split("\n")[:2])  # of the style; the rest differs between versions
+    own_page = text.startswith(before) and start in text
     foreign = [page] if page.exists() and not own_page else []
     for picture in filter(Path.exists, pictures):
         content = picture.read_bytes() if picture.is_file() else b""
@@ -116,7 +120,8 @@ def _html(section: Section, picture: bytes | None) -> Iterator[str]:
     if picture is not None and section.figure is not None:
         width = round(96 * section.figure.get_figwidth())  # as large as drawn: its letters are those of text
         source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        yield f'<p><img alt="{escape(section.title)}" width="{width}" src="{source}"></p>'
+        alt = escape(section.alt or section.title)
+        yield f'<p class="figure"><img alt="{alt}" width="{width}" src="{source}"></p>'
     if section.table:
         yield '<div class="wide"><table>'
         for tag, line in zip(["th", *["td"] * len(section.table)], section.table, strict=False):
