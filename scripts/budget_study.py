@@ -36,10 +36,10 @@ WHOLE = Method("LoTA", SPARSITY, "task_vector", start=1e-2)
 
 
 def methods(steps: int) -> list[Method]:
-    """Every kind of mask from every budget that is shorter than a run, and from a whole run."""
+    """Every kind of mask from every budget, and from a whole run."""
     found = []
     for kind, saliency in KINDS.items():
-        for budget in [*(b for b in BUDGETS if b < steps), None]:
+        for budget in [*(b for b in BUDGETS if b != steps), None]:
             name = kind if budget is None else f"{kind}, {budget} steps"
             found.append(Method(name, SPARSITY, saliency, budget=budget, start=1e-2))
     return found
@@ -97,7 +97,6 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 def points(records: Sequence[Record], kind: str, key: str) -> list[tuple[int, float, float]]:
     """(steps, mean, standard error) of a kind's masks. key: `iou`, or of a result."""
-    longest = max(r["cell"]["steps"] for r in records if r["cell"]["part"] == "calibration")
     found = []
     for name, runs in trained(records).items():
         own, _, rest = name.partition(", ")
@@ -105,7 +104,7 @@ def points(records: Sequence[Record], kind: str, key: str) -> list[tuple[int, fl
         known = [value for value in values if value is not None]
         if own == kind and known and len(known) == len(values):
             mean, error = mean_and_stderr(known)
-            found.append((int(rest.split()[0]) if rest else longest, mean, error or 0.0))
+            found.append((int(rest.split()[0]) if rest else runs[0]["steps"], mean, error or 0.0))
     return sorted(found)
 
 

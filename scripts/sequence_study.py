@@ -171,3 +171,113 @@ def forgotten(run: Record, key: str) -> float:
     """Mean over all tasks but the last: after the last stage, minus after its own."""
     own = zip(run["tasks"][:-1], run["stages"], strict=False)
     return fmean(run["stages"][-1]["tasks"][task][key] - stage["tasks"][task][key] for task, stage in own)
+
+
+def run(sequences: Sequences, args: argparse.Namespace) -> None:
+    """All ways of one group of tasks, in the orders that are asked for."""
+    ways = [way for way in (*WAYS, *KEEPING) if way.name in args.ways]
+    for order in args.orders:
+        chosen: dict[str, float] = {}
+        for way in ways:
+            lr = chosen[way.like] if way.like else sequences.rate(way, order, args.seeds)
+            chosen[way.name] = lr
+            for seed in args.seeds:
+                sequences.measured(way, order, seed, lr)
+
+
+# Reports
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way in one order at one rate: its runs with several seeds, none of which diverged."""
+
+    way: str
+    order: str
+    lr: float
+    runs: Sequence[Record]
+
+    def values(self, what: Callable[[Record, str], float], key: str) -> list[float]:
+        """One per run; none if the tasks do not have it."""
+        try:
+            return [what(run, key) for run in self.runs]
+        except KeyError:
+            return []
+
+
+def settings(records: Sequence[Record]) -> dict[tuple[str, str], list[Setting]]:
+    """(order, way) -> its settings."""
+    runs: dict[tuple[str, str, float], list[Record]] = {}
+    for record in records:
+        cell = record["cell"]
+        if cell["part"] == PART:
+            runs.setdefault((cell["order"], cell["way"], cell["lr"]), []).append(record)
+    found: dict[tuple[str, str], list[Setting]] = {}
+    for (order, way, lr), own in runs.items():
+        if all(run["stages"] for run in own):
+            found.setdefault((order, way), []).append(Setting(way, order, lr, own))
+    return found
+
+
+def best(found: Sequence[Setting]) -> Setting:
+    """By validation loss of all tasks after the last stage."""
+    return min(found, key=lambda setting: fmean(setting.values(final, "validation")))
+
+
+MEASURES = (
+    ("after its own stage, nats", learnt, "test", 1, 3),
+    ("after the last stage, nats", final, "test", 1, 3),
+    ("earlier tasks' loss", forgotten, "test", 1, 3),
+    ("score after its own stage (%)", learnt, "score", 100, 1),
+    ("score after the last stage (%)", final, "score", 100, 1),
+)
+
+
+def table(records: Sequence[Record], order: str) -> list[list[str]]:
+    """Lines of cells: every way at its best rate, means over tasks and seeds."""
+    header = ["way", "lr", *(name for name, *_ in MEASURES), "own text, nats per byte", "seeds"]
+    lines = [header]
+    for (own, way), found in settings(records).items():
+        if own == order:
+            setting = best(found)
+            cells = [shown(setting.values(what, key), *how) for _, what, key, *how in MEASURES]
+            own_text = shown([run["stages"][-1]["own"] for run in setting.runs], 1, 4)
+            lines.append([way, f"{setting.lr:g}", *cells, own_text, str(len(setting.runs))])
+    return lines
+
+
+def by_task(records: Sequence[Record], order: str) -> list[list[str]]:
+    """Lines of cells: loss (score) of every task after its own stage and after the last, at the best rate."""
+    lines: list[list[str]] = []
+    for (own, way), found in settings(records).items():
+        if own != order:
+            continue
+        setting = best(found)
+        tasks = setting.runs[0]["tasks"]
+        lines = lines or [["way", *(f"{task}, {when}" for task in tasks for when in ("own stage", "last"))]]
+        cells = []
+        for at, task in enumerate(tasks):
+            for stage in (at, -1):
+                values = [run["stages"][stage]["tasks"][task] for run in setting.runs]
+                cell = shown([value["test"] for value in values])
+                if "score" in values[0]:
+                    cell += f" ({shown([value['score'] for value in values], 100, 1)})"
+                cells.append(cell)
+        lines.append([way, *cells])
+    return lines
+
+
+def draw(found: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """A column per group and order: what earlier tasks lose against what is learnt, over learning rates."""
+    panels = [(name, order) for name, records in found.items() for order in dict.fromkeys(o for o, _ in settings(records))]
+    with figure_at(path, 5.0 * len(panels), 5.2, "") as figure:
+        for axes, (name, order) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for color, (own, way) in zip(PALETTE, [key for key in settings(found[name]) if key[0] == order], strict=False):
+                ordered = sorted(settings(found[name])[own, way], key=lambda setting: setting.lr)
+                points = [(fmean(s.values(learnt, "test")), fmean(s.values(forgotten, "test"))) for s in ordered]
+                axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=way)
+            axes.set(title=f"{name}, {order} order", xlabel="loss of a task after its own stage, nats per token")
+            axes.set_ylabel("what earlier tasks lose by the end, nats per token")
+            axes.grid(alpha=0.3)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)

@@ -23,7 +23,7 @@ from scripts.study_report import Report, Table, study_main
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+SPARSITIES = (0.5, 0.9, 0.99, 0.999)
 MASKS = {
     "LoTA": "task_vector",
     "random mask": "random",

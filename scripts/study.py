@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
 from lota.data.batches import encode, seeded_sample
@@ -53,6 +53,7 @@ RATE_SEED = 100  # of the runs that choose learning rates
 VALIDATION = 0.1  # share of the training rows
 RATES = tuple(digit * 10.0**power for power in range(-5, 1) for digit in (1, 2, 5))
 RESULTS = ("validation", "nats", "own", "score")  # losses of splits and of the base's own text, the score
+TESTED = ("main", "budget", "curve")  # parts whose runs are measured on test rows
 GRADIENTS = ("gradient", "fisher", "snip")  # saliencies that are read off the base's gradients
 
 
@@ -157,13 +158,17 @@ class Study:
     def measured(self, method: Method, seed: int, lr: float, part: str, *, test: bool) -> Record:
         """A run's results, None if it diverged; it is made unless they are there."""
         cell = {"part": part, **method.key, "seed": seed, "lr": lr, "sizes": self.sizes}
-        return self.cells.get(**cell) or self.cells.add(
-            self._trained(self.config(method, seed, lr), test=test)[0], **cell
-        )
+        if found := self.cells.get(**cell):
+            return found
+        same = (self.cells.get(**{**cell, "part": other}) for other in TESTED if test)
+        made = next(filter(None, same), None)  # by another study: the same run
+        if made is None:
+            return self.cells.add(self._trained(self.config(method, seed, lr), test=test)[0], **cell)
+        return self.cells.add({key: value for key, value in made.items() if key != "cell"}, **cell)
 
     def _trained(self, config: Config, *, test: bool) -> tuple[Record, Trainer]:
         start, cpu = time.perf_counter(), time.process_time()
-        trainer = Trainer(config, self.find_task)
+        trainer = BASES[self.workload.base].trainer(config, self.find_task)
         diverged = False
         try:
             trainer.train()
@@ -172,6 +177,7 @@ class Study:
                 raise
             diverged = True
         found: Record = {"base": self.base_hash, "trained": trainer.optimizer.n_trained}
+        found["steps"] = trainer.total_steps
         found |= {"mask": Mask.load(config.mask_path).meta} if config.mask_path and test else {}
         found |= dict.fromkeys(RESULTS) if diverged else self.results(trainer, test=test)
         found |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
@@ -198,7 +204,7 @@ class Study:
 
     def results(self, trainer: Trainer, *, test: bool) -> Record:
         """Validation loss; with test also test loss and score, and the loss on the base's own text."""
-        model, tokenizer = trainer.model.eval(), trainer.data.tokenizer
+        model, tokenizer = exact(trainer).eval(), trainer.data.tokenizer
         found: Record = {"validation": self.nats(model, tokenizer, self.rows("validation"))}
         if test:
             found |= {"nats": self.nats(model, tokenizer, self.rows("test")), "own": self.own(model, tokenizer)}
@@ -305,6 +311,17 @@ class Study:
         shapes = [model.get_submodule(path).get_parameter("weight").shape for path in lora_targets(model)[0]]
         total = sum(tensor.numel for tensor in find_scope(model).values())
         return max(1, round(kept_count(sparsity, total) / sum(sum(shape) for shape in shapes)))
+
+
+@torch.no_grad()
+def exact(trainer: Trainer) -> PreTrainedModel:
+    """The trained model in fp32, with the exact values of what a narrower working copy has rounded."""
+    values = list(trainer.optimizer.kept_values())
+    parameters = dict(trainer.model.float().named_parameters())
+    for name, positions, kept in values:
+        whole = parameters[name].view(-1)
+        whole.copy_(kept.view(-1)) if positions is None else whole.index_copy_(0, positions.long(), kept)
+    return trainer.model
 
 
 # The command line

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     Draw = Callable[[Axes, Sequence[Record], str], None]
 
 SIZE = (4.8, 3.4)  # of a panel, inches
-SHARED = f"""Every run starts from the same base and trains with the optimizer RMSprop in fp32, unless a \
+SHARED = f"""Every run starts from the same base and trains with the optimizer RMSprop, unless a \
 method's name says otherwise; the learning rate grows for a tenth of the steps and then falls to zero.
 
 Learning rates are chosen by the loss on validation rows, which are {VALIDATION:.0%} of the training rows, \
@@ -169,7 +169,8 @@ def _sizes(workload: Workload, base: Record) -> Iterator[str]:
     metric = METRICS.get(str(task.metric), task.metric) if workload.n_scored else None
     yield f"Task: {workload.task}, {TASKS.get(workload.task, 'see its name')}; score: {metric or 'none'}."
     yield (
-        f"Training: {workload.steps} steps of {workload.batch_size} rows. Rows of more than "
+        f"Training: {workload.steps} steps of {workload.batch_size} rows; weights that train and the optimizer's "
+        f"state in fp32, products of matrices in {BASES[workload.base].products}. Rows of more than "
         f"{workload.max_length} tokens are left out everywhere."
     )
     scored = f", the first {workload.n_scored} of them also for the score" if workload.n_scored else ""
