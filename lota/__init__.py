@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see; _HOMES is what happens
     from lota.masks import Mask as Mask
     from lota.masks.extract.gradients import collect_gradients as collect_gradients
+    from lota.masks.extract.importance import importance_of as importance_of
     from lota.masks.extract.select import extract as extract
     from lota.models.scope import find_scope as find_scope
     from lota.models.scope import scope_share as scope_share
@@ -45,6 +46,7 @@ _HOMES = {
     "detach": "lota.share.delta.attach",
     "extract": "lota.masks.extract.select",
     "find_scope": "lota.models.scope",
+    "importance_of": "lota.masks.extract.importance",
     "scope_share": "lota.models.scope",
     "switch": "lota.share.delta.attach",
     "fuse_in_backward": "lota.optim.fused",

@@ -278,6 +278,21 @@ class Config:
     weight_decay: float = setting(
         0.0, "pull of trained entries towards 0, per unit of learning rate", at_least=0
     )
+    l2_sp: float = setting(
+        0.0,
+        "pull of trained entries to the values that training starts from: l2_sp (w - start) is added to "
+        "the gradient after clipping; above 0 costs 4 bytes per trained entry",
+        at_least=0,
+    )
+    ewc: float = setting(
+        0.0,
+        "the same pull, times each entry's importance of importance_path; above 0 costs 8 bytes per trained "
+        "entry, l2_sp included",
+        at_least=0,
+    )
+    importance_path: str | None = setting(
+        None, "file of what entries matter to earlier tasks, which lotto.py writes with retain.ewc", path=True
+    )
     momentum: float = setting(
         0.0,
         "momentum factor; above 0 costs 4 bytes per trained entry (2 with optimizer_state=bfloat16)",

@@ -37,6 +37,7 @@ def problems_of(c: Config) -> Iterator[str]:
     yield from _data_and_length_problems(c)
     yield from _optimizer_problems(c)
     yield from _precision_problems(c)
+    yield from _pull_problems(c)
     yield from _trained_entries_problems(c)
     yield from _loss_problems(c)
     yield from _reference_problems(c)
@@ -186,6 +187,23 @@ def _precision_problems(c: Config) -> Iterator[str]:
         )
 
 
+def _pull_problems(c: Config) -> Iterator[str]:
+    """Of the pull to where training started."""
+    for key in ("l2_sp", "ewc") if c.adapter.name == "lora" else ():
+        if getattr(c, key):
+            yield (
+                f"{key}={getattr(c, key)} with adapter=lora: it pulls weights of the model, which LoRA "
+                f"freezes; drop {key}, or adapter=lora"
+            )
+    if c.ewc and c.importance_path is None:
+        yield f"ewc={c.ewc} needs importance_path=FILE; l2_sp pulls all entries alike"
+    if c.ewc and c.snip:
+        yield (
+            f"ewc={c.ewc} with snip=true: importance is listed for the entries of a mask that is there; "
+            "store the mask with save_snip_mask_path in a run of its own, or use l2_sp"
+        )
+
+
 def _trained_entries_problems(c: Config) -> Iterator[str]:
     if c.flip_mask and c.mask_path is None and not c.snip:
         yield "flip_mask=true needs a mask_path: dense training has nothing to flip"
@@ -268,6 +286,8 @@ def _unused_keys(c: Config) -> dict[str, str]:
         reasons["fsdp_port"] = f"MASTER_PORT={os.environ['MASTER_PORT']} says where processes meet"
     if not (c.flip_mask or c.snip) and c.adapter.name == "none":
         reasons["model.scope"] = "flip_mask=false, snip=false, adapter=none; a mask file has its own scope"
+    if not c.ewc:
+        reasons["importance_path"] = "ewc=0"
     if not c.replay:
         reasons["replay_fraction"] = "replay=[]"
     if c.optimizer == "SGD" and not c.momentum:

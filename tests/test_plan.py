@@ -139,6 +139,13 @@ def test_state_has_the_bytes_of_the_real_optimizer(granularity, dtype, tmp_path)
     assert found.disk["resume.pt"] == pytest.approx(real_state_bytes(model, mask), rel=close)
 
 
+@pytest.mark.parametrize(("settings", "bytes_more"), [(["l2_sp=1"], 4), (["ewc=1", "importance_path=a"], 8)])
+def test_a_pull_to_the_start_is_counted(settings, bytes_more):
+    plain, found = (planned(*more, sparsity=0.9) for more in ([], settings))
+    assert found.disk["resume.pt"] - plain.disk["resume.pt"] == bytes_more * found.trained
+    assert found.phases["forward"].peak - plain.phases["forward"].peak >= bytes_more * found.trained
+
+
 def test_dense_state_has_the_bytes_of_the_real_optimizer():
     model = make("gpt2")
     with torch.device("meta"):

@@ -14,6 +14,8 @@ from launched import launch
 from runs import assert_frozen, base, policy, same, train, with_mini_task, write_mask
 
 from lota.masks import Mask
+from lota.masks.extract.gradients import Collected
+from lota.masks.extract.importance import save_importance
 
 pytestmark = pytest.mark.slow
 DRIVER = str(Path(__file__).with_name("process_runs.py"))
@@ -30,6 +32,7 @@ RUNS = {
     "packed": (*SHORT, "mask_path=0.9_mask.pt", "grad_norm_strategy=proportional", "max_grad_norm=1",
                "packing=true", "group_by_length=true", "activation_checkpointing=true"),
     "bf16": (*SHORT, "mask_path=0.9_mask.pt", "model.fsdp_policy_mp=bfloat16"),
+    "pull": (*SHORT, "mask_path=0.9_mask.pt", "l2_sp=5", "ewc=5", "importance_path=importance.pt"),
     "lora": (*SHORT, "adapter=lora", "lora_rank=4", "optimizer=SGD"),
     "swap": (*PAIRS, "mask_path=0.9_mask.pt"),
     "precomputed": (*PAIRS, "mask_path=0.9_mask.pt", "model.reference=precomputed"),
@@ -51,9 +54,20 @@ def named(runs: dict[str, tuple[str, ...]]) -> list[list[str]]:
     return [[f"exp_name={name}", *overrides] for name, overrides in runs.items()]
 
 
+def random_importance(model: torch.nn.Module) -> Collected:
+    """Of all entries of a model."""
+    generator = torch.Generator().manual_seed(5)
+    values = {n: torch.rand(p.shape, generator=generator) * 2 for n, p in model.named_parameters()}
+    return Collected(values, "importance")
+
+
 def workplace(folder: Path) -> Path:
     folder.mkdir()
-    write_mask(with_mini_task(folder) / "0.9_mask.pt")
+    save_importance(
+        folder / "importance.pt",
+        random_importance(base()),
+        write_mask(with_mini_task(folder) / "0.9_mask.pt"),
+    )
     return folder
 
 

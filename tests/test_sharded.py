@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from launched import launch
-from runs import MODEL, assert_frozen, policy, same, with_mini_task
-from test_replicated import last, lines
+from runs import MODEL, assert_frozen, base, policy, same, with_mini_task
+from test_replicated import last, lines, random_importance
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lota.masks import Mask
+from lota.masks.extract.importance import save_importance
 from lota.models.scope import find_scope, meta_model
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,7 @@ RUNS = {
     "bf16": (*MASKED, "model.fsdp_policy_mp=bfloat16"),
     "mixed": (*SHORT, "model.fsdp_policy_mp=bfloat16", "optimizer=SGD", "lr=1e-3"),
     "narrow": (*MASKED, "optimizer_state=bfloat16", "packing=true", "grad_norm_strategy=none"),
+    "pull": (*MASKED, "l2_sp=5", "ewc=5", "importance_path=importance.pt"),
     "moe": (EXPERTS, "mask_path=experts_mask.pt", *SHORT),
     "swap": (*PAIRS, "mask_path=units_mask.pt"),
     "model": (*PAIRS, "eval_batch_size=3"),
@@ -42,7 +44,7 @@ RUNS = {
     "snip": (*SHORT, "snip=true", "snip_batches=5", "snip_sparsity=0.99"),
     "long": ("model.name_or_path=deep", *SHORT, "mask_path=deep_mask.pt", "activation_checkpointing=true"),
 }  # fmt: skip
-HALFWAY = (ODD, "mask_path=odd_mask.pt", *SHORT, "momentum=0.5", "model.fsdp_policy_mp=bfloat16")
+HALFWAY = (ODD, "mask_path=odd_mask.pt", *SHORT, "momentum=0.5", "model.fsdp_policy_mp=bfloat16", "l2_sp=2")
 ONCE = {  # with two processes only
     "whole": HALFWAY,
     "stopped": ("!stopped", *HALFWAY),
@@ -90,7 +92,9 @@ def workplace(folder: Path) -> Path:
         for file in MODEL.glob("tokenizer*"):
             shutil.copy(file, folder / name)
         unit_mask(folder / name).save(folder / f"{name}_mask.pt")
-    unit_mask(MODEL).save(folder / "units_mask.pt")
+    units = unit_mask(MODEL)
+    units.save(folder / "units_mask.pt")
+    save_importance(folder / "importance.pt", random_importance(base()), units)
     first = {
         n: torch.zeros(t.shape, dtype=torch.bool) for n, t in find_scope(meta_model(folder / "odd")).items()
     }

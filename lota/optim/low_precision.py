@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lota.config import OPTIMIZER_STATES
 from lota.optim.kept import Everything, Kept
+from lota.optim.pull import ANCHOR, PULL, with_pull
 from lota.rounding import Lots, piece_size, pieces
 
 Rows = tuple[int, slice]  # some rows of a matrix of a stack, and which matrix
@@ -162,7 +163,7 @@ def update_in_pieces(
     buffers = [key for key in rule_buffers(state) if not key.endswith((ROWS, COLUMNS))]
     for piece, rows in cuts:
         wide = values[piece].float()  # itself if it is fp32
-        scaled = _scaled(grad[piece], scale)
+        scaled = with_pull(_scaled(grad[piece], scale), wide, state, piece)
         part: dict[str, Any] = {key: state[key][piece].float() for key in buffers} | {"step": state["step"]}
         if rows is None:
             rule._update(wide, scaled, part, group)
@@ -184,7 +185,7 @@ def update_in_pieces(
 
 def rule_buffers(state: dict[str, Any]) -> Iterator[str]:
     """Keys of the buffers of the update rule in a parameter's state."""
-    others = ("positions", "tiles", "tile_shape", "master", "step")
+    others = ("positions", "tiles", "tile_shape", "master", "step", ANCHOR, PULL)
     return (key for key in state if key not in others)
 
 
@@ -228,7 +229,9 @@ def _average_factors(
     row_means, column_sums = torch.empty_like(rows), torch.zeros_like(columns)
     decay = 0.0
     for piece, (matrix, lines) in _row_pieces(stack, values.device):
-        squared, decay = rule._squared(values[piece].float(), _scaled(grad[piece], scale), group)
+        wide = values[piece].float()
+        scaled = with_pull(_scaled(grad[piece], scale), wide, state, piece)
+        squared, decay = rule._squared(wide, scaled, group)
         squares = squared.square().view(-1, stack[2])  # (lines, width)
         row_means[matrix, lines] = squares.mean(1)
         column_sums[matrix] += squares.sum(0)

@@ -8,6 +8,7 @@ What a parameter's state holds, by key:
     square_avg...  fp32 or bf16 (kept,), the buffers of the update rule; of a factored one its
                    ..._rows, ..._columns in fp32 (lota/optim/low_precision.py)
     step           updates made so far
+    anchor, pull   of lota/optim/pull.py, if trained entries are pulled to where they started
 
 Values, gradients and buffers (kept,) are in the order of lota/optim/kept.py.
 
@@ -34,6 +35,7 @@ from lota.optim.frozen_gradients import clear_frozen_gradients
 from lota.optim.kept import Everything, Kept, kept_entries
 from lota.optim.low_precision import Precision, norm_of, update_in_pieces
 from lota.optim.peers import Peers
+from lota.optim.pull import ANCHOR, with_pull
 from lota.optim.stored_state import OwnState, matching_states
 
 
@@ -332,7 +334,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 precision=self.precision, name=self.names[p], kept=kept, scale=scale,
             )  # fmt: skip
         else:
-            self._update(values, grad if scale is None else grad.mul_(scale), state, group)
+            clipped = grad if scale is None else grad.mul_(scale)
+            self._update(values, with_pull(clipped, values, state), state, group)
         if not isinstance(kept, Everything) or "master" in state:  # else the parameter itself
             self.write(p, values)
 
@@ -389,6 +392,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _has_kernels(self, p: nn.Parameter) -> bool:
         if not self.kept[p].count or self.precision.in_pieces(p.dtype) or not _rule_has_kernel(type(self)):
+            return False
+        if ANCHOR in self.state[p]:  # which no kernel reads
             return False
         return launches.serves(p, self.kept[p], self.state[p])
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lota.config import Config
 from lota.data.batches import Batch
+from lota.masks.extract.importance import Listed
 from lota.models import head
 from lota.models.head_logps import After, HeadLogProbs
 from lota.models.loading import dtype_of, enable_activation_checkpointing, turn_dropout_off
@@ -63,6 +64,12 @@ class TracedRun(LoadedRun):
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         return SimpleNamespace(read=lambda name: torch.empty(shapes[name], dtype=dtype))
 
+    def pull(self) -> None:
+        counts = {name: self.optimizer.kept[p].count for p, name in self.optimizer.names.items()}
+        values = {name: torch.empty(count) for name, count in counts.items()} if self.config.ewc else {}
+        self.data.importance = Listed(values, None)
+        super().pull()
+
     def fill(self, tracker: Tracker, peers: bool) -> None:
         """What `LoadedRun.load` does, with fake weights. peers: whether there are other processes."""
         with tracker.making("weights"):
@@ -76,6 +83,7 @@ class TracedRun(LoadedRun):
                 enable_activation_checkpointing(self.model)
             self.model.train()
             fuse_in_backward(self.optimizer, self.passes)
+            self.pull()
         if peers:
             with tracker.making("gradients"):
                 whole = self.config.trainer.name == "BasicTrainer"

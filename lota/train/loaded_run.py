@@ -22,6 +22,7 @@ from lota.optim.compiled import compile_blocks
 from lota.optim.fused import fuse_in_backward
 from lota.optim.masked import MaskedOptimizer
 from lota.optim.optimizers import OPTIMIZERS
+from lota.optim.pull import pull_to_start
 from lota.train import checkpoint, lora
 from lota.train.interrupt import StopBetweenSteps
 from lota.train.objectives import OBJECTIVES, Objective
@@ -143,12 +144,13 @@ class LoadedRun:
         self.model.train()
         self.optimizer = self.make_optimizer()
         checkpoint.own_random_numbers(config.seed, self.processes.rank)
+        if resumable is None and self.working_dtype != torch.float32:
+            checkpoint.fill_masters(self.optimizer, self.base())
+        self.pull()
         if resumable is not None:
             self.restore_optimizer(resumable)
             self.progress = checkpoint.restore(resumable.content, self.processes.rank)
             self.saved = (self.progress.step, resumable.folder)
-        elif self.working_dtype != torch.float32:
-            checkpoint.fill_masters(self.optimizer, self.base())
         self.objective = OBJECTIVES[config.loss.name](config, self.data.tokenizer, self.model, self.precision)
         self.objective.start(self)
         order = batch_order(config, len(self.data.train), self.data.lengths)
@@ -165,6 +167,12 @@ class LoadedRun:
         if self.processes.count > 1:
             optimizer.peers = Replicated(optimizer, self.processes)
         return optimizer
+
+    def pull(self) -> None:
+        """Let the optimizer pull what it trains to where it stands, if the run wants that."""
+        config, listed = self.config, self.data.importance
+        if config.l2_sp or config.ewc:
+            pull_to_start(self.optimizer, config.l2_sp, config.ewc, listed.values if listed else None)
 
     def restore_optimizer(self, resumable: Resumable) -> None:
         """Set the optimizer to what a checkpoint holds."""

@@ -19,6 +19,7 @@ from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
 from lota.distributed.processes import ALONE, Processes
 from lota.masks import Mask
+from lota.masks.extract.importance import Listed, load_importance
 from lota.masks.trainable import mask_or_dense, refuse_other_base, trainable_mask
 from lota.models.hashing import config_file_key, remembered_hash, tokenizer_key
 from lota.models.loading import dtype_of, load_tokenizer
@@ -49,6 +50,7 @@ class Prepared:
     mask: Mask | None  # None: dense training or LoRA
     snip: SnipMask | None  # the mask that has to be computed before training
     seen: dict[str, str | None]  # hashes of what the run is made from, which every checkpoint holds
+    importance: Listed | None  # of what trains, if ewc reads it
     lengths: list[int] | None  # tokens per training example if batches are grouped by length
     stop: tuple[str, ...]  # texts that end a sampled completion
     resumable: Resumable | None  # None: the run starts anew
@@ -69,7 +71,7 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
     found = [attempt(with_options, find_task, name, config) for name in config.task_names]
     tasks = [task for task in found if task is not None]
     tokenizer = attempt(load_run_tokenizer, config)
-    data = model = snip = mask = None
+    data = model = snip = mask = importance = None
     if tokenizer is not None and len(tasks) == len(found):
         data = attempt(_load_data, config, tasks, tokenizer)
     if tokenizer is not None:
@@ -82,7 +84,10 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
         attempt(_check_reference, config, model, tokenizer)
         if config.snip and data is not None:
             snip = attempt(prepare_snip, config, tokenizer, model, data[0])
+        before = len(problems.found)
         mask = attempt(_find_mask, config, model, snip)
+        if config.ewc and len(problems.found) == before:
+            importance = attempt(_find_importance, config, model, mask)
         if together.count > 1 and mask is None and not config.snip and not problems.found:
             attempt(_refuse_dense_replicas, config, together.count)
     problems.found = [problem for found in together.gather(problems.found) for problem in found]
@@ -100,8 +105,10 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
         seen={
             "mask": mask.fingerprint() if mask else None,
             "data": examples_hash(train),
+            **({"importance": importance.digest} if importance else {}),
             **({} if config.debug else _model_hashes(config, tokenizer, model, together)),
         },
+        importance=importance,
         lengths=[max(map(len, encode(example))) for example in train] if config.group_by_length else None,
         stop=tuple({text for task in tasks[: len(config.datasets)] for text in task.stop}),
         resumable=resumable,
@@ -252,6 +259,19 @@ def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) ->
         return _checked_mask(config, model, given)
     stored = snip.stored() if snip is not None else None
     return None if stored is None else _checked_mask(config, model, stored)
+
+
+def _find_importance(config: Config, model: PreTrainedModel, mask: Mask | None) -> Listed:
+    """What ewc reads. Raises ValueError if it is not of the entries that train."""
+    assert config.importance_path is not None  # config_checks has seen to it
+    try:
+        found = load_importance(config.importance_path, mask)
+        for name, p in model.named_parameters() if mask is None else ():
+            if p.requires_grad and (name not in found.values or len(found.values[name]) != p.numel()):
+                raise ValueError(f"it lacks {name}, which trains")
+        return found
+    except ValueError as error:
+        raise ValueError(f"importance_path={config.importance_path}: {error}") from error
 
 
 def _refuse_dense_replicas(config: Config, count: int) -> None:

@@ -98,6 +98,7 @@ class SaliencyStream:
     digest: StreamingHash | None = None  # of the base, fed with what is read
     taken: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> packed bits: saliency 0 there
     scratch: Scratch = field(default_factory=Scratch)
+    avoid: float = 0.0  # saliencies are divided by sqrt(1 + avoid * what the source `avoid` has)
     checked: set[Span] = field(default_factory=set)  # spans without NaN and infinity
 
     def keys(self, span: Span) -> np.ndarray:
@@ -117,6 +118,8 @@ class SaliencyStream:
         """Returns fp32 saliencies (entries,), not negative. Raises ValueError for NaN and infinity."""
         with np.errstate(over="ignore", invalid="ignore"):
             found = SALIENCIES[self.saliency].compute(lambda role: self._read(role, span), span, self.seed)
+            if self.avoid:
+                found /= np.sqrt(1 + np.float32(self.avoid) * self._importance(span))
         if span not in self.checked:  # a second pass reads the same spans again
             # one comparison of integers finds infinities and NaNs of either sign bit: abs() cleared it
             bits = found.view(np.int32)
@@ -128,6 +131,15 @@ class SaliencyStream:
                 span.start // 8 : (span.stop + 7) // 8
             ]  # starts are multiples of 8
             found[np.unpackbits(packed, count=len(found)).view(bool)] = 0
+        return found
+
+    def _importance(self, span: Span) -> np.ndarray:
+        """What entries matter elsewhere, fp32 (entries,). Raises ValueError unless it is finite and not
+        negative.
+        """
+        found = self._read("avoid", span)
+        if span not in self.checked and not (np.isfinite(found) & (found >= 0)).all():
+            raise ValueError(f"{span.name}: importance to avoid is negative, NaN or infinite")
         return found
 
     def _read(self, role: str, span: Span) -> np.ndarray:

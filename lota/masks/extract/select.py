@@ -22,6 +22,7 @@ import torch
 from lota.masks import Mask, kept_count
 from lota.masks.extract import topk, units
 from lota.masks.extract.gradients import Collected
+from lota.masks.extract.importance import Avoid
 from lota.masks.extract.saliency import SALIENCIES, SaliencyStream, Source
 from lota.masks.extract.units import (
     AGGREGATES,
@@ -90,6 +91,8 @@ def extract(
     granularity: str = "element",
     block: int = DEFAULT_BLOCK,
     collected: Collected | None = None,
+    avoid: Collected | None = None,
+    avoid_strength: float = 1.0,
     model: str | os.PathLike[str] | None = None,
 ) -> dict[float, Mask]:
     """Returns one mask per sparsity from a base and a fine-tuned model on disk.
@@ -101,13 +104,16 @@ def extract(
     score: what rates an entry, a name of `SALIENCIES`. per, smallest, granularity, block: see `Rule`.
     Whole rows, columns or blocks hardly ever add up to round((1-s)N) entries: as many are kept as fit.
     collected: gradients of the base (`lota.collect_gradients`), read by gradient, fisher and snip.
+    avoid: what matters elsewhere (`lota.importance_of`): each saliency is divided by
+    sqrt(1 + avoid_strength * importance).
     Raises ValueError for what does not exist, does not belong together, or cannot hold the share asked for.
     """
     wanted = check_sparsities(sparsities)
     masks = [m if isinstance(m, Mask) else Mask.load(m) for m in protect]
     rule = Rule(score, per, smallest, seed, masks, granularity, block)
     pair = open_pair(base, tuned, scope=scope, model=model, needs=SALIENCIES[score].needs)
-    return select(Quota(pair, wanted, rule), collected=collected)
+    avoided = None if avoid is None else Avoid(avoid, avoid_strength)
+    return select(Quota(pair, wanted, rule), collected=collected, avoid=avoided)
 
 
 def check_sparsities(sparsities: Iterable[float | str]) -> list[float]:
@@ -171,6 +177,7 @@ def select(
     progress: topk.Progress | None = None,
     with_hash: bool = True,
     collected: Collected | None = None,
+    avoid: Avoid | None = None,
 ) -> dict[float, Mask]:
     """Returns one mask per sparsity over the scope of the quota's pair.
 
@@ -180,6 +187,9 @@ def select(
     pair, rule = quota.pair, quota.rule
     sources = _sources(quota, collected)
     stream = SaliencyStream(sources, rule.saliency, rule.smallest, rule.seed, taken=quota.taken)
+    if avoid is not None:
+        avoid.check({name: tensor.shape for name, tensor in pair.scope.items()}, rule.smallest)
+        stream.avoid, stream.sources = avoid.strength, {**sources, "avoid": avoid.importance}
     if with_hash:
         shared = quota.sizes if "base" in SALIENCIES[rule.saliency].needs else ()
         stream.digest = StreamingHash(pair.sources["base"], shared, chunks.CHUNK)
@@ -197,6 +207,8 @@ def select(
         meta = _meta(quota, sparsity, cuts[i], collected) | {"base_hash": base_hash}
         mask = Mask({name: torch.from_numpy(bits[i][name]) for name in quota.sizes}, shapes, meta)
         mask.meta["kept"] = mask.n_kept
+        if avoid is not None:
+            mask.meta["avoid"] = {"strength": avoid.strength, **avoid.importance.meta}
         masks[sparsity] = mask
     _refuse_empty(quota, masks, any(cut.by_size for each in cuts for cut in each.values()))
     return masks
