@@ -120,6 +120,7 @@ def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
     label = "IoU with the whole calibration's mask" if key == "iou" else LABELS[key]
     axes.set(xlabel="calibration, steps", ylabel=label)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 REPORT = Report(

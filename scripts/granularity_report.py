@@ -180,7 +180,7 @@ def _panel(axes: Axes, found: Found, measure: Measure) -> None:
         axes.errorbar(1.0, dense[0], dense[1] or 0.0, color=PALETTE[6], marker="*", capsize=3)
         axes.plot([], [], color=PALETTE[6], marker="*", linestyle="", label="dense")
     for sparsity, marker in zip(SPARSITIES, MARKERS, strict=False):
-        axes.plot([], [], color="#888888", marker=marker, linestyle="", label=f"s = {sparsity:g}")
+        axes.plot([], [], color="#888888", marker=marker, linestyle="", label=f"sparsity {sparsity:g}")
     axes.set(xlabel="step time of a 124M model, dense = 1", ylabel=measure.label)
     axes.grid(alpha=0.3)
 
@@ -201,14 +201,14 @@ def write(out: Path) -> str:
     """Write tables, figure and page of what is there; returns the tables in Markdown."""
     records = read_cells(out)
     found = Found(records)
-    results = [
-        Section(name, items=list(facts(name, records[name], "main", WORKLOADS)))
-        for name in WORKLOADS
-        if name in records
-    ]
-    results.append(Section("Results"))
-    for measure in PANELS:
-        results.append(Section("", figure=draw(found, [measure]), alt=f"{measure.label} against step time"))
+    results = []
+    for name, own in records.items():
+        if name != Path(TIMES).stem:
+            results.append(Section(name, items=list(facts(name, own, "main", WORKLOADS))))
+            for measure in (m for m in PANELS if m.task == name):
+                alt = f"{measure.label} against step time"
+                results.append(Section("", figure=draw(found, [measure]), alt=alt))
+    results.append(Section("All workloads"))
     results += study_sections([granularity_table(found), choice_table(found)])
     about = about_sections(ASKED, MEASURED)
     title = "Single entries against rows, columns and blocks"

@@ -75,8 +75,9 @@ def about_sections(asked: str, measured: str, shared: str = SHARED) -> list[Sect
 
 
 def study_sections(tables: Sequence[Table], level: int = 3) -> list[Section]:
-    """A section per table."""
-    return [Section(table.title, table.text, table=table.lines, level=level) for table in tables]
+    """A section per table that has lines below its header."""
+    full = (table for table in tables if len(table.lines) > 1)
+    return [Section(table.title, table.text, table=table.lines, level=level) for table in full]
 
 
 @dataclass(frozen=True)
