@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lota.share.merge.aligned import align
 from lota.share.merge.rules import METHODS, keep_largest, keep_random, make_rule
 
 F = np.float32
@@ -134,12 +135,14 @@ def test_draws_in_chunks_are_one_stream(monkeypatch):
     assert torch.equal(keep_random(0.4, 100, torch.Generator().manual_seed(3), positions), whole[positions])
 
 
-def test_a_skipped_tensor_uses_its_draws_up():
+def test_a_tensor_that_no_vector_changes_uses_its_draws_up():
     found, rule = vectors(2, 40), make_rule("dare", 2, density=[0.5], seed=1)
-    used, skipped = rule.generator(), rule.generator()
+    used, unchanged = rule.generator(), rule.generator()
     rule.merge(found, used)
-    rule.skip(skipped, 40)
-    assert torch.equal(rule.merge(found, used), rule.merge(found, skipped))
+    base = torch.arange(40.0)
+    align([None, None], 40).merge_(base, rule, unchanged)
+    assert torch.equal(base, torch.arange(40.0))
+    assert torch.equal(rule.merge(found, used), rule.merge(found, unchanged))
 
 
 def test_dare_keeps_the_expectation():

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from lota.models.hashing import content_hash
 from lota.models.provenance import MERGE_RECORD
 from lota.models.weights import WeightSource, all_finite, refuse_not_finite
-from lota.share.delta.format import as_integers
 from lota.share.hf_weights import check_shard_size, open_folder, write_like
-from lota.share.merge.inputs import Entries, TaskVector, open_vectors, prompt_settings
+from lota.share.merge.aligned import align
+from lota.share.merge.inputs import TaskVector, open_vectors, prompt_settings
 from lota.share.merge.rules import MergeRule
 from lota.share.merge.statistics import VectorStatistics
 from lota.storage import atomic_path, refuse_filled, write_json
@@ -139,62 +139,10 @@ class _MergedValues:
             if part is not None:
                 refuse_not_finite(part.tuned, name, vector.id)
         self.progress(base.numel())
-        if all(part is None for part in parts):
-            self.statistics.entries += base.numel()
-            rule.skip(self.generator, base.numel())
-            return base
-        positions, vectors, touches = align(parts, base.numel())
-        self.statistics.add(vectors, base.numel())
-        self.shared += int((touches > 1).sum())
-        change = rule.merge(vectors, self.generator, base.numel(), positions)
-        # base + change in float32, rounded once to the base's dtype; where the change is 0, the base's bits
-        where = slice(None) if positions is None else positions
-        before = base.view(-1)[where]
-        after = (before.float() + change).to(base.dtype)
-        bits = as_integers(base)  # torch cannot select and scatter every dtype
-        bits[where] = torch.where(change == 0, as_integers(before), as_integers(after))
-        if rule.method == "sum":
-            put_sole(bits, parts, touches, positions)
+        aligned = align(parts, base.numel())
+        self.statistics.add(aligned.vectors, base.numel())
+        self.shared += int((aligned.touches > 1).sum())
+        aligned.merge_(base, rule, self.generator)
         if not all_finite(base):
             raise ValueError(f"the merged {name} has values that {base.dtype} cannot hold: lower the weights")
         return base
-
-
-def align(parts: Sequence[Entries | None], numel: int) -> tuple[Tensor | None, list[Tensor], Tensor]:
-    """The parts of one tensor over the same entries: (positions, a vector per part, how many change each).
-
-    positions: (n,), the union of what the parts list, ascending; None if one lists everything. vectors:
-    (n,) float32, 0 for what a part does not list; the last: (n,) int16.
-    """
-    listed = [part.positions for part in parts if part is not None]
-    sparse = [one for one in listed if one is not None]
-    positions = torch.unique(torch.cat(sparse)) if len(sparse) == len(listed) else None
-    size = numel if positions is None else positions.numel()
-    vectors, touches = [], torch.zeros(size, dtype=torch.int16)
-    for part in parts:
-        if part is None:
-            vectors.append(torch.zeros(size))
-            continue
-        where = part.places(positions)
-        touches[where] += part.changed.to(torch.int16)
-        if part.positions is None:  # it lists everything, in order
-            vectors.append(part.values)
-        else:
-            vectors.append(torch.zeros(size))
-            vectors[-1][where] = part.values
-    return positions, vectors, touches
-
-
-def put_sole(
-    bits: Tensor, parts: Sequence[Entries | None], touches: Tensor, positions: Tensor | None
-) -> None:
-    """Give every entry that one vector alone changes that vector's tuned value, bit for bit.
-
-    base + (tuned - base) can miss it: differences of floating-point numbers are rounded. bits: those of the
-    merged tensor, `as_integers`.
-    """
-    for part in parts:
-        if part is not None:
-            sole = part.changed & (touches[part.places(positions)] == 1)
-            own = sole.nonzero().flatten()
-            bits[own if part.positions is None else part.positions[own]] = as_integers(part.tuned)[own]

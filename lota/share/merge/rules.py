@@ -158,12 +158,6 @@ class MergeRule:
         merged = combine(thinned, self.weights, self.normalize)
         return merged if self.scale == 1 else merged * self.scale
 
-    def skip(self, generator: torch.Generator, numel: int) -> None:
-        """Pass over a tensor that no vector changes, so that later draws are what they would have been."""
-        if METHODS[self.method].thin == "random":
-            for density in self.densities:
-                keep_random(density, numel, generator, positions=torch.empty(0, dtype=torch.int64))
-
 
 def make_rule(
     method: str,
