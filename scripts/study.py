@@ -31,7 +31,7 @@ from lota.data.prompts import Prompter
 from lota.data.task import Row, Task
 from lota.evaluate.decoding import Decoding
 from lota.evaluate.engine import TransformersEngine
-from lota.evaluate.loglik import logliks
+from lota.evaluate.loglik import Request, logliks
 from lota.evaluate.scorers import TaskRequest
 from lota.evaluate.text_loss import Text, nats_per_byte
 from lota.masks import Mask, kept_count
@@ -96,6 +96,11 @@ def best_rate(rates: Sequence[float], start: float, loss: Callable[[float], floa
         tried |= {i: loss(rates[i]) for i in sorted(wanted)}
         best = min(tried, key=lambda i: tried[i])
     return rates[best]
+
+
+def nats_per_token(model: Any, requests: Sequence[Request]) -> float:
+    """Loss per token of what follows the contexts, in nats."""
+    return -sum(logliks(model, requests, batch_size=50)) / sum(len(after) for _, after in requests)
 
 
 # Runs
@@ -207,7 +212,10 @@ class Study:
         model, tokenizer = exact(trainer).eval(), trainer.data.tokenizer
         found: Record = {"validation": self.nats(model, tokenizer, self.rows("validation"))}
         if test:
-            found |= {"nats": self.nats(model, tokenizer, self.rows("test")), "own": self.own(model, tokenizer)}
+            found |= {
+                "nats": self.nats(model, tokenizer, self.rows("test")),
+                "own": self.own(model, tokenizer),
+            }
             found |= {"score": self.score(model, tokenizer)} if self.workload.n_scored else {}
         return found
 
@@ -217,12 +225,16 @@ class Study:
 
     def nats(self, model: Any, tokenizer: Any, rows: Iterable[Row]) -> float:
         """Loss per response token, in nats."""
+        return nats_per_token(model, self.requests(tokenizer, rows))
+
+    def requests(self, tokenizer: Any, rows: Iterable[Row]) -> list[Request]:
+        """Token ids of prompts and responses, as a run sees them."""
         requests, prompter = [], Prompter(tokenizer)
         limits = {"max_length": self.workload.max_length, "max_prompt_length": self.workload.max_length - 1}
         for row in rows:
             coded = encode(tokenizer, prompter.example(self.task, row), **limits)
             requests.append((coded.input_ids[: coded.prompt_length], coded.input_ids[coded.prompt_length :]))
-        return -sum(logliks(model, requests, batch_size=50)) / sum(len(after) for _, after in requests)
+        return requests
 
     def score(self, model: Any, tokenizer: Any) -> float:
         """The task's metric over completions of the first test rows."""
@@ -258,15 +270,21 @@ class Study:
     def calibration(self, seed: int, steps: int | None = None) -> Path:
         """A dense run at the best rate of a whole one: the folder of its checkpoint."""
         steps = steps or self.workload.steps
-        cell = {"part": "calibration", "steps": steps, "seed": seed, "sizes": self.sizes}
+
+        def config() -> Config:
+            whole = self.config(DENSE, seed, self.rate(DENSE))
+            return replace(whole, n_examples=steps * whole.batch_size, warmup_steps=steps // 10)
+
+        return self.kept(f"dense-{steps}-{seed}", config, part="calibration", steps=steps, seed=seed)
+
+    def kept(self, name: str, config: Callable[[], Config], **cell: Any) -> Path:
+        """A run whose checkpoint stays: its folder. config: makes its settings; cell: what it is."""
+        cell["sizes"] = self.sizes
         found = self.cells.get(**cell)
         if found is None or not Path(found["folder"]).is_dir():
-            config = self.config(DENSE, seed, self.rate(DENSE))
-            config = replace(config, n_examples=steps * config.batch_size, warmup_steps=steps // 10)
-            name = f"dense-{steps}-{seed}-{self.sizes}"
-            named = replace(config, exp_name=name, debug=False, overwrite=True)
+            named = replace(config(), exp_name=f"{name}-{self.sizes}", debug=False, overwrite=True)
             result, trainer = self._trained(named, test=False)
-            assert trainer.saved is not None, "a dense run at the best rate diverged"
+            assert trainer.saved is not None, f"{name} diverged at the best rate"
             found = self.cells.add({**result, "folder": str(trainer.saved[1])}, **cell)
         return Path(found["folder"])
 
@@ -348,6 +366,7 @@ def run_study(
     sparsities: Sequence[float] = (0.9,),
     workloads: Mapping[str, Workload] = WORKLOADS,
     kind: type[S] = Study,  # type: ignore[assignment]
+    smoke: Mapping[str, Workload] = {"smoke": SMOKE},
 ) -> None:
     """Call `run` for every workload, each by one process at a time."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -355,7 +374,7 @@ def run_study(
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {"smoke": SMOKE} if args.smoke else {name: workloads[name] for name in args.workloads}
+    chosen = smoke if args.smoke else {name: workloads[name] for name in args.workloads}
     for workload in chosen.values():
         base = BASES[workload.base]
         if not base.folder.is_dir():
