@@ -1,284 +1,255 @@
-"""Merging dense task vectors against sparse ones: three toy tasks, the embedded model, several seeds.
+"""Three tasks merged into one model: full fine-tuning's vectors against LoTA's, every rule tuned alike.
 
-    python -m scripts.merge_study --out study --seeds 0 1 2
+    OMP_NUM_THREADS=1 python -m scripts.merge_study --groups "real tasks on study-llama" "toy tasks"
 
-Each task is learnt alone by full fine-tuning (FFT), by LoTA under a mask of its own at two learning rates, or
-by LoTA under masks that share no entry, at the rate that is best on validation rows, which no run trains on
-and no number reports. Then the three are merged by each method, and every merged model is
-scored on every task. Finished stages are not run again. Writes study/results.json, table.md, merging.png and
-commands.txt.
+Each task is learnt alone by full fine-tuning, by LoTA, and by LoTA under masks that leave out what the masks
+of earlier tasks keep, each at the rate that validation rows choose. The numbers of every rule (factor,
+density, a weight per task) are those of one grid (scripts/merge_grid.py) that have the least loss on
+validation rows, for the models of a seed that is not reported. With them the models of the other seeds are
+merged and measured on test rows and on the base's own text. Merges are those of merge_models.py, bit for bit,
+but in memory. Goes on where it was interrupted; shares rates, masks and calibrations with the other studies
+of its folder. Writes merging.md, merging.png and merging.html.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lota.data.batches import encode
-from lota.data.prompts import Prompter
-from lota.data.task import Row, Task
-from lota.evaluate.decoding import Decoding
-from lota.evaluate.engine import TransformersEngine
-from lota.evaluate.estimates import mean_and_stderr
-from lota.evaluate.evaluator import Evaluator
-from lota.evaluate.loglik import logliks
-from lota.evaluate.scorers import TaskRequest
-from lota.models.loading import load_model, load_tokenizer
-from lota.plots import heatmap
-from lota.storage import write_json
-from scripts.stages import ROOT, Stages
-from tasks import get_task
-
-Record = dict[str, Any]  # plain values, as in results.json
-
-BASE = ROOT / "assets" / "tiny-llama"
-TASKS = ("toy_sort", "toy_shift", "toy_reverse")
-# Kind of task vector -> learning rates, of which validation rows choose
-RATES = {
-    "FFT": (3e-4, 1e-3, 3e-3),
-    "LoTA": (3e-3, 1e-2, 3e-2),
-    "LoTA, lr 3e-3": (3e-3,),
-    "LoTA, disjoint": (3e-3, 1e-2, 3e-2),
-}
-RATE_SEED = 100  # of the runs that choose
-VALIDATION = 0.1  # share of the training rows
-SPARSITY = "0.9"
-METHODS = {
-    "sum": "--method sum",
-    "half the sum": "--method task_arithmetic --lambda 0.5",
-    "TIES, 20 %": "--method ties --density 0.2",
-    "DARE, 50 %": "--method dare --density 0.5",
-    "DARE + TIES, 50 %": "--method dare_ties --density 0.5",
-    "largest 10 %": "--method magnitude_prune --density 0.1",
-}
+from lota.evaluate.loglik import Request
+from lota.masks import Mask
+from lota.models.loading import load_model
+from lota.places import holding
+from lota.share.hf_weights import in_order, open_folder
+from lota.share.merge.aligned import align
+from lota.share.merge.inputs import open_vectors
+from lota.share.merge.rules import MergeRule, make_rule
+from lota.share.merge.statistics import VectorStatistics
+from scripts import merge_report
+from scripts.cells import Cells, Record
+from scripts.merge_grid import (
+    FOLDER,
+    KINDS,
+    LOTA,
+    RULES,
+    WEIGHTED,
+    Setting,
+    coordinate_search,
+    grid,
+    group_key,
+    members_of,
+)
+from scripts.study import DENSE, RATE_SEED, Method, Study, nats_per_token, run_study, study_parser
+from scripts.workloads import GROUPS, Workload
 
 
-class Study(Stages):
-    """The stages of this study."""
+class Tuned(NamedTuple):
+    """A task learnt alone."""
 
-    def __init__(self, out: Path, data_fraction: float, n_examples: int):
-        super().__init__(out)
-        self.data_fraction, self.n_examples = data_fraction, n_examples
+    folder: Path  # of its checkpoint
+    lr: float
 
-    def rate(self, kind: str) -> float:
-        """Of a kind's grid the one with the least validation loss, averaged over tasks."""
-        grid = RATES[kind]
-        return grid[0] if len(grid) == 1 else min(grid, key=lambda lr: self._validation_nats(kind, lr))
 
-    def _validation_nats(self, kind: str, lr: float) -> float:
-        found = []
-        for task in TASKS:
-            log = self.learn(kind, task, RATE_SEED, lr).parent / "metrics.jsonl"
-            lines = map(json.loads, log.read_text().splitlines())
-            found.append([line["nats_per_token/eval"] for line in lines if "nats_per_token/eval" in line][-1])
-        return fmean(found)
+Models = Mapping[tuple[str, int], Sequence[Tuned]]  # kind and seed -> a model per task
 
-    def learn(self, kind: str, task: str, seed: int, lr: float | None = None) -> Path:
-        """A task learnt alone: the folder with its policy.pt. lr: None for the kind's best."""
-        mask = "null" if kind == "FFT" else self.mask(kind, task, seed)
-        tried = "" if lr is None else f"_{lr:g}"
-        folder = self.out / str(seed) / f"{slug(kind)}_{task}{tried}"
-        epoch = folder / "epoch-1"
-        # validation rows, of which a run is evaluated on a sample near its end and at its end
-        every = max(1, int(5000 * self.data_fraction))
-        self.run(
-            f"train_single_gpu.py exp_name={folder.name} 'local_dirs=[{folder.parent}]' model=tiny "
-            f"'datasets=[{task}]' mask_path={mask} lr={lr or self.rate(kind):g} seed={seed} batch_size=16 "
-            f"data_fraction={self.data_fraction:g} lr_scheduler=linear warmup_steps=20 do_first_eval=false "
-            f"validation_fraction={VALIDATION:g} eval_every={every}",
-            epoch / "policy.pt",
+
+# Tasks learnt alone
+
+
+def method_of(kind: str, earlier: Sequence[Study], seed: int) -> Method:
+    """How a kind of vector is learnt after those of earlier tasks; full fine-tuning is a calibration."""
+    if kind == LOTA.name or not earlier:
+        return LOTA
+    masks = [study.mask(method_of(kind, earlier[:i], seed), seed) for i, study in enumerate(earlier)]
+    others = " and ".join(f"{study.name} {study.sizes}" for study in earlier)
+    return replace(LOTA, name=f"LoTA without {others}", rule={"protect": [Mask.load(mask) for mask in masks]})
+
+
+def learn(study: Study, earlier: Sequence[Study], kind: str, seed: int) -> Tuned:
+    """The model of one task, at the rate that validation rows have chosen."""
+    if kind == DENSE.name:
+        return Tuned(study.calibration(seed), study.rate(DENSE))
+    method = method_of(kind, earlier, seed)
+    lr = study.rate(method_of(kind, earlier, RATE_SEED))
+    name = re.sub(r"\W+", "_", f"{method.name} {seed}")
+    cell = {"part": "kept", **method.key, "seed": seed, "lr": lr}
+    return Tuned(study.kept(name, lambda: study.config(method, seed, lr), **cell), lr)
+
+
+# Merges in memory
+
+
+class Vectors:
+    """Task vectors of one base, in memory, to be merged into one model again and again."""
+
+    def __init__(self, base: Path, tuned: Sequence[Path], model: PreTrainedModel):
+        source, _ = open_folder(base)
+        vectors, _ = open_vectors(tuned, source)
+        self.model, self.statistics = model, VectorStatistics([vector.id for vector in vectors])
+        self.tensors = {}
+        for name in (name for unit in in_order(source) for name in unit.parameters):
+            value = source.read(name)
+            aligned = align([vector.entries(name, value) for vector in vectors], value.numel())
+            self.statistics.add(aligned.vectors, value.numel())
+            self.tensors[name] = value, aligned
+
+    @torch.no_grad()
+    def merge(self, rule: MergeRule) -> None:
+        """Give the model the merged weights, as if it had loaded what merge_models.py writes."""
+        generator = rule.generator()
+        for name, (value, aligned) in self.tensors.items():
+            merged = value.clone()
+            aligned.merge_(merged, rule, generator)
+            self.model.get_parameter(name).copy_(merged)
+
+
+class Merging:
+    """All merges of one group of tasks."""
+
+    def __init__(self, out: Path, name: str, members: Sequence[Study], models: Models):
+        self.members, self.models, self.first = members, models, members[0]
+        self.cells = Cells(out / FOLDER / f"{name}.jsonl")
+        self.sizes = group_key([study.sizes for study in members])
+        self.model = load_model(self.first.folder, tokenizer=self.first.tokenizer).eval()
+        self.requests: dict[tuple[str, str], list[Request]] = {}
+        self.loaded: tuple[Sequence[Tuned], Vectors] | None = None
+
+    def vectors(self, tuned: Sequence[Tuned]) -> Vectors:
+        """The last ones stay in memory."""
+        if self.loaded is None or self.loaded[0] != tuned:
+            self.loaded = None
+            self.loaded = tuned, Vectors(self.first.folder, [one.folder for one in tuned], self.model)
+        return self.loaded[1]
+
+    def nats(self, study: Study, split: str) -> float:
+        """Loss of the model as it is on one task's rows, which are tokenised once."""
+        key = study.name, split
+        if key not in self.requests:
+            self.requests[key] = study.requests(study.tokenizer, study.rows(split))
+        return nats_per_token(self.model, self.requests[key])
+
+    def tested(self, members: Sequence[Study]) -> Record:
+        """Task -> test loss and score of the model as it is; its loss on the base's own text."""
+        nats = {study.name: self.nats(study, "test") for study in members}
+        scored = [study for study in members if study.workload.n_scored]
+        scores = {study.name: study.score(self.model, study.tokenizer) for study in scored}
+        return {"nats": nats, "scores": scores, "own": self.first.own(self.model, self.first.tokenizer)}
+
+    def _once(self, result: Callable[[], Record], **cell: Any) -> Record:
+        """A result by what it is of, with its seconds."""
+        cell["sizes"] = self.sizes
+        start = time.perf_counter()
+        return self.cells.get(**cell) or self.cells.add(
+            {**result(), "seconds": time.perf_counter() - start}, **cell
         )
-        return epoch
 
-    def mask(self, kind: str, task: str, seed: int) -> Path:
-        """Where FFT changed most; of disjoint masks, among what earlier tasks left."""
-        folder = self.out / str(seed) / "masks" / slug(kind)
-        earlier = TASKS[: TASKS.index(task)] if kind == "LoTA, disjoint" else ()
-        protect = " ".join(str(self.mask(kind, name, seed)) for name in earlier)
-        tuned = self.learn("FFT", task, seed)
-        self.run(
-            f"extract_masks.py --base {BASE} --tuned {tuned} --sparsities {SPARSITY} --name {task}"
-            f" --out {folder}" + (f" --protect {protect}" if protect else ""),
-            folder / task / f"{SPARSITY}_mask.pt",
-        )
-        return folder / task / f"{SPARSITY}_mask.pt"
+    def loss(self, kind: str, setting: Setting) -> float:
+        """On validation rows, in nats per token, mean of the tasks, of the models that choose."""
 
-    def merge(self, kind: str, method: str, seed: int) -> Path:
-        """The three tasks of one kind and seed, merged."""
-        inputs = " ".join(str(self.learn(kind, task, seed)) for task in TASKS)
-        out = self.out / str(seed) / "merged" / f"{slug(kind)}_{list(METHODS).index(method)}"
-        draws = f" --seed {seed}" if "dare" in METHODS[method] else ""
-        self.run(
-            f"merge_models.py --base {BASE} --deltas {inputs} {METHODS[method]}{draws} --out {out}",
-            out / "merge.json",
-        )
-        return out
+        def result() -> Record:
+            tuned = self.models[kind, RATE_SEED]
+            self.vectors(tuned).merge(setting.made(len(tuned), RATE_SEED))
+            nats = {study.name: self.nats(study, "validation") for study in self.members}
+            return {"nats": nats, "loss": fmean(nats.values())}
 
-    def score(self, model: Path, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        """task -> accuracy and held-out nats per token, on the first `n_examples` test rows."""
-        file = model / "scores.json"
-        found = json.loads(file.read_text()) if file.is_file() else {}
-        if set(names) <= set(found):
-            return {name: found[name] for name in names}
-        archive = str(model) if (model / "policy.pt").is_file() else None
-        base = BASE if archive else model
-        tokenizer = load_tokenizer(base)
-        policy = load_model(base, archive=archive, tokenizer=tokenizer)
-        engine = TransformersEngine(policy, tokenizer, batch_size=200)
-        evaluator = Evaluator(engine, Prompter(tokenizer), model_name=str(model), out_dir=model)
-        for name in names:
-            task = get_task(name)
-            rows = task.load("test", "")[: self.n_examples]
-            request = TaskRequest(task, rows, Decoding(task.max_new_tokens, stop=task.stop))
-            result = evaluator.evaluate(request)
-            found[name] = {"accuracy": result.score, "nats": held_out_nats(policy, tokenizer, task, rows)}
-        write_json(file, found)
-        return found
+        return self._once(result, part="tuning", vectors=kind, **setting.key)["loss"]
 
+    def choose(self, kind: str, rule: str) -> Setting:
+        """The numbers with the least loss on validation rows."""
+        loss = partial(self.loss, kind)
+        if rule == WEIGHTED:
+            return coordinate_search(self.choose(kind, "task_arithmetic"), len(self.members), loss)
+        return min(grid(rule), key=loss)
 
-def held_out_nats(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row]
-) -> float:
-    """Mean loss per response token, in nats."""
-    requests, prompter = [], Prompter(tokenizer)
-    for row in rows:
-        coded = encode(tokenizer, prompter.example(task, row), max_length=256, max_prompt_length=128)
-        n = coded.prompt_length
-        requests.append((coded.input_ids[:n], coded.input_ids[n:]))
-    return -sum(logliks(model, requests, batch_size=100)) / sum(len(after) for _, after in requests)
+    def merged(self, kind: str, setting: Setting, seed: int) -> Record:
+        """A merge on test rows and on the base's own text."""
 
+        def result() -> Record:
+            tuned = self.models[kind, seed]
+            self.vectors(tuned).merge(setting.made(len(tuned), seed))
+            return self.tested(self.members)
 
-def slug(kind: str) -> str:
-    """A kind of vector as part of a file name."""
-    return kind.replace(",", "").replace(" ", "_")
+        return self._once(result, part="merged", vectors=kind, **setting.key, seed=seed)
+
+    def alone(self, kind: str, number: int, seed: int) -> Record:
+        """One task's model on this task, its weights rounded to the base's dtype as those of merges are."""
+        member, tuned = self.members[number], self.models[kind, seed][number]
+
+        def result() -> Record:
+            Vectors(self.first.folder, [tuned.folder], self.model).merge(make_rule("sum", 1))
+            return {**self.tested([member]), "lr": tuned.lr}
+
+        return self._once(result, part="alone", vectors=kind, task=member.name, seed=seed)
+
+    def base(self) -> Record:
+        """The base itself, as it has been loaded."""
+
+        def result() -> Record:
+            model = load_model(self.first.folder, tokenizer=self.first.tokenizer)
+            self.model.load_state_dict(model.state_dict())
+            about = {"base": self.first.base_hash, "weights": sum(p.numel() for p in model.parameters())}
+            return {**self.tested(self.members), **about}
+
+        return self._once(result, part="base")
+
+    def common(self, kind: str, seed: int) -> Record:
+        """What the vectors share, pair by pair, and their lengths."""
+
+        def result() -> Record:
+            found = self.vectors(self.models[kind, seed]).statistics.to_dict()
+            return {"pairs": found["pairs"], "norms": [vector["norm"] for vector in found["vectors"]]}
+
+        return self._once(result, part="common", vectors=kind, seed=seed)
 
 
-def methods_for(kind: str) -> list[str]:
-    """Vectors that share no entry are only added: no other method has anything to resolve."""
-    return ["sum"] if kind == "LoTA, disjoint" else list(METHODS)
+def run(merging: Merging, seeds: Sequence[int]) -> None:
+    """Choose, then measure."""
+    merging.base()
+    for kind in KINDS:
+        chosen = [merging.choose(kind, rule) for rule in RULES]
+        for seed in seeds:
+            for number in range(len(merging.members)):
+                merging.alone(kind, number, seed)
+            merging.common(kind, seed)
+            for setting in chosen:
+                merging.merged(kind, setting, seed)
 
 
-def collect(study: Study, seeds: list[int]) -> list[Record]:
-    """A record per kind, method ("alone": before merging) and seed: scores by task, overlaps of pairs."""
-    records = []
-    cases = [(kind, method) for kind in RATES for method in ("alone", *methods_for(kind))]
-    for seed, (kind, method) in tqdm(list(product(seeds, cases)), desc="study", disable=None):
-        record: Record = {"seed": seed, "kind": kind, "method": method}
-        if method == "alone":
-            record["scores"] = {t: study.score(study.learn(kind, t, seed), (t,))[t] for t in TASKS}
-        else:
-            folder = study.merge(kind, method, seed)
-            record["scores"] = study.score(folder, TASKS)
-            merged = json.loads((folder / "merge.json").read_text())
-            record |= {"pairs": merged["pairs"], "exact": merged["exact"]}
-        records.append(record)
-    return records
+def study_group(args: argparse.Namespace, name: str, members: Mapping[str, Workload]) -> None:
+    """Learn the tasks of a group, merge and measure. The files of single tasks are held while they learn."""
+    studies: list[Study] = []
+    models: dict[tuple[str, int], list[Tuned]] = {}
 
+    def learn_all(study: Study, args: argparse.Namespace) -> None:
+        for kind, seed in product(KINDS, (RATE_SEED, *args.seeds)):
+            models.setdefault((kind, seed), []).append(learn(study, studies, kind, seed))
+        studies.append(study)
 
-def summarize(records: list[Record]) -> list[Record]:
-    """Means over seeds with standard errors, per kind and method: by task, and over the tasks."""
-    rows = []
-    for kind, method in dict.fromkeys((record["kind"], record["method"]) for record in records):
-        own = [record["scores"] for record in records if (record["kind"], record["method"]) == (kind, method)]
-        row: Record = {"kind": kind, "method": method, "seeds": len(own)}
-        for metric in ("accuracy", "nats"):
-            row[metric] = {task: mean_and_stderr([scores[task][metric] for scores in own]) for task in TASKS}
-            means = [sum(scores[task][metric] for task in TASKS) / len(TASKS) for scores in own]
-            row[metric]["mean"] = mean_and_stderr(means)
-        rows.append(row)
-    return rows
-
-
-def table(rows: list[Record]) -> str:
-    """Markdown: accuracy in per cent by task and on average, held-out nats per token on average."""
-    lines = [
-        f"| vectors | merged by | {' | '.join(TASKS)} | mean accuracy (%) | held-out nats per token |",
-        "|---|---|" + "---|" * (len(TASKS) + 2),
-    ]
-    for row in rows:
-        cells = [_number(row["accuracy"][name], 100, 1) for name in (*TASKS, "mean")]
-        method = "(not merged)" if row["method"] == "alone" else f"`{METHODS[row['method']]}`"
-        lines.append(
-            f"| {row['kind']} | {method} | {' | '.join(cells)} | {_number(row['nats']['mean'], 1, 3)} |"
-        )
-    return "\n".join(lines)
-
-
-def _number(estimate: tuple[float, float | None], factor: float, digits: int) -> str:
-    mean, error = estimate
-    shown = f"{factor * mean:.{digits}f}"
-    return shown if error is None else f"{shown} ± {factor * error:.{digits}f}"
-
-
-def overlaps(records: list[Record]) -> str:
-    """Per kind: what two tasks' vectors share, averaged over pairs and seeds."""
-    lines = [
-        "| vectors | entries of the smaller in both | signs differ there | cosine |",
-        "|---|---|---|---|",
-    ]
-    for kind in RATES:
-        pairs = [pair for r in records if (r["kind"], r["method"]) == (kind, "sum") for pair in r["pairs"]]
-        shared = mean_and_stderr([pair["overlap_share"] for pair in pairs])
-        signs = [pair["sign_conflict_share"] for pair in pairs if pair["sign_conflict_share"] is not None]
-        conflicts = _number(mean_and_stderr(signs), 100, 1) + " %" if signs else "-"
-        cosine = _number(mean_and_stderr([pair["cosine"] for pair in pairs]), 1, 3)
-        lines.append(f"| {kind} | {_number(shared, 100, 1)} % | {conflicts} | {cosine} |")
-    return "\n".join(lines)
-
-
-def plot(rows: list[Record], path: Path) -> None:
-    """Accuracy averaged over the tasks: a row per kind of vector, a column per method."""
-    means = {(row["kind"], row["method"]): row["accuracy"]["mean"] for row in rows}
-    cells = [[means.get((kind, method), (None, None)) for method in ("alone", *METHODS)] for kind in RATES]
-    heatmap(
-        [[None if mean is None else 100 * mean for mean, _ in line] for line in cells],
-        list(RATES),
-        ["not merged", *METHODS],
-        path,
-        title=f"Three tasks merged into one model, mean of {rows[0]['seeds']} seeds",
-        label="mean accuracy (%)",
-        row_label="task vectors",
-        column_label="merged by",
-        errors=[[None if error is None else 100 * error for _, error in line] for line in cells],
-        limits=(0, 100),
-        fmt=".0f",
-    )
+    args.workloads = list(members)
+    run_study(args, learn_all, workloads=members, smoke=members)
+    out = args.out.resolve()
+    (out / FOLDER).mkdir(exist_ok=True)
+    with holding(out / FOLDER / f"{name}.jsonl"):
+        run(Merging(out, name, studies, models), args.seeds)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "study", help="folder for everything (default: study)"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order and samples")
-    parser.add_argument(
-        "--data_fraction",
-        type=float,
-        default=0.28,
-        help="of about 5,760 training rows per task",
-    )
-    parser.add_argument("--n_examples", type=int, default=100, help="test rows per task")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    study = Study(args.out.resolve(), args.data_fraction, args.n_examples)
-    records = collect(study, args.seeds)
-    rows = summarize(records)
-    write_json(args.out / "results.json", {"records": records, "rows": rows})
-    (args.out / "commands.txt").write_text("\n".join(dict.fromkeys(study.commands)) + "\n", encoding="utf-8")
-    (args.out / "table.md").write_text(f"{table(rows)}\n\n{overlaps(records)}\n", encoding="utf-8")
-    plot(rows, args.out / "merging.png")
-    print(f"{table(rows)}\n\n{overlaps(records)}")
+    args = study_parser(__doc__, GROUPS, list(GROUPS), option="--groups").parse_args(arguments)
+    if not args.report:
+        for name in ["smoke"] if args.smoke else args.groups:
+            study_group(args, name, members_of(name))
+    print(merge_report.write(args.out))
 
 
 if __name__ == "__main__":

@@ -348,12 +348,15 @@ S = TypeVar("S", bound=Study)
 
 
 def study_parser(
-    about: str | None, workloads: Mapping[str, Workload] = WORKLOADS, default: Sequence[str] = USUAL
+    about: str | None,
+    workloads: Iterable[str] = WORKLOADS,
+    default: Sequence[str] = USUAL,
+    option: str = "--workloads",
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "study", help="folder of studies that share calibrations (study)")
-    add("--workloads", nargs="+", choices=workloads, default=default, help=f"({', '.join(default)})")
+    add(option, nargs="+", choices=list(workloads), default=default, help=f"({', '.join(default)})")
     add("--seeds", type=int, nargs="+", default=list(SEEDS), help="of what is reported (0 1 2)")
     add("--smoke", action="store_true", help="a few steps of a toy task, to see that everything runs")
     add("--report", action="store_true", help="tables, figure and page of what is there, no run")

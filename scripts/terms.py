@@ -151,6 +151,15 @@ TERMS: dict[str, tuple[str, str]] = {
         r"\bmerg",
         "making one model of several that were trained from one base, by combining their task vectors.",
     ),
+    "sum, task_arithmetic": (
+        r"task_arithmetic",
+        "merging that adds the task vectors to the base; task_arithmetic multiplies their sum with a factor "
+        "first (arXiv 2212.04089).",
+    ),
+    "magnitude_prune": (
+        r"magnitude_prune",
+        "merging that adds each task vector's largest entries alone.",
+    ),
     "TIES": (
         r"\bTIES\b|ties",
         "merging that keeps each task vector's largest entries and, of those, what agrees in sign (arXiv "
