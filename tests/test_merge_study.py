@@ -76,23 +76,23 @@ def test_a_weight_per_task(folders, model):
 
 
 def test_ties_by_hand():
-    """Six entries, of which the three largest of each vector stay; the sign of the larger mass wins."""
-    base = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    changes = [[4.0, -3.0, 2.0, 1.0, 0.0, 0.0], [-5.0, -1.0, 0.0, 8.0, 0.5, 2.0]]
-    #    stay   4    -3    2                        -5              8         2
-    expected = [-4.0, -2.0, 3.0, 9.0, 1.0, 3.0]  # 1 - 5, 1 - 3, 1 + 2, 1 + 8, 1, 1 + 2
+    """Eight entries, of which the three largest of each vector stay; the sign of the larger mass wins."""
+    base = torch.ones(8)
+    changes = [[4.0, -3.0, 2.0, 1.0, 0, 0, 0, 0], [-5.0, -1.0, 3.0, 8.0, 0.5, 2.0, 0, 0]]
+    #    stay   4    -3    2                       -5           3    8
+    expected = [1.0 - 5, 1.0 - 3, 1 + (2.0 + 3) / 2, 1.0 + 8, 1, 1, 1, 1]
     parts = []
     for numbers in changes:
         values = torch.tensor(numbers)
         at = values.nonzero().flatten()
         parts.append(Entries(at, values[at], (base + values)[at], torch.ones(len(at), dtype=torch.bool)))
-    rule = Setting("ties", 1.0, 0.5).made(2, 0)
+    rule = Setting("ties", 1.0, 3 / 8).made(2, 0)
     merged = base.clone()
-    align(parts, 6).merge_(merged, rule, rule.generator())
+    align(parts, 8).merge_(merged, rule, rule.generator())
     assert merged.tolist() == expected
     assert as_integers(merged)[4] == as_integers(base)[4]
     half = base.clone()
-    align(parts, 6).merge_(half, Setting("ties", 0.5, 0.5).made(2, 0), rule.generator())
+    align(parts, 8).merge_(half, Setting("ties", 0.5, 3 / 8).made(2, 0), rule.generator())
     assert half.tolist() == [1 + (value - 1) / 2 for value in expected]
 
 
