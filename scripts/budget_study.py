@@ -128,11 +128,11 @@ REPORT = Report(
     title="Masks against the length of the calibration",
     asked="""LoTA first fine-tunes all weights, to see which of them change most. How long must this \
 calibration be for a good mask? And is it needed at all, or do the base's gradients say as much?""",
-    measured=f"""All masks are of sparsity {SPARSITY}. They come from calibrations of a few steps up to \
-those of a whole run, and (gradient mask) from the gradients of as many batches at the base's weights. All \
-adapt at the learning rate that was chosen for the mask of the whole calibration, so that they differ in \
-the mask alone. Masks are also compared with each other, by IoU: with the whole calibration's of the same \
-seed, and with those of the same kind and length of other seeds.""",
+    measured=f"""All masks are of sparsity {SPARSITY}. They come from calibrations shorter and longer than \
+a run, and of one as long (the whole calibration), and (gradient mask) from the gradients of as many \
+batches at the base's weights. All adapt at the learning rate that was chosen for the mask of the whole \
+calibration, so that they differ in the mask alone. Masks are also compared with each other, by IoU: with \
+the whole calibration's of the same seed, and with those of the same kind and length of other seeds.""",
     part="budget",
     tables=tables,
     panels=("iou", "nats"),
