@@ -1,38 +1,52 @@
 """Three tasks one after the other in one model: what later tasks cost earlier ones, and what can keep these.
 
-    OMP_NUM_THREADS=1 python -m scripts.sequence_study --groups "real tasks on study-llama" "toy tasks"
+    OMP_NUM_THREADS=1 python -m scripts.sequence_study --workloads "real tasks" "toy tasks"
 
-Full fine-tuning, LoRA, random masks, LoTA whose masks may overlap and LoTTO learn the tasks in both orders, each
-at three or more learning rates: a curve of learning against forgetting. Of each the rate is chosen that has the
-least validation loss, over all tasks, after the last stage; test rows are reported. Then, at the rate of LoTTO,
-what could keep the behaviour of earlier tasks: `retain` of config/lotto.yaml, and fewer entries for later tasks.
-Goes on where it was interrupted. Writes sequences.md, sequences.png and a page.
+Full fine-tuning, LoRA, random masks, LoTA whose masks may overlap and LoTTO learn the tasks in both orders,
+each at three or more learning rates: a curve of learning against forgetting. Of each the rate is chosen that
+has the least validation loss, over all tasks, after the last stage; test rows are reported. Then, at the rate
+of LoTTO, what could keep the behaviour of earlier tasks: `retain` of config/lotto.yaml, and fewer entries for
+later tasks. Goes on where it was interrupted. Writes sequences.md, .png and .html.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lota.lotto.config import LottoConfig
 from lota.lotto.driver import Lotto
 from lota.models.loading import load_model
+from lota.plots import MARKERS, PALETTE, figure_at
+from lota.report.page import Section
 from lota.storage import content_key
-from lota.train.trainer import Trainer
-from scripts.cells import Cells, Record
-from scripts.study import VALIDATION, Study, best_rate
-from scripts.workloads import GROUPS, SMOKE, WORKLOADS, Workload
+from scripts.cells import Cells, Record, read_cells, shown
+from scripts.study import RATES, VALIDATION, Study, best_rate, in_study, study_parser
+from scripts.study_report import SHARED, Table, about_sections, study_sections, write_report
+from scripts.workloads import BASES, GROUPS, WORKLOADS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SPARSITY = 0.9
+SIZES = {"n_examples": 320, "n_validation": 60, "n_test": 100, "n_scored": 60}  # of each task
+SMOKE_SIZES = {
+    "n_examples": 32,
+    "n_validation": 8,
+    "n_test": 8,
+    "n_scored": 4,
+    "own_bytes": 500,
+    "new_tokens": 4,
+}
 ORDERS = ("given", "reversed")
 PART = "sequence"
-logger = logging.getLogger("study")
 
 
 @dataclass(frozen=True)
@@ -80,9 +94,13 @@ KEEPING = (
 class Sequences:
     """All sequences of one group of tasks."""
 
-    def __init__(self, out: Path, name: str, workloads: Sequence[tuple[str, Workload]], rates: Sequence[float]):
+    def __init__(self, out: Path, name: str, sizes: Mapping[str, Any], rates: Sequence[float]):
+        """sizes: fields of all workloads that differ from scripts/workloads.py."""
         self.out, self.name, self.rates = out, name, rates
-        self.studies = {one.task: Study(out, key, one, sparsities=[SPARSITY]) for key, one in workloads}
+        workloads = {key: replace(WORKLOADS[key], **sizes) for key in GROUPS[name]}
+        self.studies = {
+            one.task: Study(out, key, one, sparsities=[SPARSITY]) for key, one in workloads.items()
+        }
         self.first = next(iter(self.studies.values()))
         self.cells = Cells(out / f"{name}.jsonl")
         self.sizes = content_key([study.sizes for study in self.studies.values()])[:12]
@@ -117,8 +135,12 @@ class Sequences:
         return self.cells.get(**cell) or self.cells.add(self._learnt(way, order, seed, lr), **cell)
 
     def _learnt(self, way: Way, order: str, seed: int, lr: float) -> Record:
-        lotto = Lotto(self.config(way, order, seed, lr), lambda config: Trainer(config, self.task).train(), self.task)
-        stages: list[Record] | None = []
+        trainer = BASES[self.first.workload.base].trainer
+        lotto = Lotto(
+            self.config(way, order, seed, lr), lambda run: trainer(run, self.task).train(), self.task
+        )
+        stages: list[Record] = []
+        diverged = False
         try:
             with lotto.opened():
                 for stage, policy in lotto.learnt():
@@ -127,9 +149,9 @@ class Sequences:
         except ValueError as error:
             if "lower lr" not in str(error):
                 raise
-            stages = None
-        shutil.rmtree(lotto.folder)
-        return {"base": self.first.base_hash, "tasks": lotto.config.sequence, "stages": stages}
+            diverged = True
+        shutil.rmtree(lotto.folder, ignore_errors=True)  # not there if the first run diverged
+        return {"base": self.first.base_hash, "tasks": lotto.config.sequence, "stages": None if diverged else stages}
 
     def task(self, name: str) -> Any:
         return self.studies[name].task
@@ -141,7 +163,10 @@ class Sequences:
         found: Record = {}
         for name in tasks:
             study = self.studies[name]
-            values = {split: study.nats(model, first.tokenizer, study.rows(split)) for split in ("validation", "test")}
+            values = {
+                split: study.nats(model, first.tokenizer, study.rows(split))
+                for split in ("validation", "test")
+            }
             if study.workload.n_scored and (last or name == tasks[-1]):
                 values["score"] = study.score(model, first.tokenizer)
             found[name] = values
@@ -224,60 +249,168 @@ def best(found: Sequence[Setting]) -> Setting:
     return min(found, key=lambda setting: fmean(setting.values(final, "validation")))
 
 
-MEASURES = (
-    ("after its own stage, nats", learnt, "test", 1, 3),
-    ("after the last stage, nats", final, "test", 1, 3),
-    ("earlier tasks' loss", forgotten, "test", 1, 3),
+MEASURES = (  # heading, what of a run, which result, factor and digits
+    ("loss after its own stage", learnt, "test", 1, 3),
+    ("loss after the last stage", final, "test", 1, 3),
+    ("growth of earlier tasks' loss", forgotten, "test", 1, 3),
     ("score after its own stage (%)", learnt, "score", 100, 1),
     ("score after the last stage (%)", final, "score", 100, 1),
 )
+Lines = list[list[str]]
 
 
-def table(records: Sequence[Record], order: str) -> list[list[str]]:
-    """Lines of cells: every way at its best rate, means over tasks and seeds."""
-    header = ["way", "lr", *(name for name, *_ in MEASURES), "own text, nats per byte", "seeds"]
-    lines = [header]
-    for (own, way), found in settings(records).items():
-        if own == order:
-            setting = best(found)
-            cells = [shown(setting.values(what, key), *how) for _, what, key, *how in MEASURES]
-            own_text = shown([run["stages"][-1]["own"] for run in setting.runs], 1, 4)
-            lines.append([way, f"{setting.lr:g}", *cells, own_text, str(len(setting.runs))])
+def summary(records: Sequence[Record], order: str) -> Lines:
+    """Every way at its best rate: means over tasks and seeds, losses in nats per token."""
+    lines = [["way", "lr", *(name for name, *_ in MEASURES), "own text, nats per byte", "seeds"]]
+    for way, setting in bests(records, order).items():
+        cells = [shown(setting.values(what, key), *how) for _, what, key, *how in MEASURES]
+        own = shown([run["stages"][-1]["own"] for run in setting.runs], 1, 4)
+        lines.append([way, f"{setting.lr:g}", *cells, own, str(len(setting.runs))])
     return lines
 
 
-def by_task(records: Sequence[Record], order: str) -> list[list[str]]:
-    """Lines of cells: loss (score) of every task after its own stage and after the last, at the best rate."""
-    lines: list[list[str]] = []
-    for (own, way), found in settings(records).items():
-        if own != order:
-            continue
-        setting = best(found)
+def by_task(records: Sequence[Record], order: str) -> Lines:
+    """Loss, and in brackets the score, of every task after its own stage and after the last."""
+    lines: Lines = []
+    for way, setting in bests(records, order).items():
         tasks = setting.runs[0]["tasks"]
-        lines = lines or [["way", *(f"{task}, {when}" for task in tasks for when in ("own stage", "last"))]]
-        cells = []
-        for at, task in enumerate(tasks):
-            for stage in (at, -1):
-                values = [run["stages"][stage]["tasks"][task] for run in setting.runs]
-                cell = shown([value["test"] for value in values])
-                if "score" in values[0]:
-                    cell += f" ({shown([value['score'] for value in values], 100, 1)})"
-                cells.append(cell)
-        lines.append([way, *cells])
+        lines = lines or [
+            ["way", *(f"{task}, {when}" for task in tasks for when in ("own stage", "last stage"))]
+        ]
+        places = [(at, task) for own, task in enumerate(tasks) for at in (own, -1)]
+        lines.append([way, *(_both(setting.runs, at, task) for at, task in places)])
     return lines
 
 
-def draw(found: Mapping[str, Sequence[Record]], path: Path) -> None:
-    """A column per group and order: what earlier tasks lose against what is learnt, over learning rates."""
-    panels = [(name, order) for name, records in found.items() for order in dict.fromkeys(o for o, _ in settings(records))]
-    with figure_at(path, 5.0 * len(panels), 5.2, "") as figure:
-        for axes, (name, order) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for color, (own, way) in zip(PALETTE, [key for key in settings(found[name]) if key[0] == order], strict=False):
-                ordered = sorted(settings(found[name])[own, way], key=lambda setting: setting.lr)
-                points = [(fmean(s.values(learnt, "test")), fmean(s.values(forgotten, "test"))) for s in ordered]
-                axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=way)
-            axes.set(title=f"{name}, {order} order", xlabel="loss of a task after its own stage, nats per token")
-            axes.set_ylabel("what earlier tasks lose by the end, nats per token")
+def _both(runs: Sequence[Record], stage: int, task: str) -> str:
+    """A cell: test loss and score of a task after a stage."""
+    found = [run["stages"][stage]["tasks"][task] for run in runs]
+    loss = shown([one["test"] for one in found])
+    return f"{loss} ({shown([one['score'] for one in found], 100, 1)})" if "score" in found[0] else loss
+
+
+def every_rate(records: Sequence[Record], order: str) -> Lines:
+    """Every way at every rate: the points of the figure."""
+    lines = [["way", "lr", *(name for name, *_ in MEASURES[:3])]]
+    for (own, way), found in settings(records).items():
+        if own == order and len(found) > 1:
+            for setting in sorted(found, key=lambda one: one.lr):
+                cells = [shown(setting.values(what, key), *how) for _, what, key, *how in MEASURES[:3]]
+                lines.append([way, f"{setting.lr:g}", *cells])
+    return lines
+
+
+def bests(records: Sequence[Record], order: str) -> dict[str, Setting]:
+    """Way -> its setting with the least validation loss of all tasks after the last stage."""
+    return {
+        way: min(found, key=lambda setting: fmean(setting.values(final, "validation")))
+        for (own, way), found in settings(records).items()
+        if own == order
+    }
+
+
+def orders(records: Sequence[Record]) -> list[str]:
+    """Those that there are results of."""
+    return list(dict.fromkeys(order for order, _ in settings(records)))
+
+
+def draw(found: Mapping[str, Sequence[Record]]) -> Figure:
+    """A panel per group and order: what earlier tasks lose against what is learnt, over learning rates."""
+    panels = [(name, order) for name, records in found.items() for order in orders(records)]
+    with figure_at(None, 6.4, 5.2 * len(panels), "") as figure:
+        for axes, (name, order) in zip(
+            figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
+        ):
+            _panel(axes, {way: own for (one, way), own in settings(found[name]).items() if one == order})
+            axes.set(title=f"{name}, {order} order", xlabel="loss after its own stage, mean over tasks")
+            axes.set_ylabel("growth of earlier tasks' loss")
             axes.grid(alpha=0.3)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+            axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def _panel(axes: Axes, ways: Mapping[str, Sequence[Setting]]) -> None:
+    for number, (way, found) in enumerate(ways.items()):
+        ordered = sorted(found, key=lambda setting: setting.lr)
+        points = [
+            (fmean(one.values(learnt, "test")), fmean(one.values(forgotten, "test"))) for one in ordered
+        ]
+        looks: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number // len(PALETTE)]}
+        axes.plot(*zip(*points, strict=True), markersize=5, label=way, **looks)
+
+
+ASKED = """A model learns three tasks one after the other. How much of the earlier ones is lost, against how
+well the later ones are learnt? LoTTO gives every task entries of its own, so that what a task has changed is
+never changed again; but the model reads all its weights, and its behaviour can change all the same. What
+keeps it, and what does that cost?"""
+MEASURED = f"""In the way "LoTA, overlapping" each mask is drawn without regard to the others; "random masks"
+share no entry; LoRA is merged after each task. Masks keep a tenth of the entries each, LoRA has about as
+many. Of each way the rate is chosen that has the least validation loss, over all tasks after the last stage,
+means over the seeds. Ways named "LoTTO, ..." add one thing to LoTTO, at LoTTO's rate: replay of a share of
+the earlier tasks' training rows; L2-SP, a pull of each trained entry to the value that it starts from, of
+that strength; EWC, the same weighted by how much the entry matters to earlier tasks (squared gradients of 64
+rows of each); "avoid", masks that pass over such entries; fewer entries for later tasks. Each task has
+{SIZES["n_examples"]} training rows and {SIZES["n_test"]} test rows, the first {SIZES["n_scored"]} of which
+are scored."""
+
+
+def report(out: Path) -> str:
+    """Write table, figure and page of what is there; return the Markdown."""
+    found = {name: records for name, records in read_cells(out).items() if settings(records)}
+    if not found:
+        sys.exit(f"{out} has no result of this study: run it first")
+    results = [
+        section
+        for name, records in found.items()
+        for order in orders(records)
+        for section in (
+            Section(f"{name}, {order} order", items=facts(records, order)),
+            *study_sections(
+                [
+                    Table("Every way at its best rate", summary(records, order)),
+                    Table(
+                        "Task by task",
+                        by_task(records, order),
+                        "Test loss in nats per token, score in brackets.",
+                    ),
+                    Table("Every rate", every_rate(records, order), "The points of the figure."),
+                ]
+            ),
+        )
+    ]
+    figure = draw(found)
+    pictures = [
+        Section("Learning against forgetting", figure=figure, alt="earlier tasks' loss against learning")
+    ]
+    shared = SHARED.partition("\n\n")[0]
+    about = about_sections(ASKED, MEASURED, shared)
+    return write_report(out, "sequences", "Tasks one after the other", about, [*pictures, *results], figure)
+
+
+def facts(records: Sequence[Record], order: str) -> list[str]:
+    """What the results are of."""
+    run = next(record for record in records if record["cell"].get("order") == order)
+    seeds = sorted({record["cell"]["seed"] for record in records if record["cell"]["part"] == PART})
+    return [
+        f"Tasks in their order: {', '.join(run['tasks'])}.",
+        f"SHA-256 of the base's weights: {run['base']}.",
+        f"Seeds: {', '.join(map(str, seeds))}.",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = study_parser(__doc__, workloads=GROUPS, default=list(GROUPS))
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    every = [way.name for way in (*WAYS, *KEEPING)]
+    parser.add_argument("--ways", nargs="+", choices=every, default=every)
+    args = parser.parse_args(arguments)
+    if not args.report:
+        groups = ["toy tasks"] if args.smoke else args.workloads
+        sizes, rates = (SMOKE_SIZES, (1e-3, 1e-2)) if args.smoke else (SIZES, RATES)
+        for name in in_study(args.out, {name: WORKLOADS[GROUPS[name][0]].base for name in groups}):
+            run(Sequences(args.out.resolve(), name, sizes, rates), args)
+    print(report(args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +83,7 @@ class Method:
 
 
 DENSE = Method("full fine-tuning", start=1e-3)
-USUAL = ("toy_sort", "sql on study-llama", "gsm8k on study-llama")  # workloads
+USUAL = ("toy_sort", "sql on stories260K", "gsm8k on stories260K", "samsum on study-llama")  # workloads
 
 
 def best_rate(rates: Sequence[float], start: float, loss: Callable[[float], float]) -> float:
@@ -120,9 +120,12 @@ class Study:
     ):
         self.out, self.name, self.workload = out, name, workload
         self.sparsities, self.rates = sparsities, rates  # of masks, which are made together; of searches
-        self.cells = Cells(out / f"{name}.jsonl")
         self.folder = BASES[workload.base].folder
         self.task = short_rows(workload)
+
+    @cached_property
+    def cells(self) -> Cells:
+        return Cells(self.out / f"{self.name}.jsonl")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -372,19 +375,27 @@ def run_study(
     smoke: Mapping[str, Workload] = {"smoke": SMOKE},
 ) -> None:
     """Call `run` for every workload, each by one process at a time."""
+    chosen = smoke if args.smoke else {name: workloads[name] for name in args.workloads}
+    for name in in_study(args.out, {name: workload.base for name, workload in chosen.items()}):
+        rates = (1e-3, 1e-2) if args.smoke else RATES
+        study = kind(args.out.resolve(), name, chosen[name], sparsities=sparsities, rates=rates)
+        study.base()
+        run(study, args)
+
+
+def in_study(out: Path, bases: Mapping[str, str]) -> Iterator[str]:
+    """The names of files of results, each held while it is worked on. bases: name -> base.
+
+    Ends the process if a base is not there.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    chosen = smoke if args.smoke else {name: workloads[name] for name in args.workloads}
-    for workload in chosen.values():
-        base = BASES[workload.base]
+    for base in (BASES[name] for name in bases.values()):
         if not base.folder.is_dir():
             sys.exit(f"{base.folder} is not there: {base.remedy}")
-    for name, workload in chosen.items():
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in bases:
         with holding(out / f"{name}.jsonl"):
-            rates = (1e-3, 1e-2) if args.smoke else RATES
-            study = kind(out, name, workload, sparsities=sparsities, rates=rates)
-            study.base()
-            run(study, args)
+            yield name
