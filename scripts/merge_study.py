@@ -1,6 +1,6 @@
 """Three tasks merged into one model: full fine-tuning's vectors against LoTA's, every rule tuned alike.
 
-    OMP_NUM_THREADS=1 python -m scripts.merge_study --groups "real tasks on study-llama" "toy tasks"
+    OMP_NUM_THREADS=1 python -m scripts.merge_study --groups "real tasks" "toy tasks"
 
 Each task is learnt alone by full fine-tuning, by LoTA, and by LoTA under masks that leave out what the masks
 of earlier tasks keep, each at the rate that validation rows choose. The numbers of every rule (factor,

@@ -1,6 +1,6 @@
 """Three tasks one after the other in one model: what later tasks cost earlier ones, and what can keep these.
 
-    OMP_NUM_THREADS=1 python -m scripts.sequence_study --workloads "real tasks" "toy tasks"
+    OMP_NUM_THREADS=1 python -m scripts.sequence_study --groups "real tasks" "toy tasks"
 
 Full fine-tuning, LoRA, random masks, LoTA whose masks may overlap and LoTTO learn the tasks in both orders,
 each at three or more learning rates: a curve of learning against forgetting. Of each the rate is chosen that
@@ -150,8 +150,12 @@ class Sequences:
             if "lower lr" not in str(error):
                 raise
             diverged = True
-        shutil.rmtree(lotto.folder, ignore_errors=True)  # not there if the first run diverged
-        return {"base": self.first.base_hash, "tasks": lotto.config.sequence, "stages": None if diverged else stages}
+        shutil.rmtree(lotto.folder, ignore_errors=True)  # absent if the first run diverged
+        return {
+            "base": self.first.base_hash,
+            "tasks": lotto.config.sequence,
+            "stages": None if diverged else stages,
+        }
 
     def task(self, name: str) -> Any:
         return self.studies[name].task
@@ -335,7 +339,10 @@ def _panel(axes: Axes, ways: Mapping[str, Sequence[Setting]]) -> None:
         points = [
             (fmean(one.values(learnt, "test")), fmean(one.values(forgotten, "test"))) for one in ordered
         ]
-        looks: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number // len(PALETTE)]}
+        looks: dict[str, Any] = {
+            "color": PALETTE[number % len(PALETTE)],
+            "marker": MARKERS[number // len(PALETTE)],
+        }
         axes.plot(*zip(*points, strict=True), markersize=5, label=way, **looks)
 
 
@@ -399,13 +406,13 @@ def facts(records: Sequence[Record], order: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = study_parser(__doc__, workloads=GROUPS, default=list(GROUPS))
+    parser = study_parser(__doc__, GROUPS, list(GROUPS), option="--groups")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     every = [way.name for way in (*WAYS, *KEEPING)]
     parser.add_argument("--ways", nargs="+", choices=every, default=every)
     args = parser.parse_args(arguments)
     if not args.report:
-        groups = ["toy tasks"] if args.smoke else args.workloads
+        groups = ["toy tasks"] if args.smoke else args.groups
         sizes, rates = (SMOKE_SIZES, (1e-3, 1e-2)) if args.smoke else (SIZES, RATES)
         for name in in_study(args.out, {name: WORKLOADS[GROUPS[name][0]].base for name in groups}):
             run(Sequences(args.out.resolve(), name, sizes, rates), args)

@@ -170,8 +170,8 @@ def _sizes(workload: Workload, base: Record) -> Iterator[str]:
     metric = METRICS.get(str(task.metric), task.metric) if workload.n_scored else None
     yield f"Task: {workload.task}, {TASKS.get(workload.task, 'see its name')}; score: {metric or 'none'}."
     yield (
-        f"Training: {workload.steps} steps of {workload.batch_size} rows; weights that train and the optimizer's "
-        f"state in fp32, products of matrices in {BASES[workload.base].products}. Rows of more than "
+        f"Training: {workload.steps} steps of {workload.batch_size} rows; trained weights and "
+        f"optimizer's state in fp32, products of matrices in {BASES[workload.base].products}. Rows of more than "
         f"{workload.max_length} tokens are left out everywhere."
     )
     scored = f", the first {workload.n_scored} of them also for the score" if workload.n_scored else ""
