@@ -171,7 +171,7 @@ def _sizes(workload: Workload, base: Record) -> Iterator[str]:
     yield f"Task: {workload.task}, {TASKS.get(workload.task, 'see its name')}; score: {metric or 'none'}."
     yield (
         f"Training: {workload.steps} steps of {workload.batch_size} rows; trained weights and "
-        f"optimizer's state in fp32, products of matrices in {BASES[workload.base].products}. Rows of more than "
+        f"optimizer's state in fp32, products in {BASES[workload.base].products}. Rows of more than "
         f"{workload.max_length} tokens are left out everywhere."
     )
     scored = f", the first {workload.n_scored} of them also for the score" if workload.n_scored else ""
