@@ -75,7 +75,8 @@ def _rows(config: LottoConfig, name: str, find_task: FindTask) -> HeldOut:
     tasks have run.
     """
     task = find_task(name)
-    prepare(replace(config.adaptation(name), debug=True), find_task)
+    run = config.adaptation(name, ewc=0.0, importance_path=None)  # which the stage will compute
+    prepare(replace(run, debug=True), find_task)
     return HeldOut(config, task)
 
 

@@ -12,6 +12,7 @@ from lota.config import GRANULARITIES, OPTIMIZER_STATES, Config, absolute
 from lota.config_checks import dense_problem, problems_of, started_processes, unused_settings
 from lota.settings import did_you_mean, setting, value_problems
 
+IMPORTANCE = "importance.pt"  # in a stage's folder
 ADAPT_FACTOR = 10  # a mask wants about ten times the learning rate of dense training
 
 
@@ -39,7 +40,8 @@ METHODS = {
 _SHARED = (
     "exp_name", "local_dirs", "model", "adapter", "datasets", "tasks", "order", "method", "task_overrides",
     "protect_masks", "granularity", "block", "flip_mask", "overwrite", "resume", "debug", "n_eval_examples",
-    "chat_template", "validation_fraction", "retain", "replay", "replay_fraction",
+    "chat_template", "validation_fraction", "retain", "replay", "replay_fraction", "l2_sp", "ewc",
+    "importance_path",
 )  # fmt: skip
 _SET_BY_STAGES = {
     "datasets": "tasks=[...] names the tasks",
@@ -50,6 +52,9 @@ _SET_BY_STAGES = {
     "debug": "each task starts from the checkpoint of the one before",
     "replay": "retain.replay_fraction replays rows of the earlier tasks",
     "replay_fraction": "retain.replay_fraction is the share of each earlier task",
+    "l2_sp": "retain.l2_sp pulls from the second task on",
+    "ewc": "retain.ewc pulls from the second task on",
+    "importance_path": "retain.ewc computes what matters to earlier tasks",
 }
 _CALIBRATED = tuple(f"method={name}" for name, method in METHODS.items() if method.calibrated)
 _MASKED = tuple(f"method={name}" for name, method in METHODS.items() if method.saliency is not None)
@@ -86,6 +91,27 @@ class RetainConfig:
         at_least=0,
         at_most=1,
     )
+    l2_sp: float = setting(0.0, "as l2_sp of a training run, in the runs under masks", at_least=0)
+    ewc: float = setting(
+        0.0, "as ewc of a training run, by what matters to the earlier tasks together", at_least=0
+    )
+    avoid: float = setting(
+        0.0,
+        "divide each score of a mask by sqrt(1 + avoid x importance to the earlier tasks)",
+        at_least=0,
+        needs=_MASKED,
+    )
+    n_examples: int = setting(
+        64,
+        "of each earlier task, whose squared gradients are an entry's importance; for ewc and avoid",
+        "training rows",
+        at_least=1,
+    )
+
+    @property
+    def by_importance(self) -> bool:
+        """Whether anything needs to know what matters to earlier tasks."""
+        return bool(self.ewc or self.avoid)
 
 
 @dataclass
@@ -164,13 +190,25 @@ class LottoConfig(Config):
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(Config)}
         own = {key: value for key, value in self.task_overrides.get(task, {}).items() if key in values}
         fixed = {"datasets": [task], "overwrite": False, "adapter": {"name": self.learning.adapter}}
-        if self.retain.replay_fraction and self.earlier(task):
-            fixed |= {"replay": self.earlier(task), "replay_fraction": self.retain.replay_fraction}
+        if self.earlier(task):
+            fixed |= self._retained(task)
         # a mask of yours is not of the weights that the tasks before have left
         fixed["mask_of_other_base"] = self.mask_of_other_base or "model" in changes
         for key, value in {**own, **fixed, **changes}.items():
             values[key] = replace(values[key], **value) if is_dataclass(values[key]) else value
         return Config(**values)
+
+    def _retained(self, task: str) -> dict[str, Any]:
+        """What keeps the behaviour of the tasks before a task."""
+        retain, found = self.retain, dict[str, Any]()
+        if retain.replay_fraction:
+            found |= {"replay": self.earlier(task), "replay_fraction": retain.replay_fraction}
+        if self.learning.adapter == "none":
+            found |= {"l2_sp": retain.l2_sp, "ewc": retain.ewc}
+            if retain.ewc:
+                stage = f"{self.sequence.index(task) + 1}_{task}"
+                found["importance_path"] = str(self.run_dir.absolute() / stage / IMPORTANCE)
+        return found
 
     def calibration(self, task: str, **changes: Any) -> Config:
         """The dense run before it, from which the mask is extracted."""
@@ -180,11 +218,21 @@ class LottoConfig(Config):
         if "n_steps" in chosen:
             n_examples = chosen.pop("n_steps") * self.own(task, "batch_size")
             chosen |= {"n_examples": n_examples, "n_epochs": None}
-        return self.adaptation(task, mask_path=None, **chosen, **changes)
+        free = {"l2_sp": 0.0, "ewc": 0.0, "importance_path": None}  # it only finds out what changes most
+        return self.adaptation(task, mask_path=None, **free, **chosen, **changes)
 
     def unused(self) -> list[str]:
         """Keys of the sequence that nothing reads, as `key=value (why)`; each run lists those of its own."""
         own = {f.name for f in fields(self)} - {f.name for f in fields(Config)}
+        retain = self.retain
+        if retain.n_examples != RetainConfig().n_examples and not retain.by_importance:
+            return [
+                f"retain.n_examples={retain.n_examples} (retain.ewc=0, retain.avoid=0)",
+                *self._unused(own),
+            ]
+        return self._unused(own)
+
+    def _unused(self, own: set[str]) -> list[str]:
         return [line for key, line in unused_settings(self).items() if key.split(".")[0] in own]
 
 
@@ -202,6 +250,14 @@ def sequence_problems(c: LottoConfig) -> Iterator[str]:
     if c.method == "random" and c.freeze_layers:
         yield f"method=random with freeze_{c.freeze_layers}_layers=true: its masks span all layers"
     yield from value_problems(c)
+    for key in ("l2_sp", "ewc") if c.method == "lora" else ():
+        if value := getattr(c.retain, key):
+            yield (
+                f"retain.{key}={value} with method=lora: it pulls weights of the model, which LoRA freezes; "
+                "leave it out, or choose another method"
+            )
+    if c.retain.avoid and c.method in METHODS and c.learning.saliency is None:
+        yield f"retain.avoid={c.retain.avoid} with method={c.method}: it trains without masks; leave it out"
     yield from _override_problems(c)
     dense = c.method in METHODS and (c.learning.calibrated or c.method == "fft")
     if dense and started_processes() > 1 and c.trainer.name == "BasicTrainer":

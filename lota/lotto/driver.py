@@ -7,6 +7,7 @@ from the result of the task before, evaluate on all tasks. The other methods lea
     <run>/base/                  results of the base     <run>/forgetting.json, ...   lota/lotto/forgetting.py
     <run>/1_<task>/calibrate/    a training run          <run>/1_<task>/0.9_mask.pt     its mask
     <run>/1_<task>/adapt/        a training run          <run>/1_<task>/held_out.json   results after it
+    <run>/2_<task>/importance.pt what matters to earlier tasks of what it trains (retain.ewc)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lota.lotto.config import LottoConfig
 from lota.lotto.forgetting import table, write_results
 from lota.lotto.held_out import Measured, measure_all
 from lota.lotto.ledger import Entry, Ledger, values_hash
+from lota.lotto.retain import Importance
 from lota.lotto.together import Leader, Train
 from lota.masks import Mask
 from lota.masks.extract.select import extract
@@ -65,7 +67,7 @@ class Lotto:
     def __init__(self, config: LottoConfig, train: Train, find_task: FindTask, processes: Processes = ALONE):
         for line in config.unused():
             logger.info("not used here: %s", line)
-        self.config, self.leader = config, Leader(config, train, processes)
+        self.config, self.leader, self.find_task = config, Leader(config, train, processes), find_task
         self.stages = [Stage(at, task) for at, task in enumerate(config.sequence, start=1)]
         self.checked: Checked = check(config, find_task)
         self.folder = config.run_dir.absolute()
@@ -109,17 +111,34 @@ class Lotto:
     def learn(self, stage: Stage) -> None:
         """Calibrate, extract, adapt; the ledger's new entry ends the stage."""
         before = self.weights(self.stages[stage.number - 2]) if stage.number > 1 else None
-        mask_path = self.mask(stage, before)
+        importance = self.importance(stage, before)
+        mask_path = self.mask(stage, before, importance)
         run = self.config.adaptation(
             stage.task,
             **self.place(stage, ADAPT, before),
             mask_path=None if mask_path is None else str(mask_path),
             protect_masks=self.protected(stage),
         )
+        if run.ewc and importance is not None:
+            importance.store(run, None if mask_path is None else Mask.load(mask_path))
+        del importance  # fp32 of the whole scope
         self.start(run)
         self.ledger.add(self.entry(stage, mask_path, before))
 
-    def mask(self, stage: Stage, before: Path | None) -> Path | None:
+    def importance(self, stage: Stage, before: Path | None) -> Importance | None:
+        """What matters to the tasks before a stage, if anything asks for it; not computed yet."""
+        config, model = self.config, self.checked.model
+        if before is None or not config.retain.by_importance:
+            return None
+        names = list(dict(model.named_parameters()))
+        if config.learning.saliency is not None:
+            own = self.checked.custom.get(stage.task)
+            mask = self.checked.everything if own is None else Mask.load(own)
+            names = [n for n in names if n in self.checked.everything or (n in mask and mask.kept(n))]
+        device = self.leader.processes.device
+        return Importance(config, self.find_task, stage.task, before, model, names, device)
+
+    def mask(self, stage: Stage, before: Path | None, importance: Importance | None) -> Path | None:
         """Returns the task's mask file, given or extracted from what no other task keeps; None: no mask."""
         config, method = self.config, self.config.learning
         if method.saliency is None:
@@ -139,6 +158,7 @@ class Lotto:
             place = self.place(stage, CALIBRATE, before)
             run = config.calibration(stage.task, **place, protect_masks=self.protected(stage))
             tuned = weights_of(self.start(run))
+        avoids = importance is not None and config.retain.avoid
         mask = extract(
             start,
             tuned,
@@ -149,6 +169,8 @@ class Lotto:
             protect=self.protected(stage),
             granularity=config.granularity,
             block=config.block,
+            avoid=importance.whole if importance is not None and avoids else None,
+            avoid_strength=config.retain.avoid,
             model=config.model.name_or_path,
         )[sparsity]
         mask.save(path)

@@ -139,7 +139,7 @@ def add_snip_mask(
     """
     if data.snip is None:
         return
-    mask = _checked_mask(config, data.skeleton, data.snip.compute(device, check, together, shard))
+    mask = checked_mask(config, data.skeleton, data.snip.compute(device, check, together, shard))
     assert mask is not None
     together.same("the mask of snip=true", mask.fingerprint())
     data.mask, data.snip, data.seen["mask"] = mask, None, mask.fingerprint()
@@ -256,9 +256,9 @@ def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) ->
         if given is not None and not config.flip_mask and not config.mask_of_other_base:
             start = config.model.archive or config.model.name_or_path
             refuse_other_base(given, f"mask_path={config.mask_path}", start, model)
-        return _checked_mask(config, model, given)
+        return checked_mask(config, model, given)
     stored = snip.stored() if snip is not None else None
-    return None if stored is None else _checked_mask(config, model, stored)
+    return None if stored is None else checked_mask(config, model, stored)
 
 
 def _find_importance(config: Config, model: PreTrainedModel, mask: Mask | None) -> Listed:
@@ -280,7 +280,7 @@ def _refuse_dense_replicas(config: Config, count: int) -> None:
         raise ValueError(dense_problem(f"mask_path={config.mask_path or 'null'}", count))
 
 
-def _checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> Mask | None:
+def checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> Mask | None:
     """The mask to train with, checked against the model's names and shapes."""
     protect = [Mask.load(path) for path in config.protect_masks]
     if config.flip_mask and mask is None:
