@@ -35,11 +35,11 @@ KINDS = {"LoTA": "task_vector", "gradient mask": "gradient"}
 WHOLE = Method("LoTA", SPARSITY, "task_vector", start=1e-2)
 
 
-def methods(steps: int) -> list[Method]:
+def methods(steps: int, budgets: Sequence[int] = BUDGETS) -> list[Method]:
     """Every kind of mask from every budget, and from a whole run."""
     found = []
     for kind, saliency in KINDS.items():
-        for budget in [*(b for b in BUDGETS if b != steps), None]:
+        for budget in [*(b for b in budgets if b != steps), None]:
             name = kind if budget is None else f"{kind}, {budget} steps"
             found.append(Method(name, SPARSITY, saliency, budget=budget, start=1e-2))
     return found
@@ -48,7 +48,7 @@ def methods(steps: int) -> list[Method]:
 def run(study: Study, args: argparse.Namespace) -> None:
     """All masks of one workload."""
     lr = study.rate(WHOLE)
-    for method in methods(study.workload.steps):
+    for method in methods(study.workload.steps, BUDGETS[:2] if args.smoke else BUDGETS):
         for seed in args.seeds:
             study.measured(method, seed, lr, "budget", test=True)
             overlap(study, method, seed, WHOLE, seed)

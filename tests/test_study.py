@@ -282,13 +282,16 @@ def test_budget_study(tmp_path):
     budget_study.main(["--smoke", "--seeds", "0", "1", "--out", str(tmp_path)])
     records = read_cells(tmp_path)["smoke"]
     study = Study(tmp_path, "smoke", SMOKE, rates=(1e-3, 1e-2))
-    names = ["LoTA, 1 steps", "LoTA", "gradient mask, 1 steps", "gradient mask"]  # a run has two steps
+    names = [  # a run has two steps
+        *("LoTA, 1 steps", "LoTA, 4 steps", "LoTA"),
+        *("gradient mask, 1 steps", "gradient mask, 4 steps", "gradient mask"),
+    ]
     assert list(budget_study.trained(records)) == names
     assert {run["cell"]["lr"] for runs in budget_study.trained(records).values() for run in runs} == {
         study.rate(budget_study.WHOLE)
     }
-    assert {r["cell"]["steps"] for r in records if r["cell"]["part"] == "calibration"} == {1, 2}
-    for method in budget_study.methods(2):
+    assert {r["cell"]["steps"] for r in records if r["cell"]["part"] == "calibration"} == {1, 2, 4}
+    for method in budget_study.methods(2, (1, 4)):
         same, others = budget_study.overlaps(records, method.name)
         masks = [Mask.load(study.mask(method, seed)) for seed in (0, 1)]
         whole = [Mask.load(study.mask(budget_study.WHOLE, seed)) for seed in (0, 1)]
@@ -300,4 +303,4 @@ def test_budget_study(tmp_path):
     text = (tmp_path / "budget.md").read_text()
     assert "| LoTA | 1.000 ± 0.000 | " in text and "drawn by lot: an IoU of 0.053." in text
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
-    assert [steps for steps, *_ in budget_study.points(records, "gradient mask", "nats")] == [1, 2]
+    assert [steps for steps, *_ in budget_study.points(records, "gradient mask", "nats")] == [1, 2, 4]
