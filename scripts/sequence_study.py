@@ -78,16 +78,12 @@ def _lotto_with(name: str, late_sparsity: float | None = None, **retain: float) 
 
 
 KEEPING = (
-    _lotto_with("replay of 1 %", replay_fraction=0.01),
-    _lotto_with("replay of 5 %", replay_fraction=0.05),
-    _lotto_with("L2-SP 0.01", l2_sp=0.01),
-    _lotto_with("L2-SP 0.1", l2_sp=0.1),
-    _lotto_with("EWC 0.01", ewc=0.01),
-    _lotto_with("EWC 0.1", ewc=0.1),
-    _lotto_with("avoid 1", avoid=1.0),
-    _lotto_with("avoid 100", avoid=100.0),
+    *(_lotto_with(f"replay of {share:.0%}", replay_fraction=share) for share in (0.01, 0.05, 0.2)),
+    *(_lotto_with(f"L2-SP {strength:g}", l2_sp=strength) for strength in (1.0, 10.0)),
+    *(_lotto_with(f"EWC {strength:g}", ewc=strength) for strength in (1.0, 10.0)),
+    *(_lotto_with(f"avoid {strength:g}", avoid=strength) for strength in (1.0, 100.0)),
     _lotto_with("later tasks s = 0.99", late_sparsity=0.99),
-    Way("full fine-tuning, replay of 1 %", "fft", 0.0, retain={"replay_fraction": 0.01}, like=FFT.name),
+    Way("full fine-tuning, replay of 5%", "fft", 0.0, retain={"replay_fraction": 0.05}, like=FFT.name),
 )
 
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lota.lotto.config import sequence_problems
 from lota.models.loading import load_model, load_tokenizer
 from lota.train.trainer import Trainer
 from scripts import sequence_study
 from scripts.sequence_study import (
     FFT,
+    KEEPING,
     LOTTO,
     SMOKE_SIZES,
     WAYS,
@@ -84,6 +86,11 @@ def test_every_way_is_a_sequence_that_lotto_takes(tmp_path):
         assert config.validation_fraction == 0.1 and config.seed == 3
     lora = sequences.config(WAYS[1], "given", 0, 1e-3)
     assert (lora.optimizer, lora.lora_rank) == ("AdamW", sequences.first.rank_for(0.9))
+    for way in KEEPING:
+        config = sequences.config(way, "given", 0, 1e-3)
+        assert {key: getattr(config.retain, key) for key in way.retain} == way.retain
+        assert way.retain or config.task_overrides
+        assert list(sequence_problems(config)) == []
     late = sequences.config(Way("x", "lotto", 0.0, late_sparsity=0.99), "given", 0, 1e-3)
     assert [late.own(task, "sparsity") for task in late.sequence] == [0.9, 0.99, 0.99]
 
@@ -92,7 +99,9 @@ def test_every_way_is_a_sequence_that_lotto_takes(tmp_path):
 def test_a_sequence_is_measured_after_every_stage(tmp_path, monkeypatch):
     """The losses of the model that the sequence leaves, from logits; the same command finds all done."""
     kept = tmp_path / "kept"
-    monkeypatch.setattr("scripts.sequence_study.shutil.rmtree", lambda folder, ignore_errors: folder.rename(kept))
+    monkeypatch.setattr(
+        "scripts.sequence_study.shutil.rmtree", lambda folder, ignore_errors: folder.rename(kept)
+    )
     command = ["--smoke", "--seeds", "0", "--orders", "given", "--ways", LOTTO.name, "--out", str(tmp_path)]
     monkeypatch.setattr(sequence_study, "RATES", (1e-3,))
     monkeypatch.setattr(sequence_study, "SMOKE_SIZES", {**SMOKE_SIZES, "n_scored": 0})
