@@ -186,7 +186,11 @@ class Study:
             diverged = True
         found: Record = {"base": self.base_hash, "trained": trainer.optimizer.n_trained}
         found["steps"] = trainer.total_steps
-        found |= {"mask": Mask.load(config.mask_path).meta} if config.mask_path and test else {}
+        if config.mask_path and test:
+            meta = Mask.load(config.mask_path).meta
+            found["mask"] = {
+                key: value for key, value in meta.items() if key not in ("base", "tuned")
+            }  # paths
         found |= dict.fromkeys(RESULTS) if diverged else self.results(trainer, test=test)
         found |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
         return found, trainer
@@ -284,12 +288,12 @@ class Study:
         """A run whose checkpoint stays: its folder. config: makes its settings; cell: what it is."""
         cell["sizes"] = self.sizes
         found = self.cells.get(**cell)
-        if found is None or not Path(found["folder"]).is_dir():
+        if found is None or not (self.out / found["folder"]).is_dir():
             named = replace(config(), exp_name=f"{name}-{self.sizes}", debug=False, overwrite=True)
             result, trainer = self._trained(named, test=False)
             assert trainer.saved is not None, f"{name} diverged at the best rate"
-            found = self.cells.add({**result, "folder": str(trainer.saved[1])}, **cell)
-        return Path(found["folder"])
+            found = self.cells.add({**result, "folder": str(trainer.saved[1].relative_to(self.out))}, **cell)
+        return self.out / str(found["folder"])
 
     def mask(self, method: Method, seed: int) -> Path:
         """The mask of a method and seed; those of all sparsities are made together."""
