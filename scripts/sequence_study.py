@@ -13,40 +13,26 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lota.lotto.config import LottoConfig
 from lota.lotto.driver import Lotto
 from lota.models.loading import load_model
-from lota.plots import MARKERS, PALETTE, figure_at
-from lota.report.page import Section
-from lota.storage import content_key
-from scripts.cells import Cells, Record, read_cells, shown
+from scripts.cells import Cells, Record
+from scripts.sequence_report import PART, SIZES, final, group_key, members, report
 from scripts.study import RATES, VALIDATION, Study, best_rate, in_study, study_parser
-from scripts.study_report import SHARED, Table, about_sections, study_sections, write_report
 from scripts.workloads import BASES, GROUPS, WORKLOADS
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 SPARSITY = 0.9
-SIZES = {"n_examples": 320, "n_validation": 60, "n_test": 100, "n_scored": 60}  # of each task
 SMOKE_SIZES = {
-    "n_examples": 32,
-    "n_validation": 8,
-    "n_test": 8,
-    "n_scored": 4,
-    "own_bytes": 500,
-    "new_tokens": 4,
+    **dict.fromkeys(("n_validation", "n_test"), 8),
+    **{"n_examples": 32, "n_scored": 4, "own_bytes": 500, "new_tokens": 4},
 }
 ORDERS = ("given", "reversed")
-PART = "sequence"
 
 
 @dataclass(frozen=True)
@@ -93,13 +79,13 @@ class Sequences:
     def __init__(self, out: Path, name: str, sizes: Mapping[str, Any], rates: Sequence[float]):
         """sizes: fields of all workloads that differ from scripts/workloads.py."""
         self.out, self.name, self.rates = out, name, rates
-        workloads = {key: replace(WORKLOADS[key], **sizes) for key in GROUPS[name]}
+        workloads = members(name, sizes)
         self.studies = {
             one.task: Study(out, key, one, sparsities=[SPARSITY]) for key, one in workloads.items()
         }
         self.first = next(iter(self.studies.values()))
         self.cells = Cells(out / f"{name}.jsonl")
-        self.sizes = content_key([study.sizes for study in self.studies.values()])[:12]
+        self.sizes = group_key(workloads, self.first.base_hash)
 
     def config(self, way: Way, order: str, seed: int, lr: float) -> LottoConfig:
         """The settings of `python lotto.py`."""
@@ -182,22 +168,6 @@ class Sequences:
         return best_rate(self.rates, way.start, loss)
 
 
-def final(run: Record, key: str) -> float:
-    """Mean over the tasks, after the last stage. key: `validation`, `test` or `score`."""
-    return fmean(values[key] for values in run["stages"][-1]["tasks"].values())
-
-
-def learnt(run: Record, key: str) -> float:
-    """Mean over the tasks, each after its own stage."""
-    return fmean(stage["tasks"][task][key] for task, stage in zip(run["tasks"], run["stages"], strict=True))
-
-
-def forgotten(run: Record, key: str) -> float:
-    """Mean over all tasks but the last: after the last stage, minus after its own."""
-    own = zip(run["tasks"][:-1], run["stages"], strict=False)
-    return fmean(run["stages"][-1]["tasks"][task][key] - stage["tasks"][task][key] for task, stage in own)
-
-
 def run(sequences: Sequences, args: argparse.Namespace) -> None:
     """All ways of one group of tasks, in the orders that are asked for."""
     ways = [way for way in (*WAYS, *KEEPING) if way.name in args.ways]
@@ -208,197 +178,6 @@ def run(sequences: Sequences, args: argparse.Namespace) -> None:
             chosen[way.name] = lr
             for seed in args.seeds:
                 sequences.measured(way, order, seed, lr)
-
-
-# Reports
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A way in one order at one rate: its runs with several seeds, none of which diverged."""
-
-    way: str
-    order: str
-    lr: float
-    runs: Sequence[Record]
-
-    def values(self, what: Callable[[Record, str], float], key: str) -> list[float]:
-        """One per run; none if the tasks do not have it."""
-        try:
-            return [what(run, key) for run in self.runs]
-        except KeyError:
-            return []
-
-
-def settings(records: Sequence[Record]) -> dict[tuple[str, str], list[Setting]]:
-    """(order, way) -> its settings."""
-    runs: dict[tuple[str, str, float], list[Record]] = {}
-    for record in records:
-        cell = record["cell"]
-        if cell["part"] == PART:
-            runs.setdefault((cell["order"], cell["way"], cell["lr"]), []).append(record)
-    found: dict[tuple[str, str], list[Setting]] = {}
-    for (order, way, lr), own in runs.items():
-        if all(run["stages"] for run in own):
-            found.setdefault((order, way), []).append(Setting(way, order, lr, own))
-    return found
-
-
-def best(found: Sequence[Setting]) -> Setting:
-    """By validation loss of all tasks after the last stage."""
-    return min(found, key=lambda setting: fmean(setting.values(final, "validation")))
-
-
-MEASURES = (  # heading, what of a run, which result, factor and digits
-    ("loss after its own stage", learnt, "test", 1, 3),
-    ("loss after the last stage", final, "test", 1, 3),
-    ("growth of earlier tasks' loss", forgotten, "test", 1, 3),
-    ("score after its own stage (%)", learnt, "score", 100, 1),
-    ("score after the last stage (%)", final, "score", 100, 1),
-)
-Lines = list[list[str]]
-
-
-def summary(records: Sequence[Record], order: str) -> Lines:
-    """Every way at its best rate: means over tasks and seeds, losses in nats per token."""
-    lines = [["way", "lr", *(name for name, *_ in MEASURES), "own text, nats per byte", "seeds"]]
-    for way, setting in bests(records, order).items():
-        cells = [shown(setting.values(what, key), *how) for _, what, key, *how in MEASURES]
-        own = shown([run["stages"][-1]["own"] for run in setting.runs], 1, 4)
-        lines.append([way, f"{setting.lr:g}", *cells, own, str(len(setting.runs))])
-    return lines
-
-
-def by_task(records: Sequence[Record], order: str) -> Lines:
-    """Loss, and in brackets the score, of every task after its own stage and after the last."""
-    lines: Lines = []
-    for way, setting in bests(records, order).items():
-        tasks = setting.runs[0]["tasks"]
-        lines = lines or [
-            ["way", *(f"{task}, {when}" for task in tasks for when in ("own stage", "last stage"))]
-        ]
-        places = [(at, task) for own, task in enumerate(tasks) for at in (own, -1)]
-        lines.append([way, *(_both(setting.runs, at, task) for at, task in places)])
-    return lines
-
-
-def _both(runs: Sequence[Record], stage: int, task: str) -> str:
-    """A cell: test loss and score of a task after a stage."""
-    found = [run["stages"][stage]["tasks"][task] for run in runs]
-    loss = shown([one["test"] for one in found])
-    return f"{loss} ({shown([one['score'] for one in found], 100, 1)})" if "score" in found[0] else loss
-
-
-def every_rate(records: Sequence[Record], order: str) -> Lines:
-    """Every way at every rate: the points of the figure."""
-    lines = [["way", "lr", *(name for name, *_ in MEASURES[:3])]]
-    for (own, way), found in settings(records).items():
-        if own == order and len(found) > 1:
-            for setting in sorted(found, key=lambda one: one.lr):
-                cells = [shown(setting.values(what, key), *how) for _, what, key, *how in MEASURES[:3]]
-                lines.append([way, f"{setting.lr:g}", *cells])
-    return lines
-
-
-def bests(records: Sequence[Record], order: str) -> dict[str, Setting]:
-    """Way -> its setting with the least validation loss of all tasks after the last stage."""
-    return {
-        way: min(found, key=lambda setting: fmean(setting.values(final, "validation")))
-        for (own, way), found in settings(records).items()
-        if own == order
-    }
-
-
-def orders(records: Sequence[Record]) -> list[str]:
-    """Those that there are results of."""
-    return list(dict.fromkeys(order for order, _ in settings(records)))
-
-
-def draw(found: Mapping[str, Sequence[Record]]) -> Figure:
-    """A panel per group and order: what earlier tasks lose against what is learnt, over learning rates."""
-    panels = [(name, order) for name, records in found.items() for order in orders(records)]
-    with figure_at(None, 6.4, 5.2 * len(panels), "") as figure:
-        for axes, (name, order) in zip(
-            figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
-        ):
-            _panel(axes, {way: own for (one, way), own in settings(found[name]).items() if one == order})
-            axes.set(title=f"{name}, {order} order", xlabel="loss after its own stage, mean over tasks")
-            axes.set_ylabel("growth of earlier tasks' loss")
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1))
-    return figure
-
-
-def _panel(axes: Axes, ways: Mapping[str, Sequence[Setting]]) -> None:
-    for number, (way, found) in enumerate(ways.items()):
-        ordered = sorted(found, key=lambda setting: setting.lr)
-        points = [
-            (fmean(one.values(learnt, "test")), fmean(one.values(forgotten, "test"))) for one in ordered
-        ]
-        looks: dict[str, Any] = {
-            "color": PALETTE[number % len(PALETTE)],
-            "marker": MARKERS[number // len(PALETTE)],
-        }
-        axes.plot(*zip(*points, strict=True), markersize=5, label=way, **looks)
-
-
-ASKED = """A model learns three tasks one after the other. How much of the earlier ones is lost, against how
-well the later ones are learnt? LoTTO gives every task entries of its own, so that what a task has changed is
-never changed again; but the model reads all its weights, and its behaviour can change all the same. What
-keeps it, and what does that cost?"""
-MEASURED = f"""In the way "LoTA, overlapping" each mask is drawn without regard to the others; "random masks"
-share no entry; LoRA is merged after each task. Masks keep a tenth of the entries each, LoRA has about as
-many. Of each way the rate is chosen that has the least validation loss, over all tasks after the last stage,
-means over the seeds. Ways named "LoTTO, ..." add one thing to LoTTO, at LoTTO's rate: replay of a share of
-the earlier tasks' training rows; L2-SP, a pull of each trained entry to the value that it starts from, of
-that strength; EWC, the same weighted by how much the entry matters to earlier tasks (squared gradients of 64
-rows of each); "avoid", masks that pass over such entries; fewer entries for later tasks. Each task has
-{SIZES["n_examples"]} training rows and {SIZES["n_test"]} test rows, the first {SIZES["n_scored"]} of which
-are scored."""
-
-
-def report(out: Path) -> str:
-    """Write table, figure and page of what is there; return the Markdown."""
-    found = {name: records for name, records in read_cells(out).items() if settings(records)}
-    if not found:
-        sys.exit(f"{out} has no result of this study: run it first")
-    results = [
-        section
-        for name, records in found.items()
-        for order in orders(records)
-        for section in (
-            Section(f"{name}, {order} order", items=facts(records, order)),
-            *study_sections(
-                [
-                    Table("Every way at its best rate", summary(records, order)),
-                    Table(
-                        "Task by task",
-                        by_task(records, order),
-                        "Test loss in nats per token, score in brackets.",
-                    ),
-                    Table("Every rate", every_rate(records, order), "The points of the figure."),
-                ]
-            ),
-        )
-    ]
-    figure = draw(found)
-    pictures = [
-        Section("Learning against forgetting", figure=figure, alt="earlier tasks' loss against learning")
-    ]
-    shared = SHARED.partition("\n\n")[0]
-    about = about_sections(ASKED, MEASURED, shared)
-    return write_report(out, "sequences", "Tasks one after the other", about, [*pictures, *results], figure)
-
-
-def facts(records: Sequence[Record], order: str) -> list[str]:
-    """What the results are of."""
-    run = next(record for record in records if record["cell"].get("order") == order)
-    seeds = sorted({record["cell"]["seed"] for record in records if record["cell"]["part"] == PART})
-    return [
-        f"Tasks in their order: {', '.join(run['tasks'])}.",
-        f"SHA-256 of the base's weights: {run['base']}.",
-        f"Seeds: {', '.join(map(str, seeds))}.",
-    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

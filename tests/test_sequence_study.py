@@ -12,23 +12,8 @@ from lota.lotto.config import sequence_problems
 from lota.models.loading import load_model, load_tokenizer
 from lota.train.trainer import Trainer
 from scripts import sequence_study
-from scripts.sequence_study import (
-    FFT,
-    KEEPING,
-    LOTTO,
-    SMOKE_SIZES,
-    WAYS,
-    Sequences,
-    Way,
-    bests,
-    draw,
-    every_rate,
-    final,
-    forgotten,
-    learnt,
-    settings,
-    summary,
-)
+from scripts.sequence_report import bests, draw, every_rate, final, forgotten, learnt, settings, summary
+from scripts.sequence_study import FFT, KEEPING, LOTTO, SMOKE_SIZES, WAYS, Sequences, Way
 from scripts.study import DENSE, Study, exact
 from scripts.workloads import BASES, GROUPS, SMOKE, WORKLOADS
 from tests.test_study import nats_of
