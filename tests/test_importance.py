@@ -149,3 +149,23 @@ def test_other_files_are_refused(content, tmp_path):
         torch.save(content, path)
     with pytest.raises(ValueError, match="is no file of importances"):
         load_importance(path, mask)
+
+
+def test_tensors_that_do_not_fit_the_mask_are_refused(tmp_path):
+    """Before their entries are looked at: a view of one number can have a million million of them."""
+    path, mask = tmp_path / "i.pt", Mask.from_dense({"a": torch.ones(2, 2, dtype=torch.bool)})
+    save_importance(path, Collected({"a": torch.ones(2, 2)}, "importance"), mask)
+    content = torch.load(path, weights_only=True)
+
+    def refused(values: object) -> str:
+        torch.save({**content, "importance": values}, path)
+        with pytest.raises(ValueError) as error:
+            load_importance(path, mask)
+        return str(error.value)
+
+    assert "share a place" in refused({"a": torch.ones(1).expand(10**12)})
+    assert "other entries than those that train" in refused({"a": torch.ones(3)})
+    assert "other entries than those that train" in refused({})
+    whole = torch.ones(4, dtype=torch.int64)
+    for values in ({"a": torch.ones(2, 2)}, {"a": whole}, {"a": 1.0}, torch.ones(4)):
+        assert "is no file of importances" in refused(values)

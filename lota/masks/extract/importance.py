@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lota.masks.extract.gradients import Collected
 from lota.masks.mask import Mask
+from lota.models.torch_files import map_tensors, read_torch_file
 from lota.storage import DAMAGED, atomic_path, save_tensors
 
 KIND, FORMAT = "importance", "lota-importance"
@@ -96,7 +97,7 @@ def save_importance(
     `importance`.
     """
     values = {}
-    for name in importance.values if mask is None else [name for name in mask.names if mask.kept(name)]:
+    for name in importance.values if mask is None else _kept(mask):
         flat = importance.values[name].float().view(-1)
         values[name] = flat.clone() if mask is None else flat[mask.positions(name)]
     content = {"format": FORMAT, "version": 1, "key": key, "mask": _fingerprint(mask), "importance": values}
@@ -105,23 +106,36 @@ def save_importance(
 
 
 def load_importance(path: str | os.PathLike[str], mask: Mask | None) -> Listed:
-    """What `save_importance` has written for this mask. Raises ValueError for anything else."""
-    if not Path(path).is_file():
+    """What `save_importance` has written for this mask, mapped. Raises ValueError for anything else,
+    before it takes more memory than the file has bytes.
+    """
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = map_tensors(path, read_torch_file(path))
         known = content["format"] == FORMAT and content["version"] == 1
         values, of_mask, key = content["importance"], content["mask"], content["key"]
-        sound = known and all(bool((v.isfinite() & (v >= 0)).all()) for v in values.values())
-    except DAMAGED as error:
+        sound = known and all(_is_sound(value) for value in values.values())
+    except (*DAMAGED, OSError) as error:
         raise ValueError(f"{path} is no file of importances: {str(error)[:200]}") from error
     if not sound:
         raise ValueError(f"{path} is no file of importances that are finite and at least 0")
-    if of_mask != _fingerprint(mask):
+    listed = {name: len(value) for name, value in values.items()}
+    if of_mask != _fingerprint(mask) or (mask is not None and listed != _kept(mask)):
         raise ValueError(f"{path} lists the importance of other entries than those that train")
     return Listed(values, key)
 
 
+def _is_sound(value: Tensor) -> bool:
+    return value.dtype == torch.float32 and value.dim() == 1 and bool((value.isfinite() & (value >= 0)).all())
+
+
+def _kept(mask: Mask) -> dict[str, int]:
+    """Name -> entries that are kept, of those with any."""
+    return {name: count for name in mask.names if (count := mask.kept(name))}
+
+
 def _fingerprint(mask: Mask | None) -> str | None:
     """Of what is kept: names with nothing kept do not count."""
-    return None if mask is None else mask.only([n for n in mask.names if mask.kept(n)]).fingerprint()
+    return None if mask is None else mask.only([*_kept(mask)]).fingerprint()
