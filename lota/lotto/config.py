@@ -91,7 +91,7 @@ class RetainConfig:
         at_least=0,
         at_most=1,
     )
-    l2_sp: float = setting(0.0, "as l2_sp of a training run, in the runs under masks", at_least=0)
+    l2_sp: float = setting(0.0, "as l2_sp of a training run, in all runs but calibrations", at_least=0)
     ewc: float = setting(
         0.0, "as ewc of a training run, by what matters to the earlier tasks together", at_least=0
     )
