@@ -149,8 +149,8 @@ REPORT = Report(
     asked="""A model that learns a new task forgets some of what it knew. Which method learns most for the \
 same forgetting? Learning is the test loss on the new task, forgetting the growth of the loss on the base's \
 own text.""",
-    measured="""Each method is trained at several sparsities and at learning rates from a tenth of its best \
-one to five times that. Which of its settings are on the frontier is decided on validation rows; their \
+    measured="""Each method is trained at several sparsities and at learning rates from a fifth of its best \
+one to about twice that. Which of its settings are on the frontier is decided on validation rows; their \
 numbers are of test rows. In the figures faint dots are all settings, lines are frontiers; the better \
 corner is at the left.""",
     part="curve",
