@@ -139,11 +139,7 @@ def every_rate(records: Sequence[Record], order: str) -> Lines:
 
 def bests(records: Sequence[Record], order: str) -> dict[str, Setting]:
     """Way -> its setting with the least validation loss of all tasks after the last stage."""
-    return {
-        way: min(found, key=lambda setting: fmean(setting.values(final, "validation")))
-        for (own, way), found in settings(records).items()
-        if own == order
-    }
+    return {way: best(found) for (own, way), found in settings(records).items() if own == order}
 
 
 def orders(records: Sequence[Record]) -> list[str]:

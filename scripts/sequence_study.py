@@ -170,12 +170,10 @@ class Sequences:
 
 def run(sequences: Sequences, args: argparse.Namespace) -> None:
     """All ways of one group of tasks, in the orders that are asked for."""
-    ways = [way for way in (*WAYS, *KEEPING) if way.name in args.ways]
+    every = {way.name: way for way in (*WAYS, *KEEPING)}
     for order in args.orders:
-        chosen: dict[str, float] = {}
-        for way in ways:
-            lr = chosen[way.like] if way.like else sequences.rate(way, order, args.seeds)
-            chosen[way.name] = lr
+        for way in (way for way in every.values() if way.name in args.ways):
+            lr = sequences.rate(every[way.like or way.name], order, args.seeds)
             for seed in args.seeds:
                 sequences.measured(way, order, seed, lr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -78,6 +79,16 @@ def test_every_way_is_a_sequence_that_lotto_takes(tmp_path):
         assert list(sequence_problems(config)) == []
     late = sequences.config(Way("x", "lotto", 0.0, late_sparsity=0.99), "given", 0, 1e-3)
     assert [late.own(task, "sparsity") for task in late.sequence] == [0.9, 0.99, 0.99]
+
+
+def test_a_way_takes_the_rate_of_another_that_is_not_asked_for(tmp_path, monkeypatch):
+    (way,) = (way for way in KEEPING if way.like == FFT.name)
+    runs = []
+    monkeypatch.setattr(Sequences, "rate", lambda self, way, order, seeds: {FFT.name: 1e-3}[way.name])
+    monkeypatch.setattr(Sequences, "measured", lambda self, way, *cell: runs.append((way.name, *cell)))
+    args = argparse.Namespace(ways=[way.name], orders=["reversed"], seeds=[0, 1])
+    sequence_study.run(Sequences(tmp_path, "toy tasks", SMOKE_SIZES, (1e-3,)), args)
+    assert runs == [(way.name, "reversed", seed, 1e-3) for seed in (0, 1)]
 
 
 @pytest.mark.slow
