@@ -29,6 +29,7 @@ is not made of workloads calls `write_report` with sections of its own.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from lota.plots import figure_at, png
 from lota.report.page import Lines, Section, markdown, write_page
 from lota.storage import atomic_path
 from scripts.cells import Record, read_cells
-from scripts.study import RATE_SEED, VALIDATION, S, Study, run_study
+from scripts.study import RATE_SEED, TESTED, VALIDATION, S, Study, run_study
 from scripts.terms import METRICS, TASKS, terms_in
 from scripts.workloads import BASES, SMOKE, WORKLOADS, Workload, sizes_key
 from tasks import get_task
@@ -158,9 +159,20 @@ def facts(
     yield f"Seeds of what is reported: {', '.join(map(str, seeds))}."
     if rates:
         yield f"Learning rates that were tried: {', '.join(f'{rate:g}' for rate in rates)}."
-    hours = sum(record.get("cpu_seconds", 0.0) for record in records) / 3600
-    runs = sum("trained" in record for record in records)
-    yield f"All studies of this workload together: {runs:,} runs, {hours:.2g} hours of one processor core."
+    seconds = seconds_of_runs(records)
+    sums = f"{len(seconds):,} runs, {sum(seconds) / 3600:.2g} hours of one processor core"
+    yield f"All studies of this workload together: {sums}."
+
+
+def seconds_of_runs(records: Sequence[Record]) -> list[float]:
+    """Processor time of every run; one that several studies report counts once."""
+    found = {}
+    for record in records:
+        if "trained" in record:
+            cell = record["cell"]
+            shared = {**cell, "part": TESTED} if cell["part"] in TESTED else cell
+            found[json.dumps(shared, sort_keys=True)] = record.get("cpu_seconds", 0.0)
+    return list(found.values())
 
 
 def _sizes(workload: Workload, base: Record) -> Iterator[str]:
