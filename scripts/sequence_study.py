@@ -24,7 +24,7 @@ from lota.lotto.driver import Lotto
 from lota.models.loading import load_model
 from scripts.cells import Cells, Record
 from scripts.sequence_report import PART, SIZES, final, group_key, members, report
-from scripts.study import RATES, VALIDATION, Study, best_rate, in_study, study_parser
+from scripts.study import RATES, SCOPE, VALIDATION, Study, best_rate, in_study, study_parser
 from scripts.workloads import BASES, GROUPS, WORKLOADS
 
 SPARSITY = 0.9
@@ -52,6 +52,7 @@ LOTTO = Way("LoTTO", "lotto", 5e-3)
 FFT = Way("full fine-tuning", "fft", 5e-4)
 WAYS = (
     FFT,
+    Way(SCOPE.name, "lota", 5e-4, {"sparsity": 0.0}),
     Way("LoRA, AdamW", "lora", 2e-3, {"optimizer": "AdamW"}),
     Way("random masks", "random", 5e-3),
     Way("LoTA, overlapping", "lota", 5e-3),
@@ -69,7 +70,9 @@ KEEPING = (
     *(_lotto_with(f"EWC {strength:g}", ewc=strength) for strength in (1.0, 10.0)),
     *(_lotto_with(f"avoid {strength:g}", avoid=strength) for strength in (1.0, 100.0)),
     _lotto_with("later tasks s = 0.99", late_sparsity=0.99),
+    _lotto_with("replay of 5% and EWC 10", replay_fraction=0.05, ewc=10.0),
     Way("full fine-tuning, replay of 5%", "fft", 0.0, retain={"replay_fraction": 0.05}, like=FFT.name),
+    Way("full fine-tuning, EWC 10", "fft", 0.0, retain={"ewc": 10.0}, like=FFT.name),
 )
 
 

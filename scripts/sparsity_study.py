@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lota.evaluate.estimates import mean_and_stderr
 from lota.plots import PALETTE
 from scripts.cells import COLUMNS, LABELS, Record, results
-from scripts.study import DENSE, Method, Study, study_parser
+from scripts.study import DENSE, SCOPE, Method, Study, study_parser
 from scripts.study_report import Report, Table, study_main
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def families(sparsities: Sequence[float]) -> dict[str, list[Method]]:
         [Method(name, sparsity, settings=settings, lora=True, start=5e-3) for sparsity in sparsities]
         for name, settings in LORA.items()
     ]
-    return {family[0].name: family for family in ([DENSE], [LONGER], *masks, *adapters)}
+    return {family[0].name: family for family in ([DENSE], [SCOPE], [LONGER], *masks, *adapters)}
 
 
 def run(study: Study, args: argparse.Namespace) -> None:

@@ -83,6 +83,8 @@ class Method:
 
 
 DENSE = Method("full fine-tuning", start=1e-3)
+# of what masks choose from: embeddings and head stay, as they do with masks and LoRA
+SCOPE = Method("full fine-tuning of attention and MLP", 0.0, "magnitude", start=1e-3)
 USUAL = ("toy_sort", "sql on stories260K", "gsm8k on stories260K", "samsum on study-llama")  # workloads
 
 

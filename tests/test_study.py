@@ -261,7 +261,7 @@ def test_forgetting_tables(records, tmp_path):
     assert lines[3] == "| LoTA | 0.9 | 0.001 | 50.0 ± 0.0 | 3.500 ± 0.500 | 1.0200 ± 0.0000 | 2 |"
     assert len(lines) == 5
     (line,) = markdown(budget_table(records).lines).splitlines()[2:]
-    assert line == "| LoTA | - | 3.500 ± 0.500 | 3.500 ± 0.500 | 2.500 ± 0.500 | 2.500 ± 0.500 |"
+    assert line == "| LoTA | 3.500 ± 0.500 | 2.500 ± 0.500 | 2.500 ± 0.500 | 2.500 ± 0.500 | 2.500 ± 0.500 |"
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert line in forgetting_study.REPORT.write(tmp_path)
     assert (tmp_path / "forgetting.png").read_bytes().startswith(b"\x89PNG")
