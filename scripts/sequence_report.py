@@ -183,11 +183,11 @@ MEASURED = """In the way "LoTA, overlapping" each mask is drawn without regard t
 share no entry; LoRA is merged after each task. Masks keep a tenth of the entries each, LoRA has about as
 many. "full fine-tuning of attention and MLP" changes what masks choose from, and leaves embeddings and head
 as they are. Of each way the rate is chosen that has the least loss on validation rows, over all tasks after
-the last stage, means over the seeds that are reported. Ways named "LoTTO, ..." add one thing to LoTTO, at LoTTO's rate: replay of a share of
-the earlier tasks' training rows; L2-SP, a pull of each trained entry to the value that it starts from, of
-that strength; EWC, the same weighted by how much the entry matters to earlier tasks (squared gradients of 64
-rows of each); "avoid", masks that pass over such entries; fewer entries for later tasks. Calibrations have a
-tenth of the rate."""
+the last stage, means over the seeds that are reported. Ways named "LoTTO, ..." add one thing to LoTTO, at
+LoTTO's rate: replay of a share of the earlier tasks' training rows; L2-SP, a pull of each trained entry to
+the value that it starts from, of that strength; EWC, the same weighted by how much the entry matters to
+earlier tasks (squared gradients of 64 rows of each); "avoid", masks that pass over such entries; fewer
+entries for later tasks. Calibrations have a tenth of the rate."""
 
 
 def report(out: Path) -> str:
