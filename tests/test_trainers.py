@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,16 @@ def test_weights_equal_a_plain_loop(mask, accumulation, scheduler):
     assert_same_training(policy(folder), model.state_dict(), start, terms=terms, steps=5)
     assert assert_frozen(mask, policy(folder), start) > 0.95
     assert trainer.optimizer.n_trained == mask.n_kept
+
+
+@pytest.mark.parametrize("overrides", [(), (MASKED,), ("adapter=lora",)])
+def test_a_run_that_has_ended_holds_no_model(mask, overrides):
+    """A sequence of tasks trains one model after the other in one process."""
+    trainer, _ = train(*overrides)
+    model = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert model() is None
 
 
 def test_dense_training_learns_and_reports():

@@ -40,7 +40,8 @@ def fuse_in_backward(
     DistributedDataParallel sums gradients after the update has used them: a forward pass of the optimizer's
     model inside of it raises RuntimeError.
 
-    Returns a function that removes what it attached. Raises ValueError for an optimizer that is fused
+    Returns a function that removes what it attached; until then the parameters' hooks hold the optimizer, and
+    neither is freed. Raises ValueError for an optimizer that is fused
     already.
     """
     if optimizer.fused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ class LoadedRun:
     objective: Objective
     total_steps: int
     total_examples: int
+    unfuse: Callable[[], None]  # takes the optimizer's hooks off, so that the model can be freed
 
     def __init__(self, config: Config, find_task: FindTask):
         self.processes = processes()
@@ -163,7 +165,7 @@ class LoadedRun:
         """The optimizer at its start, fused into the backward pass."""
         config = self.config
         optimizer = OPTIMIZERS[config.optimizer](self.model, self.data.mask, **config.optimizer_settings)
-        fuse_in_backward(optimizer, config.gradient_accumulation_steps)
+        self.unfuse = fuse_in_backward(optimizer, config.gradient_accumulation_steps)
         if self.processes.count > 1:
             optimizer.peers = Replicated(optimizer, self.processes)
         return optimizer

@@ -116,7 +116,8 @@ class ShardedTrainer(Trainer):
                 **self.config.optimizer_settings,
             )
             parts = {shards.parameters[name]: part for name, part in shards.parts.items()}
-            fuse_in_backward(optimizer, self.config.gradient_accumulation_steps, parts=parts)
+            steps = self.config.gradient_accumulation_steps
+            self.unfuse = fuse_in_backward(optimizer, steps, parts=parts)
             optimizer.peers = SumsOfParts(shards)
         self.places: dict[str, Stretch] = stretches(optimizer, self.processes, self._holders())
         for p, name in optimizer.names.items():

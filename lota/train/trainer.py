@@ -62,6 +62,7 @@ class Trainer(LoadedRun):
             raise
         finally:
             self.log.close()
+            self.unfuse()
 
     # The loop
 
