@@ -69,7 +69,8 @@ def grouped(records: Sequence[Record]) -> dict[tuple[str, float | None], list[Re
         cell = record["cell"]
         if cell["part"] == "main":
             found.setdefault((cell["method"], cell["sparsity"]), []).append(record)
-    return found
+    order = list(families(SPARSITIES))
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1] or 0.0)))
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
@@ -94,8 +95,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
     """Score or loss against the number of entries that train; full fine-tuning is a level."""
     groups = grouped(records)
-    names = dict.fromkeys(name for name, _ in groups)
-    for number, name in enumerate(names):
+    for number, name in enumerate(families(SPARSITIES)):  # colours are the same in every panel
         looks: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "label": name}
         looks["linestyle"] = "-" if number < len(PALETTE) else "--"
         points, dense = [], False
@@ -104,11 +104,11 @@ def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
             if method == name and len(values) == len(runs):
                 mean, error = mean_and_stderr(values)
                 points.append((runs[0]["trained"], mean, error or 0))
-                dense = sparsity is None
+                dense = not sparsity
         if points and dense:
             axes.axhline(points[0][1], **looks)
         elif points:
-            entries, means, errors = zip(*points, strict=True)
+            entries, means, errors = zip(*sorted(points), strict=True)
             axes.errorbar(entries, means, errors, capsize=2, **looks)
     counts = [runs[0]["trained"] for (_, sparsity), runs in groups.items() if sparsity] or [1]
     axes.set(xlabel="entries that train", ylabel=LABELS[key], xscale="log")
