@@ -215,7 +215,7 @@ def folder_of(study: Study, method: str, seed: int) -> Path:
         if record["cell"]["part"] == "kept"
         and (record["cell"]["method"], record["cell"]["seed"]) == (method, seed)
     ]
-    return Path(record["folder"])
+    return study.out / record["folder"]
 
 
 @pytest.mark.slow
