@@ -81,6 +81,10 @@ def use_masks() -> Any:
     model = new_model()
     collected = lota.collect_gradients(model, lambda tokens: loss_of(model, tokens), [TOKENS])
     assert lota.extract(BASE, score="snip", collected=collected)[0.9].n_kept == mask.n_kept
+    squares = lota.collect_gradients(model, lambda tokens: loss_of(model, tokens), [TOKENS], kind="squares")
+    importance = lota.importance_of([squares])
+    avoiding = lota.extract(BASE, TUNED, [0.9], avoid=importance, avoid_strength=10.0)[0.9]
+    assert avoiding.n_kept == mask.n_kept > avoiding.overlap(mask)
     return loaded
 
 
