@@ -10,7 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= auto
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 .PHONY: demo families faults gpu test test-fast test-portable mutants lint clean
 

@@ -26,6 +26,8 @@ from scripts.workloads import BASES
 
 BASE = BASES["tiny-llama"].folder
 
+pytestmark = pytest.mark.xdist_group("merge_study")  # in one process: its study is made once
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:

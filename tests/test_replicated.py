@@ -17,7 +17,8 @@ from lota.masks import Mask
 from lota.masks.extract.gradients import Collected
 from lota.masks.extract.importance import save_importance
 
-pytestmark = pytest.mark.slow
+# in one process: its runs are made once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("replicated")]
 DRIVER = str(Path(__file__).with_name("process_runs.py"))
 # 20 steps; the last batch has 5 of 8 examples. eps: small gradients move little, so that rounding stays small
 MASKED = ("mask_path=0.9_mask.pt", "n_epochs=null", "n_examples=157", "eps=1.0", "lr=1e-2", "eval_every=80",

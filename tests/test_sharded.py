@@ -18,7 +18,8 @@ from lota.masks import Mask
 from lota.masks.extract.importance import save_importance
 from lota.models.scope import find_scope, meta_model
 
-pytestmark = pytest.mark.slow
+# in one process: its runs are made once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded")]
 DRIVER = str(Path(__file__).with_name("process_runs.py"))
 SHORT = ("n_examples=37", "eps=1.0", "lr=1e-2", "eval_every=37", "save_every=1000")
 ODD, EXPERTS = "model.name_or_path=odd", "model.name_or_path=experts"
