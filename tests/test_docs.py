@@ -65,6 +65,11 @@ def test_the_layout_names_every_folder_and_package():
     assert all(
         (ROOT / name).is_dir() or (ROOT / "lota" / name).is_dir() or name == "extract" for name in named
     )
+    inside, heads = "", list[Path]()
+    for indent, name in re.findall(r"^( *)(\w+)/", block, re.MULTILINE):
+        inside = inside if indent else name
+        heads.append(ROOT / inside / name if indent else ROOT / name)
+    assert all(head.is_dir() for head in heads) and len(heads) == len(set(heads))
 
 
 def test_the_settings_of_the_readme_are_those_of_the_whole_table():
