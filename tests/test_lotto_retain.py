@@ -186,7 +186,22 @@ def test_settings_that_cannot_be_had(overrides, words):
     assert words in refused(*overrides)
 
 
-def test_examples_that_nothing_reads_are_named():
-    why = "retain.n_examples=3 (retain.ewc=0, retain.avoid=0)"
-    assert settings("retain.n_examples=3").unused() == [why]
-    assert settings("retain.n_examples=3", "retain.avoid=1").unused() == []
+ALONE, OWN = "(one task: none comes before it)", "(the later tasks have masks of yours)"
+UNREAD = [
+    (["retain.n_examples=3"], ["retain.n_examples=3 (retain.ewc=0, retain.avoid=0)"]),
+    (["retain.n_examples=3", "retain.avoid=1"], []),
+    (
+        ["tasks=[one]", "retain.ewc=1", "retain.l2_sp=0.5"],
+        [f"retain.l2_sp=0.5 {ALONE}", f"retain.ewc=1.0 {ALONE}"],
+    ),
+    (
+        ["tasks=[one,two]", "retain.avoid=2", "+task_overrides.two.mask_path=m.pt"],
+        [f"retain.avoid=2.0 {OWN}"],
+    ),
+    (["tasks=[one,two]", "retain.avoid=2", "+task_overrides.one.mask_path=m.pt"], []),
+]
+
+
+@pytest.mark.parametrize(("overrides", "lines"), UNREAD)
+def test_what_nothing_reads_is_named(overrides, lines):
+    assert settings(*overrides).unused() == lines

@@ -135,7 +135,7 @@ def test_a_diverged_sequence_is_known_as_such(tmp_path, monkeypatch):
 
 
 def test_the_exact_model(tmp_path):
-    """Where training holds bf16 copies, what is measured are the masters; frozen entries are the base's."""
+    """Where training holds bf16 copies, what is measured are the masters; frozen entries are those copies."""
     study = Study(tmp_path, "smoke", SMOKE)
     config = study.config(DENSE, 0, 1e-2)
     config.mask_path = str(tmp_path / "mask.pt")

@@ -224,16 +224,20 @@ class LottoConfig(Config):
     def unused(self) -> list[str]:
         """Keys of the sequence that nothing reads, as `key=value (why)`; each run lists those of its own."""
         own = {f.name for f in fields(self)} - {f.name for f in fields(Config)}
-        retain = self.retain
-        if retain.n_examples != RetainConfig().n_examples and not retain.by_importance:
-            return [
-                f"retain.n_examples={retain.n_examples} (retain.ewc=0, retain.avoid=0)",
-                *self._unused(own),
-            ]
-        return self._unused(own)
+        lines = [line for key, line in unused_settings(self).items() if key.split(".")[0] in own]
+        usual, idle = vars(RetainConfig()), self._idle_retain()
+        given = {key: value for key, value in vars(self.retain).items() if value != usual[key]}
+        return lines + [f"retain.{key}={given[key]} ({idle[key]})" for key in given if key in idle]
 
-    def _unused(self, own: set[str]) -> list[str]:
-        return [line for key, line in unused_settings(self).items() if key.split(".")[0] in own]
+    def _idle_retain(self) -> dict[str, str]:
+        """Key of `retain` -> why nothing reads it; what a method cannot use, the key's own `needs` says."""
+        later = self.sequence[1:]
+        if not later:
+            return dict.fromkeys(vars(self.retain), "one task: none comes before it")
+        idle = {} if self.retain.by_importance else {"n_examples": "retain.ewc=0, retain.avoid=0"}
+        if self.learning.saliency is not None and all(self.own(task, "mask_path") for task in later):
+            idle["avoid"] = "the later tasks have masks of yours"
+        return idle
 
 
 def sequence_problems(c: LottoConfig) -> Iterator[str]:

@@ -158,7 +158,6 @@ class Lotto:
             place = self.place(stage, CALIBRATE, before)
             run = config.calibration(stage.task, **place, protect_masks=self.protected(stage))
             tuned = weights_of(self.start(run))
-        avoids = importance is not None and config.retain.avoid
         mask = extract(
             start,
             tuned,
@@ -169,7 +168,7 @@ class Lotto:
             protect=self.protected(stage),
             granularity=config.granularity,
             block=config.block,
-            avoid=importance.whole if importance is not None and avoids else None,
+            avoid=importance.whole if importance is not None and config.retain.avoid else None,
             avoid_strength=config.retain.avoid,
             model=config.model.name_or_path,
         )[sparsity]
