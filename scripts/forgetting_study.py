@@ -4,7 +4,7 @@
 
 Each method is trained at several sparsities and at learning rates from a fifth to twice the best one (by
 validation loss), with several seeds. The frontier of a method are those of its settings that no other of its
-settings beats in both losses; which they are is decided on validation rows, their numbers are of test rows.
+settings beats in both losses: on validation rows of the task, and on the own text that is reported as well.
 Own text is held-out text like that the base was trained on, in nats per byte (PEFT's MetaMathQA comparison
 measures forgetting on Wikipedia, in nats per token). Shares results with scripts/sparsity_study.py. Writes
 forgetting.md, .png and .html.
@@ -151,8 +151,8 @@ REPORT = Report(
 same forgetting? Learning is the test loss on the new task, forgetting the growth of the loss on the base's \
 own text.""",
     measured="""Each method is trained at several sparsities and at learning rates from a fifth of its best \
-one to about twice that. Which of its settings are on the frontier is decided on validation rows; their \
-numbers are of test rows. In the figures faint dots are all settings, lines are frontiers; the better \
+one to about twice that. Which of its settings are on the frontier is decided by the loss on validation rows \
+and the loss on own text, of which there is no second sample; losses on the task are of test rows. In the figures faint dots are all settings, lines are frontiers; the better \
 corner is at the left.""",
     part="curve",
     tables=tables,
