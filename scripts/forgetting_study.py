@@ -152,8 +152,8 @@ same forgetting? Learning is the test loss on the new task, forgetting the growt
 own text.""",
     measured="""Each method is trained at several sparsities and at learning rates from a fifth of its best \
 one to about twice that. Which of its settings are on the frontier is decided by the loss on validation rows \
-and the loss on own text, of which there is no second sample; losses on the task are of test rows. In the figures faint dots are all settings, lines are frontiers; the better \
-corner is at the left.""",
+and the loss on own text, of which there is no second sample; losses on the task are of test rows. \
+In the figures faint dots are all settings, lines are frontiers; the better corner is at the left.""",
     part="curve",
     tables=tables,
     panels=("nats", "score"),
