@@ -21,12 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PART = "sequence"
-SIZES = {"n_examples": 320, "n_validation": 60, "n_test": 100, "n_scored": 60}  # of each task
+SIZES = {"n_validation": 60, "n_test": 100, "n_scored": 60}  # of each task
 
 
 def members(group: str, sizes: Mapping[str, Any]) -> dict[str, Workload]:
-    """Name -> a task of the group in the sizes of a sequence."""
-    return {name: replace(WORKLOADS[name], **sizes) for name in GROUPS[group]}
+    """Name -> a task of the group in the sizes of a sequence: two thirds of its steps, unless `sizes` tells
+    how many examples; one without a score stays without.
+    """
+    found = {}
+    for name in GROUPS[group]:
+        one = WORKLOADS[name]
+        n_examples = one.steps * 2 // 3 * one.batch_size
+        found[name] = replace(
+            one, **{"n_examples": n_examples, **sizes, "n_scored": min(one.n_scored, sizes["n_scored"])}
+        )
+    return found
 
 
 def group_key(workloads: Mapping[str, Workload], base_hash: str) -> str:
@@ -237,7 +246,7 @@ def facts(group: str, records: Sequence[Record], order: str) -> Iterator[str]:
         yield (
             f"Each task: {first.steps} steps of {first.batch_size} rows, a calibration as long; at most "
             f"{first.n_validation} validation and {first.n_test} test rows, the first {first.n_scored} of "
-            f"them for the score. Longer rows are left out, tokens: {longest}."
+            f"them for the score of a task that has one. Longer rows are left out, tokens: {longest}."
         )
     else:
         yield f"SHA-256 of the base's weights: {run['base']}; sizes of another version of this study."

@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m scripts.sequence_study --groups "real tasks" "toy tasks"
 
-Full fine-tuning, LoRA, random masks, LoTA whose masks may overlap and LoTTO learn the tasks in both orders,
-each at three or more learning rates: a curve of learning against forgetting. Of each the rate is chosen that
-has the least validation loss, over all tasks, after the last stage; test rows are reported. Then, at the rate
-of LoTTO, what could keep the behaviour of earlier tasks: `retain` of config/lotto.yaml, and fewer entries for
-later tasks. Goes on where it was interrupted. Writes sequences.md, .png and .html.
+Full fine-tuning, LoRA, random masks, LoTA whose masks may overlap and LoTTO learn the tasks, each at three or
+more learning rates: a curve of learning against forgetting. Of each the rate is chosen that has the least
+validation loss, over all tasks, after the last stage; test rows are reported. Then, at LoTTO's rate, what
+could keep the behaviour of earlier tasks: `retain` of config/lotto.yaml, and fewer entries for later tasks.
+The reversed order has the rates of the given one. Goes on where it was interrupted. Writes sequences.md, .png
+and .html.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ WAYS = (
     FFT,
     Way(SCOPE.name, "lota", 5e-4, {"sparsity": 0.0}),
     Way("LoRA, AdamW", "lora", 2e-3, {"optimizer": "AdamW"}),
+    Way("LoRA, RMSprop", "lora", 2e-3, {"optimizer": "RMSprop"}),
     Way("random masks", "random", 5e-3),
     Way("LoTA, overlapping", "lota", 5e-3),
     LOTTO,
@@ -100,7 +102,7 @@ class Sequences:
             n_examples=workload.n_examples, batch_size=workload.batch_size, lr_scheduler="linear",
             warmup_steps=workload.steps // 10, max_length=length, max_prompt_length=length - 1,
             do_first_eval=False, eval_every=10**9, n_eval_examples=1, overwrite=True,
-            local_dirs=[str(self.out / "runs" / self.name)], minimum_log_interval_secs=1e9,
+            local_dirs=[str(self.out / "runs" / self.name)], minimum_log_interval_secs=1e9, packing=True,
         )  # fmt: skip
         config.model.name_or_path = str(self.first.folder)
         if way.method == "lora":
@@ -161,11 +163,11 @@ class Sequences:
             found[name] = values
         return {"tasks": found} | ({"own": first.own(model, first.tokenizer)} if last else {})
 
-    def rate(self, way: Way, order: str, seeds: Sequence[int]) -> float:
+    def rate(self, way: Way, seeds: Sequence[int]) -> float:
         """The rate with the least validation loss of all tasks after the last stage; means over seeds."""
 
         def loss(lr: float) -> float:
-            runs = [self.measured(way, order, seed, lr) for seed in seeds]
+            runs = [self.measured(way, ORDERS[0], seed, lr) for seed in seeds]
             return fmean(final(run, "validation") if run["stages"] else float("inf") for run in runs)
 
         return best_rate(self.rates, way.start, loss)
@@ -176,7 +178,7 @@ def run(sequences: Sequences, args: argparse.Namespace) -> None:
     every = {way.name: way for way in (*WAYS, *KEEPING)}
     for order in args.orders:
         for way in (way for way in every.values() if way.name in args.ways):
-            lr = sequences.rate(every[way.like or way.name], order, args.seeds)
+            lr = sequences.rate(every[way.like or way.name], args.seeds)
             for seed in args.seeds:
                 sequences.measured(way, order, seed, lr)
 

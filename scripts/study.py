@@ -122,7 +122,7 @@ class Study:
     ):
         self.out, self.name, self.workload = out, name, workload
         self.sparsities, self.rates = sparsities, rates  # of masks, which are made together; of searches
-        self.folder = BASES[workload.base].folder
+        self.folder = BASES[workload.base].folder(out)
         self.task = short_rows(workload)
 
     @cached_property
@@ -156,6 +156,7 @@ class Study:
             warmup_steps=n_examples // workload.batch_size // 10, max_length=workload.max_length,
             max_prompt_length=workload.max_length - 1, do_first_eval=False, eval_every=10**9,
             local_dirs=[str(self.out / "runs" / self.name)], minimum_log_interval_secs=1e9, debug=True,
+            packing=True,
         )  # fmt: skip
         config.model.name_or_path = str(self.folder)
         if method.lora:
@@ -398,8 +399,8 @@ def in_study(out: Path, bases: Mapping[str, str]) -> Iterator[str]:
     logger.setLevel(logging.INFO)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     for base in (BASES[name] for name in bases.values()):
-        if not base.folder.is_dir():
-            sys.exit(f"{base.folder} is not there: {base.remedy}")
+        if not base.source.is_dir():
+            sys.exit(f"{base.source} is not there: {base.remedy}")
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for name in bases:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -20,7 +22,7 @@ from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Row, Task
 from lota.evaluate.text_loss import Text
 from lota.models.loading import load_tokenizer
-from lota.storage import content_key
+from lota.storage import atomic_path, content_key, write_json
 from lota.train.trainer import Trainer
 from tasks import get_task
 
@@ -48,12 +50,39 @@ class Bf16Trainer(Trainer):
 class Base:
     """A model that is adapted, and text like that which it was trained on."""
 
-    folder: Path
+    source: Path  # folder of the model
     own_text: Callable[[], Sequence[Text]]
     about: str  # for readers of a page
     remedy: str = "it belongs to the shared data"  # if the folder is not there
     trainer: type[Trainer] = Trainer
     products: str = "fp32"  # of matrices in training
+    end: str | None = None  # the token that its texts end with, if its tokenizer names another
+
+    def folder(self, out: Path) -> Path:
+        """The model's folder; below `out`, as a copy, if its end token is another than there."""
+        if self.end is None:
+            return self.source
+        folder = out / "bases" / self.source.name
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(folder) as made:
+                _copy_with_end(self.source, made, self.end)
+        return folder
+
+
+def _copy_with_end(source: Path, folder: Path, end: str) -> None:
+    """Copy a model, with another token of its vocabulary as end token."""
+    folder.mkdir()
+    for file in source.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    number = load_tokenizer(source).convert_tokens_to_ids(end)
+    changed = [
+        ("tokenizer_config.json", {"eos_token": end}),
+        ("config.json", {"eos_token_id": number}),
+        ("generation_config.json", {"eos_token_id": number}),
+    ]
+    for name, settings in changed:
+        write_json(folder / name, json.loads((folder / name).read_text(encoding="utf-8")) | settings)
 
 
 def _world_text() -> list[Text]:
@@ -80,11 +109,16 @@ BASES = {
         ROOT / "assets" / "study-llama",
         _held_out_text,
         "a Llama that learnt encyclopaedia articles, questions with answers, and chats",
-        "python -m assets.make_study_base --data_dir ../shared/data makes it",
+        remedy="python -m assets.make_study_base --data_dir ../shared/data makes it",
         trainer=Bf16Trainer,
         products="bf16",
     ),
-    "stories260K": Base(SHARED / "models" / "stories260K", _stories, "a Llama of stories for children"),
+    "stories260K": Base(
+        SHARED / "models" / "stories260K",
+        _stories,
+        "a Llama of stories for children, which parts its texts by the token <s>",
+        end="<s>",
+    ),
 }
 
 
@@ -112,6 +146,7 @@ class Workload:
 def sizes_key(workload: Workload, base_hash: str) -> str:
     """A key of the workload and the base: results of other sizes are other results."""
     sizes = {key: value for key, value in asdict(workload).items() if key != "data_dir"}
+    sizes["end"] = BASES[workload.base].end
     return content_key([sizes, base_hash])[:12]
 
 
@@ -130,7 +165,7 @@ WORKLOADS: dict[str, Workload] = {
     **_on_both("sql", n_examples=480, batch_size=8, max_length=192, new_tokens=64),
     **_on_both("gsm8k", n_examples=480, batch_size=8, max_length=224, n_scored=0),
     **_on_both("samsum", n_examples=320, batch_size=8, max_length=224, new_tokens=64),
-    **_on_both("boolq", n_examples=480, batch_size=8, max_length=128, new_tokens=8),
+    **_on_both("boolq", n_examples=480, batch_size=8, max_length=128),
 }
 # Three tasks on one base that one model is to learn, in the order in which they come one after the other
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -143,7 +178,7 @@ SMOKE = Workload("toy_sort", "tiny-llama", 16, 8, 128, 8, 8, 4, own_bytes=500, d
 def short_rows(workload: Workload) -> Task:
     """The task without the rows that are too long for a run."""
     task = copy.copy(get_task(workload.task))
-    load, tokenizer = task.load, load_tokenizer(BASES[workload.base].folder)
+    load, tokenizer = task.load, load_tokenizer(BASES[workload.base].source)
     prompter, whole = Prompter(tokenizer), {"max_length": 10**6, "max_prompt_length": 10**6}
     known: dict[str, list[Row]] = {}
 

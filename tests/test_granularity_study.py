@@ -36,7 +36,7 @@ def test_stages(tmp_path, monkeypatch):
     made.adapt("block 64", 0.99, "sum of squares, per tensor", 0)
     assert len((tmp_path / "smoke.jsonl").read_text().splitlines()) == len(lines)
     # what lies in the kept entries, from the models as transformers loads them
-    folder = BASES["tiny-llama"].folder
+    folder = BASES["tiny-llama"].source
     before = load_model(folder).state_dict()
     after = load_model(folder, archive=made.calibration(0)).state_dict()
     mask = Mask.load(made.mask(study.mask_of("block 16", 0.9), 0))

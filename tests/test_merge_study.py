@@ -24,7 +24,7 @@ from scripts.merge_study import Merging, Vectors
 from scripts.study import RATE_SEED, Study
 from scripts.workloads import BASES
 
-BASE = BASES["tiny-llama"].folder
+BASE = BASES["tiny-llama"].source
 
 pytestmark = pytest.mark.xdist_group("merge_study")  # in one process: its study is made once
 

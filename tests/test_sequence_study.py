@@ -13,7 +13,18 @@ from lota.lotto.config import sequence_problems
 from lota.models.loading import load_model, load_tokenizer
 from lota.train.trainer import Trainer
 from scripts import sequence_study
-from scripts.sequence_report import bests, draw, every_rate, final, forgotten, learnt, settings, summary
+from scripts.sequence_report import (
+    SIZES,
+    bests,
+    draw,
+    every_rate,
+    final,
+    forgotten,
+    learnt,
+    members,
+    settings,
+    summary,
+)
 from scripts.sequence_study import FFT, KEEPING, LOTTO, SMOKE_SIZES, WAYS, Sequences, Way
 from scripts.study import DENSE, Study, exact
 from scripts.workloads import BASES, GROUPS, SMOKE, WORKLOADS
@@ -84,11 +95,27 @@ def test_every_way_is_a_sequence_that_lotto_takes(tmp_path):
 def test_a_way_takes_the_rate_of_another_that_is_not_asked_for(tmp_path, monkeypatch):
     way = next(way for way in KEEPING if way.like == FFT.name)
     runs = []
-    monkeypatch.setattr(Sequences, "rate", lambda self, way, order, seeds: {FFT.name: 1e-3}[way.name])
+    monkeypatch.setattr(Sequences, "rate", lambda self, way, seeds: {FFT.name: 1e-3}[way.name])
     monkeypatch.setattr(Sequences, "measured", lambda self, way, *cell: runs.append((way.name, *cell)))
     args = argparse.Namespace(ways=[way.name], orders=["reversed"], seeds=[0, 1])
     sequence_study.run(Sequences(tmp_path, "toy tasks", SMOKE_SIZES, (1e-3,)), args)
     assert runs == [(way.name, "reversed", seed, 1e-3) for seed in (0, 1)]
+
+
+def test_rates_are_chosen_in_the_given_order(tmp_path, monkeypatch):
+    """On validation rows, and a task without a score stays so."""
+    seen = []
+
+    def measured(self, way, order, seed, lr):
+        seen.append((order, seed))
+        losses = {1e-3: 3.0, 1e-2: 1.0, 1e-1: 2.0}
+        return {"stages": [{"tasks": {"a": {"validation": losses[lr], "test": -losses[lr]}}}]}
+
+    monkeypatch.setattr(Sequences, "measured", measured)
+    assert Sequences(tmp_path, "toy tasks", SMOKE_SIZES, (1e-3, 1e-2, 1e-1)).rate(FFT, [0, 1]) == 1e-2
+    assert {*seen} == {("given", 0), ("given", 1)}
+    scored = [(one.task, one.n_examples, one.n_scored) for one in members("real tasks", SIZES).values()]
+    assert scored == [("sql", 320, 60), ("gsm8k", 320, 0), ("boolq", 320, 60)]
 
 
 @pytest.mark.slow
@@ -101,13 +128,13 @@ def test_a_sequence_is_measured_after_every_stage(tmp_path, monkeypatch):
     command = ["--smoke", "--seeds", "0", "--orders", "given", "--ways", LOTTO.name, "--out", str(tmp_path)]
     monkeypatch.setattr(sequence_study, "RATES", (1e-3,))
     monkeypatch.setattr(sequence_study, "SMOKE_SIZES", {**SMOKE_SIZES, "n_scored": 0})
-    monkeypatch.setattr(Sequences, "rate", lambda self, way, order, seeds: 1e-2)
+    monkeypatch.setattr(Sequences, "rate", lambda self, way, seeds: 1e-2)
     sequence_study.main(command)
     (record,) = [json.loads(line) for line in (tmp_path / "toy tasks.jsonl").read_text().splitlines()]
     assert [list(stage["tasks"]) for stage in record["stages"]] == [
         list(GROUPS["toy tasks"][:n]) for n in (1, 2, 3)
     ]
-    folder = BASES["tiny-llama"].folder
+    folder = BASES["tiny-llama"].source
     (policy,) = kept.glob("3_*/adapt/*/policy.pt")
     model, tokenizer = load_model(folder, archive=policy).eval(), load_tokenizer(folder)
     for name, found in record["stages"][-1]["tasks"].items():

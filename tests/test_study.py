@@ -16,14 +16,16 @@ from lota.data.examples import in_validation
 from lota.data.prompts import Prompter
 from lota.evaluate.text_loss import nats_per_byte
 from lota.masks import Mask
+from lota.models.hashing import content_hash
 from lota.models.loading import load_model, load_tokenizer
 from lota.models.scope import find_scope
+from lota.models.weights import open_weights
 from lota.report.page import markdown
 from scripts import budget_study, forgetting_study, sparsity_study
 from scripts.cells import Cells, read_cells, shown
 from scripts.forgetting_study import Point, budget_table, frontier, frontier_table, points
 from scripts.study import DENSE, RATES, VALIDATION, Method, Study
-from scripts.workloads import BASES, SMOKE
+from scripts.workloads import BASES, SMOKE, sizes_key
 from tasks import get_task
 from tests.evaluations import write_rows
 
@@ -33,7 +35,7 @@ LOTA = Method("LoTA", 0.9, "task_vector", start=1e-2)
 
 @pytest.fixture(scope="module")
 def tiny():
-    folder = BASES["tiny-llama"].folder
+    folder = BASES["tiny-llama"].source
     return load_model(folder).eval(), load_tokenizer(folder)
 
 
@@ -71,6 +73,26 @@ def study(tmp_path):
     return Study(tmp_path, "smoke", SMOKE)
 
 
+def test_a_base_with_another_end_token(tmp_path, monkeypatch):
+    """Runs learn and stop at it; the weights are the base's, whose own folder stays as it is."""
+    plain, before = BASES["tiny-llama"], load_tokenizer(BASES["tiny-llama"].source)
+    assert plain.folder(tmp_path) == plain.source and not any(tmp_path.iterdir())
+    key = sizes_key(SMOKE, "hash")
+    monkeypatch.setitem(BASES, "tiny-llama", replace(plain, end=before.bos_token))
+    assert sizes_key(SMOKE, "hash") != key
+    study = Study(tmp_path, "smoke", SMOKE)
+    number = study.tokenizer.eos_token_id
+    assert number == before.bos_token_id != before.eos_token_id
+    assert {after[-1] for _, after in study.requests(study.tokenizer, study.rows("test"))} == {number}
+    model = load_model(study.folder)
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == number
+    assert content_hash(open_weights(study.folder)) == content_hash(open_weights(plain.source))
+    assert load_tokenizer(plain.source).eos_token_id == before.eos_token_id
+    made = (study.folder / "config.json").stat().st_mtime_ns
+    assert Study(tmp_path, "other", SMOKE).folder == study.folder
+    assert (study.folder / "config.json").stat().st_mtime_ns == made  # once for all studies of a folder
+
+
 @pytest.mark.parametrize("best", [1e-5, 2e-3, 5e-2, 5.0])
 def test_the_best_rate_has_a_worse_one_on_either_side(best, study, monkeypatch):
     tried = []
@@ -92,7 +114,7 @@ def test_the_grid_has_factors_of_two_to_three():
 
 
 def test_no_row_that_chooses_is_trained_on_or_reported(tmp_path):
-    task, tokenizer = get_task("gsm8k"), load_tokenizer(BASES["tiny-llama"].folder)
+    task, tokenizer = get_task("gsm8k"), load_tokenizer(BASES["tiny-llama"].source)
     rows = {}
     for split, n in (("train", 120), ("test", 30)):
         rows[split] = [
@@ -140,7 +162,7 @@ def test_half_a_line_is_cut(tmp_path):
 
 
 def test_a_base_that_is_not_there_is_said_with_the_remedy(tmp_path, monkeypatch):
-    missing = replace(BASES["tiny-llama"], folder=tmp_path / "x", remedy="make it")
+    missing = replace(BASES["tiny-llama"], source=tmp_path / "x", remedy="make it")
     monkeypatch.setitem(BASES, "tiny-llama", missing)
     with pytest.raises(SystemExit, match=f"{tmp_path}/x is not there: make it"):
         sparsity_study.main(["--smoke", "--out", str(tmp_path / "out")])
