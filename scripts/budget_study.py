@@ -22,7 +22,9 @@ from lota.masks import Mask
 from lota.plots import PALETTE
 from scripts.calibration_study import iou
 from scripts.cells import COLUMNS, LABELS, Record, results, shown
-from scripts.study import Method, Study, study_parser
+from scripts.methods import Method
+from scripts.study import Study
+from scripts.study_command import study_parser
 from scripts.study_report import Report, Table, study_main
 
 if TYPE_CHECKING:

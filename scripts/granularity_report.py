@@ -27,7 +27,7 @@ from scripts.granularity_study import (
     WORKLOADS,
     named,
 )
-from scripts.study import DENSE
+from scripts.methods import DENSE
 from scripts.study_report import SIZE, Table, about_sections, facts, study_sections, write_report
 
 if TYPE_CHECKING:

@@ -23,7 +23,9 @@ from benchmarks import step
 from lota.masks import Mask
 from lota.models.pair import open_pair
 from scripts.cells import Cells, Record
-from scripts.study import DENSE, Method, Study, run_study, study_parser
+from scripts.methods import DENSE, Method
+from scripts.study import Study
+from scripts.study_command import run_study, study_parser
 from scripts.workloads import ROOT, Workload
 
 SPARSITIES = (0.9, 0.95, 0.99)

@@ -9,7 +9,7 @@ from itertools import product
 from lota.share.merge.rules import METHODS, MergeRule, make_rule
 from lota.storage import content_key
 from scripts.cells import Record
-from scripts.study import DENSE, Method
+from scripts.methods import DENSE, Method
 from scripts.workloads import GROUPS, SMOKE, WORKLOADS, Workload
 
 FOLDER = "merging"  # of the results, inside the studies' folder

@@ -50,7 +50,9 @@ from scripts.merge_grid import (
     group_key,
     members_of,
 )
-from scripts.study import DENSE, RATE_SEED, Method, Study, nats_per_token, run_study, study_parser
+from scripts.methods import DENSE, Method
+from scripts.study import RATE_SEED, Study, nats_per_token
+from scripts.study_command import run_study, study_parser
 from scripts.workloads import GROUPS, Workload
 
 

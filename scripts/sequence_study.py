@@ -24,8 +24,10 @@ from lota.lotto.config import LottoConfig
 from lota.lotto.driver import Lotto
 from lota.models.loading import load_model
 from scripts.cells import Cells, Record
+from scripts.methods import RATES, SCOPE, best_rate
 from scripts.sequence_report import PART, SIZES, final, group_key, members, report
-from scripts.study import RATES, SCOPE, VALIDATION, Study, best_rate, in_study, study_parser
+from scripts.study import VALIDATION, Study
+from scripts.study_command import in_study, study_parser
 from scripts.workloads import BASES, GROUPS, WORKLOADS
 
 SPARSITY = 0.9

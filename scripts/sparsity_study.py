@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from lota.evaluate.estimates import mean_and_stderr
 from lota.plots import PALETTE
 from scripts.cells import COLUMNS, LABELS, Record, results
-from scripts.study import DENSE, SCOPE, Method, Study, study_parser
+from scripts.methods import DENSE, SCOPE, Method
+from scripts.study import Study
+from scripts.study_command import study_parser
 from scripts.study_report import Report, Table, study_main
 
 if TYPE_CHECKING:

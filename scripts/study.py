@@ -1,4 +1,4 @@
-"""What the studies share: a base and a task, training runs that are measured and stored once, the best rate.
+"""What the studies share: a base and a task, training runs that are measured and stored once.
 
 A study runs a grid of methods, sparsities, rates and seeds. Each result is a line of <out>/<workload>.jsonl,
 written when it is known: the same command after an interruption goes on, and two processes may work on two
@@ -9,17 +9,13 @@ measured on test rows. Forgetting is the loss on text of the base's own that it 
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,72 +36,23 @@ from lota.models.hashing import remembered_hash
 from lota.models.loading import load_tokenizer
 from lota.models.pair import open_pair
 from lota.models.scope import find_scope, meta_model
-from lota.places import holding
 from lota.train.lora import lora_targets
 from lota.train.saliency_gradients import SaliencySettings, collect, load_saliency_data
 from lota.train.trainer import Trainer
 from scripts.cells import Cells, Record
-from scripts.workloads import BASES, ROOT, SMOKE, WORKLOADS, Workload, short_rows, sizes_key
+from scripts.methods import DENSE, RATES, Method, best_rate
+from scripts.workloads import BASES, Workload, short_rows, sizes_key
 
-logger = logging.getLogger("study")
-SEEDS = (0, 1, 2)
 RATE_SEED = 100  # of the runs that choose learning rates
 VALIDATION = 0.1  # share of the training rows
-RATES = tuple(digit * 10.0**power for power in range(-5, 1) for digit in (1, 2, 5))
 RESULTS = ("validation", "nats", "own", "score")  # losses of splits and of the base's own text, the score
 TESTED = ("main", "budget", "curve")  # parts whose runs are measured on test rows
 GRADIENTS = ("gradient", "fisher", "snip")  # saliencies that are read off the base's gradients
 
 
-# Methods
-
-
-@dataclass(frozen=True)
-class Method:
-    """What trains, and how."""
-
-    name: str  # a line of a figure: the same at every sparsity
-    sparsity: float | None = None  # of the mask, or of the mask whose entries LoRA's count is to match
-    saliency: str | None = None  # of the mask
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, `Config`'s keys
-    lora: bool = False
-    passes: int = 1  # length over that of the workload's run
-    budget: int | None = None  # steps that the mask's saliency comes from; None: as many as a run has
-    start: float = 1e-3  # rate that the search begins with
-    granularity: str = "element"
-    block: int = 64
-    rule: Mapping[str, Any] = field(default_factory=dict)  # further fields of the mask's `Rule`
-
-    @property
-    def key(self) -> Record:
-        """What tells its runs from others."""
-        return {"method": self.name, "sparsity": self.sparsity}
-
-
-DENSE = Method("full fine-tuning", start=1e-3)
-# of what masks choose from: embeddings and head stay, as they do with masks and LoRA
-SCOPE = Method("full fine-tuning of attention and MLP", 0.0, "magnitude", start=1e-3)
-USUAL = ("toy_sort", "sql on stories260K", "gsm8k on stories260K", "samsum on study-llama")  # workloads
-
-
-def best_rate(rates: Sequence[float], start: float, loss: Callable[[float], float]) -> float:
-    """The rate with the least loss of those around `start` and around the best; its neighbours are worse,
-    unless the grid ends.
-    """
-    best = min(range(len(rates)), key=lambda i: abs(rates[i] - start))
-    tried: dict[int, float] = {}
-    while wanted := {i for i in (best - 1, best, best + 1) if 0 <= i < len(rates)} - tried.keys():
-        tried |= {i: loss(rates[i]) for i in sorted(wanted)}
-        best = min(tried, key=lambda i: tried[i])
-    return rates[best]
-
-
 def nats_per_token(model: Any, requests: Sequence[Request]) -> float:
     """Loss per token of what follows the contexts, in nats."""
     return -sum(logliks(model, requests, batch_size=50)) / sum(len(after) for _, after in requests)
-
-
-# Runs
 
 
 class Study:
@@ -350,59 +297,3 @@ def exact(trainer: Trainer) -> PreTrainedModel:
         whole = parameters[name].view(-1)
         whole.copy_(kept.view(-1)) if positions is None else whole.index_copy_(0, positions.long(), kept)
     return trainer.model
-
-
-# The command line
-
-S = TypeVar("S", bound=Study)
-
-
-def study_parser(
-    about: str | None,
-    workloads: Iterable[str] = WORKLOADS,
-    default: Sequence[str] = USUAL,
-    option: str = "--workloads",
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", type=Path, default=ROOT / "study", help="folder of studies that share calibrations (study)")
-    add(option, nargs="+", choices=list(workloads), default=default, help=f"({', '.join(default)})")
-    add("--seeds", type=int, nargs="+", default=list(SEEDS), help="of what is reported (0 1 2)")
-    add("--smoke", action="store_true", help="a few steps of a toy task, to see that everything runs")
-    add("--report", action="store_true", help="tables, figure and page of what is there, no run")
-    return parser
-
-
-def run_study(
-    args: argparse.Namespace,
-    run: Callable[[S, argparse.Namespace], None],
-    sparsities: Sequence[float] = (0.9,),
-    workloads: Mapping[str, Workload] = WORKLOADS,
-    kind: type[S] = Study,  # type: ignore[assignment]
-    smoke: Mapping[str, Workload] = {"smoke": SMOKE},
-) -> None:
-    """Call `run` for every workload, each by one process at a time."""
-    chosen = smoke if args.smoke else {name: workloads[name] for name in args.workloads}
-    for name in in_study(args.out, {name: workload.base for name, workload in chosen.items()}):
-        rates = (1e-3, 1e-2) if args.smoke else RATES
-        study = kind(args.out.resolve(), name, chosen[name], sparsities=sparsities, rates=rates)
-        study.base()
-        run(study, args)
-
-
-def in_study(out: Path, bases: Mapping[str, str]) -> Iterator[str]:
-    """The names of files of results, each held while it is worked on. bases: name -> base.
-
-    Ends the process if a base is not there.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
-    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    for base in (BASES[name] for name in bases.values()):
-        if not base.source.is_dir():
-            sys.exit(f"{base.source} is not there: {base.remedy}")
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    for name in bases:
-        with holding(out / f"{name}.jsonl"):
-            yield name

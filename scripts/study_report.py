@@ -40,7 +40,8 @@ from lota.plots import figure_at, png
 from lota.report.page import Lines, Section, markdown, write_page
 from lota.storage import atomic_path
 from scripts.cells import Record, read_cells
-from scripts.study import RATE_SEED, TESTED, VALIDATION, S, Study, run_study
+from scripts.study import RATE_SEED, TESTED, VALIDATION, Study
+from scripts.study_command import S, run_study
 from scripts.terms import METRICS, TASKS, terms_in
 from scripts.workloads import BASES, SMOKE, WORKLOADS, Workload, sizes_key
 from tasks import get_task

@@ -15,7 +15,8 @@ from scripts import granularity_study as study
 from scripts.cells import Cells
 from scripts.granularity_report import Found
 from scripts.granularity_study import KINDS, USUAL, WORKLOADS, GranularityStudy
-from scripts.study import DENSE, Study
+from scripts.methods import DENSE
+from scripts.study import Study
 from scripts.workloads import BASES, SMOKE
 
 

@@ -13,6 +13,7 @@ from lota.lotto.config import sequence_problems
 from lota.models.loading import load_model, load_tokenizer
 from lota.train.trainer import Trainer
 from scripts import sequence_study
+from scripts.methods import DENSE
 from scripts.sequence_report import (
     SIZES,
     bests,
@@ -26,7 +27,7 @@ from scripts.sequence_report import (
     summary,
 )
 from scripts.sequence_study import FFT, KEEPING, LOTTO, SMOKE_SIZES, WAYS, Sequences, Way
-from scripts.study import DENSE, Study, exact
+from scripts.study import Study, exact
 from scripts.workloads import BASES, GROUPS, SMOKE, WORKLOADS
 from tests.test_study import nats_of
 

@@ -24,7 +24,8 @@ from lota.report.page import markdown
 from scripts import budget_study, forgetting_study, sparsity_study
 from scripts.cells import Cells, read_cells, shown
 from scripts.forgetting_study import Point, budget_table, frontier, frontier_table, points
-from scripts.study import DENSE, RATES, VALIDATION, Method, Study
+from scripts.methods import DENSE, RATES, Method
+from scripts.study import VALIDATION, Study
 from scripts.workloads import BASES, SMOKE, sizes_key
 from tasks import get_task
 from tests.evaluations import write_rows
