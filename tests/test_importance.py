@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import tiny
 import torch
@@ -10,7 +12,7 @@ from mask_pairs import assert_mask, make_pair, saliencies_of, small_chunks, sort
 import lota
 from lota.masks import Mask, kept_count
 from lota.masks.extract.gradients import Collected
-from lota.masks.extract.importance import importance_of, load_importance, save_importance
+from lota.masks.extract.importance import Listed, importance_of, load_importance, save_importance
 from lota.models.scope import find_scope
 
 
@@ -63,6 +65,8 @@ def test_what_is_no_importance_is_refused():
         importance_of([one, Collected({"a": torch.ones(3)}, "squares")])
     with pytest.raises(ValueError, match=r"mean squared gradient of \['task1'\] is 0.0"):
         importance_of([Collected({n: 0 * v for n, v in one.values.items()}, "squares", one.meta)])
+    with pytest.raises(ValueError, match="mean squared gradient of a task is inf"):
+        importance_of([Collected({n: v / 0 for n, v in one.values.items()}, "squares")])
 
 
 @pytest.mark.parametrize("granularity", ["element", "row"])
@@ -102,7 +106,8 @@ def test_what_cannot_be_avoided_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             lota.extract(base_path, tuned_path, [0.9], avoid=avoid, **more)
 
-    refused("avoid_strength=-1.0: must be finite", avoid_strength=-1.0)
+    for strength in (-1.0, -0.5, float("nan"), float("inf")):
+        refused(f"avoid_strength={strength}: must be finite", avoid_strength=strength)
     refused("smallest=True would keep what matters", smallest=True)
     refused(r"pass lota.importance_of\(\[collected\]\)", squares(base, 3))
     for bad in (-1.0, float("nan"), float("inf")):
@@ -129,7 +134,7 @@ def test_files_hold_what_a_mask_keeps_and_fit_no_other(tmp_path):
     without = mask.only([name for name in mask.names if mask.kept(name)])  # the same entries are kept
     assert load_importance(path, without).digest == digest
     save_importance(path, found, None)
-    assert load_importance(path, None).values.keys() == found.values.keys()
+    assert load_importance(str(path), None).values.keys() == found.values.keys()
     assert load_importance(path, None).digest != digest
 
 
@@ -149,6 +154,31 @@ def test_other_files_are_refused(content, tmp_path):
         torch.save(content, path)
     with pytest.raises(ValueError, match="is no file of importances"):
         load_importance(path, mask)
+
+
+def test_the_digest_is_of_names_and_values():
+    """In any order of the names; against SHA-256 of what the docstring says, written out."""
+    a, b = torch.tensor([0.5, 2.0]), torch.tensor([3.0])
+    values = {"b": b, "a": a}
+    whole = b"a\x002\x00" + a.numpy().tobytes() + b"b\x001\x00" + b.numpy().tobytes()
+    digest = Listed(values, None).digest
+    assert digest == hashlib.sha256(whole).hexdigest() == Listed({"a": a, "b": b}, "x").digest
+    others = [{"b": b, "a": a + 1}, {"b": b, "c": a}, {"b": a, "a": b}, {"a": a}]
+    assert len({digest, *(Listed(other, None).digest for other in others)}) == 5
+
+
+def test_every_value_of_a_file_is_looked_at(tmp_path):
+    """A zero is a value; one bad number in one of two tensors, or another version, is no such file."""
+    path = tmp_path / "i.pt"
+    good = {"a": torch.tensor([0.0, 0.25]), "b": torch.tensor([1.0])}
+    save_importance(path, Collected(good, "importance"), None)
+    assert load_importance(path, None).values["a"].tolist() == [0.0, 0.25]
+    content = torch.load(path, weights_only=True)
+    bad = [{"importance": {**good, "b": torch.tensor([x])}} for x in (float("inf"), float("nan"), -0.5)]
+    for change in (*bad, {"version": 2}, {"version": 0}, {"format": "other"}):
+        torch.save({**content, **change}, path)
+        with pytest.raises(ValueError, match="is no file of importances that are finite and at least 0"):
+            load_importance(path, None)
 
 
 def test_tensors_that_do_not_fit_the_mask_are_refused(tmp_path):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from lotto_runs import Trainings, ledger, mask, settings, with_tasks
-from runs import MODEL, policy, same, stopped_after
+from runs import MODEL, policy, same, stopped_after, write_mask
 from test_lotto_check import refused
 from transformers import AutoModelForCausalLM
 
 from lota.data.batches import seeded_sample
 from lota.lotto.driver import Lotto
+from lota.lotto.retain import Importance
 from lota.masks import Mask
 from lota.masks.extract.importance import load_importance
 from lota.models.loading import load_model, load_tokenizer
+from lota.models.scope import find_scope, meta_model
 from tasks import get_task
 
 ALL = ("retain.replay_fraction=0.1", "retain.l2_sp=0.5", "retain.ewc=0.2", "retain.avoid=3",
@@ -50,17 +54,18 @@ def after(lotto: Lotto, at: int) -> dict[str, torch.Tensor]:
     return policy(lotto.weights(lotto.stages[at]).parent)
 
 
-def by_hand(lotto: Lotto, tasks: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Importance of every weight to tasks after stage 1, from plain transformers: a row, a backward pass."""
-    model = load_model(str(MODEL), archive=lotto.weights(lotto.stages[0]), dtype=torch.float32, device="cpu")
+def by_hand(archive: Path | None, names: list[str], tasks: list[str], count: int = 5) -> dict:
+    """Importance of weights to tasks, from plain transformers: a row, a backward pass. archive: a policy.pt,
+    None: the embedded model.
+    """
+    model = load_model(str(MODEL), archive=archive, dtype=torch.float32, device="cpu")
     tokenizer = load_tokenizer(str(MODEL))
-    names = [name for name in mask(lotto, 0).names]
     weights = {name: model.get_parameter(name) for name in names}
     total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in weights.items()}
     for name in tasks:
         task = get_task(name)
         sums = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in weights.items()}
-        for row in seeded_sample(task.load("train", None), 5, seed):
+        for row in seeded_sample(task.load("train", None), count, 0):
             prompt = tokenizer(task.prompt(row)).input_ids
             target = tokenizer(task.target(row), add_special_tokens=False).input_ids
             ids = torch.tensor([[*prompt, *target, tokenizer.eos_token_id]])
@@ -73,11 +78,83 @@ def by_hand(lotto: Lotto, tasks: list[str], seed: int = 0) -> dict[str, torch.Te
     return total
 
 
+def importance(*overrides: str, task: str = "three") -> Importance:
+    """Before that task, at the weights of the embedded model, of two of its matrices; computed alone."""
+    config = settings("tasks=[one,two,three]", "retain.ewc=1", "retain.n_examples=2", *overrides)
+    model = meta_model(MODEL)
+    return Importance(config, get_task, task, MODEL, model, [*find_scope(model)][:2], torch.device("cpu"))
+
+
+def test_importance_is_to_the_tasks_before():
+    """Two rows of each, one in a batch; against autograd row by row."""
+    found = importance()
+    expected = by_hand(None, found.names, ["one", "two"], 2)
+    assert found.whole.values.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found.whole.values[name].double(), value, rtol=1e-3, atol=1e-5)
+    assert [meta["datasets"] for meta in found.whole.meta["tasks"]] == [["one"], ["two"]]
+    assert [len(batch) for data in found.data for batch in data.batches] == [1] * 4
+    assert found.whole is found.whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        ((), "float32"),
+        (("model.fsdp_policy_mp=bfloat16",), "bfloat16"),
+        (("model.policy_dtype=bfloat16",), "bfloat16"),
+    ],
+)
+def test_importance_is_computed_in_the_dtype_that_trains(overrides, dtype):
+    assert {data.dtype for data in importance(*overrides).data} == {dtype}
+
+
+def test_what_decides_importance_is_in_its_key():
+    key = importance().key
+    assert importance().key == key
+    others = [importance(task="two"), importance("retain.n_examples=3"), importance("seed=3")]
+    others += [importance("model.policy_dtype=bfloat16"), importance()]
+    others[-1].names = others[-1].names[:1]
+    assert len({key, *(other.key for other in others)}) == 6
+
+
+def test_importance_is_stored_once(tmp_path, caplog):
+    """What is there is used again; what is of other rows, or damaged, is set aside and made anew."""
+    found = importance(task="two")
+    kept = write_mask(tmp_path / "m.pt").only(found.names)
+    kept.save(tmp_path / "m.pt")
+    run = found.config.adaptation("two", mask_path=str(tmp_path / "m.pt"))
+    path = Path(run.importance_path)
+    found.store(run, kept)
+    stored = load_importance(path, kept)
+    for name in found.names:
+        assert torch.equal(stored.values[name], found.whole.values[name][kept.dense(name)])
+    assert stored.key == found.key and stored.values.keys() == set(found.names)
+    digest = stored.digest  # before the file that is mapped changes
+
+    before = path.stat()
+    again = importance(task="two")
+    again.store(run, kept)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "whole" not in vars(again) and not caplog.messages  # no gradient was computed
+
+    content = torch.load(path, weights_only=True)
+    for bad, said in (({**content, "key": "other"}, "is of other weights or rows"), ([1], "cannot be used")):
+        torch.save(bad, path)
+        caplog.clear()
+        found.store(run, kept)
+        (line,) = caplog.messages
+        assert said in line
+        assert torch.load(path.with_name(line.rpartition(" ")[2]), weights_only=True).__class__ is type(bad)
+        assert load_importance(path, kept).digest == digest
+
+
 @pytest.mark.slow
 def test_importance_decides_the_mask_and_the_pull():
     """Of the second stage, to the first task, at the weights in between; against autograd row by row."""
     lotto, trainings = learnt(*ALL)
-    whole, second = by_hand(lotto, ["one"]), mask(lotto, 1)
+    second = mask(lotto, 1)
+    whole = by_hand(lotto.weights(lotto.stages[0]), [*mask(lotto, 0).names], ["one"])
     stored = load_importance(lotto.folder / "2_two" / "importance.pt", second)
     for name in second.names:
         expected = whole[name][second.dense(name)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lota.share.merge.aligned import align
+from lota.share.merge.inputs import Entries
 from lota.share.merge.rules import METHODS, keep_largest, keep_random, make_rule
 
 F = np.float32
@@ -143,6 +144,108 @@ def test_a_tensor_that_no_vector_changes_uses_its_draws_up():
     align([None, None], 40).merge_(base, rule, unchanged)
     assert torch.equal(base, torch.arange(40.0))
     assert torch.equal(rule.merge(found, used), rule.merge(found, unchanged))
+
+
+def part_of(base: torch.Tensor, tuned: torch.Tensor, listed: torch.Tensor | None) -> Entries | None:
+    """What changes base to tuned; listed: bool, the entries that the part lists, None: all of them."""
+    changed = tuned.view(torch.int16) != base.view(torch.int16)
+    positions = None if listed is None else (listed | changed).nonzero().flatten()
+    where = slice(None) if positions is None else positions
+    values = tuned[where].float() - base[where].float()
+    return Entries(positions, values, tuned[where], changed[where])
+
+
+def parts_over(base: torch.Tensor, kinds: list[str], seed: int = 0) -> tuple[list, list[torch.Tensor]]:
+    """Parts of these kinds over a bf16 tensor, and the tuned tensors: `none`, `listed` or `whole`.
+
+    Nobody changes position 0; each changes a fifth of the others, some by exactly 1 or -1, and lists some
+    entries that it does not change.
+    """
+    g, parts, found = torch.Generator().manual_seed(seed), [], []
+    for kind in kinds:
+        step = torch.tensor([1.0, -1.0, 0.37, -1.71])[torch.randint(4, base.shape, generator=g)]
+        own = torch.rand(base.shape, generator=g) < (0.0 if kind == "none" else 0.2)
+        own[0] = False
+        more = torch.rand(base.shape, generator=g) < 0.1
+        more[0] = False
+        tuned = torch.where(own, (base.float() + step).to(base.dtype), base)
+        found.append(tuned)
+        parts.append(None if kind == "none" else part_of(base, tuned, more if kind == "listed" else None))
+    return parts, found
+
+
+ALIGNED = [
+    ["listed", "listed", "listed"],
+    ["whole", "whole", "whole"],
+    ["none", "listed", "none", "listed"],
+    ["none", "whole", "listed", "none"],
+    ["none", "none"],
+]
+
+
+def base_with_zeros(numel: int = 300) -> torch.Tensor:
+    """bf16; every third entry is a zero of either sign, whose bits a sum with 0 could change."""
+    base = torch.randn(numel, generator=torch.Generator().manual_seed(9))
+    base[::6], base[3::6] = 0.0, -0.0
+    return base.bfloat16()
+
+
+@pytest.mark.parametrize("kinds", ALIGNED, ids="-".join)
+def test_parts_are_aligned_as_whole_tensors_are(kinds):
+    base = base_with_zeros()
+    parts, tuned = parts_over(base, kinds)
+    found = align(parts, base.numel())
+    listed = torch.zeros(base.numel(), dtype=torch.bool)
+    for part in parts:
+        if part is not None:
+            listed[slice(None) if part.positions is None else part.positions] = True
+    where = listed.nonzero().flatten()
+    assert (found.positions is None) == ("whole" in kinds)
+    if found.positions is not None:
+        assert torch.equal(found.positions, where)
+    assert len(found.vectors) == len(kinds)
+    for vector, one in zip(found.vectors, tuned, strict=True):
+        assert torch.equal(vector, (one.float() - base.float())[where])
+    changed = torch.stack([one.view(torch.int16) != base.view(torch.int16) for one in tuned])
+    assert found.touches.tolist() == changed.sum(0)[where].tolist()
+    assert kinds == ["none", "none"] or {0, 1, 2} & {*found.touches.tolist()} >= {1, 2}
+
+
+@pytest.mark.parametrize("kinds", ALIGNED, ids="-".join)
+@pytest.mark.parametrize("method", ["sum", "task_arithmetic"])
+def test_a_tensor_is_merged_entry_by_entry(kinds, method):
+    """With `sum` what one vector alone changes has its tuned bits; what nobody changes keeps the base's."""
+    base = base_with_zeros()
+    parts, tuned = parts_over(base, kinds)
+    rule = make_rule(method, len(kinds))
+    merged = base.clone()
+    align(parts, base.numel()).merge_(merged, rule, rule.generator())
+    expected = base.clone()
+    for i in range(base.numel()):
+        before = base[i].float()
+        touching = [one[i] for one in tuned if str(one[i].item()) != str(base[i].item())]
+        change = sum((one[i].float() - before for one in tuned), torch.zeros(()))
+        if method == "sum" and len(touching) == 1:
+            expected[i] = touching[0]
+        elif change != 0:
+            expected[i] = (before + change).to(base.dtype)
+    assert torch.equal(merged.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal(merged, base) == (kinds == ["none", "none"])
+
+
+def test_a_sum_takes_the_tuned_value_of_the_only_vector_that_changes_an_entry():
+    """Differences of bf16 are exact in float32 unless exponents lie far apart: 1 -> 1e-20 is such a case."""
+    base = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]).bfloat16()
+    first = torch.tensor([1e-20, 1e-20, 1.0, -0.0, 1.0]).bfloat16()
+    second = torch.tensor([1.0, 1e-20, 1.0, 0.0, 1.0]).bfloat16()
+    none = torch.zeros(5, dtype=torch.bool)
+    for listed in (None, none, ~none):
+        parts = [part_of(base, first, listed), part_of(base, second, listed)]
+        for method, lone in (("sum", first[0].item()), ("task_arithmetic", 0.0)):
+            rule, merged = make_rule(method, 2), base.clone()
+            align(parts, 5).merge_(merged, rule, rule.generator())
+            assert merged.tolist() == [lone, -1.0, 1.0, 0.0, 1.0]
+            assert math.copysign(1, merged[3].item()) == (-1 if method == "sum" else 1)
 
 
 def test_dare_keeps_the_expectation():

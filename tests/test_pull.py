@@ -227,6 +227,15 @@ def test_a_restored_pull_goes_on_bit_for_bit(rule, tmp_path):
         plain.load_state_dict(one.state_dict())
 
 
+def test_what_is_not_given_does_not_pull():
+    model = torch.nn.Linear(3, 2, bias=False)
+    listed = torch.arange(6.0)
+    for given, pull in (({"l2_sp": 2.0}, 2.0), ({"ewc": 2.0}, 2 * listed)):
+        optimizer = OPTIMIZERS["SGD"](model)
+        pull_to_start(optimizer, **given, importance={"weight": listed})
+        torch.testing.assert_close(optimizer.state[model.weight]["pull"], pull, rtol=0, atol=0)
+
+
 def test_importance_that_does_not_fit_is_refused():
     model = tiny.make("llama")
     mask = tiny.random_mask(model)

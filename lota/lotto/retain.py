@@ -60,8 +60,7 @@ class Importance:
             logger.info("importance to %s: gradients of %d examples", task, len(data.batches))
             yield collect(data, self.names, "squares")
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     @cached_property
     def data(self) -> list[SaliencyData]:
