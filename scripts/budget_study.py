@@ -13,8 +13,11 @@ budget.md, .png and .html.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lota.evaluate.estimates import mean_and_stderr
@@ -35,27 +38,50 @@ CHANCE = (1 - SPARSITY) / (1 + SPARSITY)  # expected overlap of two masks of tha
 BUDGETS = (1, 4, 16, 64, 256)
 KINDS = {"LoTA": "task_vector", "gradient mask": "gradient"}
 WHOLE = Method("LoTA", SPARSITY, "task_vector", start=1e-2)
+PER_TENSOR = Method("gradient mask, per tensor", SPARSITY, "gradient", start=1e-2, rule={"per": "tensor"})
+BORROWED = "LoTA, another seed's mask"
 
 
-def methods(steps: int, budgets: Sequence[int] = BUDGETS) -> list[Method]:
-    """Every kind of mask from every budget, and from a whole run."""
+def methods(steps: int, batches: int, budgets: Sequence[int] = BUDGETS) -> list[Method]:
+    """Every kind of mask from every budget, and from a whole run.
+
+    steps: of a whole run; batches: of the training rows, which gradients are read off once.
+    """
     found = []
     for kind, saliency in KINDS.items():
-        for budget in [*(b for b in budgets if b != steps), None]:
+        most = batches if saliency == "gradient" else max(budgets)
+        for budget in [*sorted({min(b, most) for b in budgets} - {steps}), None]:
             name = kind if budget is None else f"{kind}, {budget} steps"
             found.append(Method(name, SPARSITY, saliency, budget=budget, start=1e-2))
-    return found
+    return [*found, PER_TENSOR]
 
 
 def run(study: Study, args: argparse.Namespace) -> None:
-    """All masks of one workload."""
-    lr = study.rate(WHOLE)
-    for method in methods(study.workload.steps, BUDGETS[:2] if args.smoke else BUDGETS):
+    """All masks of one workload; a kind's masks adapt at the rate of that from as many steps as a run has."""
+    batches = len(study.whole_split("train")) // study.workload.batch_size
+    for method in methods(study.workload.steps, batches, BUDGETS[:2] if args.smoke else BUDGETS):
+        lr = study.rate(method if method == PER_TENSOR else whole(method))
         for seed in args.seeds:
             study.measured(method, seed, lr, "budget", test=True)
-            overlap(study, method, seed, WHOLE, seed)
+            if method != WHOLE:
+                overlap(study, method, seed, WHOLE, seed)
         for one, other in combinations(args.seeds, 2):
             overlap(study, method, one, method, other)
+    borrowed(study, args.seeds)
+
+
+def whole(method: Method) -> Method:
+    """The same kind of mask from as many steps as a run has."""
+    return replace(method, name=method.name.partition(", ")[0], budget=None)
+
+
+def borrowed(study: Study, seeds: Sequence[int]) -> None:
+    """Every seed's run under the mask of another seed's calibration."""
+    for seed, other in zip(seeds, [*seeds[1:], *seeds[:1]], strict=True):
+        if other != seed:
+            settings = {"mask_path": str(study.mask(WHOLE, other))}
+            method = Method(BORROWED, SPARSITY, settings=settings)
+            study.measured(method, seed, study.rate(WHOLE), "budget", test=True)
 
 
 def overlap(study: Study, method: Method, seed: int, other: Method, other_seed: int) -> None:
@@ -67,15 +93,35 @@ def overlap(study: Study, method: Method, seed: int, other: Method, other_seed: 
         study.cells.add({"iou": iou(*masks)}, **cell)
 
 
-def overlaps(records: Sequence[Record], name: str) -> tuple[list[float], list[float]]:
-    """Of a method's masks: with the whole calibration's of the same seed, and with those of other seeds."""
+Pairs = dict[frozenset[int], float]
+
+
+def overlaps(records: Sequence[Record], name: str) -> tuple[list[float], Pairs]:
+    """Of a method's masks: with the whole calibration's of the same seed; of two seeds with each other."""
     same: list[float] = []
-    others: list[float] = []
+    others: Pairs = {}
     for record in records:
         cell = record["cell"]
         if cell["part"] == "overlap" and cell["method"] == name:
-            (same if cell["with"][1] == cell["seed"] else others).append(record["iou"])
+            if cell["with"] == [WHOLE.name, cell["seed"]]:
+                same.append(record["iou"])
+            else:
+                others[frozenset([cell["seed"], cell["with"][1]])] = record["iou"]
     return same, others
+
+
+def jackknife(pairs: Pairs) -> str:
+    """Mean over pairs of seeds ± its standard error: pairs that share a seed are not independent, so that
+    the error comes from leaving out one seed after the other (Efron and Stein 1981).
+    """
+    seeds = set[int]().union(*pairs)
+    if len(seeds) < 3:
+        return shown(list(pairs.values()))
+    mean = fmean(pairs.values())
+    without = [fmean(value for pair, value in pairs.items() if seed not in pair) for seed in seeds]
+    n = len(seeds)
+    error = math.sqrt((n - 1) / n * sum((one - fmean(without)) ** 2 for one in without))
+    return f"{mean:.3f} ± {error:.3f}"
 
 
 def trained(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -92,7 +138,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
     header = ["mask", "IoU with the whole calibration's", "IoU with other seeds'"]
     lines = [[*header, *(name for name, *_ in COLUMNS.values()), "seeds"]]
     for name, runs in trained(records).items():
-        lines.append([name, *map(shown, overlaps(records, name)), *results(runs), str(len(runs))])
+        same, others = overlaps(records, name)
+        lines.append([name, shown(same), jackknife(others), *results(runs), str(len(runs))])
     note = f"Two masks of this size drawn by lot: an IoU of {CHANCE:.3f}."
     return [Table("Masks and what training under them gives", lines, note)]
 
@@ -104,7 +151,7 @@ def points(records: Sequence[Record], kind: str, key: str) -> list[tuple[int, fl
         own, _, rest = name.partition(", ")
         values = overlaps(records, name)[0] if key == "iou" else [run.get(key) for run in runs]
         known = [value for value in values if value is not None]
-        if own == kind and known and len(known) == len(values):
+        if own == kind and (not rest or rest.endswith(" steps")) and known and len(known) == len(values):
             mean, error = mean_and_stderr(known)
             found.append((int(rest.split()[0]) if rest else runs[0]["steps"], mean, error or 0.0))
     return sorted(found)
@@ -130,11 +177,14 @@ REPORT = Report(
     title="Masks against the length of the calibration",
     asked="""LoTA first fine-tunes all weights, to see which of them change most. How long must this \
 calibration be for a good mask? And is it needed at all, or do the base's gradients say as much?""",
-    measured=f"""All masks are of sparsity {SPARSITY}. They come from calibrations shorter and longer than \
-a run, and of one as long (the whole calibration), and (gradient mask) from the gradients of as many \
-batches at the base's weights. All adapt at the learning rate that was chosen for the mask of the whole \
-calibration, so that they differ in the mask alone. Masks are also compared with each other, by IoU: with \
-the whole calibration's of the same seed, and with those of the same kind and length of other seeds.""",
+    measured=f"""\
+All masks are of sparsity {SPARSITY}. They come from calibrations shorter and longer than a run, and of \
+one as long (the whole calibration), and (gradient mask) from the gradients of as many batches at the \
+base's weights. They adapt at the learning rate that is best for the whole calibration's mask, gradient \
+masks at the one that is best for the mask of a run's batches. Longer calibrations also see more of the \
+training rows. "Another seed's mask" is the whole calibration's of the next seed; "per tensor" keeps the \
+same share of every matrix. Masks are also compared with each other, by IoU: with the whole \
+calibration's of the same seed, and with those of the same kind and length of other seeds.""",
     part="budget",
     tables=tables,
     panels=("iou", "nats"),

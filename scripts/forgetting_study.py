@@ -36,8 +36,8 @@ METHODS = [
     DENSE,
     SCOPE,
     *(Method("LoTA", sparsity, "task_vector", start=1e-2) for sparsity in SPARSITIES),
-    Method("random mask", 0.9, "random", start=1e-2),
-    Method("gradient mask", 0.9, "gradient", start=1e-2),
+    *(Method("random mask", sparsity, "random", start=1e-2) for sparsity in SPARSITIES),
+    *(Method("gradient mask", sparsity, "gradient", start=1e-2) for sparsity in SPARSITIES),
     *(Method("LoRA, AdamW", s, settings=ADAMW, lora=True, start=5e-3) for s in SPARSITIES),
 ]
 

@@ -9,15 +9,15 @@ from itertools import product
 from lota.share.merge.rules import METHODS, MergeRule, make_rule
 from lota.storage import content_key
 from scripts.cells import Record
-from scripts.methods import DENSE, Method
+from scripts.methods import DENSE, SCOPE, Method
 from scripts.workloads import GROUPS, SMOKE, WORKLOADS, Workload
 
 FOLDER = "merging"  # of the results, inside the studies' folder
 LOTA = Method("LoTA", 0.9, "task_vector", start=1e-2)
 DISJOINT = "LoTA, disjoint"
-KINDS = (DENSE.name, LOTA.name, DISJOINT)  # of task vectors
+KINDS = (DENSE.name, SCOPE.name, LOTA.name, DISJOINT)  # of task vectors
 FACTORS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4)
-DENSITIES = (0.05, 0.1, 0.2, 0.5)
+DENSITIES = (0.05, 0.1, 0.2, 0.5, 0.8)
 WEIGHTED = "sum, a weight per task"
 RULES = (*METHODS, WEIGHTED)
 

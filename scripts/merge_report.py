@@ -31,9 +31,11 @@ TITLE = "Three tasks merged into one model"
 ASKED = """Three tasks were learnt apart, each from the same base. Can the three models be merged into one \
 that does all three tasks? Do the task vectors of LoTA, of which nine entries in ten are zero, merge better \
 than those of full fine-tuning? Does it help if no two of them change the same entry?"""
-MEASURED = f"""Every task was learnt alone in three ways: by full fine-tuning; by LoTA at a sparsity of 0.9, \
-its mask read off that full fine-tuning; and by LoTA with disjoint masks, of which each leaves out the \
-entries that the masks of earlier tasks keep. The first task's mask is the same in both.
+MEASURED = f"""\
+Every task was learnt alone in four ways: by full fine-tuning; by full fine-tuning of attention and MLP, \
+the matrices that masks choose from; by LoTA at a sparsity of 0.9, its mask read off that full \
+fine-tuning; and by LoTA with disjoint masks, of which each leaves out the entries that the masks of earlier \
+tasks keep. The first task's mask is the same in both.
 
 The rules are those of merge_models.py: {", ".join(METHODS)}. Each was tuned alike, for each kind of task \
 vectors: of the factors {", ".join(map(str, FACTORS))}, which the merged vector is multiplied with, and, \
@@ -185,15 +187,20 @@ def common_table(records: Sequence[Record]) -> Table:
     """What two tasks' vectors share, means over pairs and seeds."""
     lines = [["vectors", "length", "entries of the smaller in both (%)", "signs differ there (%)", "cosine"]]
     for kind in KINDS:
-        found = of(records, "common", vectors=kind)
-        pairs = [pair for record in found for pair in record["pairs"]]
-        signs = [pair["sign_conflict_share"] for pair in pairs if pair["sign_conflict_share"] is not None]
-        if pairs:
-            overlap = shown([pair["overlap_share"] for pair in pairs], 100, 1)
-            cosine = shown([pair["cosine"] for pair in pairs])
-            length = shown([norm for record in found for norm in record["norms"]], 1, 1)
-            lines.append([kind, length, overlap, shown(signs, 100, 1), cosine])
-    return Table("What the task vectors share", lines, "Of two tasks each; means over all pairs and seeds.")
+        if found := of(records, "common", vectors=kind):
+            length = shown([fmean(record["norms"]) for record in found], 1, 1)
+            pairs = [record["pairs"] for record in found]
+            overlap = shown(_means(pairs, "overlap_share"), 100, 1)
+            signs = shown(_means(pairs, "sign_conflict_share"), 100, 1)
+            lines.append([kind, length, overlap, signs, shown(_means(pairs, "cosine"))])
+    text = "Of two tasks each: means over the pairs, and over the seeds."
+    return Table("What the task vectors share", lines, text)
+
+
+def _means(seeds: Sequence[Sequence[Record]], key: str) -> list[float]:
+    """A mean per seed, over its pairs of tasks that have the value."""
+    known = ([pair[key] for pair in pairs if pair[key] is not None] for pairs in seeds)
+    return [fmean(values) for values in known if values]
 
 
 def draw(found: Mapping[str, Sequence[Record]]) -> Figure:
@@ -211,7 +218,7 @@ def draw(found: Mapping[str, Sequence[Record]]) -> Figure:
 def _panel(axes: Axes, records: Sequence[Record]) -> None:
     for number, (kind, color) in enumerate(zip(KINDS, PALETTE, strict=False)):
         points = [
-            (RULES.index(rule) + 0.2 * (number - 1), *mean_and_stderr([mean_nats(run) for run in runs]))
+            (RULES.index(rule) + 0.18 * (number - 1.5), *mean_and_stderr([mean_nats(run) for run in runs]))
             for rule, runs in merges(records, kind)
         ]
         if points:

@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 python -m scripts.merge_study --groups "real tasks" "toy tasks"
 
-Each task is learnt alone by full fine-tuning, by LoTA, and by LoTA under masks that leave out what the masks
-of earlier tasks keep, each at the rate that validation rows choose. The numbers of every rule (factor,
-density, a weight per task) are those of one grid (scripts/merge_grid.py) that have the least loss on
-validation rows, for the models of a seed that is not reported. With them the models of the other seeds are
-merged and measured on test rows and on the base's own text. Merges are those of merge_models.py, bit for bit,
-but in memory. Goes on where it was interrupted; shares rates, masks and calibrations with the other studies
-of its folder. Writes merging.md, merging.png and merging.html.
+Each task is learnt alone by full fine-tuning, by full fine-tuning of attention and MLP, by LoTA, and by LoTA
+under masks that leave out what the masks of earlier tasks keep, each at the rate that validation rows choose.
+The numbers of every rule (factor, density, a weight per task) are those of one grid (scripts/merge_grid.py)
+that have the least loss on validation rows, for the models of a seed that is not reported. With them the
+models of the other seeds are merged and measured on test rows and on the base's own text. Merges are those of
+merge_models.py, bit for bit, but in memory. Goes on where it was interrupted; shares rates, masks and
+calibrations with the other studies of its folder. Writes merging.md, merging.png and merging.html.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from scripts.merge_grid import (
     group_key,
     members_of,
 )
-from scripts.methods import DENSE, Method
+from scripts.methods import DENSE, SCOPE, Method
 from scripts.study import RATE_SEED, Study, nats_per_token
 from scripts.study_command import run_study, study_parser
 from scripts.workloads import GROUPS, Workload
@@ -71,6 +71,8 @@ Models = Mapping[tuple[str, int], Sequence[Tuned]]  # kind and seed -> a model p
 
 def method_of(kind: str, earlier: Sequence[Study], seed: int) -> Method:
     """How a kind of vector is learnt after those of earlier tasks; full fine-tuning is a calibration."""
+    if kind == SCOPE.name:
+        return SCOPE
     if kind == LOTA.name or not earlier:
         return LOTA
     masks = [study.mask(method_of(kind, earlier[:i], seed), seed) for i, study in enumerate(earlier)]

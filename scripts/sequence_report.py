@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import StatisticsError, fmean
 from typing import TYPE_CHECKING, Any
 
 from lota.plots import MARKERS, PALETTE, figure_at
@@ -44,13 +44,14 @@ def group_key(workloads: Mapping[str, Workload], base_hash: str) -> str:
 
 
 def final(run: Record, key: str) -> float:
-    """Mean over the tasks, after the last stage. key: `validation`, `test` or `score`."""
-    return fmean(values[key] for values in run["stages"][-1]["tasks"].values())
+    """Mean over the tasks that have it, after the last stage. key: `validation`, `test` or `score`."""
+    return fmean(values[key] for values in run["stages"][-1]["tasks"].values() if key in values)
 
 
 def learnt(run: Record, key: str) -> float:
-    """Mean over the tasks, each after its own stage."""
-    return fmean(stage["tasks"][task][key] for task, stage in zip(run["tasks"], run["stages"], strict=True))
+    """Mean over the tasks that have it, each after its own stage."""
+    own = (stage["tasks"][task] for task, stage in zip(run["tasks"], run["stages"], strict=True))
+    return fmean(values[key] for values in own if key in values)
 
 
 def forgotten(run: Record, key: str) -> float:
@@ -69,10 +70,10 @@ class Setting:
     runs: Sequence[Record]
 
     def values(self, what: Callable[[Record, str], float], key: str) -> list[float]:
-        """One per run; none if the tasks do not have it."""
+        """One per run; none if no task has it."""
         try:
             return [what(run, key) for run in self.runs]
-        except KeyError:
+        except StatisticsError:
             return []
 
 
@@ -212,7 +213,11 @@ def report(out: Path) -> str:
             Section(f"{name}, {order} order", items=list(facts(name, records, order))),
             *study_sections(
                 [
-                    Table("Every way at its best rate", summary(records, order)),
+                    Table(
+                        "Every way at its best rate",
+                        summary(records, order),
+                        "Scores: means over the tasks that have one.",
+                    ),
                     Table(
                         "Task by task",
                         by_task(records, order),

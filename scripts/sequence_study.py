@@ -53,13 +53,15 @@ class Way:
 
 LOTTO = Way("LoTTO", "lotto", 5e-3)
 FFT = Way("full fine-tuning", "fft", 5e-4)
+WITHIN = Way(SCOPE.name, "lota", 5e-4, {"sparsity": 0.0})
+OVERLAPPING = Way("LoTA, overlapping", "lota", 5e-3)
 WAYS = (
     FFT,
-    Way(SCOPE.name, "lota", 5e-4, {"sparsity": 0.0}),
+    WITHIN,
     Way("LoRA, AdamW", "lora", 2e-3, {"optimizer": "AdamW"}),
     Way("LoRA, RMSprop", "lora", 2e-3, {"optimizer": "RMSprop"}),
     Way("random masks", "random", 5e-3),
-    Way("LoTA, overlapping", "lota", 5e-3),
+    OVERLAPPING,
     LOTTO,
 )
 
@@ -70,13 +72,24 @@ def _lotto_with(name: str, late_sparsity: float | None = None, **retain: float) 
 
 KEEPING = (
     *(_lotto_with(f"replay of {share:.0%}", replay_fraction=share) for share in (0.01, 0.05, 0.2)),
-    *(_lotto_with(f"L2-SP {strength:g}", l2_sp=strength) for strength in (1.0, 10.0)),
-    *(_lotto_with(f"EWC {strength:g}", ewc=strength) for strength in (1.0, 10.0)),
+    *(_lotto_with(f"L2-SP {strength:g}", l2_sp=strength) for strength in (1.0, 10.0, 100.0)),
+    *(_lotto_with(f"EWC {strength:g}", ewc=strength) for strength in (1.0, 10.0, 100.0)),
     *(_lotto_with(f"avoid {strength:g}", avoid=strength) for strength in (1.0, 100.0)),
     _lotto_with("later tasks s = 0.99", late_sparsity=0.99),
     _lotto_with("replay of 5% and EWC 10", replay_fraction=0.05, ewc=10.0),
     Way("full fine-tuning, replay of 5%", "fft", 0.0, retain={"replay_fraction": 0.05}, like=FFT.name),
     Way("full fine-tuning, EWC 10", "fft", 0.0, retain={"ewc": 10.0}, like=FFT.name),
+    Way(
+        f"{OVERLAPPING.name}, replay of 5%", "lota", 0.0, {}, {"replay_fraction": 0.05}, like=OVERLAPPING.name
+    ),
+    Way(
+        f"{WITHIN.name}, replay of 5%",
+        "lota",
+        0.0,
+        WITHIN.settings,
+        {"replay_fraction": 0.05},
+        like=WITHIN.name,
+    ),
 )
 
 

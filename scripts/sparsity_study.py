@@ -4,7 +4,7 @@
 
 Every method at every sparsity has the best learning rate of a grid with factors of 2 to 2.5, by validation
 loss, and is measured on test rows with several seeds. A seed repeats everything: data order, calibration,
-masks. LoTA's calibration is a run of the same length; "twice the steps" is full fine-tuning that gets both.
+masks. LoTA's calibration is a run of the same length; "twice the steps" are methods that get both.
 Goes on where it was interrupted. Writes sparsity.md, .png and .html beside the results.
 """
 
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lota.evaluate.estimates import mean_and_stderr
 from lota.plots import PALETTE
-from scripts.cells import COLUMNS, LABELS, Record, results
+from scripts.cells import LABELS, Record, results, shown
 from scripts.methods import DENSE, SCOPE, Method
 from scripts.study import Study
 from scripts.study_command import study_parser
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SPARSITIES = (0.5, 0.9, 0.99, 0.999)
+PAIRED = 0.9  # sparsity of the masks that dense methods are compared with
 MASKS = {
     "LoTA": "task_vector",
     "random mask": "random",
@@ -34,7 +36,13 @@ MASKS = {
     "SNIP mask": "snip",
 }
 LORA = {"LoRA, RMSprop": {"optimizer": "RMSprop"}, "LoRA, AdamW": {"optimizer": "AdamW"}}
-LONGER = Method("full fine-tuning, twice the steps", passes=2)
+_TWICE = "twice the steps"
+LONGER = [  # as many steps as a calibration and a run together
+    Method(f"{DENSE.name}, {_TWICE}", passes=2),
+    replace(SCOPE, name=f"{SCOPE.name}, {_TWICE}", passes=2),
+    Method(f"random mask, {_TWICE}", 0.9, "random", passes=2, start=5e-3),
+    Method(f"LoRA, RMSprop, {_TWICE}", 0.9, None, LORA["LoRA, RMSprop"], lora=True, passes=2, start=5e-3),
+]
 
 
 def families(sparsities: Sequence[float]) -> dict[str, list[Method]]:
@@ -47,7 +55,9 @@ def families(sparsities: Sequence[float]) -> dict[str, list[Method]]:
         [Method(name, sparsity, settings=settings, lora=True, start=5e-3) for sparsity in sparsities]
         for name, settings in LORA.items()
     ]
-    return {family[0].name: family for family in ([DENSE], [SCOPE], [LONGER], *masks, *adapters)}
+    return {
+        family[0].name: family for family in ([DENSE], [SCOPE], *masks, *adapters, *([one] for one in LONGER))
+    }
 
 
 def run(study: Study, args: argparse.Namespace) -> None:
@@ -82,16 +92,28 @@ def tables(records: Sequence[Record]) -> list[Table]:
         "sparsity",
         "trained entries",
         "lr",
-        *(name for name, *_ in COLUMNS.values()),
+        "loss minus LoTA's",
         "seeds",
     ]
-    lines = [header]
-    for (name, sparsity), runs in grouped(records).items():
+    lines, groups = [header], grouped(records)
+    for (name, sparsity), runs in groups.items():
         rates = ", ".join(f"{rate:g}" for rate in sorted({run["cell"]["lr"] for run in runs}))
         entries = [str(sparsity or "-"), f"{runs[0]['trained']:,}", rates]
-        lines.append([name, *entries, *results(runs), str(len(runs))])
+        lota = groups.get(("LoTA", sparsity or PAIRED), [])
+        lines.append([name, *entries, *results(runs), differences(runs, lota), str(len(runs))])
     base = [record for record in records if record["cell"]["part"] == "base"]
-    return [Table("All methods", [*lines, ["base", "-", "0", "-", *results(base), "-"]])]
+    text = f"""The last column but one: nats per token, minus those of LoTA at the same sparsity (of methods \
+without one: at {PAIRED}), seed by seed."""
+    return [Table("All methods", [*lines, ["base", "-", "0", "-", *results(base), "-", "-"]], text)]
+
+
+def differences(runs: Sequence[Record], others: Sequence[Record]) -> str:
+    """Test loss minus that of the others, of the seeds that both have: mean ± standard error."""
+    by_seed = {run["cell"]["seed"]: run["nats"] for run in others}
+    pairs = [(run["nats"], by_seed.get(run["cell"]["seed"])) for run in runs]
+    if runs is others or any(one is None or other is None for one, other in pairs):
+        return "-"
+    return shown([one - other for one, other in pairs])
 
 
 def panel(axes: Axes, records: Sequence[Record], key: str) -> None:

@@ -147,11 +147,14 @@ class Study:
 
     # What a model is worth
 
+    def whole_split(self, split: str) -> list[Row]:
+        """Rows that fit; validation rows are no training rows."""
+        return rows_of(self.task, split, self.workload.data_dir or "", VALIDATION)
+
     def rows(self, split: str) -> list[Row]:
         """Validation or test rows, the same sample for every run."""
-        rows = rows_of(self.task, split, self.workload.data_dir or "", VALIDATION)
         n = self.workload.n_test if split == "test" else self.workload.n_validation
-        return seeded_sample(rows, n, 0)
+        return seeded_sample(self.whole_split(split), n, 0)
 
     @cached_property
     def own_text(self) -> list[Text]:
@@ -209,7 +212,17 @@ class Study:
         """The base itself: a run whose rate is 0."""
         cell = {"part": "base", "sizes": self.sizes}
         config = replace(self.config(DENSE, 0, 0.0), n_examples=1, batch_size=1, warmup_steps=0)
-        return self.cells.get(**cell) or self.cells.add(self._trained(config, test=True)[0], **cell)
+        return self.cells.get(**cell) or self.cells.add(
+            self._trained(config, test=True)[0] | self.counts(), **cell
+        )
+
+    def counts(self) -> Record:
+        """How many rows and bytes there really are."""
+        rows = {"train": len(self.whole_split("train"))}
+        rows |= {split: len(self.rows(split)) for split in ("validation", "test")}
+        texts = [text for _, text in self.own_text]
+        size = sum(len(text.encode()) for text in texts)
+        return {"rows": rows, "own_text": {"documents": len(texts), "bytes": size}}
 
     # Learning rates
 

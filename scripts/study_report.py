@@ -59,7 +59,7 @@ method's name says otherwise; the learning rate grows for a tenth of the steps a
 Learning rates are chosen by the loss on validation rows, which are {VALIDATION:.0%} of the training rows, \
 chosen by a hash of their content and left out of training, with a seed ({RATE_SEED}) that is not reported. \
 The grid of rates has factors of 2 to 2.5, and the best rate has a worse one on either side, unless the grid \
-ends there. Test rows choose nothing: all numbers below are of test rows."""
+ends there. Test rows choose nothing: scores and losses on tasks are of test rows."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,7 @@ class Report:
         }
         if not found:
             sys.exit(f"{out} has no result of this study: run it first")
-        about = [
-            Section("What was asked", self.asked),
-            Section("How it was measured", _joined(self.measured, SHARED)),
-        ]
+        about = about_sections(self.asked, self.measured)
         results = [section for name, records in found.items() for section in self.sections(name, records)]
         return write_report(out, self.name, self.title, about, results, self.draw(found, self.panels))
 
@@ -187,10 +184,13 @@ def _sizes(workload: Workload, base: Record) -> Iterator[str]:
         f"optimizer's state in fp32, products in {BASES[workload.base].products}. Rows of more than "
         f"{workload.max_length} tokens are left out everywhere."
     )
-    scored = f", the first {workload.n_scored} of them also for the score" if workload.n_scored else ""
+    rows, text = base["rows"], base["own_text"]
+    scored = min(workload.n_scored, rows["test"])
+    first = f", the first {scored} of them also for the score" if scored else ""
     yield (
-        f"Rows, at most: {workload.n_validation} validation rows to choose by, {workload.n_test} test rows"
-        f"{scored}; own text: {workload.own_bytes:,} bytes. The samples are the same for every run."
+        f"Rows: {rows['train']:,} training rows to draw from, {rows['validation']} validation rows to choose "
+        f"by, {rows['test']} test rows{first}; own text: {text['documents']} documents, {text['bytes']:,} "
+        "bytes. They are the same for every run."
     )
 
 

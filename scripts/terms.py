@@ -95,7 +95,9 @@ TERMS: dict[str, tuple[str, str]] = {
     ),
     "a ± b": (
         r"±",
-        "mean over the seeds, and the standard error of this mean.",
+        "mean over the seeds, and the standard error of this mean. With three seeds the mean of very many "
+        "would lie within 4.3 standard errors 19 times in 20. The rows are the same for all seeds: that "
+        "others would give other numbers is not in it.",
     ),
     "nats per token": (
         r"nats per (response )?token",
@@ -109,8 +111,8 @@ TERMS: dict[str, tuple[str, str]] = {
     ),
     "own text": (
         r"\bown text\b",
-        "text of the kind that the base was trained on, which neither it nor any run saw. A loss that grows "
-        "there is what the model forgets. Less is better.",
+        "text of the kind that the base was trained on, and that no run saw. A loss that grows there is what "
+        "the model forgets. Less is better.",
     ),
     "score": (
         r"\bscores?\b|accuracy",
@@ -161,12 +163,12 @@ TERMS: dict[str, tuple[str, str]] = {
         "merging that adds each task vector's largest entries alone.",
     ),
     "TIES": (
-        r"\bTIES\b|ties",
+        r"\b(TIES|ties)\b|dare_ties",
         "merging that keeps each task vector's largest entries and, of those, what agrees in sign (arXiv "
         "2306.01708).",
     ),
     "DARE": (
-        r"\bDARE\b|dare",
+        r"\b(DARE|dare)\b|dare_ties",
         "merging that drops entries of each task vector by lot and scales up the others (arXiv 2311.03099).",
     ),
     "bf16, fp32": (
@@ -197,6 +199,7 @@ TASKS = {
     "sql": "write the SQL query that answers a question, given the tables (b-mc2/sql-create-context)",
     "gsm8k": "solve a word problem of grade school step by step (GSM8K, arXiv 2110.14168)",
     "samsum": "summarize a messenger dialogue (SAMSum, arXiv 1911.12237)",
-    "boolq": "answer a question on a passage with true or false (BoolQ, arXiv 1905.10044)",
+    "boolq": "answer a question with true or false, in a fixed sentence (BoolQ without its passages, arXiv "
+    "1905.10044)",
 }
 METRICS = {"exact_match": "exact match", "rouge1": "ROUGE-1"}

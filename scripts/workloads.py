@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,7 +24,7 @@ from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Row, Task
 from lota.evaluate.text_loss import Text
 from lota.models.loading import load_tokenizer
-from lota.storage import atomic_path, content_key, write_json
+from lota.storage import content_key, write_json
 from lota.train.trainer import Trainer
 from tasks import get_task
 
@@ -65,8 +67,11 @@ class Base:
         folder = out / "bases" / self.source.name
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(folder) as made:
+            with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+                made = Path(place) / "made"
                 _copy_with_end(self.source, made, self.end)
+                with contextlib.suppress(OSError):  # another process was first
+                    made.rename(folder)
         return folder
 
 

@@ -59,7 +59,9 @@ def test_merges_are_those_of_the_command(folders, model, tmp_path, rule):
         vectors.merge(setting.made(len(inputs), 7))
         words = ["--method", "task_arithmetic" if rule == WEIGHTED else rule]
         words += ["--lambda", "1.4"] if setting.factor != 1 else []
-        words += ["--density", "0.5", *(["--seed", "7"] if "dare" in rule else [])] * bool(setting.density)
+        words += ["--density", str(setting.density), *(["--seed", "7"] if "dare" in rule else [])] * bool(
+            setting.density
+        )
         words += ["--weights", *map(str, weights)] if rule == WEIGHTED else []
         out = tmp_path / str(len(inputs))
         ends = ["--out", str(out), "--deltas", *map(str, inputs)]
@@ -258,7 +260,7 @@ def test_disjoint_masks_share_nothing(finished):
         kind: [pair["overlap"] for r in of(records, "common", vectors=kind) for pair in r["pairs"]]
         for kind in KINDS
     }
-    assert overlaps[KINDS[2]] == [0] * 6 and min(overlaps["LoTA"]) > 0
+    assert overlaps[KINDS[3]] == [0] * 6 and min(overlaps["LoTA"]) > 0
     assert min(overlaps[KINDS[0]]) > max(overlaps["LoTA"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import replace
 from itertools import pairwise
 
@@ -300,6 +301,22 @@ def test_forgetting_study(tmp_path):
     assert all(cell["lr"] in (1e-3, 1e-2) and cell["seed"] == 0 for cell in curve)
 
 
+def test_the_error_of_overlaps_of_seeds_is_that_of_seeds():
+    """If an overlap is the sum of what two seeds contribute, the mean's error is known."""
+    parts = [0.1, 0.25, 0.15, 0.4]
+    pairs = {frozenset([a, b]): parts[a] + parts[b] for a in range(4) for b in range(a)}
+    exact = 2 * statistics.stdev(parts) / math.sqrt(4)
+    assert budget_study.jackknife(pairs) == f"{2 * statistics.mean(parts):.3f} ± {exact:.3f}"
+    assert budget_study.jackknife({frozenset([0, 1]): 0.25}) == "0.250" and budget_study.jackknife({}) == "-"
+
+
+def test_differences_are_of_equal_seeds():
+    runs = [{"cell": {"seed": seed}, "nats": nats} for seed, nats in ((0, 1.5), (1, 2.75))]
+    others = [{"cell": {"seed": seed}, "nats": nats} for seed, nats in ((1, 2.0), (0, 1.0))]
+    assert sparsity_study.differences(runs, others) == "0.625 ± 0.125"
+    assert sparsity_study.differences(runs, runs) == sparsity_study.differences(runs, others[:1]) == "-"
+
+
 @pytest.mark.slow
 def test_budget_study(tmp_path):
     budget_study.main(["--smoke", "--seeds", "0", "1", "--out", str(tmp_path)])
@@ -307,23 +324,32 @@ def test_budget_study(tmp_path):
     study = Study(tmp_path, "smoke", SMOKE, rates=(1e-3, 1e-2))
     names = [  # a run has two steps
         *("LoTA, 1 steps", "LoTA, 4 steps", "LoTA"),
-        *("gradient mask, 1 steps", "gradient mask, 4 steps", "gradient mask"),
+        *("gradient mask, 1 steps", "gradient mask, 4 steps", "gradient mask", "gradient mask, per tensor"),
+        "LoTA, another seed's mask",
     ]
-    assert list(budget_study.trained(records)) == names
-    assert {run["cell"]["lr"] for runs in budget_study.trained(records).values() for run in runs} == {
-        study.rate(budget_study.WHOLE)
-    }
+    trained = budget_study.trained(records)
+    assert list(trained) == names
+    gradient = Method("gradient mask", 0.9, "gradient", start=1e-2)
+    for kind, method in (("LoTA", budget_study.WHOLE), ("gradient", gradient)):
+        rates = {r["cell"]["lr"] for name in names[:6] for r in trained[name] if name.startswith(kind)}
+        assert rates == {study.rate(method)}
+    found = [one["mask"]["kept"] for one in trained["LoTA, another seed's mask"]]
+    own, other = ({r["cell"]["seed"]: r for r in trained[name]} for name in ("LoTA", names[-1]))
+    assert own[0]["nats"] != other[0]["nats"] and found[0] == own[1]["mask"]["kept"]
     assert {r["cell"]["steps"] for r in records if r["cell"]["part"] == "calibration"} == {1, 2, 4}
-    for method in budget_study.methods(2, (1, 4)):
+    assert [m.budget for m in budget_study.methods(2, 3, (1, 4))] == [1, 4, None, 1, 3, None, None]
+    for method in budget_study.methods(2, 9, (1, 4)):
         same, others = budget_study.overlaps(records, method.name)
         masks = [Mask.load(study.mask(method, seed)) for seed in (0, 1)]
         whole = [Mask.load(study.mask(budget_study.WHOLE, seed)) for seed in (0, 1)]
         kept = [torch.cat([m.dense(name).flatten() for name in m.names]) for m in (*masks, *whole)]
         pairs = ((0, 2), (1, 3), (0, 1))
         by_hand = [float((kept[a] & kept[b]).sum() / (kept[a] | kept[b]).sum()) for a, b in pairs]
-        assert [*same, *others] == pytest.approx(by_hand)
-    assert budget_study.overlaps(records, "LoTA")[0] == [1.0, 1.0]
+        if method == budget_study.WHOLE:
+            assert not same and others == {frozenset([0, 1]): pytest.approx(by_hand[2])}
+        else:
+            assert [*same, *others.values()] == pytest.approx(by_hand)
     text = (tmp_path / "budget.md").read_text()
-    assert "| LoTA | 1.000 ± 0.000 | " in text and "drawn by lot: an IoU of 0.053." in text
+    assert "| LoTA | - | " in text and "drawn by lot: an IoU of 0.053." in text
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
     assert [steps for steps, *_ in budget_study.points(records, "gradient mask", "nats")] == [1, 2, 4]

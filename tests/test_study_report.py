@@ -18,6 +18,11 @@ from scripts.workloads import SMOKE, sizes_key
 HASH = "5ad" + "0" * 61
 STUDIES = {"main": sparsity_study, "budget": budget_study, "curve": forgetting_study}
 
+COUNTS = {  # of rows and of own text, as they are in the data
+    "rows": {"train": 64, "validation": 8, "test": 7},
+    "own_text": {"documents": 3, "bytes": 1234},
+}
+
 
 class Page(HTMLParser):
     """Tables as lines of cells, headings, list items, sources of pictures, and all tags."""
@@ -70,7 +75,7 @@ def folder(tmp_path):
     """Results of three studies of one workload, alone in their folder."""
     sizes = sizes_key(SMOKE, HASH)
     losses = {"validation": 2.5, "nats": 2.125, "own": 1.0625, "score": 0.75, "trained": 71_270, "steps": 2}
-    records = [{"cell": {"part": "base"}, **losses, "base": HASH, "trained": 1_234_567}]
+    records = [{"cell": {"part": "base"}, **losses, "base": HASH, "trained": 1_234_567, **COUNTS}]
     for seed in (0, 1):
         for part in STUDIES:
             cell = {"part": part, "method": "LoTA", "sparsity": 0.9, "seed": seed, "lr": 0.01}
@@ -103,7 +108,8 @@ def test_page(part, folder, capsys):
     # who reads it need not know the project
     shown = " ".join(data for _, data in page.texts)
     assert ("h2", "smoke") in page.texts and f"1,234,567 weights, SHA-256 of the weights {HASH}" in shown
-    assert "2 steps of 8 rows" in shown and "8 test rows, the first 4 of them" in shown
+    assert "2 steps of 8 rows" in shown and "7 test rows, the first 4 of them" in shown
+    assert "own text: 3 documents, 1,234 bytes" in shown
     assert "Seeds of what is reported: 0, 1." in shown and "rates that were tried: 0.03." in shown
     assert "3 runs, 0.5 hours" in shown and "exact match" in shown
     assert {"LoTA", "mask", "sparsity", "nats per token", "own text", "exact match"} <= {
@@ -136,6 +142,7 @@ def test_granularity_page(tmp_path):
                 "trained": 9,
                 "nats": 1.625,
                 "mask": {"energy": 0.5},
+                **COUNTS,
             }
             for cell in ({"part": "base"}, element)
         ]
