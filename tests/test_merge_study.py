@@ -59,9 +59,8 @@ def test_merges_are_those_of_the_command(folders, model, tmp_path, rule):
         vectors.merge(setting.made(len(inputs), 7))
         words = ["--method", "task_arithmetic" if rule == WEIGHTED else rule]
         words += ["--lambda", "1.4"] if setting.factor != 1 else []
-        words += ["--density", str(setting.density), *(["--seed", "7"] if "dare" in rule else [])] * bool(
-            setting.density
-        )
+        words += ["--density", str(setting.density)] if setting.density else []
+        words += ["--seed", "7"] if "dare" in rule else []
         words += ["--weights", *map(str, weights)] if rule == WEIGHTED else []
         out = tmp_path / str(len(inputs))
         ends = ["--out", str(out), "--deltas", *map(str, inputs)]
