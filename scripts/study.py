@@ -10,6 +10,7 @@ measured on test rows. Forgetting is the loss on text of the base's own that it 
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -254,7 +255,8 @@ class Study:
         if found is None or not (self.out / found["folder"]).is_dir():
             named = replace(config(), exp_name=f"{name}-{self.sizes}", debug=False, overwrite=True)
             result, trainer = self._trained(named, test=False)
-            assert trainer.saved is not None, f"{name} diverged at the best rate"
+            if trainer.saved is None:
+                sys.exit(f"{self.name}: the run {name} diverged at the rate that was best with another seed")
             found = self.cells.add({**result, "folder": str(trainer.saved[1].relative_to(self.out))}, **cell)
         return self.out / str(found["folder"])
 
