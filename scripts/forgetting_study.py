@@ -75,8 +75,12 @@ def points(records: Iterable[Record]) -> dict[str, list[Point]]:
 
 
 def frontier(settings: Sequence[Point]) -> list[Point]:
-    """Those that no other equals or beats in both losses, from little forgetting to much."""
-    ordered = sorted(settings, key=lambda point: (point.losses[1], point.losses[0]))
+    """Those with the most seeds that no other of them equals or beats in both losses, from little forgetting
+    to much.
+    """
+    most = max((len(point.runs) for point in settings), default=0)
+    full = (point for point in settings if len(point.runs) == most)
+    ordered = sorted(full, key=lambda point: (point.losses[1], point.losses[0]))
     found: list[Point] = []
     for point in ordered:
         if not found or point.losses[0] < found[-1].losses[0]:
@@ -122,7 +126,7 @@ def budget_table(records: Sequence[Record]) -> Table:
     for method, settings in points(records).items():
         cells = []
         for budget in (*BUDGETS, float("inf")):
-            allowed = [point for point in settings if point.losses[1] <= base * (1 + budget)]
+            allowed = [point for point in frontier(settings) if point.losses[1] <= base * (1 + budget)]
             best = min(allowed, key=lambda point: point.losses[0], default=None)
             cells.append("-" if best is None else results(best.runs)[list(COLUMNS).index("nats")])
         lines.append([method, *cells])

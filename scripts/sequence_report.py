@@ -92,8 +92,10 @@ def settings(records: Sequence[Record]) -> dict[tuple[str, str], list[Setting]]:
 
 
 def best(found: Sequence[Setting]) -> Setting:
-    """By validation loss of all tasks after the last stage."""
-    return min(found, key=lambda setting: fmean(setting.values(final, "validation")))
+    """By validation loss of all tasks after the last stage, of those with the most seeds."""
+    most = max(len(setting.runs) for setting in found)
+    full = [setting for setting in found if len(setting.runs) == most]
+    return min(full, key=lambda setting: fmean(setting.values(final, "validation")))
 
 
 MEASURES = (  # heading, what of a run, which result, factor and digits
