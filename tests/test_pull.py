@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -11,12 +12,18 @@ from runs import base, policy, same, settings, stopped_after, train, write_mask
 from tolerance import assert_same_training, chain
 
 import lota
+from lota.data.batches import Encoded, collate
+from lota.data.packed import pack
 from lota.masks import Mask
 from lota.masks.extract.gradients import Collected
 from lota.masks.extract.importance import save_importance
+from lota.models.packed import pack_attention
+from lota.optim import compiled
+from lota.optim.compiled import compile_blocks
 from lota.optim.kept import Tiles
 from lota.optim.optimizers import OPTIMIZERS
 from lota.optim.pull import pull_to_start
+from lota.train.losses import response_logps
 from lota.train.preflight import prepare
 from tasks import get_task
 
@@ -144,6 +151,123 @@ def test_updates_in_pieces_pull_too(rule, state, monkeypatch):
         return sum((x - y).square().sum() for x, y in pairs).sqrt().item()
 
     assert distance(found, expected) < 0.01 * distance(free, expected)
+
+
+EVERYTHING = {"rule": "AdamW", "accumulation": 2, "dtype": torch.bfloat16, "packed": True}
+WAYS = {  # how the fused optimizer gets its gradients
+    "accumulation": {"accumulation": 3},
+    "AdamW": {"rule": "AdamW"},
+    "bf16 with masters": {"dtype": torch.bfloat16},
+    "packing": {"packed": True},
+    "compiled": {"compiled": True},
+    "all at once": {**EVERYTHING, "compiled": True},
+}
+
+
+def examples(count: int) -> list[Encoded]:
+    """Rows of 4 to 11 tokens, of which the first two are the prompt."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.randint(4, 12, (count,), generator=generator).tolist()
+    return [Encoded(torch.randint(3, tiny.VOCAB, (n,), generator=generator).tolist(), 2) for n in sizes]
+
+
+def moved_away(model, mask: Mask):
+    """A copy whose kept entries stand away from the model's, so that the first step is pulled already."""
+    moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name in mask.names:
+            p, kept = moved.get_parameter(name), mask.dense(name)
+            p.add_(0.005 * torch.randn(p.shape, generator=generator) * kept)
+    return moved
+
+
+def dense_steps(start, mask: Mask, batches: list[list[Encoded]], rule: str) -> dict[str, torch.Tensor]:
+    """fp32 weights after a step per batch: autograd of loss and penalty in one, row by row, torch.optim.
+
+    The model computes with the weights rounded to its dtype.
+    """
+    model, whole, anchors = moved_away(start, mask), whole_importance(start), dict(start.named_parameters())
+    names = [name for name in mask.names if mask.kept(name)]
+    weights = {n: p.detach().float().requires_grad_(n in names) for n, p in model.named_parameters()}
+    trained = [weights[n] for n in names]
+    optimizer = getattr(torch.optim, rule)(trained, foreach=False, **SETTINGS[rule])
+    for rows in batches:
+        frozen = {n: weights[n].detach().clone() for n in names}
+        used, losses = {n: w.to(model.dtype) for n, w in weights.items()}, []
+        for row in rows:
+            ids = torch.tensor([row.input_ids])
+            logits = torch.func.functional_call(model, used, kwargs={"input_ids": ids}).logits[0].float()
+            own = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+            losses.append(own[row.prompt_length - 1 :].sum())
+        penalty = sum(
+            ((L2_SP + EWC * whole[n]) / 2 * (weights[n] - anchors[n].detach().float()).square()).sum()
+            for n in names
+        )
+        optimizer.zero_grad()
+        (sum(losses) / len(losses) + penalty).backward()
+        for n in names:
+            weights[n].grad *= mask.dense(n)
+        optimizer.step()
+        with torch.no_grad():  # weight decay is of kept entries only
+            for n in names:
+                weights[n].copy_(torch.where(mask.dense(n), weights[n], frozen[n]))
+    return {n: weights[n].detach() for n in names}
+
+
+def fused_steps(
+    start, mask: Mask, batches, rule, *, accumulation: int, packed: bool, compiles=False, pulls=True
+) -> dict[str, torch.Tensor]:
+    """The same by the fused optimizer, as a run sets it up; masters where there are any."""
+    model, anchors = moved_away(start, mask), dict(start.named_parameters())
+    if packed:
+        pack_attention(model.eval(), "tiny")
+        model.train()
+    optimizer = OPTIMIZERS[rule](model, mask, **SETTINGS[rule])
+    lota.fuse_in_backward(optimizer, accumulation)
+    if pulls:
+        pull_to_start(optimizer, L2_SP, EWC, compact(whole_importance(start), mask))
+        for p, name in optimizer.names.items():
+            optimizer.state[p]["anchor"].copy_(optimizer.kept[p].gather(anchors[name].detach()))
+    blocks = compile_blocks(model) if compiles else None
+    for rows in batches:
+        for part in range(accumulation):
+            own = rows[part::accumulation]
+            batch = pack(own) if packed else collate(own, 0)
+            (-response_logps(model, batch, contextlib.nullcontext())[0].sum() / len(rows)).backward()
+        optimizer.step()
+    assert blocks is None or blocks.reason is None
+    weights = {n: p.detach().float() for n, p in model.named_parameters() if n in optimizer.names.values()}
+    for p, name in optimizer.names.items():
+        if "master" in optimizer.state[p]:
+            optimizer.kept[p].write(weights[name], optimizer.state[p]["master"])
+    tiny.count_moved(model, start, mask)  # what is frozen has the bits of the start
+    return weights
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*", "ignore::UserWarning:torch.*")
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=pytest.mark.slow if "compiled" in WAYS[w] else ()) for w in WAYS]
+)
+def test_a_pulled_step_is_the_dense_one_however_gradients_come(way, monkeypatch, tmp_path):
+    given = {"rule": "SGD", "accumulation": 1, "dtype": torch.float32, "packed": False, "compiled": False}
+    given |= WAYS[way]
+    dtype, rule, compiles = (given.pop(key) for key in ("dtype", "rule", "compiled"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    if way == "all at once":  # traced and run operation by operation: the compiler has its turn above
+        monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    start = tiny.make("llama").to(dtype)
+    mask, rows = tiny.random_mask(start), examples(12)
+    batches = [rows[:6], rows[6:]]
+    expected = dense_steps(start, mask, batches, rule)
+    found = fused_steps(start, mask, batches, rule, **given, compiles=compiles)
+    free = fused_steps(start, mask, batches, rule, **given, pulls=False)
+
+    def distance(weights) -> float:
+        return sum((weights[n] - value).square().sum() for n, value in expected.items()).sqrt().item()
+
+    assert found.keys() == expected.keys()
+    assert distance(found) < (0.03 if dtype == torch.bfloat16 else 1e-4) * distance(free)
 
 
 def test_a_bf16_model_is_pulled_to_its_exact_start():
