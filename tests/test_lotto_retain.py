@@ -263,6 +263,17 @@ def test_settings_that_cannot_be_had(overrides, words):
     assert words in refused(*overrides)
 
 
+OUT_OF_BOUNDS = ("replay_fraction=2", "replay_fraction=nan", "l2_sp=-1", "ewc=-1", "ewc=inf", "avoid=-1",
+                 "n_examples=0")  # fmt: skip
+
+
+@pytest.mark.parametrize("given", OUT_OF_BOUNDS)
+def test_a_value_out_of_its_bounds_is_told_once(given):
+    """Under the key that was given, and not as a setting of each training run too."""
+    told = refused("tasks=[one,two,three]", f"retain.{given}").splitlines()
+    assert len(told) == 2 and told[1].startswith(f"  retain.{given.partition('=')[0]}=")
+
+
 ALONE, OWN = "(one task: none comes before it)", "(the later tasks have masks of yours)"
 UNREAD = [
     (["retain.n_examples=3"], ["retain.n_examples=3 (retain.ewc=0, retain.avoid=0)"]),

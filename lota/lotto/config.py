@@ -286,6 +286,8 @@ def _override_problems(c: LottoConfig) -> Iterator[str]:
 
 def _stage_problems(c: LottoConfig) -> Iterator[str]:
     """Of every training run; a line of the adaptation is not repeated for the calibration."""
+    if any(value_problems(c.retain)):  # told under the names of the sequence
+        c = replace(c, retain=RetainConfig())
     for task in dict.fromkeys(c.tasks):
         adaptation = list(problems_of(c.adaptation(task)))
         yield from adaptation
