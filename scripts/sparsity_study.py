@@ -92,6 +92,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
         "sparsity",
         "trained entries",
         "lr",
+        *(name for name, *_ in COLUMNS.values()),
         "loss minus LoTA's",
         "seeds",
     ]

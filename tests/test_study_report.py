@@ -103,6 +103,7 @@ def test_page(part, folder, capsys):
     needs_nothing(page, text)
     assert written.strip() in capsys.readouterr().out
     assert page.tables and page.tables == tables_of(written)
+    assert all(len(line) == len(table[0]) for table in page.tables for line in table)
     (lota,) = [line for line in page.tables[-1] if line[0] == "LoTA"]
     assert {"75.0 ± 0.0", "2.500 ± 0.500", "1.0625 ± 0.0000"} <= set(lota)
     # who reads it need not know the project
