@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lota.evaluate.estimates import mean_and_stderr
 from lota.plots import PALETTE
-from scripts.cells import LABELS, Record, results, shown
+from scripts.cells import COLUMNS, LABELS, Record, results, shown
 from scripts.methods import DENSE, SCOPE, Method
 from scripts.study import Study
 from scripts.study_command import study_parser
