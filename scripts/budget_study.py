@@ -103,8 +103,8 @@ def overlaps(records: Sequence[Record], name: str) -> tuple[list[float], Pairs]:
     for record in records:
         cell = record["cell"]
         if cell["part"] == "overlap" and cell["method"] == name:
-            if cell["with"] == [WHOLE.name, cell["seed"]]:
-                same.append(record["iou"])
+            if cell["with"][1] == cell["seed"]:
+                same += [record["iou"]] if name != WHOLE.name else []  # of a mask with itself says nothing
             else:
                 others[frozenset([cell["seed"], cell["with"][1]])] = record["iou"]
     return same, others

@@ -145,8 +145,7 @@ def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
         if known:
             axes.plot(*zip(*every, strict=True), color=color, marker=".", linestyle="", alpha=0.35)
             axes.plot(*zip(*best, strict=True), color=color, marker="o", markersize=4, label=method)
-    if base.get(key) is not None:
-        axes.plot(base["own"], base[key], color="black", marker="*", linestyle="", label="base")
+    axes.axvline(base["own"], color="black", linestyle=":", label="base, own text")
     axes.set(xlabel="loss on the base's own text, nats per byte", ylabel=LABELS[key])
 
 
