@@ -3,7 +3,9 @@
 #
 #   scripts/metamathqa.sh                          # Llama-3.2-3B on one GPU of 24 to 48 GB
 #   scripts/metamathqa.sh model=blank_model model.name_or_path=FOLDER data_dir=DATA n_examples=64    # any model, local rows
-#     (weights in fp32: also model.policy_dtype=float32 stochastic_rounding=false optimizer_state=float32)
+#     (weights in fp32: also model.policy_dtype=float32 stochastic_rounding=false optimizer_state=float32; a model of
+#     512 positions: max_length=512 max_prompt_length=256; matrices with sides below 64: BLOCK=16; a GPU is not needed)
+# Local rows: DATA/tasks/metamathqa/train.jsonl, gsm8k/train.jsonl and test.jsonl, finewiki/test.jsonl.
 #
 # Arguments are settings of train_single_gpu.py and go to every training run. From the environment:
 #   OUT=metamathqa     results: OUT/results/*.json, OUT/runs, OUT/masks
