@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lota.config import Config
-from lota.lotto.config import LottoConfig, sequence_problems
+from lota.lotto.config import LottoConfig
+from lota.lotto.config_checks import sequence_problems
 from lota.settings import unknown_keys
 from lota.train.cli import guarded, register, resolve
 from lota.train.overrides import start

@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from runs import MODEL, ROOT
 
 from lota.config import Config
-from lota.lotto.config import LottoConfig, sequence_problems
+from lota.lotto.config import LottoConfig
+from lota.lotto.config_checks import sequence_problems
 from lota.lotto.driver import Lotto
 from lota.masks import Mask
 from lota.train.cli import resolve

@@ -61,7 +61,7 @@ def other_mask() -> Iterator[None]:
     """The second process reads another mask under the same name."""
     from lota.train import preflight
 
-    find = preflight._find_mask
+    find = preflight.find_mask
 
     def other(config, model, snip):
         mask = find(config, model, snip)
@@ -69,7 +69,7 @@ def other_mask() -> Iterator[None]:
         return Mask.from_dense(flipped) if processes().rank == 1 else mask
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "_find_mask", other)
+        patch.setattr(preflight, "find_mask", other)
         yield
 
 

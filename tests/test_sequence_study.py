@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lota.lotto.config import sequence_problems
+from lota.lotto.config_checks import sequence_problems
 from lota.models.loading import load_model, load_tokenizer
 from lota.train.trainer import Trainer
 from scripts import sequence_study

@@ -22,7 +22,7 @@ from lota.masks.extract.importance import importance_of, load_importance, save_i
 from lota.masks.mask import Mask
 from lota.models.hashing import remembered_hash
 from lota.storage import content_key, set_aside
-from lota.train.preflight import checked_mask
+from lota.train.run_mask import checked_mask
 from lota.train.run_model import load_run_tokenizer
 from lota.train.saliency_gradients import SaliencyData, collect
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lota.config import Config
-from lota.config_checks import dense_problem, validated
+from lota.config_checks import validated
 from lota.data.batches import Example, batch_order, cut_text, encoder, examples_hash
 from lota.data.examples import load_examples, load_held_out, with_options
 from lota.data.prompts import Prompter
 from lota.data.task import FindTask, Task
 from lota.distributed.processes import ALONE, Processes
 from lota.masks import Mask
-from lota.masks.extract.importance import Listed, load_importance
-from lota.masks.trainable import mask_or_dense, refuse_other_base, trainable_mask
+from lota.masks.extract.importance import Listed
 from lota.models.hashing import config_file_key, remembered_hash, tokenizer_key
 from lota.models.loading import dtype_of, load_tokenizer
 from lota.models.opening import embedding_rows, open_model
@@ -31,6 +29,7 @@ from lota.share.delta.format import common_dtype
 from lota.storage import content_key
 from lota.train.lora import lora_targets, refuse_rank
 from lota.train.run_folder import FollowedFolder, Resumable, RunFolder, look_together
+from lota.train.run_mask import checked_mask, find_importance, find_mask, refuse_dense_replicas
 from lota.train.run_model import load_run_tokenizer, run_skeleton
 from lota.train.saved_model import folder_like, folder_source
 from lota.train.snip import Shard, SnipMask, prepare_snip
@@ -85,11 +84,11 @@ def prepare(config: Config, find_task: FindTask, together: Processes = ALONE) ->
         if config.snip and data is not None:
             snip = attempt(prepare_snip, config, tokenizer, model, data[0])
         before = len(problems.found)
-        mask = attempt(_find_mask, config, model, snip)
+        mask = attempt(find_mask, config, model, snip)
         if config.ewc and len(problems.found) == before:
-            importance = attempt(_find_importance, config, model, mask)
+            importance = attempt(find_importance, config, model, mask)
         if together.count > 1 and mask is None and not config.snip and not problems.found:
-            attempt(_refuse_dense_replicas, config, together.count)
+            attempt(refuse_dense_replicas, config, together.count)
     problems.found = [problem for found in together.gather(problems.found) for problem in found]
     problems.refuse()
     assert tokenizer is not None and model is not None and data is not None
@@ -218,7 +217,7 @@ def _load_data(
     return train, load_held_out(tasks, config, prompter) if evaluates else []
 
 
-# Model and mask
+# Model
 
 
 def _check_scope(config: Config, model: PreTrainedModel) -> None:
@@ -245,77 +244,6 @@ def _check_scope(config: Config, model: PreTrainedModel) -> None:
         if frozen:
             why = "  frozen, as peft adapts linear layers only: %d tensors (%s ...)"
             logger.info(why, len(frozen), frozen[0])
-
-
-def _find_mask(config: Config, model: PreTrainedModel, snip: SnipMask | None) -> Mask | None:
-    """The mask of the run's file, or the stored one of snip=true; None for dense training, and if snip=true
-    has stored none yet.
-    """
-    if not config.snip:
-        given = mask_or_dense(config.mask_path)
-        if given is not None and not config.flip_mask and not config.mask_of_other_base:
-            start = config.model.archive or config.model.name_or_path
-            refuse_other_base(given, f"mask_path={config.mask_path}", start, model)
-        return checked_mask(config, model, given)
-    stored = snip.stored() if snip is not None else None
-    return None if stored is None else checked_mask(config, model, stored)
-
-
-def _find_importance(config: Config, model: PreTrainedModel, mask: Mask | None) -> Listed:
-    """What ewc reads. Raises ValueError if it is not of the entries that train."""
-    assert config.importance_path is not None  # config_checks has seen to it
-    try:
-        found = load_importance(config.importance_path, mask)
-        for name, p in model.named_parameters() if mask is None else ():
-            if p.requires_grad and (name not in found.values or len(found.values[name]) != p.numel()):
-                raise ValueError(f"it lacks {name}, which trains")
-        return found
-    except ValueError as error:
-        raise ValueError(f"importance_path={config.importance_path}: {error}") from error
-
-
-def _refuse_dense_replicas(config: Config, count: int) -> None:
-    """Raise ValueError if a run without a mask would send whole gradients."""
-    if config.adapter.name == "none" and config.trainer.name == "BasicTrainer":
-        raise ValueError(dense_problem(f"mask_path={config.mask_path or 'null'}", count))
-
-
-def checked_mask(config: Config, model: PreTrainedModel, mask: Mask | None) -> Mask | None:
-    """The mask to train with, checked against the model's names and shapes."""
-    protect = [Mask.load(path) for path in config.protect_masks]
-    if config.flip_mask and mask is None:
-        raise ValueError(
-            f"flip_mask=true with mask_path={config.mask_path}: dense training has nothing to flip"
-        )
-    try:
-        mask = trainable_mask(
-            model,
-            mask,
-            flip=config.flip_mask,
-            protect=protect,
-            freeze_layers=config.freeze_layers,
-            scope=config.model.scope,
-            block_name=config.model.block_name,
-        )
-        if mask is not None and mask.n_kept == 0:
-            raise ValueError("nothing would train: no kept entry is left")
-        if mask is not None and config.optimizer_state == "factored":
-            _refuse_single_entries(mask)
-        return mask
-    except ValueError as error:
-        raise ValueError(
-            f"mask_path={config.mask_path}, protect_masks={config.protect_masks}: {error}"
-        ) from error
-
-
-def _refuse_single_entries(mask: Mask) -> None:
-    """Raise ValueError for a mask under which a square average cannot be factored."""
-    for name in mask.names:
-        if 0 < mask.kept(name) < math.prod(mask.shapes[name]):
-            raise ValueError(
-                f"optimizer_state=factored needs whole matrices, and {mask.kept(name):,} entries of {name} "
-                "train: choose optimizer_state=bfloat16"
-            )
 
 
 # Delta and reference
