@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prepared import python
+
 LIMIT = 600.0  # seconds, on a machine with much else to do
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +44,7 @@ class Launched:
     folder: Path  # where they run
     variables: dict[str, str | None] = field(default_factory=dict)  # None: not set
     own: Sequence[Sequence[str]] = ()  # further arguments of each
+    anew: bool = False  # by interpreters that have imported nothing yet; else by forks (prepared.py)
 
     def __enter__(self) -> Launched:
         port, paths = free_port(), (str(ROOT), str(ROOT / "tests"))
@@ -59,7 +62,7 @@ class Launched:
             with log.open("wb") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, *self.command, *more],
+                        [sys.executable if self.anew else python(), *self.command, *more],
                         cwd=self.folder, env=variables, stdout=file, stderr=subprocess.STDOUT,
                     )
                 )  # fmt: skip

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import array
 import atexit
+import contextlib
 import json
 import os
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -36,7 +38,7 @@ files = array.array("i", [0, 1, 2])
 server.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
 server.sendall(request)
 pid = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big")
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, frame: os.kill(pid, number))
 status = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big")
 if os.WIFSIGNALED(status):
@@ -76,16 +78,18 @@ def _start() -> tuple[Path, subprocess.Popen]:
     listener.bind(str(folder / "socket"))
     listener.listen(64)
     command = [sys.executable, str(Path(__file__)), str(listener.fileno())]
+    # the log level is what a command of several processes sets before it loads torch, which reads it once
+    variables = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     # its standard input ends when this process does
-    server = subprocess.Popen(command, cwd=ROOT, pass_fds=[listener.fileno()], stdin=subprocess.PIPE)
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=variables, pass_fds=[listener.fileno()], stdin=subprocess.PIPE
+    )
     listener.close()
     return folder, server
 
 
 def serve(listener: socket.socket) -> None:
     """Answer each connection in a fork of this process, until standard input ends."""
-    import select
-
     sys.path[0] = str(ROOT)
     for name in MODULES:
         __import__(name)
@@ -107,7 +111,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def answer(connection: socket.socket) -> None:
-    """Run one command in a fork, and tell its number and its status."""
+    """Run one command in a fork, and tell its number and its status; kill it if nobody waits for that."""
     header, extra, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * 4))
     files = array.array("i", extra[0][2])
     content = connection.recv(int.from_bytes(header, "big"), socket.MSG_WAITALL)
@@ -116,12 +120,16 @@ def answer(connection: socket.socket) -> None:
         connection.close()
         run(*json.loads(content), files)
     connection.sendall(pid.to_bytes(8, "big"))
+    ended = os.pidfd_open(pid)
+    if connection in select.select([connection, ended], [], [])[0]:  # who waited was killed
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    connection.sendall(status.to_bytes(8, "big"))
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(status.to_bytes(8, "big"))
 
 
 def run(arguments: list[str], folder: str, environment: dict[str, str], files: array.array) -> None:
-    """What `python ARGUMENTS` does: -u, then a script or -m with a module; never returns."""
+    """What `python ARGUMENTS` does: -u, then a script, -m with a module or -c with code; never returns."""
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
@@ -129,6 +137,8 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], files: a
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # read long ago
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     added = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     arguments = [word for word in arguments if word != "-u"] if arguments[0] == "-u" else arguments
     code = 0
@@ -137,6 +147,10 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], files: a
             sys.path[:1] = [folder, *added]
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.path[:1] = ["", *added]
+            sys.argv = ["-c", *arguments[2:]]
+            exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.path[:1] = [str(Path(arguments[0]).resolve().parent), *added]
             sys.argv = arguments

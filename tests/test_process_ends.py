@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launched import ROOT, Launched, launch
+from prepared import python
 from runs import SMALL, with_mini_task, write_mask
 
 from lota.train.checkpoint import newest_checkpoint
@@ -44,8 +45,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ended_by(place: Path, number: signal.Signals, rank: int, *more: str, count: int = 2):
-    with Launched([TRAIN, *LONG, *more], count, place) as launched:
+def ended_by(place: Path, number: signal.Signals, rank: int, *more: str, anew: bool = False):
+    with Launched([TRAIN, *LONG, *more], 2, place, anew=anew) as launched:
         launched.until(place / "run" / "step-16" / "policy.pt")
         launched.signal(rank, number)
         return launched.ended()
@@ -53,7 +54,7 @@ def ended_by(place: Path, number: signal.Signals, rank: int, *more: str, count: 
 
 def test_a_kill_of_one_ends_the_others_with_one_message_and_a_whole_checkpoint(place):
     for killed, survivor in ((1, 0), (0, 1)):
-        ended = ended_by(place, signal.SIGKILL, killed)
+        ended = ended_by(place, signal.SIGKILL, killed, anew=killed == 1)  # torch's log level is read once
         assert ended.codes[killed] == -signal.SIGKILL and ended.codes[survivor] == 1
         assert ended.output.count("error:") == 1
         assert "another process has ended; checkpoints written before are whole" in ended.outputs[survivor]
@@ -113,7 +114,7 @@ def test_an_error_of_all_processes_is_told_once(place):
 def test_torchrun_ends_all_when_one_is_killed(place):
     line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TRAIN, *LONG]
     unset = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    with Launched(line, 1, place, unset) as launched:
+    with Launched(line, 1, place, unset | {"PYTHON_EXEC": python()}, anew=True) as launched:
         launched.until(place / "run" / "step-16" / "policy.pt")
         agent = launched.processes[0].pid
         workers = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
