@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 import yaml
+from prepared import python
 from runs import ROOT, composed
 
 from lota.config import LOSSES, MISSING, Config, LossConfig, ModelConfig
@@ -444,7 +445,7 @@ def test_all_of_a_command_line_at_once():
     ],
 )
 def test_a_refused_command_has_no_traceback(given, shown, tmp_path):
-    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *given.split()]
+    command = [python(), str(ROOT / "train_single_gpu.py"), *given.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and shown in done.stderr
     assert "Traceback" not in done.stderr and "HYDRA_FULL_ERROR" not in done.stderr

@@ -7,12 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lotto_runs import Trainings, ledger, mask, run, settings, with_tasks
+from prepared import python
 from runs import MODEL, ROOT, policy, same, write_mask
 from transformers import AutoModelForCausalLM
 
@@ -275,7 +275,7 @@ KILLS = [
 
 @pytest.mark.parametrize(("moment", "n", "done"), KILLS)
 def test_killed_anywhere_the_same_command_continues(two, moment, n, done):
-    command = [sys.executable, str(HERE / "killed_run.py"), moment, str(n), "lotto"]
+    command = [python(), str(HERE / "killed_run.py"), moment, str(n), "lotto"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]

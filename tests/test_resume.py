@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def test_every_kind_of_weights_resumes(workplace, precision, state):
 def test_ctrl_c_saves_says_how_to_resume_and_fails(options, workplace):
     overrides = ["exp_name=stopped", f"model.name_or_path={MODEL}", "datasets=[mini]", "do_first_eval=false",
                  "minimum_log_interval_secs=0", *options, "n_epochs=500", "save_every=epoch_500"]  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *overrides]
+    command = [python(), str(ROOT / "train_single_gpu.py"), *overrides]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = Path(os.environ["PROJECT_CACHE"]) / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 300  # on a busy machine

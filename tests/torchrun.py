@@ -1,4 +1,7 @@
-"""Start a file under torchrun, with gloo on this machine, and end whatever is left of it."""
+"""Start a file under torchrun, with gloo on this machine, and end whatever is left of it.
+
+Its processes are forks that have imported everything already (prepared.py).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from prepared import python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +25,7 @@ def torchrun(
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [str(word) for word in line],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python(), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
