@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,8 +136,13 @@ class Report:
                     }
                     if not axes.has_data():
                         axes.remove()
+            names = [textwrap.fill(label, 30) for label in labels]
             figure.legend(
-                list(labels.values()), list(labels), loc="outside lower center", ncols=1 + len(keys)
+                list(labels.values()),
+                names,
+                loc="outside lower center",
+                ncols=1 + len(keys),
+                fontsize="small",
             )
         return figure
 
