@@ -4,7 +4,7 @@
 Importing torch, transformers and ours takes a process longer than what most tests let it do. One process per
 test worker imports them once; each command is a fork of it, with its own arguments, working directory,
 environment, files and exit status, and can be killed like any other. Not for what measures all memory of a
-process (growth is the same), reads warnings of imports, or sets variables that are read while a library
+process rather than its growth, reads warnings of imports, or sets variables that are read while a library
 loads: those take `sys.executable`.
 """
 
