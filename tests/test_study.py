@@ -208,7 +208,8 @@ def test_sparsity_study(tmp_path, tiny, monkeypatch):
         assert "nats" not in next(r for r in records if r["cell"]["part"] == "rate")  # no test row is seen
         (line,) = [line for line in table if f"| {name} |" in line]
         assert f"| {record['trained']:,} | {record['cell']['lr']:g} |" in line
-        assert f"{record['nats']:.3f} | {record['own']:.4f} | 1 |" in line
+        more = "-" if name == "LoTA" else f"{record['nats'] - main['LoTA']['nats']:.3f}"
+        assert f"{record['nats']:.3f} | {record['own']:.4f} | {more} | 1 |" in line
     assert (tmp_path / "sparsity.png").read_bytes().startswith(b"\x89PNG")
     masks = {path.parent.name: Mask.load(path) for path in (tmp_path / "masks").rglob("0.9_mask.pt")}
     assert set(masks) == {"LoTA", "SNIP_mask"}
