@@ -118,8 +118,10 @@ def jackknife(pairs: Pairs) -> str:
     if len(seeds) < 3:
         return shown(list(pairs.values()))
     mean = fmean(pairs.values())
-    without = [fmean(value for pair, value in pairs.items() if seed not in pair) for seed in seeds]
-    n = len(seeds)
+    others = [[value for pair, value in pairs.items() if seed not in pair] for seed in seeds]
+    if not all(others):  # a study that is not yet done
+        return f"{mean:.3f}"
+    n, without = len(seeds), [fmean(values) for values in others]
     error = math.sqrt((n - 1) / n * sum((one - fmean(without)) ** 2 for one in without))
     return f"{mean:.3f} ± {error:.3f}"
 

@@ -13,7 +13,7 @@ from lota.plots import MARKERS, PALETTE, figure_at
 from lota.report.page import Section
 from lota.storage import content_key
 from scripts.cells import Record, read_cells, shown
-from scripts.study_report import SHARED, Table, about_sections, study_sections, write_report
+from scripts.study_report import TRAINING, Table, about_sections, study_sections, write_report
 from scripts.workloads import BASES, GROUPS, WORKLOADS, Workload, sizes_key
 
 if TYPE_CHECKING:
@@ -191,15 +191,17 @@ ASKED = """A model learns three tasks one after the other. How much of the earli
 well the later ones are learnt? LoTTO gives every task entries of its own, so that what a task has changed is
 never changed again; but the model reads all its weights, and its behaviour can change all the same. What
 keeps it, and what does that cost?"""
-MEASURED = """In the way "LoTA, overlapping" each mask is drawn without regard to the others; "random masks"
-share no entry; LoRA is merged after each task. Masks keep a tenth of the entries each, LoRA has about as
-many. "full fine-tuning of attention and MLP" changes what masks choose from, and leaves embeddings and head
-as they are. Of each way the rate is chosen that has the least loss on validation rows, over all tasks after
-the last stage, means over the seeds that are reported. Ways named "LoTTO, ..." add one thing to LoTTO, at
-LoTTO's rate: replay of a share of the earlier tasks' training rows; L2-SP, a pull of each trained entry to
-the value that it starts from, of that strength; EWC, the same weighted by how much the entry matters to
-earlier tasks (squared gradients of 64 rows of each); "avoid", masks that pass over such entries; fewer
-entries for later tasks. Calibrations have a tenth of the rate."""
+MEASURED = """In the way "LoTA, overlapping" each mask is drawn without regard to the others; "random
+masks" share no entry; LoRA is merged after each task. Masks keep a tenth of the entries each, LoRA has
+about as many. "full fine-tuning of attention and MLP" changes what masks choose from, and leaves
+embeddings and head as they are. Of each way the rate is chosen that has the least loss on validation
+rows, over all tasks after the last stage, means over the seeds that are reported. Ways named "LoTTO, ..."
+(or after another way) add to that way what they name, at its rate: replay of a share of the earlier
+tasks' training rows; L2-SP, a pull of each trained entry to the value that it starts from, of that
+strength; EWC, the same weighted by how much the entry matters to earlier tasks (squared gradients of 64
+rows of each); "avoid", masks that pass over such entries; fewer entries for later tasks. Calibrations
+have a tenth of the rate. The reversed order was run at the rates of the given one. The first run of a
+sequence starts from the base, each later one from what the one before it left."""
 
 
 def report(out: Path) -> str:
@@ -234,8 +236,7 @@ def report(out: Path) -> str:
     pictures = [
         Section("Learning against forgetting", figure=figure, alt="earlier tasks' loss against learning")
     ]
-    shared = SHARED.partition("\n\n")[0]
-    about = about_sections(ASKED, MEASURED, shared)
+    about = about_sections(ASKED, MEASURED, TRAINING)
     return write_report(out, "sequences", "Tasks one after the other", about, [*pictures, *results], figure)
 
 

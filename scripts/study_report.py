@@ -54,8 +54,9 @@ if TYPE_CHECKING:
     Draw = Callable[[Axes, Sequence[Record], str], None]
 
 SIZE = (4.8, 3.4)  # of a panel, inches
-SHARED = f"""Every run starts from the same base and trains with the optimizer RMSprop, unless a \
-method's name says otherwise; the learning rate grows for a tenth of the steps and then falls to zero.
+TRAINING = """Runs train with the optimizer RMSprop, unless a method's name says otherwise; the learning \
+rate grows for a tenth of the steps and then falls to zero."""
+SHARED = f"""Every run starts from the same base. {TRAINING}
 
 Learning rates are chosen by the loss on validation rows, which are {VALIDATION:.0%} of the training rows, \
 chosen by a hash of their content and left out of training, with a seed ({RATE_SEED}) that is not reported. \

@@ -308,6 +308,8 @@ def test_the_error_of_overlaps_of_seeds_is_that_of_seeds():
     pairs = {frozenset([a, b]): parts[a] + parts[b] for a in range(4) for b in range(a)}
     exact = 2 * statistics.stdev(parts) / math.sqrt(4)
     assert budget_study.jackknife(pairs) == f"{2 * statistics.mean(parts):.3f} ± {exact:.3f}"
+    early = {frozenset([0, 1]): 0.25, frozenset([0, 2]): 0.75}  # a pair is to come
+    assert budget_study.jackknife(early) == "0.500"
     assert budget_study.jackknife({frozenset([0, 1]): 0.25}) == "0.250" and budget_study.jackknife({}) == "-"
 
 
