@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -70,8 +69,11 @@ class Base:
             with tempfile.TemporaryDirectory(dir=folder.parent) as place:
                 made = Path(place) / "made"
                 _copy_with_end(self.source, made, self.end)
-                with contextlib.suppress(OSError):  # another process was first
+                try:
                     made.rename(folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was first
+                        raise
         return folder
 
 
