@@ -145,7 +145,8 @@ def panel(axes: Axes, records: Sequence[Record], key: str) -> None:
         if known:
             axes.plot(*zip(*every, strict=True), color=color, marker=".", linestyle="", alpha=0.35)
             axes.plot(*zip(*best, strict=True), color=color, marker="o", markersize=4, label=method)
-    axes.axvline(base["own"], color="black", linestyle=":", label="base, own text")
+    if axes.has_data():  # a panel of a task without scores is left out
+        axes.axvline(base["own"], color="black", linestyle=":", label="base, own text")
     axes.set(xlabel="loss on the base's own text, nats per byte", ylabel=LABELS[key])
 
 

@@ -291,6 +291,9 @@ def test_forgetting_tables(records, tmp_path):
     assert line in forgetting_study.REPORT.write(tmp_path)
     assert (tmp_path / "forgetting.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "forgetting.md").read_text().startswith("### a\n")
+    unscored = [{key: value for key, value in record.items() if key != "score"} for record in records]
+    assert len(forgetting_study.REPORT.draw({"a": records}, ["nats", "score"]).axes) == 2
+    assert len(forgetting_study.REPORT.draw({"a": unscored}, ["nats", "score"]).axes) == 1
 
 
 @pytest.mark.slow
